@@ -254,11 +254,11 @@ def _relative_command(argv):
     return ' '.join('='.join(map(cut, a.split('=', 1))) if a.startswith('-') else cut(a) if ':' not in a
                     else ':'.join(map(cut, a.split(':', 1))) for a in argv)
 
-# %% ../nbs/00_core.ipynb #6bd2f757
+# %% ../nbs/00_core.ipynb #40c11d79
 class RunDir:
     "A folder that one stage writes and the next one reads, described by its `run.json`."
     def __init__(self, path:str|Path): self.path, self.info = Path(path), {}
-    def __repr__(self): return f"RunDir({str(self.path)!r}, stage={self.info.get('stage')!r}, status={self.info.get('status')!r})"
+    def __repr__(self): return f"RunDir({self.path.name!r}, stage={self.info.get('stage')!r}, status={self.info.get('status')!r})"
     def __truediv__(self, name): return self.path/name
     def save(self): write_json(self.path/'run.json', self.info)
 
