@@ -1,0 +1,20 @@
+"Slow tests run only with --slow; what tests build never touches the user's own cache."
+import os, pytest
+
+def pytest_addoption(parser):
+    parser.addoption('--slow', action='store_true', help='run the tests marked slow too')
+
+def pytest_collection_modifyitems(config, items):
+    if config.getoption('--slow'): return
+    skip = pytest.mark.skip(reason='slow: run with --slow')
+    for item in items:
+        if 'slow' in item.keywords: item.add_marker(skip)
+
+@pytest.fixture(scope='session', autouse=True)
+def _own_home(tmp_path_factory):
+    "Corpora and tokens go to a folder of this test session"
+    old = os.environ.get('SLM_HOME'); os.environ['SLM_HOME'] = str(tmp_path_factory.mktemp('slm_home'))
+    os.environ.setdefault('TQDM_DISABLE', '1')
+    yield
+    if old is None: del os.environ['SLM_HOME']
+    else: os.environ['SLM_HOME'] = old
