@@ -1,11 +1,12 @@
 """The site and the README from the notebooks.
 
-docs.py readme [--check]  write README.md from nbs/index.ipynb, or only tell whether it is in step
-docs.py config            check nbs/_quarto.yml against Quarto's schema, the sidebar against the chapters, the bibliography
-docs.py site              all of it, every link, and the rendered site in _docs: by Quarto where it is installed, else by smalldocs
+docs.py readme [--check]    write README.md from nbs/index.ipynb, or only tell whether it is in step
+docs.py config              check nbs/_quarto.yml against Quarto's schema, the sidebar against the chapters, the bibliography
+docs.py site [--smalldocs]  all of it, every link, and the rendered site in _docs: by Quarto where it is installed, else by smalldocs
 """
-import json, os, re, shutil, subprocess, sys, tempfile
+import html, json, os, re, shutil, subprocess, sys, tempfile
 from pathlib import Path
+from urllib.parse import unquote
 import yaml
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -203,14 +204,16 @@ def quarto():
 
 def dead_links(root=None):
     "Links within the rendered site, symbols' included, whose page or anchor is not there"
-    root = root or DOCS
+    from nbdev.config import get_config
+    root, cfg = root or DOCS, get_config(path=ROOT)
+    base = f'{cfg.doc_host}{cfg.doc_baseurl}/'
     pages = {p.relative_to(root).as_posix(): p.read_text(encoding='utf-8') for p in root.rglob('*.html')}
     ids = {n: set(re.findall(r'\s(?:id|name)="([^"]+)"', t)) for n, t in pages.items()}
     bad = []
     for n, t in pages.items():
         for url in sorted(set(re.findall(r'<a\s[^>]*?href="([^"]+)"', t))):
-            if re.match(r'[a-z]+:|//', url): continue
-            path, _, frag = url.partition('#')
+            path, _, frag = unquote(html.unescape(url)).removeprefix(base).partition('#')
+            if re.match(r'[a-z]+:|//', path): continue
             path = os.path.normpath(os.path.join(os.path.dirname(n), path.partition('?')[0])) if path else n
             if path == '.' or path.endswith('/'): path = 'index.html'
             if not (root/path).exists(): bad.append(f'{n}: no page for {url}')
@@ -221,10 +224,10 @@ def config_faults():
     "All that can be checked without rendering"
     return schema_faults() + sidebar_faults() + bibliography_faults()
 
-def site():
+def site(quarto_too=True):
     "Check everything, render the site; exit 1 with one line for each fault"
     faults = config_faults() + ([] if in_step() else ['README.md is not in step with nbs/index.ipynb: make prepare'])
-    if shutil.which('quarto'): rc, by = quarto(), 'Quarto'
+    if quarto_too and shutil.which('quarto'): rc, by = quarto(), 'Quarto'
     else: process(); rc, by = smalldocs(), 'smalldocs'
     if not rc: faults += dead_links()
     print('\n'.join(faults)) if faults else None
@@ -237,6 +240,7 @@ def main(args):
     elif args == ['readme', '--check']: in_step() or sys.exit('README.md is not in step with nbs/index.ipynb: make prepare')
     elif args == ['config']: sys.exit('\n'.join(config_faults()) or None)
     elif args == ['site']: site()
+    elif args == ['site', '--smalldocs']: site(quarto_too=False)
     else: sys.exit(__doc__.strip())
 
 if __name__ == '__main__': main(sys.argv[1:])

@@ -1,0 +1,176 @@
+"The book as a book: configuration, sidebar, links, symbols, bibliography, README, and what every chapter keeps to."
+import ast, copy, json, re, subprocess, sys
+from pathlib import Path
+import pytest, yaml
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT/'tools'))
+import docs
+
+CHAPTERS = sorted(p for p in docs.NBS.glob('*.ipynb') if p.name[0] not in '._')
+chapter = pytest.mark.parametrize('nb', CHAPTERS, ids=lambda p: p.stem)
+FLAG = re.compile(r'^#\|\s*(exports?|exporti)\b', re.M)
+
+def code(nb): return [c for c in docs.cells(nb) if c['cell_type'] == 'code']
+def prose(nb): return [docs.src(c) for c in docs.cells(nb) if c['cell_type'] == 'markdown']
+
+# ---- configuration
+
+def test_quarto_config_follows_the_schema():
+    assert docs.schema_faults() == []
+
+@pytest.mark.parametrize('where,old,new', [
+    ('website', 'page-navigation', 'page-navigatoin'), ('website', 'back-to-top-navigation', 'back-to-top'), ('project', 'type', 'tpye'),
+    ('html', 'code-copy', 'code-cpy'), ('html', 'toc-depth', 'toc-dept'), ('top', 'bibliography', 'bibliografy'), ('sidebar', 'style', 'stile')])
+def test_a_misspelt_key_is_caught(where, old, new):
+    conf = copy.deepcopy(docs.config())
+    d = dict(top=conf, website=conf['website'], project=conf['project'], html=conf['format']['html'], sidebar=conf['website']['sidebar'])[where]
+    d[new] = d.pop(old)
+    assert docs.schema_faults(conf)
+
+@pytest.mark.parametrize('where,key,val', [('website', 'page-navigation', 'perhaps'), ('html', 'toc-depth', 'three'), ('html', 'code-overflow', 'cut')])
+def test_a_wrong_value_is_caught(where, key, val):
+    conf = copy.deepcopy(docs.config()); {'website': conf['website'], 'html': conf['format']['html']}[where][key] = val
+    assert any(str(val) in f or 'should be' in f or 'invalid' in f for f in docs.schema_faults(conf))
+
+def test_top_level_config_is_the_book_s():
+    assert (ROOT/'_quarto.yml').resolve() == (docs.NBS/'_quarto.yml').resolve()
+    assert (ROOT/'references.bib').read_text() == (docs.NBS/'references.bib').read_text()
+
+def test_sidebar_lists_every_chapter_once_in_order():
+    assert docs.sidebar_faults() == []
+
+def test_sidebar_faults_are_found(monkeypatch):
+    listed = docs.sidebar()
+    monkeypatch.setattr(docs, 'sidebar', lambda: [listed[1], listed[0], *listed[3:], listed[0], '99_ghost.ipynb'])
+    bad = '\n'.join(docs.sidebar_faults())
+    assert f'lacks {listed[2]}' in bad and '99_ghost.ipynb, which is not' in bad and f'{listed[0]} twice' in bad
+
+def test_workflows_follow_github_s_schema():
+    files = sorted((ROOT/'.github'/'workflows').glob('*.yml')); assert len(files) >= 3
+    r = subprocess.run([docs.tool('check-jsonschema'), '--builtin-schema', 'vendor.github-workflows', *map(str, files)], capture_output=True, text=True)
+    assert r.returncode == 0, r.stdout+r.stderr
+
+# ---- bibliography
+
+def test_every_cited_paper_is_in_the_bibliography():
+    assert docs.bibliography_faults() == []
+
+def test_bibliography_is_complete_and_used():
+    refs, text = docs.bibliography(), '\n'.join(s for nb in CHAPTERS for s in map(docs.src, docs.cells(nb)))
+    assert len({e['key'] for e in refs}) == len({docs.norm(e['url']) for e in refs}) == len(refs)
+    for e in refs:
+        assert e.keys() >= {'author', 'title', 'year', 'url'}, e['key']
+        assert re.fullmatch(r'\d{4}', e['year']), e['key']
+        assert docs.norm(e['url']) in docs.cited() or e['url'].rstrip('/') in text, f"no chapter cites {e['key']}"
+
+@pytest.mark.parametrize('url', ['http://arxiv.org/pdf/1706.03762v7.pdf', 'https://arxiv.org/abs/1706.03762', 'https://arxiv.org/abs/1706.03762.'])
+def test_one_paper_has_one_spelling(url):
+    assert docs.norm(url) == 'https://arxiv.org/abs/1706.03762'
+
+# ---- README
+
+def test_readme_is_what_index_says():
+    assert docs.in_step(), 'README.md is not in step with nbs/index.ipynb: make prepare'
+
+def test_readme_of_a_small_notebook(tmp_path, monkeypatch):
+    out = lambda **d: [dict(output_type='display_data', data=d, metadata={})]
+    md = lambda s: dict(cell_type='markdown', source=s)
+    py = lambda s, outputs=(): dict(cell_type='code', source=s, outputs=list(outputs))
+    nb = dict(cells=[
+        md('# A title\n\n> What it is.'), md('See [core](00_core.ipynb#seeds), [home](https://example.org), [rules](../CONTRIBUTING.md).'), md('## Export -'),
+        py('#| hide\nsecret = 1'), py('#| echo: false\nquiet()', out(**{'text/markdown': ['[x](11_model.gpt.ipynb)']})),
+        py('6*7', out(**{'text/plain': '42'})), py('plot()', out(**{'text/plain': '<Figure>', 'image/png': 'AAAA'})), py('%%bash\nmake demo')])
+    (tmp_path/'index.ipynb').write_text(json.dumps(nb)); monkeypatch.setattr(docs, 'NBS', tmp_path)
+    text = docs.readme()
+    assert text.startswith('# A title\n\nWhat it is.\n') and 'secret' not in text and 'quiet' not in text and 'Figure' not in text and 'Export' not in text
+    assert '[core](nbs/00_core.ipynb#seeds)' in text and '(https://example.org)' in text and '(CONTRIBUTING.md)' in text and '(nbs/11_model.gpt.ipynb)' in text
+    assert '``` python\n6*7\n```\n\n    42\n' in text and '``` sh\nmake demo\n```' in text
+
+def test_readme_names_the_two_commands_and_where_its_links_lead():
+    text = (ROOT/'README.md').read_text()
+    assert 'make demo' in text and 'make test' in text and 'git clone' in text
+    for url in re.findall(r'\]\((?!https?:|#|mailto:)([^)#\s]+)', text): assert (ROOT/url).exists(), url
+
+# ---- links and symbols
+
+@chapter
+def test_links_between_chapters_lead_somewhere(nb):
+    for s in prose(nb):
+        for url in re.findall(r'\]\((?!https?:|#|mailto:)([^)#\s]+)', s): assert (docs.NBS/url).exists(), f'{nb.name}: {url}'
+
+@chapter
+def test_every_exported_name_has_a_page(nb):
+    "nbdev's lookup knows each public name of the chapter, and the page it links to is this chapter's"
+    from nbdev.doclinks import NbdevLookup
+    m = re.search(r'^#\|\s*default_exp\s+(\S+)', '\n'.join(map(docs.src, code(nb))), re.M)
+    if not m: pytest.skip('exports nothing')
+    path = ROOT/'slm'/f"{m[1].replace('.', '/')}.py"
+    defs = [n.name for n in ast.parse(path.read_text()).body if isinstance(n, (ast.FunctionDef, ast.ClassDef))
+            and n.name[0] != '_' and not any('patch' in ast.unparse(d) for d in n.decorator_list)]
+    look = NbdevLookup()
+    for n in defs:
+        link = look.doc(f'slm.{m[1]}.{n}')
+        assert link and re.search(rf'/{re.escape(re.sub(r"^[0-9]+[a-z]?_", "", nb.stem))}\.html#', link), f'{nb.name}: `{n}` has no page (make prepare)'
+
+@chapter
+def test_full_names_in_prose_exist(nb):
+    "`slm.group.name` or `slm.group.name.symbol` in backticks names something"
+    from nbdev.doclinks import NbdevLookup
+    look = NbdevLookup()
+    for s in prose(nb):
+        for n in re.findall(r'`(slm(?:\.\w+)+)(?:\(\))?`', s):
+            p = ROOT/n.replace('.', '/')
+            assert p.is_dir() or p.with_suffix('.py').exists() or look.doc(n), f'{nb.name}: `{n}`'
+
+# ---- every chapter
+
+@chapter
+def test_chapter_opens_and_closes_as_the_others(nb):
+    first = prose(nb)[0]
+    assert docs.cells(nb)[0]['cell_type'] == 'markdown' and re.match(r'# \S.*\n+> \S', first), f'{nb.name} opens with a title and one sentence'
+    if nb.stem == 'index': return
+    title = first.partition('\n')[0][2:].strip()
+    assert title == re.sub(r'^\d+[a-z]?_', '', nb.stem), f'{nb.name} is titled {title!r}'
+    assert '## Export -' in prose(nb)[-1] and 'nbdev_export()' in docs.src(code(nb)[-1])
+
+@chapter
+def test_exported_cells_can_be_read_at_a_glance(nb):
+    for c in code(nb):
+        s = docs.src(c)
+        if FLAG.search(s):
+            lines = [l for l in s.splitlines() if l.strip() and not l.startswith('#|')]
+            assert len(lines) <= 40, f'{nb.name}: an exported cell of {len(lines)} lines: {lines[0]}'
+            assert max(map(len, lines), default=0) <= 140, f'{nb.name}: a line over 140 columns'
+
+@chapter
+def test_imports_stand_in_cells_of_their_own(nb):
+    "The docs build runs cells that hold imports: with other code in them it would run that too"
+    for c in code(nb):
+        s = docs.src(c)
+        if re.search(r'nbdev_export\(|^[%!]', s, re.M) or FLAG.search(s): continue
+        try: kinds = [type(n) for n in ast.parse(s).body]
+        except SyntaxError: continue
+        imports = [k in (ast.Import, ast.ImportFrom) for k in kinds]
+        assert all(imports) or not any(imports), f'{nb.name} mixes imports with code:\n{s[:200]}'
+
+@chapter
+def test_no_chapter_imports_a_later_one(nb):
+    order = [docs.directives(docs.src(c))[0].get('default_exp') for p in CHAPTERS for c in code(p)]
+    order = [o for o in order if o]
+    m = next((o for c in code(nb) if (o := docs.directives(docs.src(c))[0].get('default_exp'))), None)
+    if not m: pytest.skip('exports nothing')
+    for used in re.findall(r'^\s*from slm\.([\w.]+) import', '\n'.join(map(docs.src, code(nb))), re.M):
+        assert used in order, f'{nb.name} imports slm.{used}, which no chapter exports'
+        if order.index(m) < len(order)-1 or m != 'cli': assert order.index(used) <= order.index(m), f'{nb.name} imports the later chapter {used}'
+
+@chapter
+def test_stored_outputs_are_whole_and_name_no_machine(nb):
+    shown = [c for c in code(nb) if c['outputs']]
+    if any(FLAG.search(docs.src(c)) for c in code(nb)): assert shown, f'{nb.name} shows nothing: make run NB=nbs/{nb.name}'
+    for c in shown:
+        for o in c['outputs']:
+            assert o['output_type'] != 'error', f"{nb.name} stores an error: {o.get('ename')}"
+            text = json.dumps({k: v for k, v in o.get('data', {}).items() if not k.startswith('image/')}) + ''.join(o.get('text', ''))
+            assert not re.search(r'/tmp/|/home/|/root/|/Users/|/var/folders/', text), f'{nb.name} prints a path of one machine:\n{docs.src(c)[:200]}'
+    assert nb.stat().st_size < 2**21, f'{nb.name} is over 2 MiB'
