@@ -1,0 +1,82 @@
+"""The same model, the same numbers on every device: forward, backward, resume, generate.
+
+The processor is the reference, and runs through the same tests; mps and cuda are skipped, with a line that says so, where they are not.
+"""
+import copy, pytest, torch
+from slm.core import set_seed, rng_state, set_rng_state
+from slm.model.gpt import GPT, GPTConfig
+
+def usable(device):
+    "None when `device` computes, else the reason why not"
+    if device == 'cpu': return None
+    there = torch.cuda.is_available() if device == 'cuda' else torch.backends.mps.is_available()
+    if not there: return f'skipped: this machine has no {device}'
+    try: (torch.ones(8, 8, device=device)@torch.ones(8, 8, device=device)).sum().item()
+    except RuntimeError as e: return f'skipped: {device} is there, but does not compute ({str(e).splitlines()[0]})'
+
+@pytest.fixture(scope='module', params=['cpu', 'mps', 'cuda'])
+def device(request):
+    if (why := usable(request.param)): pytest.skip(why)
+    return request.param
+
+@pytest.fixture(scope='module')
+def pair(device):
+    "One model on the processor and its copy on the device; ids (b,t) and documents (b,n) of both rows"
+    set_seed(0)
+    ref = GPT(GPTConfig(vocab_size=97, n_layer=2, d_model=64, n_head=4, n_kv_head=2, max_seq_len=64))
+    return ref, copy.deepcopy(ref).to(device), torch.randint(0, 97, (2, 48)), torch.tensor([[20, 28], [48, 0]])
+
+def close(a, b, rtol=1e-3):
+    "Largest difference against the largest value"
+    return (a.cpu()-b.cpu()).abs().max() <= rtol*b.abs().max()
+
+@pytest.mark.parametrize('packed', [False, True])
+def test_forward_equals_the_processor_s(pair, device, packed):
+    ref, model, idx, seqlens = pair
+    kw = lambda d: dict(seqlens=seqlens.to(d)) if packed else {}
+    with torch.no_grad(): a, b = model(idx.to(device), **kw(device)), ref(idx, **kw('cpu'))
+    assert a.device.type == device and a.isfinite().all() and close(a, b)
+
+def test_backward_equals_the_processor_s(pair, device):
+    ref, model, idx, _ = pair
+    for m, d in ((ref, 'cpu'), (model, device)):
+        m.zero_grad(); x = idx.to(d)
+        torch.nn.functional.cross_entropy(m(x[:, :-1]).flatten(0, 1), x[:, 1:].flatten()).backward()
+    grads = dict(ref.named_parameters())
+    for n, p in model.named_parameters():
+        assert grads[n].grad.abs().max() > 0 and close(p.grad, grads[n].grad, 1e-2), n
+
+def test_generator_state_goes_back(device):
+    set_seed(1); state = rng_state()
+    first = torch.rand(4, device=device)
+    assert not torch.equal(torch.rand(4, device=device), first)
+    set_rng_state(state)
+    assert torch.equal(torch.rand(4, device=device), first)
+
+def test_generates_with_cache_what_it_generates_without(pair, device):
+    from slm.model.generate import SamplingParams, generate_ids
+    _, model, idx, _ = pair
+    prompts = [idx[0, :7].tolist(), idx[1, :3].tolist()]
+    outs = generate_ids(model, prompts, SamplingParams(temperature=0., max_new_tokens=12))
+    assert [len(o) for o in outs] == [12, 12]
+    for p, out in zip(prompts, outs):
+        for t in out:
+            with torch.no_grad(): logits = model(torch.tensor([p], device=device))[0, -1].float().cpu()
+            assert logits[t] >= logits.max()-1e-3*logits.abs().max()                 # equal, or a tie within the device's rounding
+            p = p+[t]
+
+def test_resumes_where_it_was_interrupted(device, tmp_path):
+    from fastai.callback.core import Callback
+    from slm.train.pretrain import pretrain, resume
+    class StopAfter(Callback):
+        order = 85
+        def after_batch(self): self.learn.interrupted = self.opt_steps == 5
+    opts = dict(corpus='pydocs', max_bytes=500_000, vocab_size=512, steps=12, seq_len=64, batch_tokens=512, evals=1, samples=1, device=device,
+                dtype='float32', model=dict(n_layer=2, d_model=64, n_head=2, n_kv_head=1))
+    cut = pretrain(out=tmp_path/'cut', cbs=[StopAfter()], **opts)
+    assert cut.info['status'] == 'interrupted'
+    cut, whole = resume(tmp_path/'cut'), pretrain(out=tmp_path/'whole', **opts)
+    assert cut.info['status'] == whole.info['status'] == 'done'
+    a, b = cut.metric('valid_loss').value, whole.metric('valid_loss').value
+    assert a == b if device == 'cpu' else a == pytest.approx(b, rel=1e-3)            # sums on an accelerator come in no fixed order
+    assert b < torch.tensor(512.).log()                                              # better than guessing
