@@ -21,7 +21,7 @@ def model():
     return m
 
 @pytest.fixture(scope='module')
-def tok(): return train_bpe(['the cat sat on the mat and the dog ate the fat cat. Snow ❄ é 🙂 '*20], 300)
+def tok(): return train_bpe(['the cat sat on the mat and the dog ate the fat cat. Snow ❄ é 🙂 '*20], 290)
 
 @pytest.fixture(scope='module')
 def talker(tok):
