@@ -158,7 +158,7 @@ def reference_list():
     "The bibliography as a Markdown list, for a renderer that has none"
     def line(e):
         who = re.sub(r' and others$', ' et al.', e.get('author', '')).replace(' and ', '; ')
-        where = next((e[k] for k in ('journal', 'booktitle', 'publisher', 'howpublished') if k in e), '')
+        where = next((e[k] for k in ('journal', 'booktitle', 'institution', 'publisher', 'howpublished') if k in e), '')
         return f"- {who} ({e.get('year', 'n.d.')}). [{e['title']}]({e['url']}){'. *'+where+'*' if where else ''}."
     return '\n'.join(line(e) for e in sorted(bibliography(), key=lambda e: (e.get('author', '').lower(), e.get('year', ''))))
 
