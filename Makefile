@@ -7,7 +7,7 @@ BIN := .venv/bin
 CORES := $(shell getconf _NPROCESSORS_ONLN 2>/dev/null || echo 2)
 # Notebooks run at once; each keeps to one thread
 WORKERS ?= $(shell n=$(CORES); [ $$n -gt 4 ] && n=4; echo $$n)
-SHELL := /bin/bash
+SHELL := bash
 .DEFAULT_GOAL := help
 .PHONY: help demo install test notebooks pytest check prepare clean-nbs docs slow lab bench run
 

@@ -20,7 +20,7 @@ def run(name, cwd, *args):
                        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
     if r.returncode: sys.exit(f'{name} failed:\n{r.stdout}')
 
-def diff(name, old, new, n=12):
+def diff(name, old, new, n=6):
     "The first `n` changed lines between two versions of a file"
     ls = difflib.unified_diff(old.decode().splitlines(), new.decode().splitlines(), 'committed', 'made now', lineterm='', n=0)
     return [l[:160] for l in ls if not l.startswith(('---', '+++', '@@'))][:n]
