@@ -7,8 +7,8 @@ __all__ = ['apply_temperature', 'keep_top_k', 'keep_top_p', 'keep_min_p', 'penal
            'DecodeBatch', 'TextStream', 'Generation', 'decode', 'complete', 'generate_ids', 'generate', 'Stream',
            'stream']
 
-# %% ../../nbs/12_model.generate.ipynb #480fd374
-import codecs, math
+# %% ../../nbs/12_model.generate.ipynb #6e663db2
+import codecs, math, numbers
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 import torch
@@ -79,7 +79,7 @@ def penalize_repeats(
     pen = _col(penalty, logits)
     return torch.where(seen, torch.where(logits < 0, logits*pen, logits/pen), logits)
 
-# %% ../../nbs/12_model.generate.ipynb #a2c59ab1
+# %% ../../nbs/12_model.generate.ipynb #d4b7fff0
 @dataclass
 class SamplingParams:
     "What one request asks for; raises `SLMError` for a value that cannot be meant."
@@ -93,9 +93,9 @@ class SamplingParams:
     seed:int|None=None # the same seed gives the same text; None draws one
 
     def __post_init__(self):
-        self.stop = [self.stop] if isinstance(self.stop, str) else list(self.stop)
-        number = lambda x: isinstance(x, (int, float)) and not isinstance(x, bool) and math.isfinite(x)
-        whole  = lambda x: isinstance(x, int) and not isinstance(x, bool)
+        self.stop = list(self.stop or ()) if isinstance(self.stop, (list, tuple, set, type(None))) else [self.stop]
+        number = lambda x: isinstance(x, numbers.Real) and not isinstance(x, bool) and math.isfinite(x)
+        whole  = lambda x: isinstance(x, numbers.Integral) and not isinstance(x, bool)
         for name, ok, rule in (
             ('temperature', lambda x: number(x) and x >= 0, 'a number ≥ 0 (0 is greedy)'),
             ('top_k', lambda x: whole(x) and x >= 0, 'a whole number ≥ 0 (0 keeps all)'),
@@ -111,12 +111,12 @@ class SamplingParams:
     @property
     def greedy(self): return self.temperature < 1e-6
 
-# %% ../../nbs/12_model.generate.ipynb #ed49621a
+# %% ../../nbs/12_model.generate.ipynb #c22086fd
 class Sampler:
     "The sampling parameters of a batch as columns, with one random generator a row."
     def __init__(self, params:list[SamplingParams]):
         self.params = params
-        self.gens = [torch.Generator().manual_seed(int(torch.randint(2**62, ())) if p.seed is None else p.seed) for p in params]
+        self.gens = [torch.Generator().manual_seed(int(torch.randint(2**62, ())) if p.seed is None else int(p.seed)) for p in params]
         self._columns()
 
     def _columns(self):
