@@ -229,7 +229,7 @@ def site(quarto_too=True):
     faults = config_faults() + ([] if in_step() else ['README.md is not in step with nbs/index.ipynb: make prepare'])
     if quarto_too and shutil.which('quarto'): rc, by = quarto(), 'Quarto'
     else: process(); rc, by = smalldocs(), 'smalldocs'
-    if not rc: faults += dead_links()
+    faults += dead_links()
     print('\n'.join(faults)) if faults else None
     if rc or faults: sys.exit(f'docs: {len(faults)} fault(s) in configuration and links'+(f', and {by} found more (above)' if rc else ''))
     print(f'docs: {len(list(DOCS.rglob("*.html")))} pages by {by} in _docs/index.html, every link leads somewhere')
