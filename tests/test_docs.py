@@ -123,6 +123,12 @@ def test_full_names_in_prose_exist(nb):
             p = ROOT/n.replace('.', '/')
             assert p.is_dir() or p.with_suffix('.py').exists() or look.doc(n), f'{nb.name}: `{n}`'
 
+def test_dead_links_are_found(tmp_path):
+    base = docs.config()['website']['site-url']
+    (tmp_path/'index.html').write_text('<h2 id="top">x</h2><a href="a.html">1</a><a class="x" href="#top">2</a><a href="#gone">3</a><a href="https://example.org">4</a>')
+    (tmp_path/'a.html').write_text(f'<a href="./index.html#top">1</a><a href="{base}/index.html#none">2</a><a href="b.html#x">3</a>')
+    assert set(docs.dead_links(tmp_path)) == {'index.html: no anchor for #gone', 'a.html: no page for b.html#x', f'a.html: no anchor for {base}/index.html#none'}
+
 # ---- every chapter
 
 @chapter
