@@ -147,12 +147,22 @@ def bibliography_faults():
 # ---- the site
 
 def process():
-    "nbdev's own pipeline, less its installer of Quarto: nbs/ with links and signatures in _proc/"
+    "nbdev's own pipeline, less its installer of Quarto: nbs/ with links and signatures in _proc/; returns the chapters it cannot do"
+    from nbdev.processors import FilterDefaults
     from nbdev.quarto import refresh_quarto_yml
-    from nbdev.serve import proc_nbs
-    shutil.rmtree(PROC, ignore_errors=True)
-    refresh_quarto_yml()
-    proc_nbs(n_workers=0)
+    from nbdev.serve_drv import exec_nb
+    shutil.rmtree(PROC, ignore_errors=True); PROC.mkdir()
+    refresh_quarto_yml(); os.environ['IN_TEST'] = '1'
+    faults = []
+    for p in sorted(NBS.iterdir()):
+        if p.name[0] in '._' and p.name != '_quarto.yml': continue
+        if p.is_dir(): shutil.copytree(p, PROC/p.name)
+        elif p.suffix != '.ipynb': shutil.copy2(p, PROC/p.name)
+        else:
+            try: exec_nb(p, PROC/p.name, FilterDefaults)
+            except Exception as e: faults.append(f'{p.name}: {str(e).strip()}\n  {type(e.__cause__).__name__}: {e.__cause__}')
+    del os.environ['IN_TEST']
+    return faults
 
 def reference_list():
     "The bibliography as a Markdown list, for a renderer that has none"
@@ -209,16 +219,16 @@ def dead_links(root=None):
     base = f'{cfg.doc_host}{cfg.doc_baseurl}/'
     pages = {p.relative_to(root).as_posix(): p.read_text(encoding='utf-8') for p in root.rglob('*.html')}
     ids = {n: set(re.findall(r'\s(?:id|name)="([^"]+)"', t)) for n, t in pages.items()}
-    bad = []
-    for n, t in pages.items():
+    bad = {}
+    for n, t in sorted(pages.items()):
         for url in sorted(set(re.findall(r'<a\s[^>]*?href="([^"]+)"', t))):
             path, _, frag = unquote(html.unescape(url)).removeprefix(base).partition('#')
             if re.match(r'[a-z]+:|//', path): continue
             path = os.path.normpath(os.path.join(os.path.dirname(n), path.partition('?')[0])) if path else n
             if path == '.' or path.endswith('/'): path = 'index.html'
-            if not (root/path).exists(): bad.append(f'{n}: no page for {url}')
-            elif frag and path in ids and frag not in ids[path]: bad.append(f'{n}: no anchor for {url}')
-    return bad
+            if not (root/path).exists(): bad.setdefault(f'no page for {url}', []).append(n)
+            elif frag and path in ids and frag not in ids[path]: bad.setdefault(f'no anchor for {url}', []).append(n)
+    return [f"{ns[0]}{f' and {len(ns)-1} more' if ns[1:] else ''}: {what}" for what, ns in bad.items()]
 
 def config_faults():
     "All that can be checked without rendering"
@@ -228,7 +238,7 @@ def site(quarto_too=True):
     "Check everything, render the site; exit 1 with one line for each fault"
     faults = config_faults() + ([] if in_step() else ['README.md is not in step with nbs/index.ipynb: make prepare'])
     if quarto_too and shutil.which('quarto'): rc, by = quarto(), 'Quarto'
-    else: process(); rc, by = smalldocs(), 'smalldocs'
+    else: faults += process(); rc, by = smalldocs(), 'smalldocs'
     faults += dead_links()
     print('\n'.join(faults)) if faults else None
     if rc or faults: sys.exit(f'docs: {len(faults)} fault(s) in configuration and links'+(f', and {by} found more (above)' if rc else ''))
