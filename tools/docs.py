@@ -172,7 +172,7 @@ def reference_list():
         return f"- {who} ({e.get('year', 'n.d.')}). [{e['title']}]({e['url']}){'. *'+where+'*' if where else ''}."
     return '\n'.join(line(e) for e in sorted(bibliography(), key=lambda e: (e.get('author', '').lower(), e.get('year', ''))))
 
-# Keys of Quarto's that smalldocs, which has no citations, would report as ignored
+# What smalldocs does not read and would report: it has no citations, and its grid is in styles.css
 QUARTO_ONLY = ('bibliography', 'link-citations')
 
 def flatten():
@@ -187,6 +187,7 @@ def flatten():
     old = re.compile(r'(?<![\w/.-])('+'|'.join(map(re.escape, name))+')')
     def sub(s): return re.sub(r'^output-file:.*\n', '', old.sub(lambda m: name[m[1]], s).replace(base, ''), flags=re.M)
     conf = {k: v for k, v in yaml.safe_load((SITE/'_quarto.yml').read_text(encoding='utf-8')).items() if k not in QUARTO_ONLY}
+    conf['format']['html'].pop('grid', None)
     (SITE/'_quarto.yml').write_text(old.sub(lambda m: name[m[1]], yaml.safe_dump(conf, sort_keys=False)), encoding='utf-8')
     for p in SITE.glob('*.qmd'):
         p.write_text(sub(p.read_text(encoding='utf-8').replace('::: {#refs}\n:::', reference_list())), encoding='utf-8')
