@@ -48,16 +48,16 @@ home=$$(mktemp -d); trap 'rm -rf "$$home"' EXIT; \
 endef
 
 test: .venv/.dev ## run every chapter and the tests of tests/
-	@$(call quiet,$(BIN)/python tools/test.py --workers $(WORKERS))
+	@$(call quiet,$(BIN)/python tools/run_tests.py --workers $(WORKERS))
 
 slow: .venv/.dev ## the same with slow cells and slow tests (needs time, and the network for some)
-	@$(call quiet,$(BIN)/python tools/test.py --workers $(WORKERS) --slow)
+	@$(call quiet,$(BIN)/python tools/run_tests.py --workers $(WORKERS) --slow)
 
 notebooks: .venv/.dev ## run every chapter, nothing else
-	@$(call quiet,$(BIN)/python tools/test.py --workers $(WORKERS) --only notebooks)
+	@$(call quiet,$(BIN)/python tools/run_tests.py --workers $(WORKERS) --only notebooks)
 
 pytest: .venv/.dev ## run tests/, nothing else
-	@$(call quiet,$(BIN)/python tools/test.py --only pytest)
+	@$(call quiet,$(BIN)/python tools/run_tests.py --only pytest)
 
 # ---- the book
 check: .venv/.dev ## are notebooks clean, and package and README in step with them?

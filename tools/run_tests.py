@@ -4,7 +4,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 
-def notebooks(workers, slow, names):
+def notebooks(workers, slow):
     "Run the chapters in `workers` processes of one thread each; True when all passed"
     nbs = sorted(p for p in (ROOT/'nbs').glob('*.ipynb') if p.name[0] not in '._')
     cmd = [str(Path(sys.executable).with_name('nbdev_test')), '--n_workers', str(min(workers, len(nbs))), '--timing']
@@ -15,9 +15,9 @@ def notebooks(workers, slow, names):
     print(f"chapters: {len(nbs)} run in {time.time()-t0:.0f} s, {'all passed' if ok else 'SOME FAILED (named above)'}", flush=True)
     return ok
 
-def pytest(slow, args):
+def pytest(slow):
     "Run tests/; True when all passed"
-    cmd = [sys.executable, '-m', 'pytest', *(['--slow'] if slow else []), '--durations=5', '--durations-min=5', *args]
+    cmd = [sys.executable, '-m', 'pytest', *(['--slow'] if slow else []), '--durations=5', '--durations-min=5']
     return subprocess.run(cmd, cwd=ROOT).returncode == 0
 
 if __name__ == '__main__':
@@ -25,8 +25,8 @@ if __name__ == '__main__':
     p.add_argument('--workers', type=int, default=2, help='notebooks at once')
     p.add_argument('--slow', action='store_true', help='slow cells and slow tests too')
     p.add_argument('--only', choices=['notebooks', 'pytest'])
-    args, rest = p.parse_known_args()
+    args = p.parse_args()
     ok = True
-    if args.only != 'pytest': ok = notebooks(args.workers, args.slow, rest)
-    if args.only != 'notebooks': ok = pytest(args.slow, rest) and ok
+    if args.only != 'pytest': ok = notebooks(args.workers, args.slow)
+    if args.only != 'notebooks': ok = pytest(args.slow) and ok
     sys.exit(not ok)
