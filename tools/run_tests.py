@@ -9,8 +9,7 @@ def notebooks(workers, slow):
     nbs = sorted(p for p in (ROOT/'nbs').glob('*.ipynb') if p.name[0] not in '._')
     cmd = [str(Path(sys.executable).with_name('nbdev_test')), '--n_workers', str(min(workers, len(nbs))), '--timing']
     if slow: cmd += ['--flags', 'slow']
-    t0, env = time.time(), {**os.environ, 'OMP_NUM_THREADS': '1' if workers > 1 else os.environ.get('OMP_NUM_THREADS', '')}
-    if not env['OMP_NUM_THREADS']: del env['OMP_NUM_THREADS']
+    t0, env = time.time(), os.environ | ({'OMP_NUM_THREADS': '1'} if workers > 1 else {})
     ok = subprocess.run(cmd, cwd=ROOT, env=env).returncode == 0
     print(f"chapters: {len(nbs)} run in {time.time()-t0:.0f} s, {'all passed' if ok else 'SOME FAILED (named above)'}", flush=True)
     return ok
