@@ -180,7 +180,7 @@ class DecodeBatch:
         if self.seen is not None:
             for row,p in zip(self.seen, prompts): row[[i for i in p if i < self.v]] = True
 
-# %% ../../nbs/12_model.generate.ipynb #bf2c2880
+# %% ../../nbs/12_model.generate.ipynb #51114fbe
 @patch
 def _logits(self:DecodeBatch):
     "Scores (b,v) for each row's next token. Of a prompt only the last token's are wanted, so the head sees no other."
@@ -197,11 +197,12 @@ def step(self:DecodeBatch)->tuple[list[int], list[float]]: # one token id a row,
     try: logits = self._logits()[:, :self.v].float()                             # (b,v)
     finally:
         if was_training: self.model.train()
-    if logits.isnan().any(): raise SLMError("the model's output is not a number: the checkpoint is damaged, or its training diverged")
+    logprobs = logits.log_softmax(-1)                                            # (b,v)
+    if logprobs[:, 0].isnan().any(): raise SLMError("the model's output is not a number: the checkpoint is damaged, or its training diverged")
     ids = self.sampler(logits, self.seen)                                        # (b,)
     if self.seen is not None: self.seen.scatter_(1, ids[:, None], True)
     self.x, self.seqlens = ids[:, None], None                                    # (b,1)
-    return ids.tolist(), logits.log_softmax(-1).gather(1, ids[:, None])[:, 0].tolist()
+    return ids.tolist(), logprobs.gather(1, ids[:, None])[:, 0].tolist()
 
 @patch
 def keep(self:DecodeBatch,
