@@ -36,6 +36,7 @@ def shake(model, seed=0):
     return model.eval()
 
 def hf_model(kind='llama', seed=0, **over):
+    torch.manual_seed(seed)
     Config, Model = KINDS[kind]
     kw = dict(vocab_size=96, n_positions=64, n_embd=64, n_layer=2, n_head=4) if kind == 'gpt2' else DIMS
     return shake(Model(Config(**(kw | over))), seed)
@@ -45,7 +46,9 @@ def logits(m, ids=IDS):
     out = m(ids)
     return getattr(out, 'logits', out)
 
-def our_model(seed=0, **over): return shake(GPT(replace(BASE, **over)), seed)
+def our_model(seed=0, **over):
+    torch.manual_seed(seed)
+    return shake(GPT(replace(BASE, **over)), seed)
 
 # ---- configurations
 
@@ -63,7 +66,16 @@ def test_any_configuration_survives_the_round_trip(data):
     back = GPTConfig.from_hf(d)
     if hf_family(cfg) == 'gpt2': cfg = replace(cfg, rope_theta=back.rope_theta, rope_scaling=back.rope_scaling) # not used there
     assert back == cfg
-    if 'rope_parameters' in d: assert d['rope_parameters']['rope_theta'] == d['rope_theta']
+    if 'rope_parameters' in d:                                       # the two spellings agree, and each is enough alone
+        new, old = {k:v for k,v in d.items() if k not in ('rope_theta', 'rope_scaling')}, {k:v for k,v in d.items() if k != 'rope_parameters'}
+        assert GPTConfig.from_hf(new) == GPTConfig.from_hf(old) == cfg
+
+@given(st.sampled_from(sorted(BASE.to_hf())), st.one_of(st.none(), st.booleans(), st.integers(-3, 3), st.floats(allow_nan=False), st.text(max_size=3), st.lists(st.integers(), max_size=2),
+                                                       st.dictionaries(st.sampled_from(['rope_type', 'factor', 'x']), st.one_of(st.none(), st.text(max_size=3), st.integers()), max_size=2)))
+@settings(max_examples=150, deadline=None)
+def test_a_damaged_value_is_refused_in_one_line_or_harmless(key, value):
+    try: assert isinstance(GPTConfig.from_hf(BASE.to_hf() | {key:value}), GPTConfig)
+    except SLMError as e: assert '\n' not in str(e)
 
 REAL = { # facts from the published config.json files
     'SmolLM2-135M': (dict(model_type='llama', vocab_size=49152, hidden_size=576, intermediate_size=1536, num_hidden_layers=30, num_attention_heads=9, num_key_value_heads=3,
@@ -340,6 +352,7 @@ def test_quantised_gguf_equals_transformers_reader(tmp_path, qtype, tol):
 def test_rows_are_permuted_for_the_rotary_pairs():
     "Rotating neighbours after the permutation is rotating halves before it (an independent rotation, complex numbers)"
     hd, h, t = 16, 3, 5
+    torch.manual_seed(0)
     w, x = torch.randn(h*hd, 32, dtype=torch.float64), torch.randn(t, 32, dtype=torch.float64)
     turn = torch.polar(torch.ones(t, hd//2, dtype=torch.float64), torch.arange(t)[:,None]*10_000.**(-torch.arange(0, hd, 2)/hd).double())[:,None]
     q = (x @ w.T).view(t, h, hd)
@@ -357,7 +370,7 @@ def test_llama3_scaling_is_recovered_from_its_factors(hd, theta, factor, high, o
     torch.testing.assert_close(rope_inv_freq(hd, theta, got), inv, rtol=1e-3, atol=0)
 
 @pytest.mark.parametrize('word,kw', [('several parts', dict(add_split_count=3)), ('num_experts', dict(add_expert_count=8)), ('sliding_window', dict(add_sliding_window=16)),
-                                     ('partial_rotary_factor', dict(add_rope_dimension_count=8)), ('mamba', dict(arch='mamba')), ('token_embd', None)])
+                                     ('partial_rotary_factor', dict(add_rope_dimension_count=8)), ('mamba', dict(arch='mamba')), ('embedding_length', None)])
 def test_gguf_that_cannot_be_opened(tmp_path, word, kw):
     def add_split_count(w, n): w.add_uint16('split.count', n)
     p = tmp_path/'m.gguf'

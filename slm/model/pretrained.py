@@ -22,7 +22,7 @@ from .layers import rope_inv_freq
 from .gpt import GPT, GPTConfig
 from ..data.tokenizer import Tokenizer
 
-# %% ../../nbs/13_model.pretrained.ipynb #781a654f
+# %% ../../nbs/13_model.pretrained.ipynb #00174a88
 LLAMA_ACT = {'swiglu':'silu', 'geglu':'gelu', 'reglu':'relu'} # ours -> hidden_act of a gated MLP
 GPT2_ACT = {'gelu_tanh':'gelu_new', 'gelu':'gelu', 'relu':'relu', 'relu2':'relu2', 'silu':'silu'} # ours -> activation_function
 
@@ -35,10 +35,11 @@ def hf_family(
     if decoder and (cfg.norm, cfg.pos) == ('rms', 'rope') and cfg.act in LLAMA_ACT:
         if not cfg.qk_norm and cfg.d_model % cfg.n_head == 0: return 'llama'
         if cfg.qk_norm and not cfg.bias: return 'qwen3'
-    if decoder and (cfg.norm, cfg.pos) == ('layer', 'learned') and cfg.act in GPT2_ACT and cfg.bias and not cfg.qk_norm and square: return 'gpt2'
+    if decoder and (cfg.norm, cfg.pos) == ('layer', 'learned') and cfg.act in GPT2_ACT:
+        if square and cfg.bias and not cfg.qk_norm: return 'gpt2'
     return 'slm'
 
-# %% ../../nbs/13_model.pretrained.ipynb #434ce256
+# %% ../../nbs/13_model.pretrained.ipynb #59673e4e
 def _rope_to_hf(cfg):
     "Rotary settings in the words of transformers 5 and of what came before it"
     scaling = dict(cfg.rope_scaling or {})
@@ -49,14 +50,16 @@ def _rope_to_hf(cfg):
 def to_hf(self:GPTConfig)->dict: # the content of a Hugging Face config.json
     "This configuration as a Hugging Face `config.json`; `model_type` is llama, qwen3, gpt2 or, when none of them can express it, slm."
     family = hf_family(self)
-    res = dict(model_type=family, vocab_size=self.vocab_size, tie_word_embeddings=self.tied, bos_token_id=None, eos_token_id=None, pad_token_id=None)
+    res = dict(model_type=family, vocab_size=self.vocab_size, tie_word_embeddings=self.tied,
+               bos_token_id=None, eos_token_id=None, pad_token_id=None)
     if family == 'slm': return res | dict(architectures=['GPT'], slm=asdict(self))
     if family == 'gpt2':
-        return res | dict(architectures=['GPT2LMHeadModel'], n_positions=self.max_seq_len, n_embd=self.d_model, n_layer=self.n_layer, n_head=self.n_head,
-            n_inner=self.d_ff, activation_function=GPT2_ACT[self.act], layer_norm_epsilon=self.norm_eps,
+        return res | dict(architectures=['GPT2LMHeadModel'], n_positions=self.max_seq_len, n_embd=self.d_model, n_layer=self.n_layer,
+            n_head=self.n_head, n_inner=self.d_ff, activation_function=GPT2_ACT[self.act], layer_norm_epsilon=self.norm_eps,
             resid_pdrop=self.dropout, embd_pdrop=self.dropout, attn_pdrop=self.dropout)
-    res |= dict(architectures=['LlamaForCausalLM' if family == 'llama' else 'Qwen3ForCausalLM'], hidden_size=self.d_model, intermediate_size=self.d_ff,
-        num_hidden_layers=self.n_layer, num_attention_heads=self.n_head, num_key_value_heads=self.n_kv_head, head_dim=self.head_dim,
+    res |= dict(architectures=['LlamaForCausalLM' if family == 'llama' else 'Qwen3ForCausalLM'],
+        hidden_size=self.d_model, intermediate_size=self.d_ff, num_hidden_layers=self.n_layer,
+        num_attention_heads=self.n_head, num_key_value_heads=self.n_kv_head, head_dim=self.head_dim,
         hidden_act=LLAMA_ACT[self.act], max_position_embeddings=self.max_seq_len, rms_norm_eps=self.norm_eps,
         attention_bias=self.bias, attention_dropout=self.dropout, **_rope_to_hf(self))
     return res | (dict(mlp_bias=self.bias) if family == 'llama' else dict(use_sliding_window=False, sliding_window=None))
@@ -89,8 +92,9 @@ def _check_hf(d, family):
         _refuse('attention_bias', d.get('attention_bias'), f"an attention bias that differs from mlp_bias = {d.get('mlp_bias', False)}")
     if family == 'qwen3' and d.get('attention_bias'): _refuse('attention_bias', True, 'query and key norms with an attention bias')
 
-# %% ../../nbs/13_model.pretrained.ipynb #ab5647b4
-ROPE_TYPES = {'default':(), 'linear':('factor',), 'llama3':('factor', 'low_freq_factor', 'high_freq_factor', 'original_max_position_embeddings')}
+# %% ../../nbs/13_model.pretrained.ipynb #2958bc3c
+ROPE_TYPES = {'default':(), 'linear':('factor',), # rope_type -> what it needs
+              'llama3':('factor', 'low_freq_factor', 'high_freq_factor', 'original_max_position_embeddings')}
 
 def _rope_from_hf(d):
     "`rope_theta` and `rope_scaling` from either spelling"
@@ -99,10 +103,11 @@ def _rope_from_hf(d):
     kind = rope.pop('type', 'default'); kind = rope.pop('rope_type', kind)
     if kind not in ROPE_TYPES: _refuse('rope_type', kind, 'this way of stretching the rotary embedding')
     if kind == 'llama3': rope.setdefault('original_max_position_embeddings', d.get('max_position_embeddings'))
-    if lost := [k for k in ROPE_TYPES[kind] if rope.get(k) is None]: raise SLMError(f"config.json: rope_type {kind} needs {', '.join(lost)}")
+    if lost := [k for k in ROPE_TYPES[kind] if rope.get(k) is None]:
+        raise SLMError(f"config.json: rope_type {kind} needs {', '.join(lost)}: fetch the file again")
     return float(theta), None if kind == 'default' else dict(rope_type=kind, **{k:rope[k] for k in ROPE_TYPES[kind]})
 
-# %% ../../nbs/13_model.pretrained.ipynb #2bdce866
+# %% ../../nbs/13_model.pretrained.ipynb #5a5685f8
 def _from_llama(d, family):
     "Fields of `GPTConfig` from a Llama, Mistral or Qwen3 config"
     theta, scaling = _rope_from_hf(d)
@@ -113,36 +118,43 @@ def _from_llama(d, family):
     return dict(n_layer=d['num_hidden_layers'], n_head=n_head, n_kv_head=d.get('num_key_value_heads') or n_head, d_model=d['hidden_size'],
         d_ff=d['intermediate_size'], head_dim=d.get('head_dim') or d['hidden_size']//n_head, max_seq_len=d['max_position_embeddings'],
         norm='rms', norm_eps=d['rms_norm_eps'], pos='rope', rope_theta=theta, rope_scaling=scaling, act=acts[act],
-        bias=bool(d.get('attention_bias')), qk_norm=family == 'qwen3', tied=d.get('tie_word_embeddings', False), dropout=d.get('attention_dropout') or 0.)
+        bias=bool(d.get('attention_bias')), qk_norm=family == 'qwen3', tied=d.get('tie_word_embeddings', False),
+        dropout=d.get('attention_dropout') or 0.)
 
 def _from_gpt2(d):
     "Fields of `GPTConfig` from a GPT-2 config"
     acts = {v:k for k,v in GPT2_ACT.items()} | {'gelu_pytorch_tanh':'gelu_tanh'}
     act = d.get('activation_function', 'gelu_new')
     if act not in acts: _refuse('activation_function', act, 'this activation')
-    return dict(n_layer=d['n_layer'], n_head=d['n_head'], n_kv_head=d['n_head'], d_model=d['n_embd'], d_ff=d.get('n_inner') or 4*d['n_embd'],
-        head_dim=d['n_embd']//d['n_head'], max_seq_len=d['n_positions'], norm='layer', norm_eps=d.get('layer_norm_epsilon', 1e-5),
-        pos='learned', act=acts[act], bias=True, qk_norm=False, tied=d.get('tie_word_embeddings', True), dropout=d.get('resid_pdrop', 0.))
+    return dict(n_layer=d['n_layer'], n_head=d['n_head'], n_kv_head=d['n_head'], d_model=d['n_embd'],
+        d_ff=d.get('n_inner') or 4*d['n_embd'], head_dim=d['n_embd']//d['n_head'], max_seq_len=d['n_positions'],
+        norm='layer', norm_eps=d.get('layer_norm_epsilon', 1e-5), pos='learned',
+        act=acts[act], bias=True, qk_norm=False, tied=d.get('tie_word_embeddings', True), dropout=d.get('resid_pdrop', 0.))
 
+# %% ../../nbs/13_model.pretrained.ipynb #4f788a14
 @patch(cls_method=True)
 def from_hf(cls:GPTConfig,
     d:dict, # the content of a config.json
 )->GPTConfig:
-    "Read a Hugging Face config of model_type llama, mistral, qwen3, gpt2 or slm; raises `SLMError` that names the key that cannot be expressed."
-    family = d.get('model_type')
-    _check_hf(d, family)
+    "Read a Hugging Face config of llama, mistral, qwen3, gpt2 (or our slm); raises `SLMError` that names the key that cannot be expressed."
     try:
+        family = d.get('model_type')
+        _check_hf(d, family)
         if family == 'slm':
-            if new := set(d['slm']) - {f.name for f in fields(cls)}: raise SLMError(f"config.json has {', '.join(sorted(new))}: it is newer than this slm, update it")
+            new = set(d['slm']) - {f.name for f in fields(cls)}
+            if new: raise SLMError(f"config.json has {', '.join(sorted(new))}: it was written by a newer slm, update yours")
             return cls(**d['slm'])
         if family in ('llama', 'mistral', 'qwen3'): kw = _from_llama(d, family)
         elif family == 'gpt2': kw = _from_gpt2(d)
         else: raise SLMError(f"config.json: model_type is {family!r}: this model opens llama, mistral, qwen3, gpt2 (and its own slm)")
         return cls(vocab_size=d['vocab_size'], norm_pos='pre', causal=True, n_types=0, **kw)
     except KeyError as e: raise SLMError(f"config.json lacks {e}: it is damaged, or not of a {family} model") from None
+    except (TypeError, AttributeError, ValueError, ArithmeticError) as e:
+        raise SLMError(f'config.json holds a value of the wrong kind ({e}): fetch it again') from None
 
-# %% ../../nbs/13_model.pretrained.ipynb #59162100
-GPT2_TOP = {'model.embed_tokens':'transformer.wte', 'model.embed_positions':'transformer.wpe', 'model.norm':'transformer.ln_f', 'lm_head':'lm_head'}
+# %% ../../nbs/13_model.pretrained.ipynb #7d3c4d71
+GPT2_TOP = {'model.embed_tokens':'transformer.wte', 'model.embed_positions':'transformer.wpe', 'model.norm':'transformer.ln_f',
+            'lm_head':'lm_head'}
 GPT2_LAYER = {'input_layernorm':'ln_1', 'self_attn.o_proj':'attn.c_proj', 'post_attention_layernorm':'ln_2',
               'mlp.up_proj':'mlp.c_fc', 'mlp.down_proj':'mlp.c_proj'}
 CONV1D = ('attn.c_attn.weight', 'attn.c_proj.weight', 'mlp.c_fc.weight', 'mlp.c_proj.weight') # kept as (in, out)
@@ -159,7 +171,8 @@ def from_gpt2(
         module, kind = name.rsplit('.', 1)
         m = re.fullmatch(r'transformer\.h\.(\d+)\.(.+)', module)
         if not m: yield f'{top.get(module, module)}.{kind}', t
-        elif m[2] == 'attn.c_attn': yield from ((f'model.layers.{m[1]}.self_attn.{n}_proj.{kind}', part) for n,part in zip('qkv', t.chunk(3)))
+        elif m[2] == 'attn.c_attn':
+            for n,part in zip('qkv', t.chunk(3)): yield f'model.layers.{m[1]}.self_attn.{n}_proj.{kind}', part
         else: yield f'model.layers.{m[1]}.{layer.get(m[2], m[2])}.{kind}', t
 
 # %% ../../nbs/13_model.pretrained.ipynb #0a4b9766
@@ -177,15 +190,16 @@ def to_gpt2(
         res[f'{new}.{kind}'] = t.T.contiguous() if f'{new}.{kind}'.endswith(CONV1D) else t
     return res
 
-# %% ../../nbs/13_model.pretrained.ipynb #e3ec3915
+# %% ../../nbs/13_model.pretrained.ipynb #5cfd11d7
 def _weight_files(folder):
     "The safetensors files of a Hugging Face folder: one, or the shards that its index names"
     one, index = folder/'model.safetensors', folder/'model.safetensors.index.json'
     if one.exists(): return [one]
     if not index.exists():
         pickles = sorted(p.name for pat in ('*.bin', '*.pt', '*.pth') for p in folder.glob(pat))
-        raise SLMError(f"'{folder}' has no model.safetensors" + (f": {pickles[0]} is a pickle, which can run code when opened, so it is not; "
-            "convert it with transformers' save_pretrained(safe_serialization=True)" if pickles else ': it is not a model folder, or is incomplete'))
+        if pickles: raise SLMError(f"'{folder}' has no model.safetensors, and {pickles[0]} is a pickle, which can run code when opened: "
+                                   "convert it with transformers (from_pretrained, then save_pretrained)")
+        raise SLMError(f"'{folder}' has no model.safetensors: it is not a model folder, or is incomplete")
     files = [folder/f for f in sorted(set(read_json(index).get('weight_map', {}).values()))]
     if lost := [f.name for f in files if not f.exists()]:
         raise SLMError(f"'{folder}' lacks {len(lost)} of {len(files)} shards: {', '.join(lost[:3])}; fetch them again")
@@ -200,8 +214,9 @@ def read_safetensors(
             for k in f.keys(): yield k, f.get_tensor(k)
     except (SafetensorError, OSError) as e: raise SLMError(f"'{path}' is damaged or cut short ({e}): fetch or save it again") from None
 
-# %% ../../nbs/13_model.pretrained.ipynb #b9d5ed3c
-_DTYPES = {torch.float64:'F64', torch.float32:'F32', torch.bfloat16:'BF16', torch.float16:'F16', torch.int64:'I64', torch.int32:'I32', torch.uint8:'U8', torch.bool:'BOOL'}
+# %% ../../nbs/13_model.pretrained.ipynb #7756ccd8
+_DTYPES = {torch.float64:'F64', torch.float32:'F32', torch.bfloat16:'BF16', torch.float16:'F16',
+           torch.int64:'I64', torch.int32:'I32', torch.uint8:'U8', torch.bool:'BOOL'}
 
 def write_safetensors(
     f, # binary file, open for writing
@@ -216,7 +231,7 @@ def write_safetensors(
     f.write(len(raw).to_bytes(8, 'little')); f.write(raw)
     for k in names: f.write(sd[k].detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
 
-# %% ../../nbs/13_model.pretrained.ipynb #871374be
+# %% ../../nbs/13_model.pretrained.ipynb #02a0f587
 def _some(names): return ', '.join(sorted(names)[:3]) + (f' and {len(names)-3} more' if len(names) > 3 else '')
 
 def _check_fit(
@@ -228,16 +243,17 @@ def _check_fit(
     faults = []
     if lost := set(want)-set(sd): faults.append(f'it lacks {_some(lost)}')
     if extra := set(sd)-set(want): faults.append(f'unknown are {_some(extra)}')
-    faults += [f'{k} is {tuple(sd[k].shape)}, not {tuple(want[k].shape)}' for k in sorted(set(want)&set(sd)) if want[k].shape != sd[k].shape][:3]
+    bent = [k for k in sorted(set(want)&set(sd)) if want[k].shape != sd[k].shape]
+    faults += [f'{k} is {tuple(sd[k].shape)}, not {tuple(want[k].shape)}' for k in bent[:3]]
     if faults: raise SLMError(f"'{where}' does not hold the weights that its configuration describes: {'; '.join(faults)}")
 
 def _build(cls, cfg, tensors, where, device='cpu', dtype=None):
     "A model whose parameters are the given tensors: no memory is allocated for what is mapped and already of the right type"
     if isinstance(dtype, str) and dtype != 'auto':
-        if not isinstance(getattr(torch, dtype, None), torch.dtype): raise SLMError(f"unknown dtype '{dtype}': use float32, bfloat16, float16 or auto")
+        if dtype not in ('float32', 'float64', 'bfloat16', 'float16'):
+            raise SLMError(f"unknown dtype '{dtype}': use float32, bfloat16, float16 or auto")
         dtype = getattr(torch, dtype)
-    device = get_device(device)
-    to = dict(device=device) if dtype == 'auto' else dict(device=device, dtype=dtype or torch.float32)
+    to = dict(device=get_device(device)) | (dict(dtype=dtype or torch.float32) if dtype != 'auto' else {})
     sd = {k:t.to(**to) for k,t in tensors if not k.endswith('rotary_emb.inv_freq')}
     emb, head = sd.get('model.embed_tokens.weight'), sd.get('lm_head.weight')
     if cfg.tied and head is not None:
@@ -249,12 +265,14 @@ def _build(cls, cfg, tensors, where, device='cpu', dtype=None):
     model.load_state_dict(sd, assign=True)
     return model.eval()
 
+# %% ../../nbs/13_model.pretrained.ipynb #5ec12d18
 def open_folder(
     folder:str|Path, # a run directory or a Hugging Face folder: config.json and safetensors
 )->tuple[GPTConfig,Iterator[tuple[str,Tensor]]]: # configuration; names and mapped tensors, in our naming
     "Configuration and weights of a folder; raises `SLMError` that names what is missing or damaged."
     folder = Path(folder)
-    if not (folder/'config.json').exists(): raise SLMError(f"'{folder}' has no config.json: it is not a run directory or a Hugging Face model folder")
+    if not (folder/'config.json').exists():
+        raise SLMError(f"'{folder}' has no config.json: it is not a run directory or a Hugging Face model folder")
     d = read_json(folder/'config.json')
     cfg, files = GPTConfig.from_hf(d), _weight_files(folder)
     tensors = (kv for f in files for kv in read_safetensors(f))
@@ -308,20 +326,21 @@ def gguf_name(
     new = f'model.layers.{m[1]}.{GGUF_LAYER[m[2]]}' if m and m[2] in GGUF_LAYER else GGUF_TOP.get(module, module)
     return f'{new}.{kind}'
 
-# %% ../../nbs/13_model.pretrained.ipynb #91982af6
+# %% ../../nbs/13_model.pretrained.ipynb #ef8413cd
 def llama3_scaling(
     factors:Tensor, # divisor of each rotary frequency (head_dim/2,)
     theta:float, # base of the frequencies
 )->dict: # `rope_scaling` with low_freq_factor 1
     "The Llama 3 rotary settings that give these factors; raises `SLMError` when none do."
     hd, want = 2*len(factors), rope_inv_freq(2*len(factors), theta)/factors
+    factor = round(factors.max().item(), 4)
     for high in (4., 2., 8., 16., 32.):
         for orig in (2**i for i in range(3, 21)):
-            res = dict(rope_type='llama3', factor=round(factors.max().item(), 4), low_freq_factor=1., high_freq_factor=high, original_max_position_embeddings=orig)
+            res = dict(rope_type='llama3', factor=factor, low_freq_factor=1., high_freq_factor=high, original_max_position_embeddings=orig)
             if torch.allclose(rope_inv_freq(hd, theta, res), want, rtol=1e-4, atol=0): return res
     raise SLMError('rope_freqs.weight holds no Llama 3 scaling: this way of stretching the rotary embedding cannot be read')
 
-# %% ../../nbs/13_model.pretrained.ipynb #eb9808f9
+# %% ../../nbs/13_model.pretrained.ipynb #26beaedf
 def gguf_config(
     r, # an open `gguf.GGUFReader`
 )->dict: # a Hugging Face config
@@ -331,32 +350,38 @@ def gguf_config(
     if arch not in ('llama', 'qwen3', 'gpt2'): raise SLMError(f"architecture '{arch}' of the GGUF file is not one of llama, qwen3, gpt2")
     at = lambda k, default=None: get(f'{arch}.{k}', default)
     need = lambda k: r.fields[f'{arch}.{k}'].contents()
-    d = dict(model_type=arch, vocab_size=shapes['token_embd.weight'][1], tie_word_embeddings='output.weight' not in shapes)
-    layers, width, heads, d_ff, context = [need(k) for k in ('block_count', 'embedding_length', 'attention.head_count', 'feed_forward_length', 'context_length')]
-    if arch == 'gpt2': return d | dict(n_positions=context, n_embd=width, n_layer=layers, n_head=heads, n_inner=d_ff, layer_norm_epsilon=need('attention.layer_norm_epsilon'))
-    head_dim, theta = at('attention.key_length', width//heads), at('rope.freq_base', 10_000.)
+    layers, d, d_ff, context = [need(k) for k in 'block_count embedding_length feed_forward_length context_length'.split()]
+    heads = need('attention.head_count')
+    res = dict(model_type=arch, vocab_size=shapes['token_embd.weight'][1], tie_word_embeddings='output.weight' not in shapes)
+    if arch == 'gpt2': return res | dict(n_positions=context, n_embd=d, n_layer=layers, n_head=heads, n_inner=d_ff,
+                                         layer_norm_epsilon=need('attention.layer_norm_epsilon'))
+    head_dim, theta = at('attention.key_length', d//heads), at('rope.freq_base', 10_000.)
     rope, kind = dict(rope_type='default'), at('rope.scaling.type', 'none')
     if kind != 'none': rope = dict(rope_type=kind, factor=at('rope.scaling.factor'))
     if f := next((t for t in r.tensors if t.name == 'rope_freqs.weight'), None): rope = llama3_scaling(torch.tensor(f.data), theta)
-    return d | dict(num_hidden_layers=layers, hidden_size=width, num_attention_heads=heads, num_key_value_heads=at('attention.head_count_kv', heads),
-        head_dim=head_dim, intermediate_size=d_ff, max_position_embeddings=context, rms_norm_eps=need('attention.layer_norm_rms_epsilon'),
-        rope_parameters=dict(rope, rope_theta=theta), partial_rotary_factor=at('rope.dimension_count', head_dim)/head_dim,
-        num_experts=at('expert_count', 0), sliding_window=at('attention.sliding_window'), use_sliding_window=True,
+    return res | dict(num_hidden_layers=layers, hidden_size=d, intermediate_size=d_ff, num_attention_heads=heads,
+        num_key_value_heads=at('attention.head_count_kv', heads), head_dim=head_dim, max_position_embeddings=context,
+        rms_norm_eps=need('attention.layer_norm_rms_epsilon'), rope_parameters=dict(rope, rope_theta=theta),
+        partial_rotary_factor=at('rope.dimension_count', head_dim)/head_dim, num_experts=at('expert_count', 0),
+        sliding_window=at('attention.sliding_window'), use_sliding_window=True,
         attention_bias='blk.0.attn_q.bias' in shapes, mlp_bias='blk.0.ffn_up.bias' in shapes)
 
-# %% ../../nbs/13_model.pretrained.ipynb #da7b1b1e
+# %% ../../nbs/13_model.pretrained.ipynb #3e9b3568
 def _gguf_tensors(r, path, cfg, arch):
     "Names and float32 tensors in our naming and layout"
     from gguf.quants import dequantize
-    for t in progress(r.tensors, f'reading {path.name}', disable=None if sum(int(t.n_elements) for t in r.tensors) > 5e8 else True):
+    large = sum(int(t.n_elements) for t in r.tensors) > 5e8
+    for t in progress(r.tensors, f'reading {path.name}', disable=None if large else True):
         if t.name == 'rope_freqs.weight': continue
         try: w = torch.from_numpy(np.asarray(dequantize(t.data, t.tensor_type)))
-        except NotImplementedError: raise SLMError(f"'{path}': {t.name} is stored as {t.tensor_type.name}, which cannot be read: take a Q4_K_M, Q8_0 or F16 file") from None
+        except NotImplementedError:
+            raise SLMError(f"'{path}': {t.name} is stored as {t.tensor_type.name}, which cannot be read: take Q4_K_M or Q8_0") from None
         name = gguf_name(t.name)
         if arch == 'llama' and '.self_attn.q_proj.' in name: w = rope_from_gguf(w, cfg.n_head)
         if arch == 'llama' and '.self_attn.k_proj.' in name: w = rope_from_gguf(w, cfg.n_kv_head)
-        if '.attn_qkv.' not in t.name: yield name, w
-        else: yield from ((f"model.layers.{t.name.split('.')[1]}.self_attn.{n}_proj.{t.name.rsplit('.', 1)[1]}", part) for n,part in zip('qkv', w.chunk(3)))
+        if '.attn_qkv.' not in name: yield name, w                                   # GPT-2's are still fused there
+        else:
+            for n,part in zip('qkv', w.chunk(3)): yield name.replace('blk', 'model.layers').replace('attn_qkv', f'self_attn.{n}_proj'), part
 
 def open_gguf(
     path:str|Path, # a .gguf file
@@ -375,9 +400,9 @@ def open_gguf(
         raise SLMError(f"'{path}' is not a GGUF file, is damaged or cut short ({type(e).__name__}: {e}): fetch it again") from None
     return cfg, _gguf_tensors(r, path, cfg, d['model_type'])
 
-# %% ../../nbs/13_model.pretrained.ipynb #162a878e
-HUB_FILES = ['config.json', 'generation_config.json', 'tokenizer.json', 'tokenizer_config.json', 'special_tokens_map.json', 'chat_template.jinja',
-             '*.safetensors', '*.safetensors.index.json'] # what is fetched from a hub repository
+# %% ../../nbs/13_model.pretrained.ipynb #2d5395a1
+HUB_FILES = ['config.json', 'generation_config.json', 'tokenizer.json', 'tokenizer_config.json', 'special_tokens_map.json',
+             'chat_template.jinja', '*.safetensors', '*.safetensors.index.json'] # what is fetched from a hub repository
 
 def local_model(
     id_or_path:str|Path, # run directory, Hugging Face folder, .gguf file, or hub id ('OWNER/NAME')
@@ -390,9 +415,11 @@ def local_model(
     import huggingface_hub as hub
     try: return Path(hub.snapshot_download(str(id_or_path), allow_patterns=HUB_FILES))
     except hub.errors.GatedRepoError:
-        raise SLMError(f"'{id_or_path}' asks for an agreement: accept it on https://huggingface.co/{id_or_path}, then `hf auth login`") from None
+        raise SLMError(f"'{id_or_path}' asks for an agreement: accept it on https://huggingface.co/{id_or_path}, "
+                       "then `hf auth login`") from None
     except hub.errors.RepositoryNotFoundError:
-        raise SLMError(f"'{id_or_path}' is neither a folder here nor a public model on the hub: check the spelling, or `hf auth login`") from None
+        raise SLMError(f"'{id_or_path}' is neither a folder here nor a public model on the hub: check the spelling, "
+                       "or `hf auth login`") from None
     except Exception as e:
         if not isinstance(e, OSError) and type(e).__module__.partition('.')[0] not in ('huggingface_hub', 'httpx', 'requests'): raise
         raise SLMError(f"'{id_or_path}' is no folder here, and the hub cannot be reached ({type(e).__name__}): connect once (it is kept), "
@@ -404,7 +431,7 @@ def open_model(
     "Configuration and weights of a folder or a GGUF file."
     if path.is_dir(): return open_folder(path)
     if path.suffix == '.gguf': return open_gguf(path)
-    raise SLMError(f"'{path}' is not a model folder or a .gguf file" + (': give the folder that holds it' if path.suffix == '.safetensors' else ''))
+    raise SLMError(f"'{path}' is not a model folder or a .gguf file: give the folder that holds config.json and model.safetensors")
 
 @patch(cls_method=True)
 def from_pretrained(cls:GPT,
@@ -416,7 +443,7 @@ def from_pretrained(cls:GPT,
     path = local_model(id_or_path)
     return _build(cls, *open_model(path), path, device, dtype)
 
-# %% ../../nbs/13_model.pretrained.ipynb #1e351804
+# %% ../../nbs/13_model.pretrained.ipynb #121fa319
 def check_tokenizer(
     cfg:GPTConfig,
     tok:Tokenizer,
@@ -426,8 +453,8 @@ def check_tokenizer(
     "Raise `SLMError` when `tok` cannot be the tokenizer that the model was trained with."
     spare = cfg.vocab_size - tok.vocab_size
     if spare < 0 or spare > max(127, min(512, cfg.vocab_size//16)) or (fingerprint and fingerprint != tok.fingerprint):
-        raise SLMError(f"'{where}' is a checkpoint of another tokenizer: the model has {cfg.vocab_size} tokens, the tokenizer {tok.vocab_size}"
-                       + (' (other ones)' if spare == 0 else '') + '; use the tokenizer.json that it was trained with')
+        raise SLMError(f"'{where}' is a checkpoint of another tokenizer: the model has {cfg.vocab_size} tokens, "
+                       f"this tokenizer {tok.vocab_size}{' other ones' if spare == 0 else ''}; use the one that it was trained with")
 
 def load_model_and_tokenizer(
     id_or_path:str|Path, # run directory, Hugging Face folder, .gguf file, or hub id
