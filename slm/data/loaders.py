@@ -6,14 +6,14 @@
 __all__ = ['SCHEMA', 'write_shard', 'check_shard', 'TokenShards', 'TokenData', 'tokenize', 'epoch_plan', 'doc_lens',
            'LMDataLoader', 'LMValidLoader', 'token_dls']
 
-# %% ../../nbs/04_data.loaders.ipynb #3a1b0bed
+# %% ../../nbs/04_data.loaders.ipynb #68f5bbb0
 import contextlib, errno, functools, itertools, os, re, zlib
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 import numpy as np
 from fastcore.basics import patch
 from ..core import SLMError, atomic_file, progress, read_json, slm_home, write_json
-from .tokenizer import Tokenizer, train_bpe
+from .tokenizer import Tokenizer
 
 # %% ../../nbs/04_data.loaders.ipynb #91c902d7
 SCHEMA = 1
@@ -137,8 +137,8 @@ class TokenData:
             for s in meta[split]: check_shard(path/split, s, np.dtype(meta['dtype']).itemsize, verify)
         return cls(path, meta)
 
-# %% ../../nbs/04_data.loaders.ipynb #7d0b5048
-def _encoded(docs:Iterable[str], tok:Tokenizer, dtype, chars:int=1<<22)->Iterator[tuple[np.ndarray,int]]:
+# %% ../../nbs/04_data.loaders.ipynb #812243ea
+def _encoded(docs:Iterable[str], tok:Tokenizer, dtype, chars:int)->Iterator[tuple[np.ndarray,int]]:
     "Token ids with the end mark, and the number of bytes, of each document"
     def batches():
         batch, n = [], 0
@@ -184,16 +184,18 @@ def tokenize(
     (out/'building.json').unlink()
     return TokenData.open(out, tok, verify=False)
 
-# %% ../../nbs/04_data.loaders.ipynb #5cfa6315
+# %% ../../nbs/04_data.loaders.ipynb #69dd8414
 def _tokenize_split(corpus, tok, out, state, split):
     "Encode what is not yet in `state[split]`, noting each finished shard in building.json"
     done = state[split]; n_docs = sum(s['n_docs'] for s in done)
-    with progress(desc=f'tokenizing {split}', unit='B', initial=sum(s['n_bytes'] for s in done)) as bar:
+    total = getattr(corpus, 'n_bytes', {}).get(split)
+    with progress(desc=f'tokenizing {split}', total=total, unit='B', initial=sum(s['n_bytes'] for s in done)) as bar:
         docs, n_tokens, n_bytes = [], 0, 0
         def close():
             done.append(write_shard(out/split, len(done), docs, n_bytes))
             with _disk(out): write_json(out/'building.json', state)
-        for ids,n in _encoded(itertools.islice(corpus.docs(split), n_docs, None), tok, state['dtype']):
+        for ids,n in _encoded(itertools.islice(corpus.docs(split), n_docs, None), tok, state['dtype'],
+                              min(1<<22, 2*state['shard_tokens'])): # not far more than the shard needs
             docs.append(ids); n_tokens += len(ids); n_bytes += n; bar.update(n)
             if n_tokens >= state['shard_tokens']: close(); docs, n_tokens, n_bytes = [], 0, 0
         if docs: close()
