@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['SCHEMA', 'STATUSES', 'SLMError', 'atomic_file', 'atomic_dir', 'write_json', 'read_json', 'set_seed', 'rng_state',
            'set_rng_state', 'get_device', 'hardware', 'matmul_flops', 'best_dtype', 'Metric', 'bootstrap_ratio',
-           'versions', 'git_commit', 'RunDir', 'list_runs', 'progress', 'slm_home', 'free_disk']
+           'versions', 'git_commit', 'portable', 'RunDir', 'list_runs', 'progress', 'slm_home', 'free_disk']
 
 # %% ../nbs/00_core.ipynb #51384175
 import contextlib, datetime, functools, json, math, os, platform, random, shutil, subprocess, sys, tempfile, time
@@ -189,17 +189,17 @@ def matmul_flops(
         best, t_end = min(best, t1-t0), t_end or t1+seconds
     return 2*n**3/best
 
-# %% ../nbs/00_core.ipynb #3ece4222
+# %% ../nbs/00_core.ipynb #b0f4fa26
 def best_dtype(
     device:str='cpu', # where training will run
-)->str: # 'bfloat16', 'float16' or 'float32'
+)->str: # 'bfloat16' or 'float32'
     "The number format that multiplies fastest on `device`, by measurement on a processor."
     import torch
-    if device.startswith('cuda'): return 'bfloat16' if torch.cuda.is_bf16_supported(including_emulation=False) else 'float16'
+    if device.startswith('cuda'): return 'bfloat16' if torch.cuda.is_bf16_supported(including_emulation=False) else 'float32'
     if device.startswith('mps'): return 'float32'
     return 'bfloat16' if matmul_flops('cpu', 'bfloat16') > 1.2*matmul_flops('cpu', 'float32') else 'float32'
 
-# %% ../nbs/00_core.ipynb #444845e6
+# %% ../nbs/00_core.ipynb #22f056af
 @dataclass
 class Metric:
     "A measured figure with its 95 % interval."
@@ -209,8 +209,8 @@ class Metric:
     n:int|None=None # sample size
     unit:str='' # 'bits/byte', 'tokens/s', …
     def __str__(self):
-        s = f'{self.value:.4g}' if self.lo is None else f'{self.value:.4g} [{self.lo:.4g}, {self.hi:.4g}]'
-        return f'{s} {self.unit}'.strip()
+        f = lambda v: f'{v:,.0f}' if abs(v) >= 1000 else f'{v:.4g}'
+        return f"{f(self.value)}{'' if self.lo is None else f' [{f(self.lo)}, {f(self.hi)}]'} {self.unit}".strip()
 
 def bootstrap_ratio(
     num:np.ndarray, # one numerator a unit (bits in a document, say)
@@ -228,7 +228,7 @@ def bootstrap_ratio(
     lo, hi = np.percentile(stats, [2.5, 97.5])
     return Metric(float(num.sum()/den.sum()), float(lo), float(hi), len(num), unit)
 
-# %% ../nbs/00_core.ipynb #1ba9abd9
+# %% ../nbs/00_core.ipynb #eda41a88
 SCHEMA = 1
 STATUSES = ('running', 'done', 'interrupted', 'failed')
 
@@ -248,13 +248,15 @@ def git_commit()->str|None: # None outside of a clone
         if (r := git('rev-parse', '--short=12', 'HEAD')).returncode == 0:
             return r.stdout.strip() + ('+' if git('status', '--porcelain', '-uno', '.').stdout.strip() else '')
 
-def _relative_command(argv):
-    "The command line with absolute paths cut down to their last part"
-    cut = lambda a: a if not os.path.isabs(a) else Path(a).name
-    return ' '.join('='.join(map(cut, a.split('=', 1))) if a.startswith('-') else cut(a) if ':' not in a
-                    else ':'.join(map(cut, a.split(':', 1))) for a in argv)
+def portable(
+    arg:str, # a path, `files:PATH`, `--option=PATH`, or anything else
+)->str:
+    "`arg` with an absolute path cut down to its last part."
+    cut = lambda a: Path(a).name if os.path.isabs(a) else a
+    sep = '=' if arg.startswith('-') else ':'
+    return sep.join(map(cut, arg.split(sep, 1)))
 
-# %% ../nbs/00_core.ipynb #40c11d79
+# %% ../nbs/00_core.ipynb #208229cb
 class RunDir:
     "A folder that one stage writes and the next one reads, described by its `run.json`."
     def __init__(self, path:str|Path): self.path, self.info = Path(path), {}
@@ -278,7 +280,7 @@ class RunDir:
             raise SLMError(f"'{r.path}' already holds a run: choose another --out, or remove it")
         try: r.path.mkdir(parents=True, exist_ok=True)
         except OSError as e: raise SLMError(f"cannot make '{r.path}' ({e.strerror}): choose another --out") from None
-        r.info = dict(schema=SCHEMA, stage=stage, command=_relative_command(sys.argv), config=config or {}, seed=seed, commit=git_commit(),
+        r.info = dict(schema=SCHEMA, stage=stage, command=' '.join(map(portable, sys.argv)), config=config or {}, seed=seed, commit=git_commit(),
                       started=datetime.datetime.now(datetime.timezone.utc).isoformat(timespec='seconds'), versions=versions(),
                       hardware=hardware(), data=data or {}, parent=parent, metrics={}, status='running')
         r.save(); return r
