@@ -6,20 +6,21 @@
 __all__ = ['app', 'Json', 'MaxBytes', 'DEMO_PROMPTS', 'main', 'corpus', 'tokenize', 'runs', 'pretrain', 'resume', 'demo',
            'generate']
 
-# %% ../nbs/61_cli.ipynb #38aead8a
-import errno, json, os, sys
+# %% ../nbs/61_cli.ipynb #fff7db54
+import errno, json, os, sys, warnings
 from pathlib import Path
 from typing import Annotated, Optional
 import typer
 from . import __version__
 from .core import *
 
-# %% ../nbs/61_cli.ipynb #11288169
+# %% ../nbs/61_cli.ipynb #d3e63df7
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None,
                   help='Train a small language model of your own, whole life, on your own machine.')
 
 def main():
     "Entry point of the command `slm`."
+    warnings.filterwarnings('ignore', category=FutureWarning) # of the libraries; our users can do nothing about them
     try: app()
     except SLMError as e: _fail(e)
     except KeyboardInterrupt: print('slm: interrupted', file=sys.stderr); raise SystemExit(130)
@@ -78,12 +79,12 @@ def runs(root:Annotated[Path, typer.Argument(help='A folder of runs.')]=Path('ru
     if not rs: print(f'no runs under {root}')
     for r in rs: print(f"{str(r.path):32} {r.info['stage']:10} {r.info['status']:12} {' · '.join(f'{k} {Metric(**m)}' for k,m in list(r.info['metrics'].items())[:2])}")
 
-# %% ../nbs/61_cli.ipynb #d109d984
+# %% ../nbs/61_cli.ipynb #e993db8a
 @app.command()
 def pretrain(
     corpus:Annotated[str, typer.Option(help='A name, hf:OWNER/NAME[:column], or files:GLOB.')]='pydocs',
     out:Annotated[Path, typer.Option(help='Run directory to make.')]=Path('runs/pretrain'),
-    preset:Annotated[str, typer.Option(help='Model size: 1m, 3m, 10m, 25m, 50m, 125m, 350m.')]='1m',
+    preset:Annotated[str, typer.Option(help='Model size: 1m, 3m, 10m, 25m, 50m, 125m or 350m (see recipes/).')]='1m',
     minutes:Annotated[Optional[float], typer.Option(help='Train for so long,')]=None,
     steps:Annotated[Optional[int], typer.Option(help='or for so many optimiser steps,')]=None,
     tokens:Annotated[Optional[int], typer.Option(help='or on so many tokens.')]=None,

@@ -180,3 +180,8 @@ def test_stored_outputs_are_whole_and_name_no_machine(nb):
             text = json.dumps({k: v for k, v in o.get('data', {}).items() if not k.startswith('image/')}) + ''.join(o.get('text', ''))
             assert not re.search(r'/tmp/|/home/|/root/|/Users/|/var/folders/', text), f'{nb.name} prints a path of one machine:\n{docs.src(c)[:200]}'
     assert nb.stat().st_size < 2**21, f'{nb.name} is over 2 MiB'
+
+
+def test_recipes_follow_the_formulas():
+    r = subprocess.run([sys.executable, str(ROOT/'tools'/'recipes.py'), '--check'], capture_output=True, text=True)
+    assert r.returncode == 0, r.stdout+r.stderr
