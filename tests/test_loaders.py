@@ -18,7 +18,8 @@ def fake_corpus(train, valid=('valid text',), name='fake', fingerprint='01234567
 def tape_of(docs): return [i for d in docs for i in (*TOK.encode(d), TOK.eot_id)]
 def numbered(folder, n, parts=1, dtype='<u4'):
     "A tape whose token i is i, in several shards"
-    return TokenShards(folder, [write_shard(folder, k, [a.astype(dtype)], 0) for k,a in enumerate(np.array_split(np.arange(n), parts)) if len(a)], dtype)
+    arrs = [a.astype(dtype) for a in np.array_split(np.arange(n), parts) if len(a)]
+    return TokenShards(folder, [write_shard(folder, k, [a], 0) for k,a in enumerate(arrs)], dtype)
 def same(a, b): return all((s is None and t is None) or torch.equal(s, t) for s,t in zip(a, b, strict=True))
 
 DOCS = [f'doc {i} '+'abc '*(i*7 % 13) for i in range(40)]
@@ -34,7 +35,8 @@ def test_the_tape_is_the_documents(docs, shard_tokens, tmp_path_factory):
     assert d.train.read(0, d.train.n_tokens).tolist() == want and d.train.n_bytes == sum(len(t.encode()) for t in docs)
     assert [d.train.doc(i).tolist() for i in range(len(docs))] == [tape_of([t]) for t in docs]
     assert d.train.doc_ends.tolist() == np.cumsum([len(tape_of([t])) for t in docs]).tolist()
-    assert all(len(b) >= shard_tokens for b in d.train.bins[:-1]) and TOK.decode_bytes(d.valid.read(0, d.valid.n_tokens)) == ''.join(docs[:2]).encode()
+    assert all(len(b) >= shard_tokens for b in d.train.bins[:-1])
+    assert TOK.decode_bytes(d.valid.read(0, d.valid.n_tokens)) == ''.join(docs[:2]).encode()
     assert TOK.token_bytes()[want].sum() == d.train.n_bytes
 
 @quick
@@ -43,11 +45,13 @@ def test_the_tape_is_a_circle(n, parts, start, k, tmp_path_factory):
     assert numbered(tmp_path_factory.mktemp('t'), n, parts).read(start, k).tolist() == [(start+i) % n for i in range(k)]
 
 def test_wide_vocabulary_takes_four_bytes(tmp_path):
-    wide = SimpleNamespace(vocab_size=70_000, fingerprint='f'*16, eot_id=0, pad_id=5, save=lambda p: None, encode_batch=lambda ts: [[65_535, 69_999] for _ in ts])
+    wide = SimpleNamespace(vocab_size=70_000, fingerprint='f'*16, eot_id=0, pad_id=5, save=lambda p: None,
+                           encode_batch=lambda ts: [[65_535, 69_999] for _ in ts])
     d = tokenize(fake_corpus(['x', 'y']), wide, tmp_path/'t')
     assert d.train.dtype == np.uint32 and d.train.read(0, 6).tolist() == [65_535, 69_999, 0]*2
     assert TokenData.open(tmp_path/'t').meta['dtype'] == '<u4'
-def test_narrow_vocabulary_takes_two(data): assert data.train.dtype == np.uint16 and (data.path/'train'/'shard-00000.bin').stat().st_size == 2*len(data.train.bins[0])
+def test_narrow_vocabulary_takes_two(data):
+    assert data.train.dtype == np.uint16 and (data.path/'train'/'shard-00000.bin').stat().st_size == 2*len(data.train.bins[0])
 
 def test_real_corpus(tmp_path):
     corpus = build_corpus('pydocs', max_bytes=300_000); tok = train_bpe(corpus.docs('train'), 700)
@@ -181,7 +185,8 @@ def test_learner(data):
     class Net(torch.nn.Module):
         def __init__(self): super().__init__(); self.e = torch.nn.Embedding(TOK.vocab_size, TOK.vocab_size)
         def forward(self, x): seen.append(x.clone()); return self.e(x)
-    def loss(logits, y, mask, seqlens): assert (seqlens.sum(1) == 16).all(); return torch.nn.functional.cross_entropy(logits[mask], y[mask])
+    def loss(logits, y, mask, seqlens):
+        assert (seqlens.sum(1) == 16).all(); return torch.nn.functional.cross_entropy(logits[mask], y[mask])
     learn = Learner(dls, Net(), loss_func=loss, lr=.1, path=data.path)
     with learn.no_bar(), learn.no_logging(): learn.fit(3)
     first, last = learn.recorder.values[0], learn.recorder.values[-1]
@@ -195,7 +200,8 @@ def test_devices(data):
     assert all(t.device.type == 'meta' for dl in (dls.train, dls.valid) for t in dl.one_batch())
     dls.to('cpu'); assert dls.train.one_batch()[0].device.type == dls.valid.one_batch()[3].device.type == 'cpu'
 
-@pytest.mark.parametrize('bs,t,what', [(1, 10**6, 'longer than corpus .fake.'), (1000, 16, 'make the batch smaller'), (0, 16, 'at least 1'), (2, 0, 'at least 1')])
+@pytest.mark.parametrize('bs,t,what', [(1, 10**6, 'longer than corpus .fake.'), (1000, 16, 'make the batch smaller'), (0, 16, 'at least 1'),
+                                       (2, 0, 'at least 1')])
 def test_sizes_that_do_not_fit(data, bs, t, what):
     with pytest.raises(SLMError, match=what): token_dls(data, bs, t)
 def test_no_validation_text(tmp_path):
@@ -266,14 +272,14 @@ def test_a_full_disk_is_one_line_and_can_be_gone_on_from(data, tmp_path, monkeyp
 def copy(data, tmp_path): import shutil; shutil.copytree(data.path, tmp_path/'c'); return tmp_path/'c'
 
 @pytest.mark.parametrize('file', ['train/shard-00001.bin', 'train/shard-00000.idx', 'valid/shard-00000.bin', 'valid/shard-00000.idx'])
-@pytest.mark.parametrize('how,what', [('missing', 'is missing'), ('truncated', 'is truncated'), ('longer', 'is truncated|is longer|bytes of'), ('corrupt', 'is corrupt')])
+@pytest.mark.parametrize('how,what', [('missing', 'is missing'), ('truncated', 'is truncated'), ('longer', 'is too long'), ('corrupt', 'is corrupt')])
 def test_damaged_shards_are_named(copy, file, how, what):
     f = copy/file; b = f.read_bytes()
     if how == 'missing': f.unlink()
     else: f.write_bytes(dict(truncated=b[:-1], longer=b+b'\0', corrupt=b[:4]+bytes([b[4]^1])+b[5:])[how])
     with pytest.raises(SLMError, match=f'{f.name}.*({what})') as e: TokenData.open(copy)
     assert file in str(e.value) and '\n' not in str(e.value)
-    with pytest.raises(SLMError, match=f.name): tokenize(fake_corpus(DOCS, DOCS[:9]), TOK, copy) # never silently used, nor silently replaced
+    with pytest.raises(SLMError, match=f.name): tokenize(fake_corpus(DOCS, DOCS[:9]), TOK, copy) # neither used nor replaced in silence
     if how == 'corrupt': TokenData.open(copy, verify=False) # asked not to look
 
 def test_a_damaged_finished_shard_is_named_when_going_on(copy):
@@ -284,7 +290,8 @@ def test_a_damaged_finished_shard_is_named_when_going_on(copy):
 
 def test_damaged_meta(copy):
     good = json.loads((copy/'meta.json').read_text())
-    for content,what in (('{', 'not valid JSON'), (json.dumps({k:v for k,v in good.items() if k!='dtype'}), 'lacks dtype'), (json.dumps({**good, 'schema': 99}), 'newer version')):
+    less = {k:v for k,v in good.items() if k!='dtype'}
+    for content,what in (('{', 'not valid JSON'), (json.dumps(less), 'lacks dtype'), (json.dumps({**good, 'schema': 99}), 'newer version')):
         (copy/'meta.json').write_text(content)
         with pytest.raises(SLMError, match=what): TokenData.open(copy)
 
