@@ -350,11 +350,13 @@ def test_the_real_hub(here): # needs the network
 
 # ---------------------------------------------------------------- memory
 
-MEASURE = """
-import resource, sys
+MEASURE = r"""
+import re, resource, sys
 from slm.data.corpus import build_corpus
 c = build_corpus('files:'+sys.argv[1], out='out')
-print(sum(c.n_docs.values()), resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // (1<<20 if sys.platform == 'darwin' else 1<<10))
+if sys.platform == 'linux': mb = int(re.search(r'VmHWM:\s*(\d+)', open('/proc/self/status').read())[1]) >> 10 # ru_maxrss would count the parent's too
+else: mb = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss >> 20
+print(sum(c.n_docs.values()), mb)
 """
 def peak_mb(path):
     r = subprocess.run([sys.executable, '-c', MEASURE, str(path)], capture_output=True, text=True, env=os.environ | dict(PYTHONPATH=str(ROOT)))

@@ -303,7 +303,7 @@ def get_source(
         raise SLMError(f"corpus '{spec}' is incomplete: write '{src.usage}'")
     return replace(src, arg=arg, inputs=[])
 
-# %% ../../nbs/01_data.corpus.ipynb #66bd7113
+# %% ../../nbs/01_data.corpus.ipynb #c3f6ba34
 def _glob(pattern): return sorted(p for p in glob.glob(os.path.expanduser(pattern), recursive=True) if not os.path.isdir(p))
 
 def _find_files(src):
@@ -324,7 +324,7 @@ def _find_files(src):
 
 def _read_files(src):
     "Stream all documents of all files"
-    size = max(512, min(8192, sum(i['bytes'] for i in src.inputs)//100))
+    size = max(512, min(8192, sum(i['bytes'] for i in src.inputs)//50))
     for p in _glob(src.arg):
         kind = Path(p.removesuffix('.gz')).suffix.lower()
         docs = (read_parquet(p) if kind == '.parquet' else read_jsonl(p, src.errors) if kind in ('.jsonl', '.ndjson', '.json')
@@ -608,7 +608,7 @@ def abandon(self:_Shards):
     "Close the file, whatever state it is in."
     with contextlib.suppress(Exception): self.w and self.w.close()
 
-# %% ../../nbs/01_data.corpus.ipynb #905e0a91
+# %% ../../nbs/01_data.corpus.ipynb #45f1eacd
 _KEPT, _EXACT, _NEAR = 0, 1, 2
 
 def _decide(
@@ -629,8 +629,8 @@ def _char_classes(
     letters = of(map(chr, [*range(65, 91), *range(97, 123)])); digits = of('0123456789'); space = of(' \n\t')
     return {'letters a–z': letters, 'digits': digits, 'spaces and line ends': space,
             'ASCII punctuation': int(hist[:128].sum())-letters-digits-space,
-            'other letters of Europe, Near East': int(hist[0xc2:0xe0].sum()),
-            'other scripts, typographic signs': int(hist[0xe0:0xf0].sum()), 'emoji, rare scripts': int(hist[0xf0:].sum())}
+            'accents, Greek, Cyrillic, …': int(hist[0xc2:0xe0].sum()),
+            'other scripts, “quotes”, €': int(hist[0xe0:0xf0].sum()), 'emoji': int(hist[0xf0:].sum())}
 
 # %% ../../nbs/01_data.corpus.ipynb #e81c1aa0
 def _statistics(stage, fate, shards, tally, examples)->dict:
@@ -830,7 +830,7 @@ def card(self:Corpus)->str: # Markdown
     lines += [f"| dropped: {k} | {d['documents']:,} | {d['bytes']:,} |" for k,d in s['dropped'].items()]
     return '\n'.join(lines + ['', f"Documents repaired (accents, line ends, control characters): {s['repaired']:,}."])
 
-# %% ../../nbs/01_data.corpus.ipynb #64614782
+# %% ../../nbs/01_data.corpus.ipynb #38b9db55
 @patch
 def plot(self:Corpus, figsize:tuple=(11, 6)): # -> matplotlib figure
     "Lengths, sources, characters, and what became of the documents."
@@ -840,10 +840,11 @@ def plot(self:Corpus, figsize:tuple=(11, 6)): # -> matplotlib figure
     a.bar([np.log2(k)+.5 for k in oct], oct.values(), width=.95); ticks = range(int(np.log2(min(oct))), int(np.log2(max(oct)))+2, 2)
     a.set_xticks(ticks, [f'{2**t:,}' if t < 10 else f'{2**(t-10):,} k' for t in ticks])
     a.set(title='Length of documents', xlabel='bytes', ylabel='documents')
-    def bars(ax, items, title, xlabel, log=False):
-        ax.barh([k for k,_ in items][::-1], [v for _,v in items][::-1], log=log); ax.set(title=title, xlabel=xlabel)
+    def bars(ax, items, title, xlabel):
+        ax.bar_label(ax.barh([k for k,_ in items][::-1], [v for _,v in items][::-1]), fmt='{:,.4g}', padding=2)
+        ax.set(title=title, xlabel=xlabel); ax.margins(x=.15)
     bars(b, [(k[:32], v/1e6) for k,v in list(s['sources'].items())[:12]], 'Where it comes from', 'MB')
-    bars(c, [(k, max(v, .5)) for k,v in s['classes'].items()], 'Characters', 'count (log)', log=True)
+    bars(c, [(k, 100*v/sum(s['classes'].values())) for k,v in s['classes'].items()], 'Characters', '%')
     fates = [('kept', sum(s['documents'].values()))] + [(k, v['documents']) for k,v in s['dropped'].items()]
     bars(d, fates, f"What became of {s['read']['documents']:,} documents", 'documents')
     return fig
