@@ -367,11 +367,19 @@ SOURCES['shakespeare'] = Source(
     _read_shakespeare, _find_shakespeare, sha256='86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2dc565ed',
     filters='none: every character as in the file', gaps='only 40,000 lines of the plays', split='contiguous', val_frac=.1, normal=False)
 
-# %% ../../nbs/01_data.corpus.ipynb #4d186091
+# %% ../../nbs/01_data.corpus.ipynb #b4236d16
 _PYDOCS = dict(numpy=[''], pandas=[''], scipy=[''], matplotlib=[''], pyarrow=[''], datasets=[''], huggingface_hub=[''],
                torch=['nn', 'optim', 'utils/data', 'distributions', 'autograd'])
 _NO_DOCS = {'test', 'tests', 'testing', '_testing', '__pycache__', 'site-packages', 'dist-packages', 'idlelib', 'lib2to3', 'turtledemo',
             'ensurepip', 'pydoc_data', '_vendor', '_externals', 'externals', 'vendored'}
+
+def _documented(node):
+    "`node` and the classes and functions inside it, in the order of the source; expressions are not looked into"
+    if isinstance(node, (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)): yield node
+    for part in ('body', 'handlers', 'orelse', 'finalbody'):
+        for child in getattr(node, part, ()):
+            if isinstance(child, (ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef, ast.If, ast.Try, ast.With, ast.ExceptHandler)):
+                yield from _documented(child)
 
 def _docstrings(root, least=200):
     "The docstrings under a folder, in order of path and line"
@@ -381,9 +389,8 @@ def _docstrings(root, least=200):
             if not f.endswith('.py'): continue
             try: tree = ast.parse((Path(here)/f).read_bytes())
             except (SyntaxError, ValueError, RecursionError, OSError): continue
-            for node in ast.walk(tree):
-                if isinstance(node, (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)):
-                    if len(doc := ast.get_docstring(node) or '') >= least: yield doc
+            for node in _documented(tree):
+                if len(doc := ast.get_docstring(node) or '') >= least: yield doc
 
 # %% ../../nbs/01_data.corpus.ipynb #d040ea54
 def _pydocs_packages(src):
@@ -830,7 +837,7 @@ def card(self:Corpus)->str: # Markdown
     lines += [f"| dropped: {k} | {d['documents']:,} | {d['bytes']:,} |" for k,d in s['dropped'].items()]
     return '\n'.join(lines + ['', f"Documents repaired (accents, line ends, control characters): {s['repaired']:,}."])
 
-# %% ../../nbs/01_data.corpus.ipynb #38b9db55
+# %% ../../nbs/01_data.corpus.ipynb #c248e43a
 @patch
 def plot(self:Corpus, figsize:tuple=(11, 6)): # -> matplotlib figure
     "Lengths, sources, characters, and what became of the documents."
@@ -840,11 +847,11 @@ def plot(self:Corpus, figsize:tuple=(11, 6)): # -> matplotlib figure
     a.bar([np.log2(k)+.5 for k in oct], oct.values(), width=.95); ticks = range(int(np.log2(min(oct))), int(np.log2(max(oct)))+2, 2)
     a.set_xticks(ticks, [f'{2**t:,}' if t < 10 else f'{2**(t-10):,} k' for t in ticks])
     a.set(title='Length of documents', xlabel='bytes', ylabel='documents')
-    def bars(ax, items, title, xlabel):
-        ax.bar_label(ax.barh([k for k,_ in items][::-1], [v for _,v in items][::-1]), fmt='{:,.4g}', padding=2)
+    def bars(ax, items, title, xlabel, fmt):
+        ax.bar_label(ax.barh([k for k,_ in items][::-1], [v for _,v in items][::-1]), fmt=fmt, padding=2)
         ax.set(title=title, xlabel=xlabel); ax.margins(x=.15)
-    bars(b, [(k[:32], v/1e6) for k,v in list(s['sources'].items())[:12]], 'Where it comes from', 'MB')
-    bars(c, [(k, 100*v/sum(s['classes'].values())) for k,v in s['classes'].items()], 'Characters', '%')
+    bars(b, [(k[:32], v/1e6) for k,v in list(s['sources'].items())[:12]], 'Where it comes from', 'MB', '{:.2f}')
+    bars(c, [(k, 100*v/sum(s['classes'].values())) for k,v in s['classes'].items()], 'Characters', '%', '{:.3f}')
     fates = [('kept', sum(s['documents'].values()))] + [(k, v['documents']) for k,v in s['dropped'].items()]
-    bars(d, fates, f"What became of {s['read']['documents']:,} documents", 'documents')
+    bars(d, fates, f"What became of {s['read']['documents']:,} documents", 'documents', '{:,.0f}')
     return fig
