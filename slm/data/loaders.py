@@ -33,7 +33,7 @@ def _disk(path:Path):
         if e.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EROFS): raise
         raise SLMError(f"cannot write to '{path}' ({e.strerror}): make room or choose another place, then run it again to go on") from None
 
-# %% ../../nbs/04_data.loaders.ipynb #9f1cc2e3
+# %% ../../nbs/04_data.loaders.ipynb #e828027c
 def write_shard(
     folder:Path, # of this split
     k:int, # number of the shard
@@ -58,10 +58,11 @@ def check_shard(
     for ext,size in (('bin', shard['n_tokens']*itemsize), ('idx', shard['n_docs']*8)):
         f = folder/f"{shard['name']}.{ext}"; again = f"delete '{folder.parent}' and tokenize again"
         if not f.exists(): raise SLMError(f"token shard '{f}' is missing: {again}")
-        if (n := f.stat().st_size) != size: raise SLMError(f"token shard '{f}' is truncated ({n:,} bytes of {size:,}): {again}")
+        if (n := f.stat().st_size) != size:
+            raise SLMError(f"token shard '{f}' is {'truncated' if n < size else 'too long'} ({n:,} bytes, not {size:,}): {again}")
         if verify and _crc(f) != shard['crc32'][ext]: raise SLMError(f"token shard '{f}' is corrupt (its checksum differs): {again}")
 
-# %% ../../nbs/04_data.loaders.ipynb #c4f3d82a
+# %% ../../nbs/04_data.loaders.ipynb #ad6dcb52
 class TokenShards:
     "One split's tokens: memory-mapped shards that read as one circular tape."
     def __init__(self,
@@ -76,7 +77,8 @@ class TokenShards:
         self.starts = np.cumsum([0]+[s['n_tokens'] for s in shards]) # where each shard begins on the tape
         self.first_doc = np.cumsum([0]+[s['n_docs'] for s in shards])
     def __len__(self): return self.n_tokens
-    def __repr__(self): return f'TokenShards({self.n_tokens:,} tokens, {self.n_docs:,} documents, {self.n_bytes:,} bytes, {len(self.bins)} shards)'
+    def __repr__(self):
+        return f'TokenShards({self.n_tokens:,} tokens, {self.n_docs:,} documents, {self.n_bytes:,} bytes, {len(self.bins)} shards)'
 
     def read(self,
         start:int, # position on the tape; any integer
@@ -104,14 +106,15 @@ def doc_ends(self:TokenShards)->np.ndarray: # int64 (n_docs,)
     "Where each document ends on the tape (the position behind its end mark)."
     return np.concatenate([np.zeros(0, np.int64), *(i.astype(np.int64)+s for i,s in zip(self.idxs, self.starts))])
 
-# %% ../../nbs/04_data.loaders.ipynb #7d2be3c2
+# %% ../../nbs/04_data.loaders.ipynb #c41e1df7
 class TokenData:
     "A tokenized corpus: `train` and `valid` tokens with what they were made from."
     def __init__(self, path:Path, meta:dict):
         self.path, self.meta, self.corpus, self.vocab_size = path, meta, meta['corpus'], meta['vocab_size']
         self.tokenizer_fingerprint, self.eot_id, self.pad_id = (meta['tokenizer'][k] for k in ('fingerprint', 'eot_id', 'pad_id'))
         self.train, self.valid = (TokenShards(path/s, meta[s], meta['dtype']) for s in ('train', 'valid'))
-    def __repr__(self): return f"TokenData({self.corpus['name']!r}, vocab_size={self.vocab_size}\n  train={self.train}\n  valid={self.valid})"
+    def __repr__(self):
+        return f"TokenData({self.corpus['name']!r}, vocab_size={self.vocab_size}\n  train={self.train}\n  valid={self.valid})"
 
     @functools.cached_property
     def tokenizer(self)->Tokenizer: return Tokenizer.load(self.path)
@@ -125,19 +128,21 @@ class TokenData:
         "Open a folder of tokens; raises `SLMError` if it is incomplete, damaged, or made by another tokenizer."
         path = Path(path)
         if not (path/'meta.json').exists():
-            if (path/'building.json').exists(): raise SLMError(f"the tokens in '{path}' are incomplete: run the same `slm tokenize` again to go on")
+            if (path/'building.json').exists():
+                raise SLMError(f"the tokens in '{path}' are incomplete: run the same `slm tokenize` again to go on")
             raise SLMError(f"no tokens in '{path}': it has no meta.json")
         meta = read_json(path/'meta.json')
         if lost := {'schema', 'dtype', 'vocab_size', 'tokenizer', 'corpus', 'train', 'valid'} - set(meta):
             raise SLMError(f"'{path/'meta.json'}' is damaged: it lacks {', '.join(sorted(lost))}")
         if meta['schema'] > SCHEMA: raise SLMError(f"the tokens in '{path}' were written by a newer version: update slm")
         if tok is not None and tok.fingerprint != (fp := meta['tokenizer']['fingerprint']):
-            raise SLMError(f"the tokens in '{path}' were made by another tokenizer ({fp}, not {tok.fingerprint}): tokenize the corpus again with this one")
+            raise SLMError(f"the tokens in '{path}' were made by another tokenizer ({fp}, not {tok.fingerprint}): "
+                           'tokenize the corpus again with this one')
         for split in ('train', 'valid'):
             for s in meta[split]: check_shard(path/split, s, np.dtype(meta['dtype']).itemsize, verify)
         return cls(path, meta)
 
-# %% ../../nbs/04_data.loaders.ipynb #812243ea
+# %% ../../nbs/04_data.loaders.ipynb #7ebb5e01
 def _encoded(docs:Iterable[str], tok:Tokenizer, dtype, chars:int)->Iterator[tuple[np.ndarray,int]]:
     "Token ids with the end mark, and the number of bytes, of each document"
     def batches():
@@ -156,12 +161,13 @@ def _begin(out:Path, head:dict)->dict:
         if out.exists() and any(out.iterdir()): raise SLMError(f"'{out}' is not empty and holds no tokens: choose another place for them")
         return dict(head, train=[], valid=[])
     old = read_json(f)
-    if {k: old.get(k) for k in head} != head: raise SLMError(f"'{out}' was begun with another corpus or tokenizer: delete it, or choose another place")
+    if {k: old.get(k) for k in head} != head:
+        raise SLMError(f"'{out}' was begun with another corpus or tokenizer: delete it, or choose another place")
     for split in ('train', 'valid'):
         for s in old[split]: check_shard(out/split, s, np.dtype(head['dtype']).itemsize)
     return old
 
-# %% ../../nbs/04_data.loaders.ipynb #20508af1
+# %% ../../nbs/04_data.loaders.ipynb #685605d0
 def tokenize(
     corpus, # a `Corpus`: `.docs(split)`, `.name`, `.fingerprint`, `.license`
     tok:Tokenizer,
@@ -174,10 +180,11 @@ def tokenize(
     about = dict(name=corpus.name, fingerprint=corpus.fingerprint, license=corpus.license)
     if (out/'meta.json').exists():
         data = TokenData.open(out, tok)
-        if data.corpus != about: raise SLMError(f"'{out}' holds the tokens of another corpus ('{data.corpus['name']}'): choose another place")
+        if data.corpus != about:
+            raise SLMError(f"'{out}' holds the tokens of another corpus ('{data.corpus['name']}'): choose another place")
         return data
-    state = _begin(out, dict(schema=SCHEMA, dtype='<u2' if tok.vocab_size <= 1<<16 else '<u4', vocab_size=tok.vocab_size, shard_tokens=shard_tokens,
-        tokenizer=dict(fingerprint=tok.fingerprint, eot_id=tok.eot_id, pad_id=tok.pad_id), corpus=about))
+    state = _begin(out, dict(schema=SCHEMA, dtype='<u2' if tok.vocab_size <= 1<<16 else '<u4', vocab_size=tok.vocab_size,
+        shard_tokens=shard_tokens, tokenizer=dict(fingerprint=tok.fingerprint, eot_id=tok.eot_id, pad_id=tok.pad_id), corpus=about))
     for split in ('train', 'valid'): _tokenize_split(corpus, tok, out, state, split)
     if not state['train']: raise SLMError(f"corpus '{corpus.name}' is empty: there is nothing to tokenize")
     with _disk(out): tok.save(out); write_json(out/'meta.json', state)
@@ -319,7 +326,7 @@ class LMValidLoader(LMDataLoader):
         x[:n], y[:n] = self.data.read(first-1, n), self.data.read(first, n)
         return self.batch(x.reshape(b, t), y.reshape(b, t), n-(b-1)*t if n < b*t else None)
 
-# %% ../../nbs/04_data.loaders.ipynb #a0e0606c
+# %% ../../nbs/04_data.loaders.ipynb #aebd1856
 def token_dls(
     data:TokenData,
     bs:int, # b, rows a batch
@@ -329,11 +336,15 @@ def token_dls(
     block_diagonal:bool=False, # compute seqlens, so that documents cannot see each other?
 )->'DataLoaders': # .train endless by epochs; .valid fixed
     "Loaders of both splits for a fastai `Learner`; raises `SLMError` if a split is too small for one batch."
+    import torch
     from fastai.data.core import DataLoaders
+    device = torch.device(device)
     if bs < 1 or seq_len < 1: raise SLMError(f'batch size {bs} and context {seq_len} must be at least 1')
-    if (n := data.train.n_tokens) < seq_len: raise SLMError(f"a context of {seq_len} tokens is longer than corpus '{data.corpus['name']}' with its {n}: "
-                                                            'shorten the context, or bring more text')
-    if n < seq_len*bs: raise SLMError(f'a batch of {bs} rows of {seq_len} tokens needs {bs*seq_len} tokens, the corpus has {n}: make the batch smaller')
-    if not data.valid.n_tokens: raise SLMError(f"corpus '{data.corpus['name']}' has no validation text: give it a larger validation part")
+    name, n = data.corpus['name'], data.train.n_tokens
+    if n < seq_len:
+        raise SLMError(f"a context of {seq_len} tokens is longer than corpus '{name}' with its {n}: shorten it, or bring more text")
+    if n < seq_len*bs:
+        raise SLMError(f"a batch of {bs} rows of {seq_len} tokens needs {bs*seq_len}, corpus '{name}' has {n}: make the batch smaller")
+    if not data.valid.n_tokens: raise SLMError(f"corpus '{name}' has no validation text: give it a larger validation part")
     kw = dict(seed=seed, device=device, block_diagonal=block_diagonal, eot_id=data.eot_id, pad_id=data.pad_id)
     return DataLoaders(LMDataLoader(data.train, bs, seq_len, **kw), LMValidLoader(data.valid, bs, seq_len, **kw), device=device)

@@ -163,7 +163,7 @@ def encode(self:Tokenizer,
     "Token ids of `text`."
     return self.encode_batch([text], allow_special)[0]
 
-# %% ../../nbs/03_data.tokenizer.ipynb #c3a310a2
+# %% ../../nbs/03_data.tokenizer.ipynb #640fe26d
 @patch(as_prop=True)
 def fingerprint(self:Tokenizer)->str: # 16 hexadecimal digits
     "Hash of vocabulary, merges, splitting and special tokens: of all that decides the ids."
@@ -171,11 +171,12 @@ def fingerprint(self:Tokenizer)->str: # 16 hexadecimal digits
         m = self.spec['model']
         merges = [x.split(' ', 1) if isinstance(x, str) else x for x in m.get('merges') or []]
         what = [sorted(m['vocab'].items()) if isinstance(m['vocab'], dict) else m['vocab'], merges,
-                [(a['id'], a['content'], a['special']) for a in self.spec['added_tokens']], self.spec['normalizer'], self.spec['pre_tokenizer']]
+                [(a['id'], a['content'], a['special']) for a in self.spec['added_tokens']],
+                self.spec['normalizer'], self.spec['pre_tokenizer']]
         self._fingerprint = hashlib.sha256(json.dumps(what, sort_keys=True).encode()).hexdigest()[:16]
     return self._fingerprint
 
-# %% ../../nbs/03_data.tokenizer.ipynb #e11149c0
+# %% ../../nbs/03_data.tokenizer.ipynb #07b7e1e2
 def train_bpe(
     texts:Iterable[str], # documents; read once, as a stream
     vocab_size:int=8192, # entries, with the 256 bytes and the special tokens
@@ -188,7 +189,8 @@ def train_bpe(
         vocab_size=vocab_size, min_frequency=2, special_tokens=list(SPECIALS), initial_alphabet=SPLIT.alphabet(), show_progress=False))
     n = tok.get_vocab_size()
     if n == least: raise SLMError('no text to learn a vocabulary from: nothing in it occurs twice')
-    if n < vocab_size: raise SLMError(f'a vocabulary of {vocab_size} is larger than this text allows: ask for at most {n}, or bring more text')
+    if n < vocab_size: raise SLMError(f'a vocabulary of {vocab_size} is larger than this text allows: '
+                                      f'ask for at most {n}, or bring more text')
     return Tokenizer(tok)
 
 # %% ../../nbs/03_data.tokenizer.ipynb #7d9eb24c
@@ -257,7 +259,7 @@ def char_tokenizer(
     tok.add_special_tokens(list(SPECIALS))
     return Tokenizer(tok)
 
-# %% ../../nbs/03_data.tokenizer.ipynb #ed8b3ff2
+# %% ../../nbs/03_data.tokenizer.ipynb #477d53ce
 @functools.lru_cache(maxsize=8)
 def _compile(template):
     "The compiled chat template; as in transformers, `generation` blocks, `raise_exception` and `strftime_now` are known"
@@ -266,7 +268,8 @@ def _compile(template):
         tags = {'generation'}
         def parse(self, parser): next(parser.stream); return parser.parse_statements(['name:endgeneration'], drop_needle=True)
     def fail(msg): raise SLMError(f'chat template: {msg}')
-    env = jinja2.sandbox.ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True, extensions=[Generation, jinja2.ext.loopcontrols])
+    env = jinja2.sandbox.ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True,
+                                                       extensions=[Generation, jinja2.ext.loopcontrols])
     env.filters['tojson'] = lambda x, **kw: json.dumps(x, ensure_ascii=False, **kw)
     env.globals |= dict(raise_exception=fail, strftime_now=lambda f: datetime.datetime.now().strftime(f))
     try: return env.from_string(template)
@@ -297,7 +300,7 @@ def _spans(render, messages):
         res.append((len(before), len(after.rstrip())))
     return res
 
-# %% ../../nbs/03_data.tokenizer.ipynb #e702a895
+# %% ../../nbs/03_data.tokenizer.ipynb #fcc5b308
 @patch
 def chat(self:Tokenizer,
     messages:list[dict], # each with 'role' and 'content', both strings
@@ -305,15 +308,16 @@ def chat(self:Tokenizer,
 )->tuple[list[int],list[bool]]: # token ids; True where the assistant speaks (its end mark included)
     "Ids and assistant mask of a conversation; special tokens typed in a message stay text. Raises `SLMError` on bad messages."
     if not messages: raise SLMError('a conversation needs at least one message')
-    for m in messages:
-        if not all(isinstance(m.get(k), str) for k in ('role', 'content')): raise SLMError("each message needs a 'role' and a 'content', both text")
+    ok = lambda m: isinstance(m, dict) and all(isinstance(m.get(k), str) for k in ('role', 'content'))
+    if not all(map(ok, messages)): raise SLMError("each message needs a 'role' and a 'content', both text")
     names, said = sorted(self.special_ids, key=len, reverse=True), ''.join(m['role']+m['content'] for m in messages)
     veil = next(c for c in map(chr, range(0xe000, 0xfffe)) if c not in said)
     hide = lambda s: functools.reduce(lambda s,k: s.replace(names[k], f'{veil}{k}{veil}'), range(len(names)), s)
     show = lambda s: re.sub(f'{veil}(\\d+){veil}', lambda m: names[int(m[1])], s)
     hidden = [dict(m, role=hide(m['role']), content=hide(m['content'])) for m in messages]
     spans = _spans(self.render_chat, hidden)
-    if spans is None and not add_generation_prompt: raise SLMError("this chat template rewrites earlier turns: the assistant's part cannot be marked")
+    if spans is None and not add_generation_prompt:
+        raise SLMError("this chat template rewrites earlier turns: the assistant's part cannot be marked")
     cuts = sorted({c for span in spans or () for c in span}); ids, mask, at = [], [], 0
     for part in re.split('('+'|'.join(map(re.escape, names))+')', self.render_chat(hidden, add_generation_prompt)):
         inside = lambda i: any(a <= i < b for a,b in spans or ())
@@ -326,7 +330,7 @@ def chat(self:Tokenizer,
         at += len(part)
     return ids, mask
 
-# %% ../../nbs/03_data.tokenizer.ipynb #7a46f7e5
+# %% ../../nbs/03_data.tokenizer.ipynb #a87a9f8a
 @patch
 def save(self:Tokenizer,
     path:str|Path, # a folder, or the name of a .json file
@@ -334,8 +338,9 @@ def save(self:Tokenizer,
     "Write `tokenizer.json` (and into a folder also `tokenizer_config.json`), atomically."
     path, names = Path(path), {i:s for s,i in self.special_ids.items()}
     with atomic_file(path if path.suffix=='.json' else path/'tokenizer.json') as f: f.write(self.tok.to_str(pretty=True))
-    if path.suffix != '.json': write_json(path/'tokenizer_config.json', dict(tokenizer_class='PreTrainedTokenizerFast', bos_token=names.get(self.bos_id),
-        eos_token=names.get(self.eot_id), pad_token=names.get(self.pad_id), clean_up_tokenization_spaces=False, chat_template=self.chat_template))
+    if path.suffix != '.json': write_json(path/'tokenizer_config.json', dict(
+        tokenizer_class='PreTrainedTokenizerFast', bos_token=names.get(self.bos_id), eos_token=names.get(self.eot_id),
+        pad_token=names.get(self.pad_id), clean_up_tokenization_spaces=False, chat_template=self.chat_template))
 
 @patch(cls_method=True)
 def load(cls:Tokenizer,
@@ -360,7 +365,7 @@ PRE_TOKENIZERS = {'gpt-2': SPLIT,
     'smollm': pre_tokenizers.Sequence([pre_tokenizers.Digits(individual_digits=True), SPLIT]),
     'llama-bpe': pre_tokenizers.Sequence([pre_tokenizers.Split(Regex(_LLAMA3), 'isolated'), _NO_SPLIT])}
 
-# %% ../../nbs/03_data.tokenizer.ipynb #8fea4dd9
+# %% ../../nbs/03_data.tokenizer.ipynb #4e1aa0cb
 @patch(cls_method=True)
 def from_gguf(cls:Tokenizer,
     path:str|Path, # a .gguf file
@@ -374,15 +379,17 @@ def from_gguf(cls:Tokenizer,
     get = lambda k, default=None: f.contents() if (f := fields.get(f'tokenizer.{k}')) else default
     kind, pre = get('ggml.model'), get('ggml.pre', 'gpt-2')
     if kind != 'gpt2' or pre not in PRE_TOKENIZERS:
-        raise SLMError(f"'{path.name}' has a tokenizer of kind '{kind}' with pre '{pre}': here kind 'gpt2' with {', '.join(PRE_TOKENIZERS)} can be read")
-    names, types = get('ggml.tokens'), get('ggml.token_type')
+        raise SLMError(f"'{path.name}' has a tokenizer of kind '{kind}' with pre '{pre}': "
+                       f"here kind 'gpt2' with {', '.join(PRE_TOKENIZERS)} can be read")
+    names, types, merges, bos = (get(f'ggml.{k}') for k in ('tokens', 'token_type', 'merges', 'bos_token_id'))
+    if None in (names, types, merges):
+        raise SLMError(f"the tokenizer in '{path.name}' is incomplete: it needs tokens, token types and merges")
     tok = tokenizers.Tokenizer(models.BPE(vocab={n:i for i,n in enumerate(names)}, ignore_merges=pre=='llama-bpe',
-                                          merges=[tuple(m.split(' ', 1)) for m in get('ggml.merges')]))
+                                          merges=[tuple(m.split(' ', 1)) for m in merges]))
     tok.pre_tokenizer, tok.decoder = PRE_TOKENIZERS[pre], decoders.ByteLevel()
     CONTROL, USER = gguf.TokenType.CONTROL, gguf.TokenType.USER_DEFINED
     tok.add_special_tokens([AddedToken(n, special=True, normalized=False) for n,t in zip(names, types) if t == CONTROL])
     tok.add_tokens([AddedToken(n, special=False, normalized=False) for n,t in zip(names, types) if t == USER])
-    if get('ggml.add_bos_token', pre=='llama-bpe'):
-        bos = names[get('ggml.bos_token_id')]
-        tok.post_processor = processors.TemplateProcessing(single=f'{bos} $A', special_tokens=[(bos, get('ggml.bos_token_id'))])
+    if bos is not None and get('ggml.add_bos_token', pre=='llama-bpe'):
+        tok.post_processor = processors.TemplateProcessing(single=f'{names[bos]} $A', special_tokens=[(names[bos], bos)])
     return cls(tok, get('chat_template'))
