@@ -34,13 +34,13 @@ def _fail(msg): print(f"slm: error: {' '.join(str(msg).split())}", file=sys.stde
 def _version(version:Annotated[bool, typer.Option('--version', help='Print the version and leave.')]=False):
     if version: print(f'slm {__version__}'); raise typer.Exit()
 
-# %% ../nbs/61_cli.ipynb #67ced5b4
+# %% ../nbs/61_cli.ipynb #9862d330
 Json = Annotated[bool, typer.Option('--json', help='Print JSON for a program to read.')]
 MaxBytes = Annotated[Optional[int], typer.Option(help='Stop after so many bytes of text.')]
 
 @app.command()
 def corpus(
-    spec:Annotated[Optional[str], typer.Argument(help='A name, hf:OWNER/NAME[:column], or files:GLOB; without it the known names are listed.')]=None,
+    spec:Annotated[Optional[str], typer.Argument(help='A name, hf:OWNER/NAME[:column], or files:GLOB; none lists the names.')]=None,
     out:Annotated[Optional[Path], typer.Option(help='Folder to write; by default in the cache.')]=None,
     max_bytes:MaxBytes=None, json_:Json=False):
     """Fetch, clean and split a corpus.
@@ -77,7 +77,9 @@ def runs(root:Annotated[Path, typer.Argument(help='A folder of runs.')]=Path('ru
     rs = list_runs(root)
     if json_: return print(json.dumps({str(r.path): r.info for r in rs}, indent=1))
     if not rs: print(f'no runs under {root}')
-    for r in rs: print(f"{str(r.path):32} {r.info['stage']:10} {r.info['status']:12} {' · '.join(f'{k} {Metric(**m)}' for k,m in list(r.info['metrics'].items())[:2])}")
+    for r in rs:
+        figures = ' · '.join(f'{k} {Metric(**m)}' for k,m in list(r.info['metrics'].items())[:2])
+        print(f"{str(r.path):32} {r.info['stage']:10} {r.info['status']:12} {figures}")
 
 # %% ../nbs/61_cli.ipynb #e993db8a
 @app.command()

@@ -7,12 +7,13 @@ __all__ = ['SCHEMA', 'STATUSES', 'SLMError', 'atomic_file', 'atomic_dir', 'write
            'set_rng_state', 'get_device', 'hardware', 'matmul_flops', 'best_dtype', 'Metric', 'bootstrap_ratio',
            'versions', 'git_commit', 'portable', 'RunDir', 'list_runs', 'progress', 'slm_home', 'free_disk']
 
-# %% ../nbs/00_core.ipynb #51384175
+# %% ../nbs/00_core.ipynb #fcc37d50
 import contextlib, datetime, functools, json, math, os, platform, random, shutil, subprocess, sys, tempfile, time
 from dataclasses import dataclass, field, asdict
 from importlib import metadata
 from pathlib import Path
 import numpy as np
+from fastcore.basics import patch
 
 # %% ../nbs/00_core.ipynb #3f6381d2
 class SLMError(Exception):
@@ -256,7 +257,7 @@ def portable(
     sep = '=' if arg.startswith('-') else ':'
     return sep.join(map(cut, arg.split(sep, 1)))
 
-# %% ../nbs/00_core.ipynb #208229cb
+# %% ../nbs/00_core.ipynb #390f0842
 class RunDir:
     "A folder that one stage writes and the next one reads, described by its `run.json`."
     def __init__(self, path:str|Path): self.path, self.info = Path(path), {}
@@ -280,14 +281,12 @@ class RunDir:
             raise SLMError(f"'{r.path}' already holds a run: choose another --out, or remove it")
         try: r.path.mkdir(parents=True, exist_ok=True)
         except OSError as e: raise SLMError(f"cannot make '{r.path}' ({e.strerror}): choose another --out") from None
-        r.info = dict(schema=SCHEMA, stage=stage, command=' '.join(map(portable, sys.argv)), config=config or {}, seed=seed, commit=git_commit(),
-                      started=datetime.datetime.now(datetime.timezone.utc).isoformat(timespec='seconds'), versions=versions(),
+        r.info = dict(schema=SCHEMA, stage=stage, command=' '.join(map(portable, sys.argv)), config=config or {}, seed=seed,
+                      commit=git_commit(), started=datetime.datetime.now(datetime.timezone.utc).isoformat(timespec='seconds'), versions=versions(),
                       hardware=hardware(), data=data or {}, parent=parent, metrics={}, status='running')
         r.save(); return r
 
-# %% ../nbs/00_core.ipynb #88282b06
-from fastcore.basics import patch
-
+# %% ../nbs/00_core.ipynb #3c32b0e7
 @patch(cls_method=True)
 def open(cls:RunDir,
     path:str|Path, # a folder that holds a run.json

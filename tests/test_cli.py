@@ -113,12 +113,15 @@ def wait_for(cond, p, seconds=120):
         assert time.monotonic()-t0 < seconds, 'waited in vain'
         time.sleep(.02)
 
-def test_ctrl_c_saves_and_resume_ends_bit_identical(whole, tmp_path):
+def test_ctrl_c_saves_and_resume_ends_bit_identical(whole, tmp_path, capsys, monkeypatch):
     out = tmp_path/'cut'; p = start(out)
     wait_for(lambda: any((out/'checkpoints').glob('[0-9]*')), p)
     p.send_signal(signal.SIGINT); so,se = p.communicate(timeout=60)
     assert p.returncode == 130 and f'slm resume {out}' in so, (so, se)
     assert json.loads((out/'run.json').read_text())['status'] == 'interrupted'
+    bad = shutil.copytree(out, tmp_path/'bad'); f = sorted((bad/'checkpoints').glob('*/optim.safetensors'))[-1]
+    f.write_bytes(f.read_bytes()[:1000])
+    assert 'optim.safetensors' in fails(capsys, monkeypatch, 'resume', bad)
     r = run('resume', out)
     assert r.returncode == 0, r.stderr
     assert same(out, whole)
@@ -155,12 +158,32 @@ def test_checkpoint_of_another_tokenizer(whole, tmp_path, capsys, monkeypatch):
     train_bpe(['some other text, long enough to merge, long enough to merge']*50, 280).save(bad/'tokenizer.json')
     assert 'tokenizer' in fails(capsys, monkeypatch, 'generate', bad, '--prompt', 'a').lower()
 
-@pytest.mark.skipif(sys.platform!='linux' or os.geteuid()!=0, reason='mounting a small disk needs root on Linux')
-def test_full_disk(home, tmp_path):
-    disk = tmp_path/'disk'; disk.mkdir()
-    if subprocess.run(['mount', '-t', 'tmpfs', '-o', 'size=24m', 'tmpfs', str(disk)], capture_output=True).returncode: pytest.skip('mounting is not allowed here')
-    try:
-        r = run('pretrain', *TINY, '--steps', 20, '--out', disk/'run')
-        assert r.returncode == 2 and 'disk' in r.stderr and 'Traceback' not in r.stderr, r.stderr
-        assert not (disk/'run').exists()
-    finally: subprocess.run(['umount', str(disk)])
+@pytest.fixture
+def small_disk(tmp_path):
+    "A real file system of 100 MB, where mounting one is allowed"
+    if sys.platform != 'linux' or os.geteuid() != 0: pytest.skip('mounting a small disk needs root on Linux')
+    d = tmp_path/'disk'; d.mkdir()
+    if subprocess.run(['mount', '-t', 'tmpfs', '-o', 'size=100m', 'tmpfs', str(d)], capture_output=True).returncode: pytest.skip('mounting is not allowed here')
+    yield d
+    subprocess.run(['umount', '-l', str(d)])
+
+def test_too_small_a_disk_is_said_at_once(home, small_disk):
+    (small_disk/'filler').write_bytes(bytes(80*2**20))
+    r = run('pretrain', *TINY, '--steps', 20, '--out', small_disk/'run')
+    assert r.returncode == 2 and 'disk' in r.stderr and r.stderr.count('\n') == 1, r.stderr
+    assert not (small_disk/'run').exists()
+
+def test_disk_that_fills_up_loses_nothing(whole, small_disk):
+    out = small_disk/'run'; p = start(out)
+    wait_for(lambda: any((out/'checkpoints').glob('[0-9]*')), p)
+    with (small_disk/'filler').open('wb') as f:
+        try:
+            while True: f.write(bytes(2**20)); f.flush()
+        except OSError: pass
+    so,se = p.communicate(timeout=120)
+    assert p.returncode == 2 and se.count('slm: error:') == 1 and 'disk' in se and 'Traceback' not in se, (so, se)
+    assert not list(out.rglob('*.tmp'))
+    (small_disk/'filler').unlink()
+    r = run('resume', out)
+    assert r.returncode == 0, r.stderr
+    assert same(out, whole)

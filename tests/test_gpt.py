@@ -251,3 +251,16 @@ def test_check_fits():
     c = GPTConfig.preset('1m'); assert check_fits(c, 2, 64)['total'] < 2**30
     with pytest.raises(SLMError, match=r'the model needs about \d+\.\d GiB \(weights .* cpu has 4\.0: take a smaller preset'): check_fits(GPTConfig.preset('350m'), 8, 512, memory=4*2**30)
     with pytest.raises(SLMError, match="unknown device 'tpu'"): check_fits(c, 2, 64, device='tpu')
+
+
+def test_padding_may_stand_past_the_last_learned_position():
+    "A row that is almost full is padded beside a longer addition of another row; both equal themselves alone"
+    m = make(vocab_size=50, max_seq_len=16, pos='learned')
+    a, b = torch.randint(50, (14,)), torch.randint(50, (9,))
+    cache = KVCache(2, 2, m.cfg.n_kv_head, 16, m.cfg.head_dim)
+    pad = lambda x, n: F.pad(x, (0, n-len(x)))
+    with torch.no_grad():
+        m(torch.stack([a[:12], pad(b[:3], 12)]), cache, torch.tensor([[12], [3]]))
+        out = m(torch.stack([pad(a[12:], 6), b[3:]]), cache, torch.tensor([[2], [6]]))
+        for got, alone in ((out[0, :2], m(a[None])[0, 12:]), (out[1], m(b[None])[0, 3:])):
+            assert (got-alone).abs().max() < 1e-5

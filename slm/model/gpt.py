@@ -6,9 +6,9 @@
 __all__ = ['CHOICES', 'PRESETS', 'GPTConfig', 'round_up', 'Backbone', 'GPT', 'lm_loss', 'memory_estimate', 'device_memory',
            'check_fits']
 
-# %% ../../nbs/11_model.gpt.ipynb #d9b22f06
+# %% ../../nbs/11_model.gpt.ipynb #81007c0d
 import math
-from dataclasses import dataclass, field, fields, replace, asdict
+from dataclasses import dataclass, fields
 from pathlib import Path
 import torch
 import torch.nn.functional as F
@@ -163,7 +163,7 @@ def context(self:Backbone,
     if c.pos == 'rope': ctx.cos,ctx.sin = (o if o.ndim == 2 else o[:, None] for o in rope_cos_sin(pos, self.constants(dev), dtype))
     return ctx, pos
 
-# %% ../../nbs/11_model.gpt.ipynb #2b6fdc46
+# %% ../../nbs/11_model.gpt.ipynb #78df2099
 @patch
 def forward(self:Backbone,
     idx:Tensor, # token ids (b,t)
@@ -176,7 +176,7 @@ def forward(self:Backbone,
     dtype = torch.get_autocast_dtype(x.device.type) if torch.is_autocast_enabled(x.device.type) else x.dtype
     ctx,pos = self.context(idx, cache, seqlens, dtype)
     if c.pos == 'sinusoidal': x = x*math.sqrt(c.d_model) + sinusoids(pos, c.d_model).to(x.dtype)
-    if c.pos == 'learned': x = x + self.embed_positions(pos)
+    if c.pos == 'learned': x = x + self.embed_positions(pos.clamp(max=c.max_seq_len-1))  # padding may stand past the last position
     if c.n_types: x = x + self.embed_types(torch.zeros_like(idx) if types is None else types)
     if c.norm_pos == 'post': x = self.embed_norm(x)
     x = self.drop(x)

@@ -178,7 +178,7 @@ class GradClip(Callback):
             raise SLMError(f'the gradient is not finite at step {self.opt_steps+1} (batch {self.iter} of epoch {self.epoch}): '
                            'lower --lr, or go on from the last checkpoint with another --seed')
 
-# %% ../../nbs/20_train.learner.ipynb #4c555bd3
+# %% ../../nbs/20_train.learner.ipynb #6733d487
 @torch.no_grad()
 def evaluate(
     model:nn.Module, # in any mode; put back afterwards
@@ -190,7 +190,8 @@ def evaluate(
     "Loss, bits per byte and perplexity over fixed windows, with bootstrap intervals."
     was,dev = model.training, next(model.parameters()).device
     tb,rows = torch.as_tensor(np.asarray(token_bytes), device=dev, dtype=torch.float32), []
-    batches = iter(dl) if max_batches is None or max_batches >= len(dl) else (dl.at(0, int(i)) for i in np.linspace(0, len(dl)-1, max_batches))
+    some = max_batches is not None and max_batches < len(dl)
+    batches = (dl.at(0, int(i)) for i in np.linspace(0, len(dl)-1, max_batches)) if some else iter(dl)
     model.eval()
     for x,y,m,seqlens in batches:
         x,y,m = x.to(dev), y.to(dev), m.to(dev)
@@ -243,7 +244,7 @@ class Evaluate(Callback):
             getattr(self.learn, 'rows', []).append(self.learn.row)
         self.learn.row.update(valid_loss=m['loss'].value, valid_bpb=m['bpb'].value)
 
-# %% ../../nbs/20_train.learner.ipynb #29c97dd7
+# %% ../../nbs/20_train.learner.ipynb #36e4c574
 class CSVLog(Callback):
     "Append each row to a CSV file; when resuming, rows after the current step are dropped."
     order,run_valid = 70,False
@@ -257,9 +258,8 @@ class CSVLog(Callback):
             w = csv.DictWriter(f, self.columns); w.writeheader(); w.writerows(old)
     def after_batch(self):
         if self.row is None: return
-        with self.path.open('a', newline='') as f:
-            csv.DictWriter(f, self.columns).writerow({k: '' if self.row.get(k) is None else f'{self.row[k]:.6g}' if isinstance(self.row[k], float)
-                                                      else self.row[k] for k in self.columns})
+        text = lambda v: '' if v is None else f'{v:.6g}' if isinstance(v, float) else v
+        with self.path.open('a', newline='') as f: csv.DictWriter(f, self.columns).writerow({k: text(self.row.get(k)) for k in self.columns})
 
 class Bar(Callback):
     "A progress bar of optimiser steps with loss, validation and speed beside it; silent where nobody watches."
@@ -268,7 +268,8 @@ class Bar(Callback):
     def after_batch(self):
         if self.stepped: self.pbar.update(1)
         if self.row is None: return
-        self.shown |= {k: f'{self.row[c]:.4g}' for k,c in (('loss','loss'), ('tok/s','tokens_per_s'), ('valid bpb','valid_bpb')) if self.row.get(c) is not None}
+        names = dict(loss='loss', tokens_per_s='tok/s', valid_bpb='valid bpb')
+        self.shown |= {n: f'{self.row[c]:.4g}' for c,n in names.items() if self.row.get(c) is not None}
         self.pbar.set_postfix(self.shown)
     def after_fit(self): self.pbar.close()
 
@@ -298,7 +299,7 @@ class WandbLog(Callback):
         if self.row: self.run.log({k:v for k,v in self.row.items() if v is not None}, step=self.opt_steps)
     def after_fit(self): self.run.finish()
 
-# %% ../../nbs/20_train.learner.ipynb #b384d05e
+# %% ../../nbs/20_train.learner.ipynb #3a058c09
 class Samples(Callback):
     "Every `every` steps, and at the end, complete each prompt and append the texts to `path`."
     order,run_valid = 80,False
@@ -308,7 +309,8 @@ class Samples(Callback):
     def after_batch(self):
         if not self.stepped or (self.opt_steps%self.every and self.opt_steps!=getattr(self.learn, 'n_steps', None)): return
         with self.learn.pause(): texts = self.sample()
-        md = f'## step {self.opt_steps} · {self.tokens:,} tokens\n\n' + '\n'.join(f'> **{p}**{quote(t)}\n' for p,t in zip(self.prompts, texts))
+        quoted = '\n'.join(f'> **{p}**{quote(t)}\n' for p,t in zip(self.prompts, texts))
+        md = f'## step {self.opt_steps} · {self.tokens:,} tokens\n\n{quoted}'
         self.learn.samples = texts; self.show(md)
         if self.path:
             with self.path.open('a', encoding='utf-8') as f: f.write(md+'\n')
@@ -340,7 +342,7 @@ def unflatten_state(tensors:dict, plain:dict)->dict: # what `load_state_dict` ta
         i,name = k.split('.', 1); state.setdefault(int(i), {})[name] = v
     return dict(state=state, param_groups=plain['param_groups'])
 
-# %% ../../nbs/20_train.learner.ipynb #1490f180
+# %% ../../nbs/20_train.learner.ipynb #52dccb1a
 @patch
 def save_checkpoint(self:LMLearner,
     root:str|Path, # the run's `checkpoints` folder
@@ -350,7 +352,7 @@ def save_checkpoint(self:LMLearner,
     "Write `root/STEP/{model,optim}.safetensors, state.json` in one step; raises `SLMError` when the disk is full."
     path = Path(root)/f'{self.opt_steps:08d}'
     tensors,plain = flatten_state(self.opt.opt.state_dict())
-    state = dict(schema=1, step=self.opt_steps, tokens=self.tokens, loader=self.dls.train.state_dict(), rng=rng_state(), optim=plain, **extra)
+    state = dict(schema=1, step=self.opt_steps, tokens=self.tokens, loader=self.dls.train.state_dict(), rng=rng_state(), optim=plain) | extra
     try:
         with atomic_dir(path) as d:
             save_file(self.model.state_dict(), d/'model.safetensors', metadata={'format': 'pt'})
@@ -365,19 +367,19 @@ def checkpoints(root:str|Path)->list[Path]: # oldest first
     "The whole checkpoints under `root`."
     return sorted(p for p in Path(root).glob('[0-9]*') if p.is_dir())
 
-# %% ../../nbs/20_train.learner.ipynb #371702f1
+# %% ../../nbs/20_train.learner.ipynb #fdf20fa0
 @patch
 def load_checkpoint(self:LMLearner,
     path:str|Path, # one checkpoint folder
 )->dict: # its `state.json`
     "Put model, optimiser, counts, loader and generators back; raises `SLMError` that names a damaged or foreign file."
-    path = Path(path); state = read_json(path/'state.json')
+    path = Path(path); state,again = read_json(path/'state.json'),'remove this checkpoint to go on from the one before'
     def load(name):
         try: return load_file(path/name)
-        except Exception as e: raise SLMError(f"'{path/name}' is damaged ({e}): remove this checkpoint to go on from the one before") from None
+        except Exception as e: raise SLMError(f"'{path/name}' is damaged ({e}): {again}") from None
     tensors,optim = load('model.safetensors'),load('optim.safetensors')
     lost = {'step','tokens','loader','rng','optim'} - set(state)
-    if lost: raise SLMError(f"'{path/'state.json'}' lacks {', '.join(sorted(lost))}: remove this checkpoint to go on from the one before")
+    if lost: raise SLMError(f"'{path/'state.json'}' lacks {', '.join(sorted(lost))}: {again}")
     try: self.model.load_state_dict(tensors)
     except RuntimeError as e: raise SLMError(f"'{path}' does not fit the model: {' '.join(str(e).split())[:200]}") from None
     if self.opt is None: self.create_opt()
@@ -386,7 +388,7 @@ def load_checkpoint(self:LMLearner,
     self.opt_steps,self.tokens = state['step'],state['tokens']
     set_rng_state(state['rng']); return state
 
-# %% ../../nbs/20_train.learner.ipynb #0a443ca7
+# %% ../../nbs/20_train.learner.ipynb #1b5efa01
 class Checkpoint(Callback):
     "Every `every` steps (or `minutes`), and when interrupted, write a checkpoint under `root`."
     order,run_valid = 90,False
@@ -399,7 +401,8 @@ class Checkpoint(Callback):
             self.minutes and time.monotonic()-self.t_last > 60*self.minutes)
     def after_batch(self):
         if not self.stepped or not self.due(): return
-        with self.learn.pause(): self.learn.save_checkpoint(self.root, self.keep, **{k: v() if callable(v) else v for k,v in self.extra.items()})
+        extra = {k: v() if callable(v) else v for k,v in self.extra.items()}
+        with self.learn.pause(): self.learn.save_checkpoint(self.root, self.keep, **extra)
         self.t_last = time.monotonic()
 
 class GracefulStop(Callback):
@@ -418,7 +421,7 @@ class GracefulStop(Callback):
         self.old = {}
     def after_fit(self): self.restore()
 
-# %% ../../nbs/20_train.learner.ipynb #a6fd3b95
+# %% ../../nbs/20_train.learner.ipynb #5700894c
 def plot_training(
     log, # the log as a DataFrame, or the path of a `log.csv`
     path:str|Path|None=None, # where to save the picture
@@ -434,7 +437,8 @@ def plot_training(
     axs[0].set_title('loss, nats/token'); axs[0].legend(fontsize=8)
     if 'valid_bpb' in df: axs[1].plot(v.tokens/1e6, v.valid_bpb, 'o-', ms=3, c='C1')
     axs[1].set_title('validation, bits/byte')
-    for ax,c in zip(axs[2:], ('lr', 'grad_norm')): d = df.dropna(subset=c); ax.plot(d.tokens/1e6, d[c], lw=.8); ax.set_title(c.replace('_', ' '))
+    for ax,c in zip(axs[2:], ('lr', 'grad_norm')):
+        d = df.dropna(subset=c); ax.plot(d.tokens/1e6, d[c], lw=.8); ax.set_title(c.replace('_', ' '))
     for ax in axs: ax.set_xlabel('million tokens')
     if path: fig.savefig(path, dpi=110); plt.close(fig)
     return fig

@@ -78,14 +78,16 @@ def resolve(
     if c.compile is None: c.compile = c.device.startswith('cuda')
     return c
 
-# %% ../../nbs/22_train.pretrain.ipynb #72471f8f
+# %% ../../nbs/22_train.pretrain.ipynb #64c727be
 def check_config(c:PretrainConfig):
     "Raise `SLMError` for what can be seen to be wrong before any work is done."
     given = [k for k in ('steps', 'tokens', 'minutes') if getattr(c, k) is not None]
-    if len(given) != 1: raise SLMError(f"give exactly one of --steps, --tokens and --minutes ({'got '+' and '.join(given) if given else 'got none'})")
+    if len(given) != 1: raise SLMError(f"give exactly one of --steps, --tokens and --minutes (got {' and '.join(given) or 'none'})")
     if getattr(c, given[0]) <= 0: raise SLMError(f'--{given[0]} must be above 0, not {getattr(c, given[0])}')
-    for k,ok,want in (('lr', c.lr is None or 0 < c.lr < 1, 'between 0 and 1'), ('seq_len', c.seq_len is None or c.seq_len >= 8, 'at least 8'),
-                      ('dropout', c.dropout is None or 0 <= c.dropout < 1, 'at least 0 and below 1'), ('cooldown', 0 <= c.cooldown <= 1, 'from 0 to 1'),
+    for k,ok,want in (('lr', c.lr is None or 0 < c.lr < 1, 'between 0 and 1'),
+                      ('seq_len', c.seq_len is None or c.seq_len >= 8, 'at least 8'),
+                      ('dropout', c.dropout is None or 0 <= c.dropout < 1, 'at least 0 and below 1'),
+                      ('cooldown', 0 <= c.cooldown <= 1, 'from 0 to 1'),
                       ('schedule', c.schedule in SCHEDULES, f"one of {', '.join(SCHEDULES)}"),
                       ('dtype', c.dtype in ('auto', 'float32', 'bfloat16'), 'auto, float32 or bfloat16'),
                       ('batch_tokens', None in (c.batch_tokens, c.seq_len) or c.batch_tokens >= c.seq_len, 'at least --seq-len')):
@@ -115,7 +117,7 @@ def prepare(
     tok = get_tokenizer(c, corpus)
     return corpus, tok, tokenize(corpus, tok)
 
-# %% ../../nbs/22_train.pretrain.ipynb #88bdc11a
+# %% ../../nbs/22_train.pretrain.ipynb #19f77007
 def steps_in(
     minutes:float, # wall clock to fill
     learn:LMLearner, # the learner to be timed, on a copy of its model
@@ -128,11 +130,12 @@ def steps_in(
     "How many optimiser steps fit into `minutes`, by measuring."
     rng,dls = rng_state(),make_dls()
     probe = LMLearner(dls, copy.deepcopy(learn.model), cbs=[AutoCast(learn.auto_cast.dtype), TokenAccumulation(accumulate), GradClip()])
-    probe.fit_steps(2); n,t0 = 2,time.perf_counter()
-    while (dt := time.perf_counter()-t0) < seconds: n += 1; probe.fit_steps(n)
-    t1 = time.perf_counter(); k = min(8, len(dls.valid)); evaluate_all(probe.model, k); t_eval = (time.perf_counter()-t1)/k
+    def timed(f, *args): t0 = time.perf_counter(); f(*args); return time.perf_counter()-t0
+    probe.fit_steps(2); times = []
+    while sum(times) < seconds or len(times) < 3: times.append(timed(probe.fit_steps, 3+len(times)))
+    k = min(8, len(dls.valid)); t_eval = timed(evaluate_all, probe.model, k)/k
     set_rng_state(rng)
-    left,t_step = 60*minutes - t_eval*len(dls.valid) - 2, dt/(n-2)
+    left,t_step = 60*minutes - t_eval*len(dls.valid) - 2, float(np.median(times)) # the median: a machine does other things, too
     n_eval = n_evals*eval_batches(left/t_step*accumulate, n_evals, dls.valid.bs*dls.valid.seq_len)
     return max(10, int((left - t_eval*n_eval)/t_step))
 
@@ -179,7 +182,7 @@ def build_learner(
     if c.batch_tokens > c.micro_batch*c.seq_len: learn.add_cb(TokenAccumulation(c.batch_tokens))
     return learn
 
-# %% ../../nbs/22_train.pretrain.ipynb #d5240012
+# %% ../../nbs/22_train.pretrain.ipynb #7b0fee31
 def pretrain(
     corpus:str='pydocs', # name of a corpus, see `slm corpus`
     out:str|Path='runs/pretrain', # run directory to make
@@ -194,7 +197,8 @@ def pretrain(
     c = resolve(c, data.train.n_tokens, data.train.n_bytes)
     learn = build_learner(dataclasses.replace(c, dropout=0.), tok, data)
     need = 16*sum(p.numel() for p in learn.model.parameters())*3
-    if free_disk(out) < need: raise SLMError(f"'{out}' needs about {need/2**20:.0f} MB of disk, {free_disk(out)/2**20:.0f} MB are free: make room, or choose another --out")
+    if (free := free_disk(out)) < need:
+        raise SLMError(f"'{out}' needs about {need>>20} MB of disk, {free>>20} MB are free: make room, or choose another --out")
     if c.minutes:
         mk = lambda: token_dls(data, bs=c.micro_batch, seq_len=c.seq_len, seed=c.seed, device=c.device)
         ev = lambda m,k: evaluate(m, mk().valid, tok.token_bytes(), autocast(c.device, c.dtype), max_batches=k)
@@ -203,12 +207,13 @@ def pretrain(
     if c.dropout is None: c.dropout = default_dropout(epochs)
     if c.warmup is None: c.warmup = min(100, max(1, c.steps//20))
     run = RunDir.create(out, 'pretrain', config=dataclasses.asdict(c) | {k: portable(v) for k,v in sources(c).items()}, seed=c.seed,
-                        data=dict(name=corp.name, fingerprint=corp.fingerprint, license=corp.license, train_tokens=data.train.n_tokens, epochs=epochs))
+                        data=dict(name=corp.name, fingerprint=corp.fingerprint, license=corp.license,
+                                  train_tokens=data.train.n_tokens, epochs=epochs))
     run.info['prompts'] = prompts or prompts_from(corp); run.save()
     tok.save(run/'tokenizer.json')
     return _train(run, c, tok, data, cbs)
 
-# %% ../../nbs/22_train.pretrain.ipynb #acc7d250
+# %% ../../nbs/22_train.pretrain.ipynb #f01ddbf0
 def sources(c:PretrainConfig)->dict: # the fields that may be paths
     return dict(corpus=c.corpus, tokenizer=c.tokenizer)
 
@@ -219,7 +224,8 @@ def _train(run, c, tok, data, cbs=(), checkpoint=None):
     every = lambda n: max(1, math.ceil(c.steps/max(1, n)))
     t0,before = time.perf_counter(),0.
     learn.add_cbs([Schedule(c.steps, SCHEDULES[c.schedule], warmup=c.warmup, cooldown=c.cooldown),
-        TrainLog(max(1, c.steps//200), peak=peak), Evaluate(tok.token_bytes(), every(c.evals), eval_batches(c.steps*c.batch_tokens, c.evals, c.micro_batch*c.seq_len)), CSVLog(run/'log.csv'), Bar(), GracefulStop(),
+        TrainLog(max(1, c.steps//200), peak=peak), CSVLog(run/'log.csv'), Bar(), GracefulStop(),
+        Evaluate(tok.token_bytes(), every(c.evals), eval_batches(c.steps*c.batch_tokens, c.evals, c.micro_batch*c.seq_len)),
         Samples(tok, run.info['prompts'], every(c.samples), run/'samples.md', max_new_tokens=min(100, c.seq_len//2)),
         Checkpoint(run/'checkpoints', minutes=c.save_minutes, sources=sources(c), seconds=lambda: before+time.perf_counter()-t0), *cbs])
     if checkpoint: before = learn.load_checkpoint(checkpoint)['seconds']
@@ -228,17 +234,18 @@ def _train(run, c, tok, data, cbs=(), checkpoint=None):
     except BaseException: run.finish('failed'); raise
     seconds = before+time.perf_counter()-t0
     if learn.opt_steps < c.steps: run.finish('interrupted'); return run
-    learn.model.save_pretrained(run.path)
+    learn.model.save_pretrained(run.path, tok)
     m = evaluate(learn.model, learn.dls.valid, tok.token_bytes(), learn.amp)
     speeds = [r['tokens_per_s'] for r in learn.rows[1:] if 'tokens_per_s' in r] or [learn.rows[0]['tokens_per_s']]
     speed = bootstrap_ratio(speeds, unit='tokens/s')
-    run.add_metrics(valid_bpb=m['bpb'], valid_loss=m['loss'], valid_ppl=m['ppl'], params=learn.model.num_params(), steps=c.steps, tokens=learn.tokens,
-        tokens_per_s=speed, mfu=speed.value*6*learn.model.num_params()/peak, seconds=Metric(seconds, unit='s'), peak_memory=Metric(peak_memory(c.device)/2**20, unit='MB'))
+    n = learn.model.num_params()
+    run.add_metrics(valid_bpb=m['bpb'], valid_loss=m['loss'], valid_ppl=m['ppl'], params=n, steps=c.steps, tokens=learn.tokens, tokens_per_s=speed,
+                    mfu=speed.value*6*n/peak, seconds=Metric(seconds, unit='s'), peak_memory=Metric(peak_memory(c.device)/2**20, unit='MB'))
     plot_training(run/'log.csv', run/'training.png', floor=math.log(tok.vocab_size))
     shutil.rmtree(run/'checkpoints', ignore_errors=True)
     run.finish(); write_report(run); return run
 
-# %% ../../nbs/22_train.pretrain.ipynb #1de00eb8
+# %% ../../nbs/22_train.pretrain.ipynb #06eea520
 def peak_memory(device:str)->int: # bytes
     "Most memory taken so far: on the accelerator, or resident in this process."
     if device.startswith('cuda'): return torch.cuda.max_memory_allocated()
@@ -251,11 +258,12 @@ def write_report(run:RunDir)->Path: # the page written
     hw = ', '.join(str(v) for v in (i['hardware'].get('gpu'), i['hardware']['cpu'], f"{i['hardware']['cores']} cores") if v)
     samples = (run/'samples.md').read_text(encoding='utf-8') if (run/'samples.md').exists() else ''
     path = run/'report.md'
-    with atomic_file(path) as f: f.write(f"# {run.path.name}\n\n`{i['command']}`\n\n{hw} · seed {i['seed']} · corpus {i['data'].get('name')} "
-        f"({i['data'].get('license')})\n\n| figure | value [95 % interval] |\n| --- | --- |\n{rows}\n\n![training](training.png)\n\n# Samples\n\n{samples}")
+    head = f"# {run.path.name}\n\n`{i['command']}`\n\n{hw} · seed {i['seed']} · corpus {i['data'].get('name')} ({i['data'].get('license')})"
+    with atomic_file(path) as f:
+        f.write(f'{head}\n\n| figure | value [95 % interval] |\n| --- | --- |\n{rows}\n\n![training](training.png)\n\n# Samples\n\n{samples}')
     return path
 
-# %% ../../nbs/22_train.pretrain.ipynb #8c6b3bcd
+# %% ../../nbs/22_train.pretrain.ipynb #fcf6495d
 def resume(
     path:str|Path, # a run directory that was interrupted
     cbs=(), # more callbacks
@@ -266,7 +274,8 @@ def resume(
     if run.info['status'] == 'done': raise SLMError(f"'{path}' is finished: there is nothing to resume")
     cks = checkpoints(run/'checkpoints')
     if not cks: raise SLMError(f"'{path}' has no checkpoint yet: remove it and start again")
-    c = PretrainConfig(**run.info['config'] | read_json(cks[-1]/'state.json').get('sources', {})); tok = Tokenizer.load(run/'tokenizer.json')
+    c = PretrainConfig(**run.info['config'] | read_json(cks[-1]/'state.json').get('sources', {}))
+    tok = Tokenizer.load(run/'tokenizer.json')
     corp = build_corpus(c.corpus, max_bytes=c.max_bytes)
     if corp.fingerprint != run.info['data']['fingerprint']:
         raise SLMError(f"corpus '{c.corpus}' has changed since '{path}' was started: bring the old text back, or start a new run")
