@@ -287,3 +287,39 @@ def test_every_position_variant_decodes_cached_and_batched_as_uncached(pos):
             if p.ndim > 1: p.normal_(0, .4)
     p, prompts = SamplingParams(temperature=0, repetition_penalty=1.5, max_new_tokens=10), rand_prompts([12, 3, 30])
     assert generate_ids(m, prompts, p) == [uncached(m, x, p) for x in prompts]
+
+def test_kinder_ways_to_say_it():
+    import numpy as np
+    assert SamplingParams(stop=None).stop == SamplingParams().stop == [] and SamplingParams(stop=('a', 'b')).stop == ['a', 'b']
+    p = SamplingParams(temperature=np.float32(.5), top_k=np.int64(3), seed=np.int64(7))
+    assert Sampler([p])(torch.randn(1, 9)).shape == (1,)
+
+def test_a_family_that_marks_the_beginning_of_a_text_gets_its_mark(talker, tok, monkeypatch):
+    kw = dict(temperature=0, max_new_tokens=8)
+    monkeypatch.setattr(tok, 'bos_id', 7)
+    want = complete(talker, [[7] + tok.encode('the cat')], SamplingParams(**kw), tok)[0].text
+    assert generate(talker, tok, 'the cat', **kw) == want == ''.join(stream(talker, tok, 'the cat', **kw))
+    assert generate(talker, tok, '', **kw) == complete(talker, [[7]], SamplingParams(**kw), tok)[0].text
+
+def test_rows_of_the_head_without_a_token_are_never_chosen(tok):
+    set_seed(4)
+    m = GPT(GPTConfig(vocab_size=tok.vocab_size+500, n_layer=1, n_head=2, d_model=16, d_ff=32, max_seq_len=64, tied=False)).eval()
+    with torch.no_grad(): m.lm_head.weight[tok.vocab_size:] *= 100                 # they would win nearly always
+    assert max(generate_ids(m, [[1]], SamplingParams(max_new_tokens=30, seed=0))[0]) >= tok.vocab_size
+    for kw in (dict(temperature=0, repetition_penalty=1.2), dict(seed=0)):
+        g, = complete(m, [tok.encode('the cat')], SamplingParams(max_new_tokens=30, **kw), tok, stop_ids=[])
+        assert max(g.ids) < tok.vocab_size and len(g.ids) == 30
+
+@pytest.mark.parametrize('how', ['weights', 'autocast'])
+def test_bfloat16_decodes(model, how):
+    import copy
+    m = copy.deepcopy(model).bfloat16() if how == 'weights' else model
+    ps = [SamplingParams(temperature=0, max_new_tokens=6), SamplingParams(temperature=.7, seed=0, max_new_tokens=9)]
+    with torch.autocast('cpu', torch.bfloat16, enabled=how == 'autocast'): out = generate_ids(m, rand_prompts([5, 12]), ps)
+    assert [len(x) for x in out] == [6, 9] and all(0 <= i < V for x in out for i in x)
+
+def test_an_accelerator_gives_what_the_processor_gives(model):
+    import copy
+    name = 'cuda' if torch.cuda.is_available() else 'mps' if torch.backends.mps.is_available() else pytest.skip('no accelerator here')
+    ps, prompts = [SamplingParams(**d, max_new_tokens=12) for d in MIXED], rand_prompts([3, 17, 1, 30, 8, 8, 2])
+    assert generate_ids(copy.deepcopy(model).to(name), prompts, ps) == generate_ids(model, prompts, ps)

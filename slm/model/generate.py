@@ -161,7 +161,7 @@ def __call__(self:Sampler,
     drawn = torch.minimum(drawn, torch.searchsorted(sums, total))                # rounding may push u*total up to total
     return torch.where(self.greedy.to(logits.device), kept.argmax(-1), drawn[:, 0])
 
-# %% ../../nbs/12_model.generate.ipynb #50810117
+# %% ../../nbs/12_model.generate.ipynb #fad14d37
 class DecodeBatch:
     "Prompts that are decoded together, one token a row and step; rows may leave."
     def __init__(self,
@@ -174,7 +174,7 @@ class DecodeBatch:
         self.model, self.sampler, self.device, self.v = model, Sampler(params), w.device, vocab_size or c.vocab_size
         max_len = min(c.max_seq_len, max(n + p.max_new_tokens for n,p in zip(lens, params)))
         self.cache = KVCache(c.n_layer, len(prompts), c.n_kv_head, max_len, c.head_dim, w.dtype, w.device)
-        self.x = torch.tensor([p + [0]*(max(lens)-len(p)) for p in prompts], device=w.device)   # (b,t), padded on the right
+        self.x = torch.tensor([[*p] + [0]*(max(lens)-len(p)) for p in prompts], device=w.device) # (b,t), padded on the right
         self.seqlens = torch.tensor(lens, device=w.device)[:, None]                             # (b,1)
         self.seen = torch.zeros(len(prompts), self.v, dtype=torch.bool, device=w.device) if self.sampler.penalizes else None
         if self.seen is not None:
