@@ -837,7 +837,7 @@ def card(self:Corpus)->str: # Markdown
     lines += [f"| dropped: {k} | {d['documents']:,} | {d['bytes']:,} |" for k,d in s['dropped'].items()]
     return '\n'.join(lines + ['', f"Documents repaired (accents, line ends, control characters): {s['repaired']:,}."])
 
-# %% ../../nbs/01_data.corpus.ipynb #c248e43a
+# %% ../../nbs/01_data.corpus.ipynb #f012b811
 @patch
 def plot(self:Corpus, figsize:tuple=(11, 6)): # -> matplotlib figure
     "Lengths, sources, characters, and what became of the documents."
@@ -849,7 +849,7 @@ def plot(self:Corpus, figsize:tuple=(11, 6)): # -> matplotlib figure
     a.set(title='Length of documents', xlabel='bytes', ylabel='documents')
     def bars(ax, items, title, xlabel, fmt):
         ax.bar_label(ax.barh([k for k,_ in items][::-1], [v for _,v in items][::-1]), fmt=fmt, padding=2)
-        ax.set(title=title, xlabel=xlabel); ax.margins(x=.15)
+        ax.set(title=title, xlabel=xlabel); ax.margins(x=.2)
     bars(b, [(k[:32], v/1e6) for k,v in list(s['sources'].items())[:12]], 'Where it comes from', 'MB', '{:.2f}')
     bars(c, [(k, 100*v/sum(s['classes'].values())) for k,v in s['classes'].items()], 'Characters', '%', '{:.3f}')
     fates = [('kept', sum(s['documents'].values()))] + [(k, v['documents']) for k,v in s['dropped'].items()]
