@@ -7,13 +7,16 @@ __all__ = ['SCHEMA', 'STATUSES', 'SLMError', 'atomic_file', 'atomic_dir', 'write
            'set_rng_state', 'get_device', 'hardware', 'matmul_flops', 'best_dtype', 'Metric', 'bootstrap_ratio',
            'versions', 'git_commit', 'portable', 'RunDir', 'list_runs', 'progress', 'slm_home', 'free_disk']
 
-# %% ../nbs/00_core.ipynb #fcc37d50
-import contextlib, datetime, functools, json, math, os, platform, random, shutil, subprocess, sys, tempfile, time
+# %% ../nbs/00_core.ipynb #c6c23763
+import contextlib, datetime, functools, json, math, os, platform, random, shutil, subprocess, sys, tempfile, time, warnings
 from dataclasses import dataclass, field, asdict
 from importlib import metadata
 from pathlib import Path
 import numpy as np
 from fastcore.basics import patch
+
+# %% ../nbs/00_core.ipynb #2d46a1de
+warnings.filterwarnings('ignore', message='.torch.jit.script. is deprecated') # said when fastai is imported; nothing a user can do about it
 
 # %% ../nbs/00_core.ipynb #3f6381d2
 class SLMError(Exception):

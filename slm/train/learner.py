@@ -8,7 +8,8 @@ __all__ = ['LMLearner', 'Counter', 'StopAt', 'decay_groups', 'adamw', 'NoEpochVa
            'TensorBoardLog', 'WandbLog', 'Samples', 'quote', 'flatten_state', 'unflatten_state', 'checkpoints',
            'Checkpoint', 'GracefulStop', 'plot_training']
 
-# %% ../../nbs/20_train.learner.ipynb #813049f5
+# %% ../../nbs/20_train.learner.ipynb #5ca36f3c
+from ..core import * # first: it silences a warning of the next ones
 import contextlib, csv, json, math, shutil, signal, sys, threading, time
 from functools import partial
 from pathlib import Path
@@ -21,8 +22,6 @@ from fastai.optimizer import OptimWrapper
 from fastai.callback.core import Callback, CancelBatchException, CancelFitException, CancelValidException
 from fastcore.basics import patch, noop
 from fastcore.foundation import L
-from ..core import *
-from ..core import _finite
 from ..model.gpt import GPT, GPTConfig, lm_loss
 from ..model.generate import generate
 
