@@ -64,7 +64,11 @@ def atomic_dir(
         umask = os.umask(0); os.umask(umask); os.chmod(tmp, 0o777 & ~umask)
         old = None
         if path.exists(): old = tmp.with_suffix('.old'); os.rename(path, old)
-        os.rename(tmp, path); _fsync_dir(path.parent)
+        try: os.rename(tmp, path)
+        except OSError:
+            if old: os.rename(old, path)
+            raise
+        _fsync_dir(path.parent)
         if old: shutil.rmtree(old)
     except BaseException:
         shutil.rmtree(tmp, ignore_errors=True); raise
@@ -261,6 +265,8 @@ def portable(
     return sep.join(map(cut, arg.split(sep, 1)))
 
 # %% ../nbs/00_core.ipynb #390f0842
+def _now(): return datetime.datetime.now(datetime.timezone.utc).isoformat(timespec='seconds')
+
 class RunDir:
     "A folder that one stage writes and the next one reads, described by its `run.json`."
     def __init__(self, path:str|Path): self.path, self.info = Path(path), {}
@@ -285,8 +291,8 @@ class RunDir:
         try: r.path.mkdir(parents=True, exist_ok=True)
         except OSError as e: raise SLMError(f"cannot make '{r.path}' ({e.strerror}): choose another --out") from None
         r.info = dict(schema=SCHEMA, stage=stage, command=' '.join(map(portable, sys.argv)), config=config or {}, seed=seed,
-                      commit=git_commit(), started=datetime.datetime.now(datetime.timezone.utc).isoformat(timespec='seconds'), versions=versions(),
-                      hardware=hardware(), data=data or {}, parent=parent, metrics={}, status='running')
+                      commit=git_commit(), started=_now(), versions=versions(), hardware=hardware(),
+                      data=data or {}, parent=parent, metrics={}, status='running')
         r.save(); return r
 
 # %% ../nbs/00_core.ipynb #3c32b0e7
@@ -324,7 +330,7 @@ def metric(self:RunDir, name:str)->Metric:
 def finish(self:RunDir, status:str='done'):
     "Mark the run's end: 'done', 'interrupted' or 'failed'."
     assert status in STATUSES, status
-    self.info |= dict(status=status, ended=datetime.datetime.now(datetime.timezone.utc).isoformat(timespec='seconds')); self.save()
+    self.info |= dict(status=status, ended=_now()); self.save()
 
 # %% ../nbs/00_core.ipynb #b6027dae
 def list_runs(

@@ -62,6 +62,7 @@ def files(tmp_path_factory):
     d = tmp_path_factory.mktemp('files')
     (d/'empty.txt').write_text('')
     (d/'short.txt').write_text('One short line of text.\n\nAnother line, as short as that.\n')
+    for n,word in (('a.md', 'One'), ('b.md', 'Two')): (d/n).write_text(f'{word} short line of text, and no more than that.\n')
     (d/'binary.txt').write_bytes(bytes(range(256))*20)
     return d
 
@@ -73,9 +74,10 @@ BAD = {
     'unknown corpus': (['--corpus', 'tinystorys'], 'tinystories'),
     'unknown preset': (TINY+['--preset', '2m'], '2m'),
     'unknown device': (TINY+['--device', 'tpu'], 'tpu'),
-    'vocabulary larger than the data allows': (['--corpus', 'files:{files}/short.txt', '--vocab-size', '4096'], 'vocab'),
+    'vocabulary larger than the data allows': (['--corpus', 'files:{files}/*.md', '--vocab-size', '4096'], 'vocab'),
+    'one document only': (['--corpus', 'files:{files}/short.txt'], 'short.txt'),
     'context longer than the corpus': (TINY[:6]+['--seq-len', '1000000', '--batch-tokens', '1000000'], '1000000'),
-    'preset too large for memory': (TINY+['--preset', '350m', '--micro-batch', '100000', '--batch-tokens', '6400000'], 'GB'),
+    'preset too large for memory': (TINY+['--preset', '350m', '--micro-batch', '100000', '--batch-tokens', '6400000'], 'GiB'),
     'tokenizer that is none': (TINY+['--tokenizer', '{files}/binary.txt'], 'binary.txt'),
 }
 

@@ -198,7 +198,8 @@ def step(self:DecodeBatch)->tuple[list[int], list[float]]: # one token id a row,
     finally:
         if was_training: self.model.train()
     logprobs = logits.log_softmax(-1)                                            # (b,v)
-    if logprobs[:, 0].isnan().any(): raise SLMError("the model's output is not a number: the checkpoint is damaged, or its training diverged")
+    if logprobs[:, 0].isnan().any():
+        raise SLMError("the model's output is not a number: the checkpoint is damaged, or its training diverged")
     ids = self.sampler(logits, self.seen)                                        # (b,)
     if self.seen is not None: self.seen.scatter_(1, ids[:, None], True)
     self.x, self.seqlens = ids[:, None], None                                    # (b,1)
@@ -254,14 +255,16 @@ class Generation:
 def _check(model, prompts, params, tok, stop_ids):
     "`params` as a list and `stop_ids` as a set, or an `SLMError`"
     params = [params]*len(prompts) if isinstance(params, SamplingParams) else list(params)
-    if len(params) != len(prompts): raise SLMError(f'{len(params)} sampling parameters for {len(prompts)} prompts: give one for all, or one each')
+    if len(params) != len(prompts):
+        raise SLMError(f'{len(params)} sampling parameters for {len(prompts)} prompts: give one for all, or one each')
     c = model.cfg
     if not c.causal: raise SLMError('this model looks both ways (causal=False): it fills gaps and cannot generate')
     for i,p in enumerate(prompts):
         if not p: raise SLMError(f'prompt {i} is empty: give at least one token')
         if len(p) > c.max_seq_len: raise SLMError(f'prompt {i} has {len(p)} tokens, the context holds {c.max_seq_len}: shorten it')
         if not 0 <= min(p) <= max(p) < c.vocab_size:
-            raise SLMError(f'prompt {i} has token {max(p) if min(p) >= 0 else min(p)}, the model knows 0 to {c.vocab_size-1}: use the tokenizer of its training')
+            bad = max(p) if min(p) >= 0 else min(p)
+            raise SLMError(f'prompt {i} has token {bad}, the model knows 0 to {c.vocab_size-1}: use the tokenizer of its training')
     if tok is None and any(p.stop for p in params): raise SLMError('stop strings need a tokenizer: pass it, or stop at token ids')
     if stop_ids is None: stop_ids = () if tok is None else [i for i in (tok.eot_id, tok.end_id) if i is not None]
     return params, set(stop_ids)
@@ -283,7 +286,7 @@ def _decode(model, prompts, params, stop_ids, tok):
     for i,g in enumerate(gens):
         if limit[i] == 0: g.finish_reason = 'length'; yield i, '', g
     live = [i for i in range(len(prompts)) if limit[i]]
-    vocab_size = min(tok.vocab_size, model.cfg.vocab_size) if tok else None           # some models have more rows than their tokenizer tokens
+    vocab_size = min(tok.vocab_size, model.cfg.vocab_size) if tok else None         # some models have more rows than their tokenizer tokens
     batch = DecodeBatch(model, [prompts[i] for i in live], [params[i] for i in live], vocab_size) if live else None
     while live:
         for i,id,logprob in zip(live, *batch.step()):
@@ -327,7 +330,8 @@ def generate_ids(
 def _request(tok, n, stop=(), **params):
     "One `SamplingParams` a prompt: a keyword is one value for all, or a list with one a prompt (`stop` is for all)"
     for k,v in params.items():
-        if isinstance(v, (list, tuple)) and len(v) != n: raise SLMError(f'{k} has {len(v)} values for {n} prompts: give one for all, or one each')
+        if isinstance(v, (list, tuple)) and len(v) != n:
+            raise SLMError(f'{k} has {len(v)} values for {n} prompts: give one for all, or one each')
     return [SamplingParams(stop=stop, **{k: v[i] if isinstance(v, (list, tuple)) else v for k,v in params.items()}) for i in range(n)]
 
 def _prompt_ids(tok, s):

@@ -63,7 +63,8 @@ def fill(self:GPTConfig):
     if self.d_ff is None:
         self.d_ff = round_up(self.d_model*8/3 if self.act in GATES else self.d_model*4, 64 if self.d_model < 768 else 256)
     if self.head_dim is None:
-        if self.d_model % self.n_head: raise SLMError(f'd_model={self.d_model} is not a multiple of n_head={self.n_head}: change one of them, or give head_dim')
+        if self.d_model % self.n_head:
+            raise SLMError(f'd_model={self.d_model} is not a multiple of n_head={self.n_head}: change one of them, or give head_dim')
         self.head_dim = self.d_model//self.n_head
 
 @patch
@@ -72,12 +73,14 @@ def check(self:GPTConfig):
     for k,ok in CHOICES.items():
         if getattr(self, k) not in ok: raise SLMError(f"unknown {k} '{getattr(self, k)}': use one of {', '.join(ok)}")
     for k in 'vocab_size n_layer n_head n_kv_head d_model d_ff head_dim max_seq_len'.split():
-        if not isinstance(getattr(self, k), int) or getattr(self, k) < 1: raise SLMError(f'{k}={getattr(self, k)!r}: it must be a whole number of at least 1')
-    if self.n_head % self.n_kv_head: raise SLMError(f'n_head={self.n_head} is not a multiple of n_kv_head={self.n_kv_head}: change one of them')
+        if not isinstance(n := getattr(self, k), int) or n < 1: raise SLMError(f'{k}={n!r}: it must be a whole number of at least 1')
+    if self.n_head % self.n_kv_head:
+        raise SLMError(f'n_head={self.n_head} is not a multiple of n_kv_head={self.n_kv_head}: change one of them')
     if self.pos == 'rope':
         if self.head_dim % 2: raise SLMError(f'head_dim={self.head_dim} is odd: rotary positions turn pairs, choose an even one')
         rope_inv_freq(self.head_dim, self.rope_theta, self.rope_scaling)
-    if self.pos == 'sinusoidal' and self.d_model % 2: raise SLMError(f'd_model={self.d_model} is odd: sinusoids come in pairs, choose an even one')
+    if self.pos == 'sinusoidal' and self.d_model % 2:
+        raise SLMError(f'd_model={self.d_model} is odd: sinusoids come in pairs, choose an even one')
     if not 0 <= self.dropout < 1: raise SLMError(f'dropout={self.dropout}: it must be at least 0 and below 1')
 
 # %% ../../nbs/11_model.gpt.ipynb #c4c3856a
@@ -126,7 +129,7 @@ class Backbone(nn.Module):
         self.drop = nn.Dropout(c.dropout) if c.dropout else nn.Identity()
         self.layers = nn.ModuleList(Block(c, i) for i in range(c.n_layer))
         if c.norm_pos == 'pre': self.norm = norm()
-        self.fixed = {}                                                          # device -> numbers that are not learned; no buffer, so that no cast spoils them
+        self.fixed = {}                                                          # device -> what is not learned; no buffer, so that no cast spoils it
 
 @patch
 def constants(self:Backbone,
@@ -135,7 +138,8 @@ def constants(self:Backbone,
     "The numbers of the position scheme that are not learned."
     c = self.cfg
     if device not in self.fixed:
-        self.fixed[device] = (rope_inv_freq(c.head_dim, c.rope_theta, c.rope_scaling) if c.pos == 'rope' else alibi_slopes(c.n_head)).to(device)
+        numbers = rope_inv_freq(c.head_dim, c.rope_theta, c.rope_scaling) if c.pos == 'rope' else alibi_slopes(c.n_head)
+        self.fixed[device] = numbers.to(device)
     return self.fixed[device]
 
 # %% ../../nbs/11_model.gpt.ipynb #4a2231d0
@@ -148,7 +152,8 @@ def context(self:Backbone,
 )->tuple[AttnContext, Tensor]: # what the layers share; positions, (t,) or (1,t) or (b,t)
     "Decide positions, rotation and mask of a forward pass; raises `SLMError` for what cannot be."
     c,(b,t),dev = self.cfg,idx.shape,idx.device
-    if seqlens is not None and (seqlens.ndim != 2 or len(seqlens) != b): raise SLMError(f'seqlens has the shape {tuple(seqlens.shape)}: it must be (b,n) with b={b}')
+    if seqlens is not None and (seqlens.ndim != 2 or len(seqlens) != b):
+        raise SLMError(f'seqlens has the shape {tuple(seqlens.shape)}: it must be (b,n) with b={b}')
     doc,at,s,plain = None,torch.arange(t, device=dev)[None],t,True               # at (1,t): place of each token in its row
     pos = at[0]
     if cache is not None:
@@ -157,7 +162,8 @@ def context(self:Backbone,
         pos = at = cache.begin(t, seqlens); s = cache.s
         plain = cache.even and (t == 1 or cache.start == 0)
     elif seqlens is not None and not (c.causal and seqlens.shape[1] == 1): (pos,doc),plain = doc_positions(seqlens, t),False
-    if c.pos == 'learned' and s > c.max_seq_len: raise SLMError(f'{s} tokens, but only {c.max_seq_len} positions were learned: shorten the text')
+    if c.pos == 'learned' and s > c.max_seq_len:
+        raise SLMError(f'{s} tokens, but only {c.max_seq_len} positions were learned: shorten the text')
     ctx = AttnContext(causal=c.causal, cache=cache)
     if c.pos == 'alibi' or not plain: ctx.bias = attn_bias(at, s, c.causal, doc, self.constants(dev) if c.pos == 'alibi' else None, dtype)
     if c.pos == 'rope': ctx.cos,ctx.sin = (o if o.ndim == 2 else o[:, None] for o in rope_cos_sin(pos, self.constants(dev), dtype))
@@ -216,7 +222,9 @@ class GPT(nn.Module):
 @patch
 @torch.no_grad()
 def init_weights(self:GPT):
-    "Normal with variance 2/(5d) (Nguyen & Salazar 2019); what writes to the stream smaller by √(2·n_layer) (GPT-2, §2.3); biases 0, norms 1."
+    """Normal with variance 2/(5d) (Nguyen & Salazar 2019); biases 0, norms 1.
+
+    What writes to the stream is smaller by √(2·n_layer) (GPT-2, §2.3)."""
     std = math.sqrt(2/(5*self.cfg.d_model))
     for name,m in self.named_modules():
         if isinstance(m, (nn.Linear, nn.Embedding)):
@@ -263,7 +271,9 @@ def flops_per_token(self:GPTConfig,
     seq_len:int|None=None, # tokens that attend to each other; `max_seq_len` if not given
     train:bool=True, # forward and backward; or forward only
 )->int: # floating point operations; a multiplication with its addition is two
-    "6N + 12·n_layer·n_head·head_dim·seq_len (PaLM, appendix B), N the weights that multiply, the head among them; a third of it for the forward pass."
+    """6N + 12·n_layer·n_head·head_dim·seq_len (PaLM, appendix B); a third of it for the forward pass.
+
+    N counts the weights that multiply, the head among them."""
     c,q,kv = self,self.n_head*self.head_dim,self.n_kv_head*self.head_dim
     n = c.n_layer*c.d_model*(2*q + 2*kv + (2 + (c.act in GATES))*c.d_ff) + c.vocab_size*c.d_model
     return (2*n + 4*c.n_layer*q*(seq_len or c.max_seq_len))*(3 if train else 1)
@@ -293,9 +303,10 @@ def memory_estimate(
     else:
         ff = c.d_ff*((3 if c.act == 'reglu' else 4) if c.act in GATES else 1 if c.act == 'relu' else 2)
         pairs = c.n_head*(seq_len+min(128, seq_len))/2 if c.causal else c.n_head*seq_len
-        layer = 2*c.d_model*4 + (q+kv)*c.qk_norm*(4 if e == 4 else 8) + e*(2*c.d_model + 2*q + 2*kv + ff + (pairs if device == 'cpu' and seq_len <= 2048 else 0))
-        parts = dict(weights=n*(4 if e == 4 else 6), gradients=4*n, optimiser=optim_bytes*n, activations=int(bs*seq_len*(c.n_layer*layer + c.d_model*(4+e))),
-                     logits=bs*seq_len*c.vocab_size*3*4)
+        kept = pairs if device == 'cpu' and seq_len <= 2048 else 0
+        layer = 2*c.d_model*4 + (q+kv)*c.qk_norm*(4 if e == 4 else 8) + e*(2*c.d_model + 2*q + 2*kv + ff + kept)
+        parts = dict(weights=n*(4 if e == 4 else 6), gradients=4*n, optimiser=optim_bytes*n,
+                     activations=int(bs*seq_len*(c.n_layer*layer + c.d_model*(4+e))), logits=bs*seq_len*c.vocab_size*3*4)
     return parts | dict(total=sum(parts.values()))
 
 # %% ../../nbs/11_model.gpt.ipynb #aef10832

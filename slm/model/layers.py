@@ -46,7 +46,8 @@ class RMSNorm(nn.Module):
     def forward(self,
         x:Tensor, # (…,d)
     )->Tensor: # (…,d), of the type of `x`; statistics in float32
-        if x.device.type == 'cpu' and x.requires_grad and x.dtype == self.weight.dtype == torch.float32: return _RMSNorm.apply(x, self.weight, self.eps)
+        by_hand = x.device.type == 'cpu' and x.requires_grad and x.dtype == self.weight.dtype == torch.float32
+        if by_hand: return _RMSNorm.apply(x, self.weight, self.eps)
         return F.rms_norm(x, self.weight.shape, self.weight.to(x.dtype), self.eps)
 
     def extra_repr(self): return f'{self.weight.numel()}, eps={self.eps}'
@@ -198,12 +199,13 @@ class KVCache:
     ):
         # zeros, not empty: what is hidden gets the weight 0, and 0 times an accidental NaN would be NaN
         self.k,self.v = (torch.zeros(n_layer, b, n_kv_head, max_len, head_dim, dtype=dtype, device=device) for _ in range(2))
-        self.lens = torch.zeros(b, dtype=torch.long)                             # on the CPU: looked at in every step, without waiting for a GPU
+        self.lens = torch.zeros(b, dtype=torch.long)                             # on the CPU: read in every step, without waiting for a GPU
         self.max_len = max_len
 
     @property
     def nbytes(self): return self.k.nbytes + self.v.nbytes
-    def __repr__(self): return f'KVCache(layers={len(self.k)}, lens={self.lens.tolist()}, max_len={self.max_len}, {self.nbytes/2**20:.2f} MiB)'
+    def __repr__(self):
+        return f'KVCache(layers={len(self.k)}, lens={self.lens.tolist()}, max_len={self.max_len}, {self.nbytes/2**20:.2f} MiB)'
 
 # %% ../../nbs/10_model.layers.ipynb #452ffa26
 @patch

@@ -258,7 +258,8 @@ class CSVLog(Callback):
     def after_batch(self):
         if self.row is None: return
         text = lambda v: '' if v is None else f'{v:.6g}' if isinstance(v, float) else v
-        with self.path.open('a', newline='') as f: csv.DictWriter(f, self.columns).writerow({k: text(self.row.get(k)) for k in self.columns})
+        row = {k: text(self.row.get(k)) for k in self.columns}
+        with self.path.open('a', newline='') as f: csv.DictWriter(f, self.columns).writerow(row)
 
 class Bar(Callback):
     "A progress bar of optimiser steps with loss, validation and speed beside it; silent where nobody watches."
@@ -351,7 +352,8 @@ def save_checkpoint(self:LMLearner,
     "Write `root/STEP/{model,optim}.safetensors, state.json` in one step; raises `SLMError` when the disk is full."
     path = Path(root)/f'{self.opt_steps:08d}'
     tensors,plain = flatten_state(self.opt.opt.state_dict())
-    state = dict(schema=1, step=self.opt_steps, tokens=self.tokens, loader=self.dls.train.state_dict(), rng=rng_state(), optim=plain) | extra
+    state = dict(schema=1, step=self.opt_steps, tokens=self.tokens, loader=self.dls.train.state_dict(),
+                 rng=rng_state(), optim=plain) | extra
     try:
         with atomic_dir(path) as d:
             save_file(self.model.state_dict(), d/'model.safetensors', metadata={'format': 'pt'})

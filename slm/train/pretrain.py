@@ -239,8 +239,8 @@ def _train(run, c, tok, data, cbs=(), checkpoint=None):
     speeds = [r['tokens_per_s'] for r in learn.rows[1:] if 'tokens_per_s' in r] or [learn.rows[0]['tokens_per_s']]
     speed = bootstrap_ratio(speeds, unit='tokens/s')
     n = learn.model.num_params()
-    run.add_metrics(valid_bpb=m['bpb'], valid_loss=m['loss'], valid_ppl=m['ppl'], params=n, steps=c.steps, tokens=learn.tokens, tokens_per_s=speed,
-                    mfu=speed.value*6*n/peak, seconds=Metric(seconds, unit='s'), peak_memory=Metric(peak_memory(c.device)/2**20, unit='MB'))
+    run.add_metrics(valid_bpb=m['bpb'], valid_loss=m['loss'], valid_ppl=m['ppl'], params=n, steps=c.steps, tokens=learn.tokens,
+                    tokens_per_s=speed, mfu=speed.value*6*n/peak, seconds=Metric(seconds, unit='s'), peak_memory=Metric(peak_memory(c.device)/2**20, unit='MB'))
     plot_training(run/'log.csv', run/'training.png', floor=math.log(tok.vocab_size))
     shutil.rmtree(run/'checkpoints', ignore_errors=True)
     run.finish(); write_report(run); return run
@@ -260,7 +260,8 @@ def write_report(run:RunDir)->Path: # the page written
     path = run/'report.md'
     head = f"# {run.path.name}\n\n`{i['command']}`\n\n{hw} · seed {i['seed']} · corpus {i['data'].get('name')} ({i['data'].get('license')})"
     with atomic_file(path) as f:
-        f.write(f'{head}\n\n| figure | value [95 % interval] |\n| --- | --- |\n{rows}\n\n![training](training.png)\n\n# Samples\n\n{samples}')
+        f.write(f'{head}\n\n| figure | value [95 % interval] |\n| --- | --- |\n{rows}\n\n')
+        f.write(f'![training](training.png)\n\n# Samples\n\n{samples}')
     return path
 
 # %% ../../nbs/22_train.pretrain.ipynb #fcf6495d
