@@ -9,7 +9,7 @@ CORES := $(shell getconf _NPROCESSORS_ONLN 2>/dev/null || echo 2)
 WORKERS ?= $(shell n=$(CORES); [ $$n -gt 4 ] && n=4; echo $$n)
 SHELL := bash
 .DEFAULT_GOAL := help
-.PHONY: help demo install test notebooks pytest check prepare clean-nbs docs slow lab bench run
+.PHONY: help demo install test notebooks pytest check prepare clean-nbs docs slow lab bench run record
 
 help:
 	@grep -hE '^[a-z-]+:.*## ' Makefile | sed -E 's/^([a-z-]+):.*## (.*)/make \1|\2/' | awk -F'|' '{printf "%-15s %s\n", $$1, $$2}'
@@ -76,6 +76,9 @@ docs: .venv/.dev ## check and render the site into _docs (Quarto where it exists
 
 lab: .venv/.dev ## open the book in Jupyter
 	@cd nbs && PATH="$(CURDIR)/$(BIN):$$PATH" $(CURDIR)/$(BIN)/jupyter lab
+
+record: .venv/.dev ## what the README shows of make demo and make test, anew, from a fresh clone of HEAD
+	@$(BIN)/python tools/record.py demo test
 
 bench: .venv/.dev ## run the benchmarks of bench/, one after another
 	@set -e; for f in bench/*.py; do [ -e "$$f" ] || { echo 'no benchmarks in bench/'; break; }; echo "== $$f"; $(BIN)/python "$$f"; done

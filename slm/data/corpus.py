@@ -275,7 +275,7 @@ class Source:
     arg:str='' # what stood after the colon
     config:str|None=None # configuration of a hub data set
     column:str|None=None # column to read
-    split:str='hash' # 'hash', or 'contiguous': first part train, last part valid
+    split:str='hash' # 'hash'; 'contiguous': first part train, last part valid; 'where': as `read` says
     val_frac:float=.05 # share of documents held out, unless asked otherwise
     normal:bool=True # normalise the text?
     max_bytes:int|None=None # read no more than this, unless asked otherwise
@@ -284,7 +284,7 @@ class Source:
     errors:str='strict' # what a bad byte does
 
 SOURCES:dict[str,Source] = {}
-OFFLINE = "'pydocs', 'files:GLOB' or 'shakespeare:PATH'"
+OFFLINE = "'world', 'pydocs', 'files:GLOB' or 'shakespeare:PATH'"
 
 # %% ../../nbs/01_data.corpus.ipynb #8897dbaa
 def get_source(
@@ -416,6 +416,16 @@ SOURCES['pydocs'] = Source(
     'https://docs.python.org and the installed packages', 'PSF-2.0 (Python); BSD-3-Clause, Apache-2.0, PSF-based (packages)',
     _read_pydocs, _pydocs_packages, filters='docstrings under 200 characters',
     gaps='differs with the versions installed; tables, signatures and code among the prose; no fiction, no dialogue')
+
+# %% ../../nbs/01_data.corpus.ipynb #f0d34b9c
+def _world():
+    "The next chapter, imported when it is needed"
+    from slm.data import world; return world
+
+SOURCES['world'] = Source(
+    'world', 'world[:DIAL]', 'Invented stories from a program, each with a known probability; DIAL from 0 to 1 is a gender bias of occupations.',
+    'slm.data.world', 'Apache-2.0', lambda src: _world().read_world(src), lambda src: _world().identity(src),
+    gaps='a small world: no dialogue, no causes, no past', split='where', val_frac=0., max_bytes=20_000_000)
 
 # %% ../../nbs/01_data.corpus.ipynb #d385f816
 def _brief(e): return ' '.join(str(e).split())[:200] or type(e).__name__
@@ -697,6 +707,7 @@ def _build(src, path, val_frac, max_bytes, dedup, near_dedup)->dict:
             raise SLMError(f"corpus '{src.name}' has only one document left of {stage.n_bytes:,} bytes: "
                            "one to train on and one to validate with are needed, add text")
         if src.split == 'contiguous': valid[1] = True
+        elif src.split == 'where': valid = stage.where == stage.places.get('valid')
         else: valid[kept] = split_valid(stage.keys[kept], val_frac)
         examples = _pass2(stage, fate, valid, group, shards)
     finally:

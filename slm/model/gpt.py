@@ -93,7 +93,7 @@ def from_depth(cls:GPTConfig,
     max_seq_len:int=512, # context, in tokens
     **over, # any other field
 )->GPTConfig:
-    "Width 64·depth, heads of 64, half as many key-value heads, SwiGLU."
+    "Width 64·depth, heads of 64, at most half as many key-value heads, SwiGLU."
     kw = dict(n_layer=depth, d_model=64*depth) | over
     n_head = kw.get('n_head') or max(1, kw['d_model']//64)
     kw.setdefault('n_kv_head', max((m for m in range(1, n_head//2+1) if n_head % m == 0), default=1))
@@ -154,7 +154,7 @@ def context(self:Backbone,
     c,(b,t),dev = self.cfg,idx.shape,idx.device
     if seqlens is not None and (seqlens.ndim != 2 or len(seqlens) != b):
         raise SLMError(f'seqlens has the shape {tuple(seqlens.shape)}: it must be (b,n) with b={b}')
-    doc,at,s,plain = None,torch.arange(t, device=dev)[None],t,True               # at (1,t): place of each token in its row
+    doc,at,s,plain = None,torch.arange(t, device=dev)[None],t,True               # at (1,t): place of each token in its row; s keys
     pos = at[0]
     if cache is not None:
         if not c.causal: raise SLMError('a model that looks both ways cannot use a cache: call it without')
@@ -166,7 +166,8 @@ def context(self:Backbone,
         raise SLMError(f'{s} tokens, but only {c.max_seq_len} positions were learned: shorten the text')
     ctx = AttnContext(causal=c.causal, cache=cache)
     if c.pos == 'alibi' or not plain: ctx.bias = attn_bias(at, s, c.causal, doc, self.constants(dev) if c.pos == 'alibi' else None, dtype)
-    if c.pos == 'rope': ctx.cos,ctx.sin = (o if o.ndim == 2 else o[:, None] for o in rope_cos_sin(pos, self.constants(dev), dtype))
+    if c.pos == 'rope':                                                          # (t,·), or (b,1,t,·): the same for all heads
+        ctx.cos,ctx.sin = (o if o.ndim == 2 else o[:, None] for o in rope_cos_sin(pos, self.constants(dev), dtype))
     return ctx, pos
 
 # %% ../../nbs/11_model.gpt.ipynb #78df2099
@@ -239,7 +240,7 @@ def lm_loss(
 )->Tensor: # nats a token, a scalar; 0 if no token counts
     "Cross-entropy, the mean over the tokens that count."
     if loss_mask is None: return F.cross_entropy(logits.flatten(0, 1), y.flatten())
-    total = F.cross_entropy(logits.flatten(0, 1), y.masked_fill(~loss_mask, -100).flatten(), reduction='sum')
+    total = F.cross_entropy(logits.flatten(0, 1), y.masked_fill(~loss_mask, -100).flatten(), reduction='sum')  # -100: not counted
     return total/loss_mask.sum().clamp(min=1)
 
 # %% ../../nbs/11_model.gpt.ipynb #e13e2682

@@ -172,11 +172,11 @@ def build_learner(
     cbs=(), # more callbacks
 )->LMLearner:
     "Model, data and callbacks of a pretraining run."
+    dls = token_dls(data, bs=c.micro_batch, seq_len=c.seq_len, seed=c.seed, device=c.device, block_diagonal=c.block_diagonal)
     cfg = GPTConfig.preset(c.preset, vocab_size=tok.vocab_size, max_seq_len=c.seq_len, **({'dropout': c.dropout or 0.} | c.model))
     check_fits(cfg, c.micro_batch, c.seq_len, c.device)
     set_seed(c.seed); model = GPT(cfg).to(c.device)
     if c.compile: model.compile()
-    dls = token_dls(data, bs=c.micro_batch, seq_len=c.seq_len, seed=c.seed, device=c.device, block_diagonal=c.block_diagonal)
     learn = LMLearner(dls, model, opt_func=lambda ps, lr: adamw(ps, lr=lr, wd=c.wd), lr=c.lr,
                       cbs=[AutoCast(c.dtype), GradClip(c.clip), *cbs])
     if c.batch_tokens > c.micro_batch*c.seq_len: learn.add_cb(TokenAccumulation(c.batch_tokens))

@@ -1,0 +1,36 @@
+"""Record what the README's commands print: record.py demo test
+
+Each is run by make in a fresh clone of HEAD; its output goes to results/index/NAME/output.txt, with hardware and time in run.json.
+"""
+import re, subprocess, sys, tempfile, time
+from pathlib import Path
+from slm.core import atomic_file, git_commit, hardware, versions, write_json
+
+ROOT = Path(__file__).resolve().parent.parent
+INSTALL = re.compile(r'making \.venv|installing |WARNING: |\[notice\]')
+
+def shorten(lines, first=24, last=12):
+    "The beginning and the end of a long output"
+    return lines if len(lines) <= first+last else lines[:first]+['…']+lines[-last:]
+
+def record(name):
+    "Run `make NAME` in a fresh clone and keep what it printed; exits when it failed"
+    with tempfile.TemporaryDirectory(prefix='slm-record-') as tmp:
+        subprocess.run(['git', 'clone', '-q', str(ROOT), f'{tmp}/slm'], check=True)
+        t0, installed, lines = time.time(), None, []
+        p = subprocess.Popen(['make', name], cwd=f'{tmp}/slm', stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+        for l in p.stdout:
+            print(l, end='', flush=True)
+            if installed is None and not INSTALL.match(l): installed = time.time()-t0
+            if not l.startswith(('WARNING: ', '[notice]')): lines.append(re.sub(r'\x1b\[[0-9;]*m', '', l).rstrip().replace(f'{tmp}/slm/', ''))
+        if p.wait(): sys.exit(f'make {name} failed: nothing recorded')
+    out = ROOT/'results'/'index'/name
+    with atomic_file(out/'output.txt') as f: f.write('\n'.join(shorten(lines))+'\n')
+    write_json(out/'run.json', dict(schema=1, stage='record', command=f'make {name}', commit=git_commit(), hardware=hardware(), versions=versions(),
+                                    seconds=round(time.time()-t0, 1), install_seconds=round(installed or 0, 1), status='done'))
+
+if __name__ == '__main__':
+    import torch # so that `hardware` knows of an accelerator
+    names = sys.argv[1:]
+    if not names or set(names) - {'demo', 'test'}: sys.exit(__doc__.strip())
+    for n in names: record(n)
