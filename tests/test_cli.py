@@ -77,7 +77,7 @@ BAD = {
     'vocabulary larger than the data allows': (['--corpus', 'files:{files}/*.md', '--vocab-size', '4096'], 'vocab'),
     'one document only': (['--corpus', 'files:{files}/short.txt'], 'short.txt'),
     'context longer than the corpus': (TINY[:6]+['--seq-len', '1000000', '--batch-tokens', '1000000'], '1000000'),
-    'preset too large for memory': (TINY+['--preset', '350m', '--micro-batch', '100000', '--batch-tokens', '6400000'], 'GiB'),
+    'preset too large for memory': (TINY+['--preset', '350m', '--micro-batch', '4000', '--batch-tokens', '256000'], 'GiB'),
     'tokenizer that is none': (TINY+['--tokenizer', '{files}/binary.txt'], 'binary.txt'),
 }
 

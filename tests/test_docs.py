@@ -78,13 +78,13 @@ def test_readme_of_a_small_notebook(tmp_path, monkeypatch):
     md = lambda s: dict(cell_type='markdown', source=s)
     py = lambda s, outputs=(): dict(cell_type='code', source=s, outputs=list(outputs))
     nb = dict(cells=[
-        md('# A title\n\n> What it is.'), md('See [core](00_core.ipynb#seeds), [home](https://example.org), [rules](../CONTRIBUTING.md).'), md('## Export -'),
+        md('# A title\n\n> What it is.'), md('See [core](00_core.ipynb#seeds), [home](https://example.org), [rules](../CONTRIBUTING.md), [law](https://github.com/slm-book/slm/blob/main/LICENSE).'), md('## Export -'),
         py('#| hide\nsecret = 1'), py('#| echo: false\nquiet()', out(**{'text/markdown': ['[x](11_model.gpt.ipynb)']})),
         py('6*7', out(**{'text/plain': '42'})), py('plot()', out(**{'text/plain': '<Figure>', 'image/png': 'AAAA'})), py('%%bash\nmake demo')])
     (tmp_path/'index.ipynb').write_text(json.dumps(nb)); monkeypatch.setattr(docs, 'NBS', tmp_path)
     text = docs.readme()
     assert text.startswith('# A title\n\nWhat it is.\n') and 'secret' not in text and 'quiet' not in text and 'Figure' not in text and 'Export' not in text
-    assert '[core](nbs/00_core.ipynb#seeds)' in text and '(https://example.org)' in text and '(CONTRIBUTING.md)' in text and '(nbs/11_model.gpt.ipynb)' in text
+    assert '[core](nbs/00_core.ipynb#seeds)' in text and '(https://example.org)' in text and '(CONTRIBUTING.md)' in text and '(LICENSE)' in text and '(nbs/11_model.gpt.ipynb)' in text
     assert '``` python\n6*7\n```\n\n    42\n' in text and '``` sh\nmake demo\n```' in text
 
 def test_readme_names_the_two_commands_and_where_its_links_lead():

@@ -31,8 +31,9 @@ def directives(code):
     return d, '\n'.join(lines).strip('\n')
 
 def chapter_links(md):
-    "Links to chapters and files beside them, as seen from the top of the repository"
-    return re.sub(r'(\]\()(?!https?:|#|mailto:|\.\./)([^)\s]+)', r'\1nbs/\2', md).replace('](../', '](')
+    "Links to chapters, and to files of the repository, as seen from its top"
+    md = re.sub(r'(\]\()(?!https?:|#|mailto:|\.\./)([^)\s]+)', r'\1nbs/\2', md).replace('](../', '](')
+    return re.sub(r'(\]\()https://github\.com/slm-book/slm/(?:tree|blob)/main/', r'\1', md)
 
 def show_output(o):
     "Markdown for one stored output: Markdown as it is, else text as an indented block (pictures stay in the notebook)"

@@ -423,7 +423,7 @@ def _world():
     from slm.data import world; return world
 
 SOURCES['world'] = Source(
-    'world', 'world[:DIAL]', 'Invented stories from a program, each with a known probability; DIAL from 0 to 1 is a gender bias of occupations.',
+    'world', 'world[:DIAL]', 'Invented stories, each with a known probability; DIAL from 0 to 1 is a gender bias of occupations.',
     'slm.data.world', 'Apache-2.0', lambda src: _world().read_world(src), lambda src: _world().identity(src),
     gaps='a small world: no dialogue, no causes, no past', split='where', val_frac=0., max_bytes=20_000_000)
 

@@ -334,7 +334,7 @@ def token_dls(
     seed:int=42, # of the order of the training blocks
     device='cpu', # batches are moved there
     block_diagonal:bool=False, # compute seqlens, so that documents cannot see each other?
-)->'DataLoaders': # .train endless by epochs; .valid fixed
+): # fastai `DataLoaders`: .train endless by epochs; .valid fixed
     "Loaders of both splits for a fastai `Learner`; raises `SLMError` if a split is too small for one batch."
     import torch
     from fastai.data.core import DataLoaders

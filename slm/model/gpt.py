@@ -129,7 +129,7 @@ class Backbone(nn.Module):
         self.drop = nn.Dropout(c.dropout) if c.dropout else nn.Identity()
         self.layers = nn.ModuleList(Block(c, i) for i in range(c.n_layer))
         if c.norm_pos == 'pre': self.norm = norm()
-        self.fixed = {}                                                          # device -> what is not learned; no buffer, so that no cast spoils it
+        self.fixed = {}                                                          # device -> constants; no buffer: a cast would spoil it
 
 @patch
 def constants(self:Backbone,

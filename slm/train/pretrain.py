@@ -240,7 +240,8 @@ def _train(run, c, tok, data, cbs=(), checkpoint=None):
     speed = bootstrap_ratio(speeds, unit='tokens/s')
     n = learn.model.num_params()
     run.add_metrics(valid_bpb=m['bpb'], valid_loss=m['loss'], valid_ppl=m['ppl'], params=n, steps=c.steps, tokens=learn.tokens,
-                    tokens_per_s=speed, mfu=speed.value*6*n/peak, seconds=Metric(seconds, unit='s'), peak_memory=Metric(peak_memory(c.device)/2**20, unit='MB'))
+                    tokens_per_s=speed, mfu=speed.value*6*n/peak, seconds=Metric(seconds, unit='s'),
+                    peak_memory=Metric(peak_memory(c.device)/2**20, unit='MB'))
     plot_training(run/'log.csv', run/'training.png', floor=math.log(tok.vocab_size))
     shutil.rmtree(run/'checkpoints', ignore_errors=True)
     run.finish(); write_report(run); return run
