@@ -22,7 +22,7 @@ def record(name):
         for l in p.stdout:
             print(l, end='', flush=True)
             if installed is None and not INSTALL.match(l): installed = time.time()-t0
-            if not l.startswith(('WARNING: ', '[notice]')): lines.append(re.sub(r'\x1b\[[0-9;]*m', '', l).rstrip().replace(f'{tmp}/slm/', ''))
+            if not l.startswith(('WARNING: ', '[notice]')): lines.append(re.sub(r'\x1b\[[0-9;]*m', '', l).rstrip().replace(f'{tmp}/slm/', '').replace(f'{tmp}/slm', 'slm'))
         if p.wait(): sys.exit(f'make {name} failed: nothing recorded')
     out = ROOT/'results'/'index'/name
     with atomic_file(out/'output.txt') as f: f.write('\n'.join(shorten(lines))+'\n')
