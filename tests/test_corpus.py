@@ -346,7 +346,11 @@ def test_no_such_data_set(here, monkeypatch):
 
 @pytest.mark.slow
 def test_the_real_hub(here): # needs the network
-    c = build_corpus('tinystories', out='t', max_bytes=1_000_000); assert c.n_docs['train'] > 500 and len(c.info['revision']) == 40
+    try: c = build_corpus('tinystories', out='t', max_bytes=1_000_000)
+    except SLMError as e:
+        if 'cannot reach' in str(e): pytest.skip(str(e))
+        raise
+    assert c.n_docs['train'] > 500 and len(c.info['revision']) == 40
 
 # ---------------------------------------------------------------- memory
 

@@ -232,6 +232,23 @@ def init_weights(self:GPT):
             nn.init.normal_(m.weight, std=std/math.sqrt(2*self.cfg.n_layer) if name.endswith(('o_proj', 'down_proj')) else std)
             if getattr(m, 'bias', None) is not None: nn.init.zeros_(m.bias)
 
+# %% ../../nbs/11_model.gpt.ipynb #c1829686
+class _CrossEntropy(torch.autograd.Function):
+    "Cross-entropy and its gradient in one pass over the logits, some rows at a time; statistics in float32."
+    @staticmethod
+    def forward(ctx, logits, y, share):                                          # (n,v), (n,), (n,) weight of each token
+        g,total,rows = torch.empty_like(logits),share.new_zeros(()),128 if logits.device.type == 'cpu' else 2048
+        for z,at,w,out in zip(*(o.split(rows) for o in (logits, y[:, None], share[:, None], g))):
+            p = z.log_softmax(-1, dtype=torch.float32)                           # (rows,v)
+            total -= (p.gather(1, at)*w).sum()
+            out.copy_(p.exp_().scatter_add_(1, at, torch.full_like(w, -1)).mul_(w))
+        ctx.save_for_backward(g)
+        return total
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, d): return ctx.saved_tensors[0]*d, None, None
+
 # %% ../../nbs/11_model.gpt.ipynb #01268ed2
 def lm_loss(
     logits:Tensor, # (b,t,v)
@@ -239,9 +256,9 @@ def lm_loss(
     loss_mask:Tensor|None=None, # (b,t) True where a token counts; all if not given
 )->Tensor: # nats a token, a scalar; 0 if no token counts
     "Cross-entropy, the mean over the tokens that count."
-    if loss_mask is None: return F.cross_entropy(logits.flatten(0, 1), y.flatten())
-    total = F.cross_entropy(logits.flatten(0, 1), y.masked_fill(~loss_mask, -100).flatten(), reduction='sum')  # -100: not counted
-    return total/loss_mask.sum().clamp(min=1)
+    n = y.numel() if loss_mask is None else loss_mask.sum().clamp(min=1)
+    share = torch.ones(y.shape, device=y.device)/n if loss_mask is None else loss_mask/n                # (b,t)
+    return _CrossEntropy.apply(logits.flatten(0, 1), y.flatten(), share.flatten())
 
 # %% ../../nbs/11_model.gpt.ipynb #e13e2682
 @patch
