@@ -2,12 +2,12 @@
 
     python bench/train.py speed       # tokens/s of a step against transformers' LlamaForCausalLM, and against the matrix peak
     python bench/train.py overhead    # the fastai loop with its callbacks against a bare loop
-    python bench/train.py shakespeare --data tinyshakespeare.txt [--seconds 180] [--seeds 3]   # validation loss against time
+    python bench/train.py shakespeare [--data tinyshakespeare.txt] [--seeds 3]   # validation loss for seconds, on nanoGPT's split
 
 Everything runs on the processor, in the faster of float32 and bfloat16. Peers take turns, so that a busy machine hits both; figures are medians
 with bootstrap intervals. Prints JSON and writes it to results/20_train.learner/bench_NAME/run.json.
 """
-import argparse, contextlib, json, math, time
+import argparse, json, time
 from pathlib import Path
 import numpy as np, torch, torch.nn.functional as F
 from slm.core import Metric, RunDir, best_dtype, matmul_flops, set_seed
@@ -81,12 +81,35 @@ def overhead(a, run):
     for k,s in secs.items(): run.add_metrics(**{k: median(8192*n/np.array(s), 'tokens/s')})
     run.add_metrics(overhead=median(100*(np.array(secs['learner'])/secs['bare']-1), '%'))
 
+SHAKESPEARE = dict( # name: model, context, rows, steps, rate, dropout
+    target=(dict(n_layer=4, d_model=128, n_head=4), 64, 32, 180, 1e-2, 0.), # nanoGPT's small model and context: 1.8857 in 192 s on two cores
+    three_minutes=(dict(n_layer=3, d_model=192, n_head=3), 256, 16, 1500, 5e-3, .05))
+
+def shakespeare(a, run):
+    "Validation loss (whole split, fixed windows at the training's context, at the end) and seconds from start to finish, without evaluation"
+    from slm.data.loaders import token_dls
+    from slm.train.learner import AutoCast, GradClip, LMLearner, Schedule, autocast, evaluate
+    from slm.train.optim import muon, muon_groups
+    from slm.train.pretrain import PretrainConfig, prepare
+    _,tok,data = prepare(PretrainConfig(corpus=f'shakespeare:{a.data}' if a.data else 'shakespeare', tokenizer='char', steps=1))
+    for name,(shape,t,bs,steps,lr,drop) in SHAKESPEARE.items():
+        loss,secs = [],[]
+        for seed in range(a.seeds):
+            t0 = time.perf_counter(); set_seed(seed)
+            m = GPT(GPTConfig(vocab_size=tok.vocab_size, max_seq_len=t, dropout=drop, **shape)); dls = token_dls(data, bs=bs, seq_len=t, seed=seed)
+            learn = LMLearner(dls, m, opt_func=muon, splitter=muon_groups, lr=lr, cbs=[AutoCast(), GradClip(), Schedule(steps, warmup=max(5, steps//50))])
+            learn.fit_steps(steps); secs.append(time.perf_counter()-t0)
+            loss.append(evaluate(m, dls.valid, tok.token_bytes(), autocast('cpu', 'auto'))['loss'].value); print(name, seed, f'{secs[-1]:.1f} s, {loss[-1]:.4f}', flush=True)
+        run.add_metrics(**{f'{name}_loss': Metric(float(np.mean(loss)), min(loss), max(loss), len(loss), 'nats/character, lowest and highest of the seeds'),
+                           f'{name}_seconds': Metric(float(np.mean(secs)), min(secs), max(secs), len(secs), 's, lowest and highest of the seeds')})
+
 def main():
     ap = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    ap.add_argument('what', choices=['speed', 'overhead'], nargs='*'); ap.add_argument('--repeats', type=int, default=9)
+    ap.add_argument('what', choices=['speed', 'overhead', 'shakespeare'], nargs='*'); ap.add_argument('--repeats', type=int, default=9)
+    ap.add_argument('--data', help='tinyshakespeare.txt; fetched if not given'); ap.add_argument('--seeds', type=int, default=3)
     a = ap.parse_args()
     for what in a.what or ['speed', 'overhead']:
-        run = RunDir.create(ROOT/'results'/'20_train.learner'/f'bench_{what}', 'bench', config=dict(repeats=a.repeats), seed=0, exist_ok=True)
+        run = RunDir.create(ROOT/'results'/'20_train.learner'/f'bench_{what}', 'bench', config=dict(repeats=a.repeats, seeds=a.seeds), seed=0, exist_ok=True)
         globals()[what](a, run); run.finish(); print(json.dumps(run.info['metrics'], indent=1))
 
 if __name__ == '__main__': main()

@@ -100,6 +100,11 @@ def fit_steps(self:LMLearner,
     try:
         with self.no_bar(): self.fit(sys.maxsize, cbs=[StopAt(steps), NoEpochValidation(), *(cbs or [])])
     except SLMError as e: raise SLMError(str(e).rpartition('\n\t')[2]) from None # fastai puts the callback's name before it
+    except (RuntimeError, MemoryError) as e:
+        if not isinstance(e, (torch.OutOfMemoryError, MemoryError)) and 'allocate memory' not in str(e): raise
+        b,t = self.xb[0].shape
+        raise SLMError(f'memory ran out at step {self.opt_steps+1} with {b} rows of {t} tokens at once: lower --micro-batch '
+                       '(the step stays the same: gradients are accumulated), --seq-len or --preset') from None
 
 class NoEpochValidation(Callback):
     "Steps decide when to validate, not epochs."

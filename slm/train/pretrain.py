@@ -20,6 +20,7 @@ from ..model.gpt import GPT, GPTConfig, check_fits
 from ..model.generate import generate
 from ..model.pretrained import *
 from .learner import *
+from .optim import OPTIMS, SpikeGuard
 
 # %% ../../nbs/22_train.pretrain.ipynb #92e35f00
 @dataclass
@@ -35,6 +36,7 @@ class PretrainConfig:
     seq_len:int|None = None # context in tokens
     batch_tokens:int|None = None # tokens in an optimiser step
     micro_batch:int|None = None # rows that go through the model at once
+    opt:str = 'muon' # or 'adamw'
     lr:float|None = None # peak learning rate
     wd:float = 0.1 # weight decay
     warmup:int|None = None # optimiser steps
@@ -71,7 +73,7 @@ def resolve(
     c.seq_len = c.seq_len or (256 if d <= 384 else 512 if d <= 640 else 1024)
     c.batch_tokens = c.batch_tokens or (4096 if d <= 256 else 8192 if d <= 384 else 32768 if d <= 640 else 131072)
     c.micro_batch = c.micro_batch or max(1, min(c.batch_tokens, 8192 if d <= 640 else 16384)//c.seq_len)
-    c.lr = c.lr or round(6e-3*(256/d)**.5, 5)
+    c.lr = c.lr or round(5e-3*(256/d)**.5, 5)
     if c.tokens: c.steps, c.tokens = max(1, round(c.tokens/c.batch_tokens)), None
     c.device = str(get_device(c.device))
     if c.dtype == 'auto': c.dtype = best_dtype(c.device)
@@ -88,6 +90,7 @@ def check_config(c:PretrainConfig):
                       ('seq_len', c.seq_len is None or c.seq_len >= 8, 'at least 8'),
                       ('dropout', c.dropout is None or 0 <= c.dropout < 1, 'at least 0 and below 1'),
                       ('cooldown', 0 <= c.cooldown <= 1, 'from 0 to 1'),
+                      ('opt', c.opt in OPTIMS, f"one of {', '.join(OPTIMS)}"),
                       ('schedule', c.schedule in SCHEDULES, f"one of {', '.join(SCHEDULES)}"),
                       ('dtype', c.dtype in ('auto', 'float32', 'bfloat16'), 'auto, float32 or bfloat16'),
                       ('batch_tokens', None in (c.batch_tokens, c.seq_len) or c.batch_tokens >= c.seq_len, 'at least --seq-len')):
@@ -106,7 +109,10 @@ def get_tokenizer(
     n = (c.vocab_size or default_vocab(corpus.n_bytes['train'])) if c.tokenizer=='bpe' else 0
     path = slm_home()/'tokenizers'/f'{c.tokenizer}{n or ""}-{corpus.fingerprint[:16]}.json'
     if path.exists(): return Tokenizer.load(path)
-    tok = train_bpe(corpus.docs('train'), n) if n else char_tokenizer(corpus.docs('train'))
+    try: tok = train_bpe(corpus.docs('train'), n) if n else char_tokenizer(corpus.docs('train'))
+    except SLMError: # text with few different words allows fewer tokens; whoever asked for a number is told so
+        if c.vocab_size or n <= 512: raise
+        return get_tokenizer(dataclasses.replace(c, vocab_size=n//2), corpus)
     path.parent.mkdir(parents=True, exist_ok=True); tok.save(path); return tok
 
 def prepare(
@@ -129,7 +135,8 @@ def steps_in(
 )->int: # optimiser steps, at least 10
     "How many optimiser steps fit into `minutes`, by measuring."
     rng,dls = rng_state(),make_dls()
-    probe = LMLearner(dls, copy.deepcopy(learn.model), cbs=[AutoCast(learn.auto_cast.dtype), TokenAccumulation(accumulate), GradClip()])
+    probe = LMLearner(dls, copy.deepcopy(learn.model), opt_func=learn.opt_func, splitter=learn.splitter, lr=learn.lr,
+                      cbs=[AutoCast(learn.auto_cast.dtype), TokenAccumulation(accumulate), GradClip()])
     def timed(f, *args): t0 = time.perf_counter(); f(*args); return time.perf_counter()-t0
     probe.fit_steps(2); times = []
     while sum(times) < seconds or len(times) < 3: times.append(timed(probe.fit_steps, 3+len(times)))
@@ -177,7 +184,8 @@ def build_learner(
     check_fits(cfg, c.micro_batch, c.seq_len, c.device)
     set_seed(c.seed); model = GPT(cfg).to(c.device)
     if c.compile: model.compile()
-    learn = LMLearner(dls, model, opt_func=lambda ps, lr: adamw(ps, lr=lr, wd=c.wd), lr=c.lr,
+    opt,splitter = OPTIMS[c.opt]
+    learn = LMLearner(dls, model, opt_func=lambda ps, lr: opt(ps, lr=lr, wd=c.wd), splitter=splitter, lr=c.lr,
                       cbs=[AutoCast(c.dtype), GradClip(c.clip), *cbs])
     if c.batch_tokens > c.micro_batch*c.seq_len: learn.add_cb(TokenAccumulation(c.batch_tokens))
     return learn
@@ -224,7 +232,7 @@ def _train(run, c, tok, data, cbs=(), checkpoint=None):
     every = lambda n: max(1, math.ceil(c.steps/max(1, n)))
     t0,before = time.perf_counter(),0.
     learn.add_cbs([Schedule(c.steps, SCHEDULES[c.schedule], warmup=c.warmup, cooldown=c.cooldown),
-        TrainLog(max(1, c.steps//200), peak=peak), CSVLog(run/'log.csv'), Bar(), GracefulStop(),
+        SpikeGuard(), TrainLog(max(1, c.steps//200), peak=peak), CSVLog(run/'log.csv'), Bar(), GracefulStop(),
         Evaluate(tok.token_bytes(), every(c.evals), eval_batches(c.steps*c.batch_tokens, c.evals, c.micro_batch*c.seq_len)),
         Samples(tok, run.info['prompts'], every(c.samples), run/'samples.md', max_new_tokens=min(100, c.seq_len//2)),
         Checkpoint(run/'checkpoints', minutes=c.save_minutes, sources=sources(c), seconds=lambda: before+time.perf_counter()-t0), *cbs])
