@@ -96,7 +96,8 @@ def pretrain(
     seq_len:Annotated[Optional[int], typer.Option(help='Context in tokens.')]=None,
     batch_tokens:Annotated[Optional[int], typer.Option(help='Tokens in an optimiser step.')]=None,
     micro_batch:Annotated[Optional[int], typer.Option(help='Rows that go through the model at once; lower it when memory runs out.')]=None,
-    opt:Annotated[str, typer.Option(help='muon or adamw.')]='muon', lr:Annotated[Optional[float], typer.Option(help='Peak learning rate.')]=None,
+    opt:Annotated[str, typer.Option(help='muon or adamw.')]='muon',
+    lr:Annotated[Optional[float], typer.Option(help='Peak learning rate.')]=None,
     dropout:Annotated[Optional[float], typer.Option(help='By default chosen by the number of epochs.')]=None,
     schedule:Annotated[str, typer.Option(help='trapezoid or cosine.')]='trapezoid',
     block_diagonal:Annotated[bool, typer.Option(help='Hide other documents of the same row.')]=False, seed:int=42, device:Device='auto',
@@ -164,14 +165,15 @@ def demo(
     print(f'training for {minutes:g} minutes on stories of an invented world …')
     run = P.pretrain('world', out, preset='1m', minutes=minutes, seq_len=256)
     if run.info['status'] == 'done':
-        print('measuring …'); ev = evaluate_run(out, n_docs=200, n_probes=500, n_texts=16); m = {k: Metric(**v) for k,v in ev.info['metrics'].items()}
+        print('measuring …'); ev = evaluate_run(out, n_docs=200, n_probes=500, n_texts=16)
         print('\n'+(ev/'samples.md').read_text(encoding='utf-8').split('\n\n')[0]+'\n')
-        for k,says in DEMO_SAYS.items(): print(f'{says:58} {m[k]}')
+        for k,says in DEMO_SAYS.items(): print(f'{says:58} {ev.metric(k)}')
         print()
     _end(run)
 
 DEMO_SAYS = dict(bpb='what a story costs the model', floor='what it is worth (the truth)', excess='what the model has not understood',
-    probes='where is it, who has it: right answers', chance='by guessing', sensible_words='of its own stories, words before the first mistake',
+    probes='where is it, who has it: right answers', chance='by guessing',
+    sensible_words='of its own stories, words before the first mistake',
     copied_8grams='of its own stories, eight words in a row from training')
 
 # %% ../nbs/61_cli.ipynb #46829bbf

@@ -1,5 +1,5 @@
 "The command line as a user meets it: real processes, real signals, real faults."
-import json, os, shutil, signal, subprocess, sys, time
+import json, os, random, shutil, signal, subprocess, sys, time
 from pathlib import Path
 import pytest
 from typer.testing import CliRunner
@@ -41,7 +41,7 @@ def same(a, b):
 
 VERBS = [c.name or c.callback.__name__ for c in app.registered_commands]
 
-def test_verbs(): assert set('corpus tokenize pretrain resume generate runs demo'.split()) <= set(VERBS)
+def test_verbs(): assert set('corpus tokenize pretrain resume generate runs demo eval'.split()) <= set(VERBS)
 
 @pytest.mark.parametrize('verb', VERBS)
 def test_help_has_an_example(verb):
@@ -137,6 +137,19 @@ def test_sigkill_loses_nothing(whole, tmp_path):
     assert same(out, whole) and not list(out.rglob('*.tmp'))
     rows = (out/'log.csv').read_text().splitlines()
     assert [l.split(',')[0] for l in rows] == [l.split(',')[0] for l in (whole/'log.csv').read_text().splitlines()]
+
+@pytest.mark.slow
+def test_killed_at_ten_random_moments(whole, tmp_path):
+    "Wherever the kill falls, the resumed run ends bit for bit where the undisturbed one did"
+    rng, resumed = random.Random(0), 0
+    for k in range(10):
+        out = tmp_path/f'killed{k}'; p = start(out)
+        wait_for(lambda: (out/'run.json').exists(), p); time.sleep(rng.uniform(.2, 2.5)); p.kill(); p.communicate()
+        r = run('resume', out)
+        if r.returncode == 2: assert 'no checkpoint yet' in r.stderr or 'finished' in r.stderr, r.stderr; continue
+        assert r.returncode == 0, r.stderr
+        assert same(out, whole); resumed += 1
+    assert resumed >= 5, resumed
 
 def test_run_directory_opens_elsewhere(whole, tmp_path, home):
     "Copied to another place, with no absolute path in it, it still speaks"

@@ -94,7 +94,8 @@ def doc_bpb(model:GPT, tok:Tokenizer, docs:list[str], stride:int|None=None)->dic
     "Bits per byte and perplexity with intervals over documents."
     nats,nbytes,ntok = doc_nats(model, tok, docs, stride),[len(d.encode()) for d in docs],[len(i)+1 for i in tok.encode_batch(docs)]
     loss = bootstrap_ratio(nats, ntok)
-    return dict(bpb=bootstrap_ratio(nats/math.log(2), nbytes, unit='bits/byte'), ppl=Metric(*map(math.exp, (loss.value, loss.lo, loss.hi)), loss.n, 'perplexity'))
+    ppl = Metric(*map(math.exp, (loss.value, loss.lo, loss.hi)), loss.n, 'perplexity')
+    return dict(bpb=bootstrap_ratio(nats/math.log(2), nbytes, unit='bits/byte'), ppl=ppl)
 
 # %% ../../nbs/30_eval.lm.ipynb #2d0fe9dd
 def excess(
@@ -133,7 +134,8 @@ def read_pairs(path:str|Path)->list[dict]: # rows with sentence_good, sentence_b
     for i,l in enumerate(lines, 1):
         if not l.strip(): continue
         try: r = json.loads(l); r['sentence_good'], r['sentence_bad']
-        except (json.JSONDecodeError, KeyError, TypeError): raise SLMError(f"'{path}' line {i} is no pair: it needs sentence_good and sentence_bad") from None
+        except (json.JSONDecodeError, KeyError, TypeError):
+            raise SLMError(f"'{path}' line {i} is no pair: it needs sentence_good and sentence_bad") from None
         rows.append(r)
     if not rows: raise SLMError(f"'{path}' holds no pairs")
     return rows
@@ -154,7 +156,8 @@ def text_stats(
 )->dict[str,Metric]:
     "Length, variety, repetition, and overlap with the training text."
     words = [len(t.split()) for t in texts]; res = dict(words=bootstrap_ratio(words, unit='words'))
-    for k in (1, 2): g = [x for t in texts for x in _grams(t, k)]; res[f'distinct_{k}'] = Metric(len(set(g))/max(1, len(g)), n=len(g), unit='of all')
+    for k in (1, 2):
+        g = [x for t in texts for x in _grams(t, k)]; res[f'distinct_{k}'] = Metric(len(set(g))/max(1, len(g)), n=len(g), unit='of all')
     fours = [(len(g), len(g)-len(set(g))) for g in (_grams(t, 4) for t in texts) if g]
     if fours: res['repeated_4grams'] = bootstrap_ratio([r for _,r in fours], [a for a,_ in fours], unit='of all')
     want = {hash(g) for t in texts for g in _grams(t, n)}; seen = {h for d in train for g in _grams(d, n) if (h := hash(g)) in want}
@@ -168,7 +171,8 @@ def sense(texts:list[str], world:World)->dict[str,Metric]: # 'sensible_words': s
     for t in texts:
         try: world.parse(t); good.append(len(t.split())); whole.append(1)
         except NotAStory as e: good.append(len(t[:e.pos].split())); whole.append(0)
-    return dict(sensible_words=bootstrap_ratio(good, [max(1, len(t.split())) for t in texts], unit='of words'), whole_stories=wilson(sum(whole), len(whole), 'of stories'))
+    return dict(sensible_words=bootstrap_ratio(good, [max(1, len(t.split())) for t in texts], unit='of words'),
+                whole_stories=wilson(sum(whole), len(whole), 'of stories'))
 
 # %% ../../nbs/30_eval.lm.ipynb #32d4d6df
 def evaluate_run(
@@ -185,16 +189,21 @@ def evaluate_run(
     run = RunDir.open(path); rows = [r for p in pairs for r in read_pairs(p)]
     model,tok = load_model_and_tokenizer(str(path), device=str(get_device(device)))
     c = run.info['config']; corpus = build_corpus(c['corpus'], max_bytes=c.get('max_bytes'))
-    if corpus.fingerprint != run.info['data'].get('fingerprint'): raise SLMError(f"corpus '{c['corpus']}' is not the one that '{path}' was trained on: bring the old text back")
-    ev = RunDir.create(out or Path(path)/'eval', 'eval', dict(n_docs=n_docs, n_probes=n_probes, n_texts=n_texts, stride=stride, pairs=[portable(str(p)) for p in pairs]),
+    if corpus.fingerprint != run.info['data'].get('fingerprint'):
+        raise SLMError(f"corpus '{c['corpus']}' is not the one that '{path}' was trained on: bring the old text back")
+    asked = dict(n_docs=n_docs, n_probes=n_probes, n_texts=n_texts, stride=stride, pairs=[portable(str(p)) for p in pairs])
+    ev = RunDir.create(out or Path(path)/'eval', 'eval', asked,
                        seed=0, data=run.info['data'], parent=run.path.name, exist_ok=True)
     docs = [d for d,_ in zip(corpus.docs('valid'), range(n_docs))]; world = None
     ev.add_metrics(**doc_bpb(model, tok, docs, stride))
     if corpus.name.split(':')[0] == 'world':
-        world = World(float(corpus.name.partition(':')[2] or 0)); ps = probes(world.stories(3), n_probes); e = excess(model, tok, [world.parse(d) for d in docs])
-        ev.add_metrics(floor=e['floor'], excess=e['excess'], probes=probe_accuracy(model, tok, ps), chance=Metric(chance(ps), n=len(ps), unit='of probes'))
+        world = World(float(corpus.name.partition(':')[2] or 0)); ps = probes(world.stories(3), n_probes)
+        e = excess(model, tok, [world.parse(d) for d in docs])
+        ev.add_metrics(floor=e['floor'], excess=e['excess'], probes=probe_accuracy(model, tok, ps),
+                       chance=Metric(chance(ps), n=len(ps), unit='of probes'))
     if rows: ev.add_metrics(**minimal_pairs(model, tok, rows))
-    texts = [t.strip() for t in generate(model, tok, ['']*n_texts, max_new_tokens=model.cfg.max_seq_len-1, temperature=.8, top_p=.95, seed=list(range(n_texts)))]
+    params = dict(max_new_tokens=model.cfg.max_seq_len-1, temperature=.8, top_p=.95, seed=list(range(n_texts)))
+    texts = [t.strip() for t in generate(model, tok, ['']*n_texts, **params)]
     ev.add_metrics(**text_stats(texts, corpus.docs('train')), **(sense(texts, world) if world else {}))
     with atomic_file(ev/'samples.md') as f: f.write('\n\n'.join(f'> {t}' for t in texts[:8])+'\n')
     ev.finish(); return ev
