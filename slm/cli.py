@@ -149,6 +149,7 @@ def figures(run)->str: # a line each
     "All figures of a run, with their intervals."
     return '\n'.join(f'{k:16} {Metric(**m)}' for k,m in run.info['metrics'].items())
 
+# %% ../nbs/61_cli.ipynb #7ec1a1aa
 @app.command()
 def demo(
     out:Annotated[Path, typer.Option(help='Run directory to make; an earlier demo there is replaced.')]=Path('runs/demo'),
