@@ -133,6 +133,7 @@ def resume(run:Annotated[Path, typer.Argument(help='A run directory that was int
 def eval_(
     run:Annotated[Path, typer.Argument(help='A finished pretraining run.')],
     out:Annotated[Optional[Path], typer.Option(help='Run directory to write; RUN/eval if not given.')]=None,
+    corpus:Annotated[Optional[str], typer.Option(help="Where the run's text is now, if it came from files.")]=None,
     docs:Annotated[int, typer.Option(help='Held-out documents.')]=500,
     probes:Annotated[int, typer.Option(help='Questions about the state of stories.')]=1000,
     pairs:Annotated[Optional[list[Path]], typer.Option(help='A file of minimal pairs in BLiMP format (may be repeated).')]=None,
@@ -142,7 +143,7 @@ def eval_(
 
     Example: slm eval runs/demo --docs 200"""
     from slm.eval.lm import evaluate_run
-    ev = evaluate_run(run, out, n_docs=docs, n_probes=probes, pairs=pairs or [], stride=stride, device=device)
+    ev = evaluate_run(run, out, corpus, n_docs=docs, n_probes=probes, pairs=pairs or [], stride=stride, device=device)
     print(json.dumps(ev.info['metrics'], indent=1) if json_ else figures(ev))
 
 def figures(run)->str: # a line each

@@ -178,6 +178,7 @@ def sense(texts:list[str], world:World)->dict[str,Metric]: # 'sensible_words': s
 def evaluate_run(
     path:str|Path, # a pretraining run
     out:str|Path|None=None, # where to write; RUN/eval if not given
+    corpus:str|None=None, # where the run's text is now, if it came from files
     n_docs:int=500, # held-out documents
     n_probes:int=1000, # questions about the state, if the corpus is the world
     n_texts:int=32, # texts to be written
@@ -188,9 +189,9 @@ def evaluate_run(
     "Measure a run on held-out text; raises `SLMError` for bad input."
     run = RunDir.open(path); rows = [r for p in pairs for r in read_pairs(p)]
     model,tok = load_model_and_tokenizer(str(path), device=str(get_device(device)))
-    c = run.info['config']; corpus = build_corpus(c['corpus'], max_bytes=c.get('max_bytes'))
+    c = run.info['config']; corpus = build_corpus(corpus or c['corpus'], max_bytes=c.get('max_bytes'))
     if corpus.fingerprint != run.info['data'].get('fingerprint'):
-        raise SLMError(f"corpus '{c['corpus']}' is not the one that '{path}' was trained on: bring the old text back")
+        raise SLMError(f"corpus '{corpus.name}' is not the one that '{path}' was trained on: name it with --corpus, or bring the old text back")
     asked = dict(n_docs=n_docs, n_probes=n_probes, n_texts=n_texts, stride=stride, pairs=[portable(str(p)) for p in pairs])
     ev = RunDir.create(out or Path(path)/'eval', 'eval', asked,
                        seed=0, data=run.info['data'], parent=run.path.name, exist_ok=True)

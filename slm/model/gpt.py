@@ -324,7 +324,7 @@ def memory_estimate(
         kept = pairs if device == 'cpu' and seq_len <= 2048 else 0
         layer = 2*c.d_model*4 + (q+kv)*c.qk_norm*(4 if e == 4 else 8) + e*(2*c.d_model + 2*q + 2*kv + ff + kept)
         parts = dict(weights=n*(4 if e == 4 else 6), gradients=4*n, optimiser=optim_bytes*n,
-                     activations=int(bs*seq_len*(c.n_layer*layer + c.d_model*(4+e))), logits=bs*seq_len*c.vocab_size*3*4)
+                     activations=int(bs*seq_len*(c.n_layer*layer + c.d_model*(4+e))), logits=bs*seq_len*c.vocab_size*3*e)
     return parts | dict(total=sum(parts.values()))
 
 # %% ../../nbs/11_model.gpt.ipynb #aef10832
