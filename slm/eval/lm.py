@@ -191,7 +191,7 @@ def evaluate_run(
     model,tok = load_model_and_tokenizer(str(path), device=str(get_device(device)))
     c = run.info['config']; corpus = build_corpus(corpus or c['corpus'], max_bytes=c.get('max_bytes'))
     if corpus.fingerprint != run.info['data'].get('fingerprint'):
-        raise SLMError(f"corpus '{corpus.name}' is not the one that '{path}' was trained on: name it with --corpus, or bring the old text back")
+        raise SLMError(f"corpus '{corpus.name}' is not what '{path}' was trained on: name it with --corpus, or bring it back")
     asked = dict(n_docs=n_docs, n_probes=n_probes, n_texts=n_texts, stride=stride, pairs=[portable(str(p)) for p in pairs])
     ev = RunDir.create(out or Path(path)/'eval', 'eval', asked,
                        seed=0, data=run.info['data'], parent=run.path.name, exist_ok=True)
