@@ -248,8 +248,7 @@ class LMDataLoader:
         pad_id:int=5,
     ):
         self.data, self.bs, self.seq_len, self.seed, self.block_diagonal = data, bs, seq_len, seed, block_diagonal
-        self.eot_id, self.pad_id, self.epoch, self.pos, self._kept = eot_id, pad_id, 0, 0, (None, None)
-        self.to(device)
+        self.eot_id, self.pad_id, self.epoch, self.pos, self._kept = eot_id, pad_id, 0, 0, (None, None); self.to(device)
     def to(self, device): import torch; self.device = torch.device(device); return self
     def __len__(self): return self.data.n_tokens//self.seq_len//self.bs
 
