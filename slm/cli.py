@@ -121,12 +121,14 @@ def _end(run):
     print(figures(run)); print(f'report: {run.path/"report.md"}')
 
 @app.command()
-def resume(run:Annotated[Path, typer.Argument(help='A run directory that was interrupted.')]):
+def resume(
+    run:Annotated[Path, typer.Argument(help='A run directory that was interrupted.')],
+    lr:Annotated[Optional[float], typer.Option(help='Another peak learning rate from here on.')]=None):
     """Go on with an interrupted run.
 
     Example: slm resume runs/books"""
     from slm.train import pretrain as P
-    _end(P.resume(run))
+    _end(P.resume(run, lr))
 
 # %% ../nbs/61_cli.ipynb #293a46f2
 @app.command('eval')

@@ -160,16 +160,16 @@ class AutoCast(Callback):
 
 # %% ../../nbs/20_train.learner.ipynb #b0f8fcc1
 class TokenAccumulation(Callback):
-    "Step when at least `n_tokens` unmasked tokens have been seen; their gradient is the mean over all of them."
+    "Step after at least `n_tokens` unmasked tokens and `n_batches` batches; the gradient is the mean over all of these tokens."
     order,run_valid = 5,False
-    def __init__(self, n_tokens:int): self.n_tokens = n_tokens
-    def before_fit(self): self.seen = 0
+    def __init__(self, n_tokens:int=0, n_batches:int=1): self.n_tokens,self.n_batches = n_tokens,n_batches
+    def before_fit(self): self.seen,self.k = 0,0
     def after_loss(self):
         n = self.yb[1].sum().item()
-        self.learn.loss_grad = self.loss_grad*n; self.seen += n
+        self.learn.loss_grad = self.loss_grad*n; self.seen += n; self.k += 1
     def before_step(self):
-        if self.seen < self.n_tokens: raise CancelBatchException()
-        torch._foreach_div_([p.grad for p in self.model.parameters() if p.grad is not None], max(1, self.seen)); self.seen = 0
+        if self.seen < self.n_tokens or self.k < self.n_batches: raise CancelBatchException()
+        torch._foreach_div_([p.grad for p in self.model.parameters() if p.grad is not None], max(1, self.seen)); self.before_fit()
 
 # %% ../../nbs/20_train.learner.ipynb #2f75132c
 class GradClip(Callback):
@@ -180,7 +180,7 @@ class GradClip(Callback):
         self.learn.grad_norm = nn.utils.clip_grad_norm_(self.model.parameters(), self.max_norm).item()
         if not math.isfinite(self.grad_norm):
             raise SLMError(f'the gradient is not finite at step {self.opt_steps+1} (batch {self.iter} of epoch {self.epoch}): '
-                           'lower --lr, or go on from the last checkpoint with another --seed')
+                           'start again with a lower --lr, or go on with slm resume RUN --lr LOWER')
 
 # %% ../../nbs/20_train.learner.ipynb #6733d487
 @torch.no_grad()
@@ -253,7 +253,7 @@ class CSVLog(Callback):
     "Append each row to a CSV file; when resuming, rows after the current step are dropped."
     order,run_valid = 70,False
     columns = 'step tokens epoch loss lr grad_norm tokens_per_s mfu valid_loss valid_bpb'.split()
-    def __init__(self, path:str|Path): self.path = Path(path)
+    def __init__(self, path:str|Path, extra=()): self.path,self.columns = Path(path),[*self.columns, *extra] # more names of figures
     def before_fit(self):
         old = []
         if self.path.exists() and self.opt_steps:
