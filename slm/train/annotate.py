@@ -8,8 +8,8 @@ __all__ = ['SCHEMA_VERSION', 'TABLES', 'FORMATS', 'Response', 'Item', 'Preferenc
            'krippendorff_alpha', 'label_table', 'agreement', 'position_bias', 'length_bias', 'judgements_per_hour',
            'store_report', 'template', 'tasks_for', 'export_tasks', 'import_judgements', 'push', 'pull']
 
-# %% ../../nbs/24_train.annotate.ipynb #1ac55bae
-import contextlib, hashlib, html, json, numbers, random, sqlite3, tempfile, time, uuid, zipfile
+# %% ../../nbs/24_train.annotate.ipynb #fea6152d
+import contextlib, hashlib, html, json, numbers, random, sqlite3, tempfile, threading, time, uuid, zipfile
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field, asdict
@@ -76,7 +76,7 @@ TABLES = [
 '''CREATE VIEW standing AS SELECT * FROM judgements j WHERE kind <> 'undo'
   AND id = (SELECT max(id) FROM judgements l WHERE l.annotator = j.annotator AND l.item = j.item)''']
 
-# %% ../../nbs/24_train.annotate.ipynb #22d03f4e
+# %% ../../nbs/24_train.annotate.ipynb #c2c31572
 class PreferenceStore:
     "Items and judgements in one SQLite file."
     def __init__(self,
@@ -88,7 +88,8 @@ class PreferenceStore:
         if must_exist and not self.path.exists(): raise SLMError(f"no store '{path}': check the path, or make one with `slm annotate add`")
         self.path.parent.mkdir(parents=True, exist_ok=True)
         with self._errors():
-            self.db = sqlite3.connect(self.path, timeout=30, isolation_level=None); self.db.row_factory = sqlite3.Row
+            self.db, self.lock = sqlite3.connect(self.path, timeout=30, isolation_level=None, check_same_thread=False), threading.RLock()
+            self.db.row_factory = sqlite3.Row
             version, tables = [self.db.execute(q).fetchone()[0] for q in ('PRAGMA user_version', 'SELECT count(*) FROM sqlite_master')]
             if tables and not version: raise SLMError(f"'{path}' is a database of something else: give the store another name")
             if version > SCHEMA_VERSION: raise SLMError(f"'{path}' was written by a newer version ({version}, here {SCHEMA_VERSION}): update slm")
@@ -108,7 +109,7 @@ class PreferenceStore:
     @contextlib.contextmanager
     def transaction(self):
         "All that is written in the block, or nothing; raises `SLMError` when the database refuses."
-        with self._errors():
+        with self.lock, self._errors():
             self.db.execute('BEGIN IMMEDIATE')
             try: yield; self.db.execute('COMMIT')
             except BaseException:
@@ -340,12 +341,16 @@ def read_items(path:str|Path)->list[dict]: # for `PreferenceStore.add_items`
     if not rows: raise SLMError(f"'{path}' holds no items")
     return rows
 
-# %% ../../nbs/24_train.annotate.ipynb #d2439990
+# %% ../../nbs/24_train.annotate.ipynb #4183d146
 _KEYS = '''
 (() => {
   const name = '%s', seen = window.slmForms ??= new Set();
   if (seen.has(name)) return;
   seen.add(name);
+  window.addEventListener('mousedown', e => { // a click on its text gives the form the focus
+    const form = document.querySelector('.' + name);
+    if (form?.contains(e.target)) form.tabIndex = -1;
+  }, true);
   window.addEventListener('keydown', e => {
     const form = document.querySelector('.' + name), at = document.activeElement;
     if (!form || e.repeat || e.ctrlKey || e.metaKey || e.altKey || e.target.closest?.('input, textarea, [contenteditable=true]')) return;
@@ -353,7 +358,7 @@ _KEYS = '''
     const button = form.querySelector('.slm-key-' + CSS.escape(e.key.toLowerCase()));
     if (!button) return;
     e.preventDefault(); e.stopImmediatePropagation();
-    form.focus(); button.click();
+    button.click();
   }, true);
 })()'''
 
@@ -370,7 +375,7 @@ def _shown(text, role=''):
     said = f'<div class="slm-role">{html.escape(role)}</div>' if role else ''
     return f'{said}<div class="slm-text">{html.escape(text)}</div>'
 
-# %% ../../nbs/24_train.annotate.ipynb #a40c12bb
+# %% ../../nbs/24_train.annotate.ipynb #80f66c0c
 class Annotator:
     "A form in the notebook that shows one item after the other, blind; keys 1, 2, … choose, the next number is a tie, s skips, u undoes."
     def __init__(self,
@@ -388,7 +393,7 @@ class Annotator:
         self.comment = w.Text(placeholder='comment', layout=w.Layout(width='300px'))
         self.rest = w.HBox()
         self.skip_button, self.undo_button = self._button('s', 'skip'), self._button('u', 'undo')
-        self.form = w.VBox([w.HTML(_STYLE), w.HBox([self.bar, self.count]), self.prompt, self.answers, self.rest, self.says], tabbable=True)
+        self.form = w.VBox([w.HTML(_STYLE), w.HBox([self.bar, self.count]), self.prompt, self.answers, self.rest, self.says])
         for c in ('slm-form', self.name): self.form.add_class(c)
         self.show(store.next_item(annotator))
 
@@ -428,22 +433,27 @@ def show(self:Annotator,
     for i,c in enumerate(self.columns): c.value = _shown(item.responses[self.shown[i]].text) if item else ''
     self.started = time.time()
 
-# %% ../../nbs/24_train.annotate.ipynb #ba1b5f7f
+# %% ../../nbs/24_train.annotate.ipynb #a08a995b
 @patch
 def press(self:Annotator,
     key:str, # '1', '2', … , 's' or 'u'
 ):
     "What a button or its key does; a judgement that the store refuses stays on the screen, with the reason."
-    if time.time()-self.started < self.pause: return
-    try:
-        if key == 'u':
-            if back := self.store.undo(self.annotator): self.show(back)
-            return
-        if self.item is None: return
-        k = {'s': 'skip', str(len(self.shown)+1): 'tie'}.get(key)
-        self.store.judge(self.item, k or self.shown[int(key)-1], self.annotator, self.shown, self.started, comment=self.comment.value.strip())
-        self.comment.value = ''; self.show(self.store.next_item(self.annotator))
-    except SLMError as e: self.says.value = f'<b>not recorded:</b> {html.escape(str(e))}'
+    with self.store.lock:
+        if time.time()-self.started < self.pause: return
+        try: self._undo() if key == 'u' else self._judge(key)
+        except SLMError as e: self.says.value = f'<b>not recorded:</b> {html.escape(str(e))}'
+
+@patch
+def _undo(self:Annotator):
+    if back := self.store.undo(self.annotator): self.show(back)
+
+@patch
+def _judge(self:Annotator, key):
+    if self.item is None: return
+    k = {'s': 'skip', str(len(self.shown)+1): 'tie'}.get(key)
+    self.store.judge(self.item, k or self.shown[int(key)-1], self.annotator, self.shown, self.started, comment=self.comment.value.strip())
+    self.comment.value = ''; self.show(self.store.next_item(self.annotator))
 
 # %% ../../nbs/24_train.annotate.ipynb #309926ef
 def _interval(value, boot, n, unit):
