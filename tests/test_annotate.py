@@ -142,15 +142,24 @@ def test_a_real_export_of_doccano(tmp_path):
     assert import_judgements(t, tmp_path/'ben.jsonl', 'doccano', 'Ben')['new'] == 3 and t.annotators() == ['Ben']
     assert [j['choice'] for j in t.judgements()] == [j['choice'] for j in s.judgements('doccano:ben')]
 
+def test_a_damaged_zip_adds_nothing(tmp_path):
+    s, real = fixture_store(tmp_path), (DATA/'doccano.zip').read_bytes()
+    with zipfile.ZipFile(DATA/'doccano.zip') as z: at = z.getinfo('ben.jsonl').header_offset+60
+    with zipfile.ZipFile(tmp_path/'empty.zip', 'w') as z: z.writestr('readme.txt', 'nothing')
+    (tmp_path/'flipped.zip').write_bytes(real[:at]+bytes(b ^ 255 for b in real[at:at+20])+real[at+20:]); (tmp_path/'cut.zip').write_bytes(real[:len(real)//2])
+    for name,why in dict(flipped='is a damaged zip file', cut='cannot read|is not JSON', empty='holds no .jsonl file').items():
+        with pytest.raises(SLMError, match=why): import_judgements(s, tmp_path/f'{name}.zip', 'doccano')
+    assert s.judgements(history=True) == []
+
 def damaged():
     real = json.loads((DATA/'label-studio.json').read_text()); n = next(n for n,t in enumerate(real) if n and any(a['result'] for a in t['annotations']))
     def but(f): t = json.loads(json.dumps(real)); f(t[n]); return json.dumps(t)
     first = lambda t: next(a for a in t['annotations'] if a['result'])
     return [(json.dumps(real)[:-40], 'not valid JSON'), ('{"a": 1}', 'must be a list of tasks'), (but(lambda t: t.pop('annotations')), f'task {n+1} has no annotations'), (but(lambda t: t.pop('data')), f'task {n+1} has no data'),
             (but(lambda t: t['data'].update(slm_item=['x'])), f'task {n+1}: item'), (but(lambda t: t['data'].update(slm_order='01')), f'task {n+1}: slm_order'), (but(lambda t: first(t).pop('completed_by')), f'task {n+1}: an annotation is damaged'),
-            (but(lambda t: first(t).update(result=None)), f'task {n+1}: an annotation is damaged'), (but(lambda t: first(t).update(lead_time='long')), f'task {n+1}: an annotation is damaged'), (but(lambda t: t.update(annotations=['x'])), f'task {n+1}: an annotation is damaged')]
+            (but(lambda t: first(t).update(result=None)), f'task {n+1}: an annotation is damaged'), (but(lambda t: first(t).update(lead_time=-1)), f'task {n+1}: an annotation is damaged'), (but(lambda t: first(t).update(lead_time='long')), f'task {n+1}: an annotation is damaged'), (but(lambda t: t.update(annotations=['x'])), f'task {n+1}: an annotation is damaged')]
 
-@pytest.mark.parametrize('i', range(10))
+@pytest.mark.parametrize('i', range(11))
 def test_a_damaged_export_adds_nothing(i, tmp_path):
     text, why = damaged()[i]; s = fixture_store(tmp_path); (tmp_path/'export.json').write_text(text)
     with pytest.raises(SLMError) as e: import_judgements(s, tmp_path/'export.json', 'label-studio')

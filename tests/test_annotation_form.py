@@ -82,7 +82,6 @@ def test_judging_by_mouse_and_keys(kind, browser, tmp_path):
         form.locator('.slm-text').first.click(); page.keyboard.press('2'); at(5)             # a click on the text brings the focus back
         page.keyboard.down('1'); [page.keyboard.down('1') for _ in range(5)]; page.keyboard.up('1'); at(6); assert len(rows()) == 7 # a key held down is one press
         page.keyboard.press('Control+1'); page.keyboard.press('7'); page.wait_for_timeout(500); assert len(rows()) == 7
-        if picture := os.environ.get('SLM_FORM_PICTURE'): (form if kind == 'lab' else page).screenshot(path=picture)
         page.keyboard.press('1'); at(7); page.keyboard.press('S')
         form.get_by_text('All 7 items are judged').wait_for(timeout=20_000); page.wait_for_timeout(400)
         page.keyboard.press('1'); page.wait_for_timeout(500)
@@ -92,3 +91,19 @@ def test_judging_by_mouse_and_keys(kind, browser, tmp_path):
     assert rows() == want
     js = store.judgements('ann'); assert [j['comment'] for j in js] == ['', '', '', '1 u s', '', '', ''] and all(.25 < j['seconds'] < 120 for j in js)
     assert [j['shown'] for j in js] == o
+
+def test_the_picture_in_the_book(browser, tmp_path):
+    "One item of the world in JupyterLab; SLM_FORM_PICTURE=nbs/annotate_form.png renews the picture"
+    from slm.data.world import World
+    p = next(p for p in World().preferences(7, 400) if p.task.kind == 'who' and p.fault == 'chatty')
+    store = PreferenceStore(tmp_path/'prefs.db'); store.add_items([dict(prompt=f'warming up {i}', responses=['a', 'b']) for i in range(3)]+[dict(prompt=p.task.prompt, responses=[p.chosen, p.rejected])]+[dict(prompt=f'more {i}', responses=['a', 'b']) for i in range(4)])
+    for it in store.items()[:3]: store.judge(it, 0, 'ann')
+    notebook(tmp_path/'judge.ipynb', 'prefs.db'); picture = Path(os.environ.get('SLM_FORM_PICTURE') or tmp_path/'form.png')
+    with server('lab', tmp_path) as url:
+        page = browser.new_page(viewport=dict(width=1100, height=640)); page.goto(url, timeout=90_000)
+        page.wait_for_selector('.jp-Notebook .jp-CodeCell', timeout=90_000); page.wait_for_timeout(2000)
+        page.keyboard.press('Control+b'); page.click('.jp-Notebook .jp-CodeCell .cm-content'); page.keyboard.press('Shift+Enter')
+        page.wait_for_selector('.slm-key-1', timeout=90_000); page.locator('.slm-text').first.click(); page.wait_for_timeout(500)
+        assert page.evaluate("document.querySelector('.slm-form').contains(document.activeElement)")
+        page.screenshot(path=picture); page.close()
+    assert picture.read_bytes()[:4] == b'\x89PNG' and 10_000 < picture.stat().st_size < 150_000
