@@ -232,10 +232,10 @@ def progress(self:PreferenceStore, annotator:str)->tuple[int,int]: # judged, all
     sql = 'SELECT (SELECT count(*) FROM standing WHERE annotator=?), (SELECT count(*) FROM items)'
     return tuple(self.db.execute(sql, (annotator,)).fetchone())
 
-# %% ../../nbs/24_train.annotate.ipynb #5b3aac2a
+# %% ../../nbs/24_train.annotate.ipynb #2bf1c488
 def make_items(
-    model:'GPT',
-    tok:'Tokenizer', # with its chat template
+    model, # a `GPT`
+    tok, # its `Tokenizer`, with a chat template
     prompts:Iterable[str|list[dict]], # texts or chat messages
     n:int=2, # answers to each
     run:str='', # name of the run, to be recorded
@@ -256,7 +256,7 @@ def make_items(
         if len(rs) > 1: res.append(dict(prompt=c, responses=[dict(text=t, **r) for t,r in rs.items()]))
     return res
 
-# %% ../../nbs/24_train.annotate.ipynb #e7ecd7d1
+# %% ../../nbs/24_train.annotate.ipynb #8a590865
 def judge_with(
     store:PreferenceStore,
     judge:Callable, # (messages, texts in the shown order) -> place of the better one, 'tie' or 'skip'
@@ -265,9 +265,9 @@ def judge_with(
     "Let a function judge everything that this annotator has not judged yet."
     n = 0
     while it := store.next_item(annotator):
-        shown, t0 = store.order(it, annotator), time.time()
+        shown = store.order(it, annotator)
         said = judge(it.prompt, [it.responses[k].text for k in shown])
-        store.judge(it, said if isinstance(said, str) else shown[said], annotator, shown, started=t0); n += 1
+        store.judge(it, said if isinstance(said, str) else shown[said], annotator, shown); n += 1
     return n
 
 def world_judge(
@@ -681,7 +681,7 @@ def _from_label_studio(rows, items, name):
             except (KeyError, TypeError, ValueError, AttributeError) as e:
                 raise SLMError(f'{where}: an annotation is damaged ({type(e).__name__}: {e})') from None
 
-# %% ../../nbs/24_train.annotate.ipynb #a80f7ead
+# %% ../../nbs/24_train.annotate.ipynb #1adc4fa6
 def _from_doccano(lines, items, name, who):
     "The judgements of one member in a doccano export; a choice of None for an unclear one"
     for n,row in lines:
@@ -702,7 +702,8 @@ def _doccano_files(path):
     with tempfile.TemporaryDirectory() as d:
         try:
             with zipfile.ZipFile(path) as z: files = [z.extract(n, d) for n in sorted(z.namelist()) if n.endswith('.jsonl')]
-        except (zipfile.BadZipFile, zlib.error, RuntimeError) as e: raise SLMError(f"'{path}' is a damaged zip file ({e}): export again") from None
+        except (zipfile.BadZipFile, zlib.error, RuntimeError) as e:
+            raise SLMError(f"'{path}' is a damaged zip file ({e}): export again") from None
         if not files: raise SLMError(f"'{path}' is no export of doccano: it holds no .jsonl file")
         for f in map(Path, files): yield f"'{path}' {f.name}", f.stem, _jsonl(f, f"'{path}' {f.name}")
 
