@@ -36,7 +36,7 @@ class Item:
     prompt:list[dict] # chat messages, each with 'role' and 'content'
     responses:list[Response]
 
-# %% ../../nbs/24_train.annotate.ipynb #9b1ac119
+# %% ../../nbs/24_train.annotate.ipynb #48635eaf
 def _item(row, where):
     "A row as an `Item` without number, or an `SLMError` that says where and why not"
     def need(ok, why):
@@ -48,13 +48,13 @@ def _item(row, where):
     rs = row.get('responses')
     need(isinstance(rs, list) and len(rs) > 1, "'responses' must be a list of two answers or more")
     rs = [dict(text=r) if isinstance(r, str) else r for r in rs]
-    keys = {'text', 'run', 'sampling'}
-    need(all(isinstance(r, dict) and isinstance(r.get('text'), str) and set(r) <= keys for r in rs),
-         "each response must be text, or a dict of text, run and sampling")
+    kind = dict(text=str, run=str, sampling=dict)
+    need(all(isinstance(r, dict) and 'text' in r and set(r) <= set(kind) and all(isinstance(v, kind[k]) for k,v in r.items()) for r in rs),
+         'each response must be text, or a dict of text, run and sampling')
     texts = [r['text'] for r in rs]
     need(all(t.strip() for t in texts), 'a response is empty')
     need(len(set(texts)) == len(texts), 'two of the responses are the same: there is nothing to choose')
-    key = json.dumps([[[m['role'], m['content']] for m in prompt], texts], ensure_ascii=False).encode('utf-8', 'surrogatepass')
+    key = json.dumps([[[m['role'], m['content']] for m in prompt], texts], ensure_ascii=False).encode('utf-8', 'replace')
     source = row.get('source') or hashlib.blake2b(key, digest_size=8).hexdigest()
     need(isinstance(source, str), "'source' must be text")
     return Item(0, source, prompt, [Response(**r) for r in rs])
@@ -76,7 +76,7 @@ TABLES = [
 '''CREATE VIEW standing AS SELECT * FROM judgements j WHERE kind <> 'undo'
   AND id = (SELECT max(id) FROM judgements l WHERE l.annotator = j.annotator AND l.item = j.item)''']
 
-# %% ../../nbs/24_train.annotate.ipynb #b83f827c
+# %% ../../nbs/24_train.annotate.ipynb #320a4319
 class PreferenceStore:
     "Items and judgements in one SQLite file."
     def __init__(self,
@@ -104,7 +104,7 @@ class PreferenceStore:
     @contextlib.contextmanager
     def _errors(self):
         try: yield
-        except sqlite3.Error as e: raise SLMError(f"'{self.path}': {e}; nothing was written") from None
+        except (sqlite3.Error, UnicodeEncodeError) as e: raise SLMError(f"'{self.path}': {e}; nothing was written") from None
 
     @contextlib.contextmanager
     def transaction(self):
