@@ -13,7 +13,6 @@ from slm.core import Metric, RunDir, SLMError
 from slm.data.world import World, wilson
 from slm.eval.lm import doc_bpb
 from slm.model.pretrained import load_model_and_tokenizer
-from slm.train.annotate import PreferenceStore, judge_with, make_items
 from slm.train.dpo import dpo, preference_accuracy, win_rate
 from slm.train.sft import answer
 
@@ -28,6 +27,7 @@ def fitting(model, tok, world, seed, n):
 
 def world_pairs(a, base, tok, world, path):
     "Judgements of the world on the base's own answers, in an annotation store"
+    from slm.train.annotate import PreferenceStore, judge_with, make_items
     tasks = {t.prompt: t for t in fitting(base, tok, world, TASKS, a.tasks)}; store = PreferenceStore(path)
     for kinds,tokens in ((lambda k: k != 'tell', 40), (lambda k: k == 'tell', a.story_tokens)):
         some = [t for t in tasks.values() if kinds(t.kind)]
@@ -65,12 +65,12 @@ def world(a, run):
 def polite(a, run):
     if not a.data: raise SLMError('give --data preferences.json: rows with instruction, input, chosen and rejected')
     t0 = time.perf_counter()
-    trained = dpo(a.base, a.data, a.out, beta=a.beta, lr=a.lr, epochs=a.epochs, loss=a.loss, val_frac=.2, bs=8, evals=3, samples=1)
+    trained = dpo(a.base, a.data, a.out, beta=a.beta, lr=a.lr, epochs=a.epochs, loss=a.loss, max_rows=a.max_rows, val_frac=.25, bs=8, evals=2, samples=1)
     run.add_metrics(seconds_training=Metric(time.perf_counter()-t0, unit='s')); return trained
 
 def main():
     ap = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    ap.add_argument('what', choices=['world', 'polite']); ap.add_argument('--base', required=True); ap.add_argument('--data', help='of polite'); ap.add_argument('--name', help='of the record')
+    ap.add_argument('what', choices=['world', 'polite']); ap.add_argument('--base', required=True); ap.add_argument('--data', help='of polite'); ap.add_argument('--max-rows', type=int, help='of polite'); ap.add_argument('--name', help='of the record')
     ap.add_argument('--out', help='keep the run here'); ap.add_argument('--tasks', type=int, default=600); ap.add_argument('--answers', type=int, default=4)
     ap.add_argument('--held-out', type=int, default=400); ap.add_argument('--story-tokens', type=int, default=400)
     ap.add_argument('--beta', type=float, default=.1); ap.add_argument('--lr', type=float); ap.add_argument('--epochs', type=float, default=1.); ap.add_argument('--loss', default='sigmoid')
