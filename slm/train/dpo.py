@@ -200,7 +200,7 @@ def encode_preference(
     if room < 1: raise ValueError(f'an answer of {max(len(a), len(b))} tokens leaves no room for its prompt in a context of {max_len}')
     return EncodedPair(prompt[-room:], a, b, max(0, len(prompt)-room))
 
-# %% ../../nbs/25_train.dpo.ipynb #ef50e4eb
+# %% ../../nbs/25_train.dpo.ipynb #a776d5f3
 class PairData:
     "Encoded pairs; `ref` holds the reference's log-probabilities of their answers."
     def __init__(self,
@@ -215,6 +215,7 @@ class PairData:
         if not self.rows: raise SLMError(f'no pair fits the context of {max_len} tokens ({self.rejects[0][1]}): use a longer one')
         self.pad_id = tok.pad_id
     def __len__(self): return len(self.rows)
+    def head(self, n:int)->'PairData': res = copy.copy(self); res.rows,res.ref = self.rows[:n],self.ref[:n]; return res # the first n
     @property
     def n_tokens(self)->int: return sum(2*len(r.prompt)+len(r.chosen)+len(r.rejected) for r in self.rows)
     @property
@@ -257,15 +258,15 @@ def pad_rows(
         x[i,:n], y[i,:n], mask[i,len(a)-1:n] = ids[:-1], ids[1:], True
     return x.to(device), y.to(device), mask.to(device), None
 
-# %% ../../nbs/25_train.dpo.ipynb #2fe87ee6
+# %% ../../nbs/25_train.dpo.ipynb #0a0e7afc
 @torch.no_grad()
 def over_answers(
     f:Callable, # called with x, y, loss_mask (b,t), returns a number for each of the n tokens of their answers (n,)
     rows:list[tuple[list[int],list[int]]], # token ids of prompt and answer
-    device='cpu',
-    budget:int=1<<13, # tokens in a batch, padding included
+    model:GPT, # decides device and size of the batches
 )->list[Tensor]: # for each row, a number for each token of its answer
     "Apply `f` to batches of rows of similar length."
+    device,budget = next(model.parameters()).device,min(1<<13, 2**26//model.cfg.vocab_size) # tokens of a batch: scores take memory
     size,res,batches = (lambda i: len(rows[i][0])+len(rows[i][1])),[None]*len(rows),[[]]
     for i in sorted(range(len(rows)), key=size):
         if batches[-1] and size(i)*(len(batches[-1])+1) > budget: batches.append([])
@@ -285,7 +286,7 @@ def answer_logps(
         with amp(): logits = model(x, None, None, None, mask)[0]                 # (n,v)
         return -F.cross_entropy(logits.float(), y[mask], reduction='none')
     was = model.training; model.eval()
-    logps = over_answers(f, [(r.prompt, a) for r in data.rows for a in (r.chosen, r.rejected)], next(model.parameters()).device)
+    logps = over_answers(f, [(r.prompt, a) for r in data.rows for a in (r.chosen, r.rejected)], model)
     model.train(was); return torch.stack([l.sum() for l in logps]).view(-1, 2)
 
 # %% ../../nbs/25_train.dpo.ipynb #e11b0e21
@@ -339,7 +340,7 @@ def win_rate(
     won = [(rank(t, b) > rank(t, a))+(rank(t, b) == rank(t, a))/2 for t,a,b in zip(tasks, before, after, strict=True)]
     return bootstrap_ratio(won, unit='of comparisons won')
 
-# %% ../../nbs/25_train.dpo.ipynb #b11ee3de
+# %% ../../nbs/25_train.dpo.ipynb #64443090
 def sampled_kl(
     model:GPT,
     ref:GPT, # the reference
@@ -355,12 +356,12 @@ def sampled_kl(
     def f(x, y, mask):
         p,q = (m(x, None, None, None, mask)[0].float().log_softmax(-1) for m in (model, ref)) # (n,v)
         return (p.exp()*(p-q)).sum(-1)
-    kl = over_answers(f, rows, next(model.parameters()).device); model.train(was)
+    kl = over_answers(f, rows, model); model.train(was)
     return bootstrap_ratio([k.sum() for k in kl], unit='nats/answer'), bootstrap_ratio([len(a) for _,a in rows], unit='tokens/answer')
 
-# %% ../../nbs/25_train.dpo.ipynb #eb1923bf
+# %% ../../nbs/25_train.dpo.ipynb #145eb150
 class PairEval(Callback):
-    "Every `every` steps, add to the row: loss and accuracy on held-out pairs, KL and length of sampled answers."
+    "Every `every` steps, add to the row: loss and accuracy on (at most 200) held-out pairs, KL and length of sampled answers."
     order,run_valid = 62,False # after DPO, before CSVLog
     columns = 'valid_accuracy kl answer_tokens'.split()
     def __init__(self,
@@ -377,7 +378,7 @@ class PairEval(Callback):
             self.learn.row = dict(step=self.opt_steps, tokens=self.tokens); getattr(self.learn, 'rows', []).append(self.learn.row)
         with self.learn.pause(): self.learn.row.update(self.measure())
     def measure(self):
-        data = self.dls.valid.data; logps = answer_logps(self.model, data, self.amp)
+        data = self.dls.valid.data.head(200); logps = answer_logps(self.model, data, self.amp)
         n = torch.tensor([[len(r.chosen), len(r.rejected)] for r in data.rows]).T.flatten()
         loss,rewards = dpo_loss(logps.T.flatten(), data.ref.T.flatten(), n, **self.learn.dpo.kw); c,r = rewards.chunk(2)
         kl,length = sampled_kl(self.model, self.ref, self.tok, [r.prompt for r in data.rows[:self.n_prompts]], self.max_new_tokens)
