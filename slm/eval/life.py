@@ -26,7 +26,7 @@ def gain(
     "Difference of two pass rates on the same tests, with a paired bootstrap interval."
     return bootstrap_ratio(after.astype(float)-before.astype(float), unit='of tasks')
 
-# %% ../../nbs/34_eval.life.ipynb #76764aa1
+# %% ../../nbs/34_eval.life.ipynb #9abad734
 def annotate_run(
     path:str|Path, # the run whose answers are compared
     store:str|Path, # the store to make
@@ -45,16 +45,16 @@ def life_figures(
     world:World,
 )->tuple[np.ndarray,Metric]: # which tests are passed; bits per byte that stories cost above what they are worth
     "What a run can do at this stage of its life."
-    model,tok = load_model_and_tokenizer(path)
-    return np.array([v.passed for v in verdicts(model, tok, tests, world)]), excess(model, tok, stories)['excess']
+    model,tok = load_model_and_tokenizer(path); set_seed(0)
+    return np.array([v.passed for v in verdicts(model, tok, tests, world, temperature=1.)]), excess(model, tok, stories)['excess']
 
-# %% ../../nbs/34_eval.life.ipynb #cefeb647
+# %% ../../nbs/34_eval.life.ipynb #7d26c0e5
 LIFE_SEED = 41 # tests and stories that no stage has seen
 
 def live(
     out:str|Path, # folder to make
     minutes:float=3., # of pretraining; the fine-tuning takes half as long
-    n_tests:int=300, # questions after each stage
+    n_tests:int=600, # questions after each stage
     n_asked:int=1500, # questions whose answers are compared
     say=lambda s: None, # called with a line when a stage begins
     pretrain_options:dict={}, # of the stages
@@ -76,12 +76,13 @@ def live(
         say(f'{what} …'); t0 = time.perf_counter(); r = train()
         if r.info['status'] != 'done': raise SLMError(f"interrupted: `slm resume {r.path}` ends this stage; the demo would begin anew")
         took = time.perf_counter()-t0; passed,above = life_figures(r.path, tests, stories, world)
-        run.add_metrics(**{f'{name}_accepted': wilson(int(passed.sum()), n_tests, 'of tasks'), f'{name}_excess': above, f'{name}_seconds': Metric(took, unit='s')})
+        run.add_metrics(**{f'{name}_accepted': wilson(int(passed.sum()), n_tests, 'of tasks'), f'{name}_excess': above,
+                           f'{name}_seconds': Metric(took, unit='s')})
         if was is not None: run.add_metrics(**{f'{name}_gain': gain(was, passed)})
         was = passed
     write_life(run, tests[0]); run.finish(); return run
 
-# %% ../../nbs/34_eval.life.ipynb #ff6660be
+# %% ../../nbs/34_eval.life.ipynb #999423cb
 LIFE = dict(pretrain='pretrained', sft='fine-tuned', dpo='aligned')
 
 def life_table(run:RunDir)->str: # Markdown
@@ -95,9 +96,9 @@ def life_table(run:RunDir)->str: # Markdown
 
 def write_life(run:RunDir, task:Task):
     "`report.md`: the table, and one question to every stage."
-    told = [f'| {says} | {_cell(answer(*load_model_and_tokenizer(run/k), [[dict(role="user", content=task.prompt)]])[0])} |' for k,says in LIFE.items()]
-    story,_,question = task.prompt.rpartition('\n\n')
+    ask = lambda k: answer(*load_model_and_tokenizer(run/k), [[dict(role='user', content=task.prompt)]])[0]
+    told = '\n'.join(f'| {says} | {_cell(ask(k))} |' for k,says in LIFE.items()); story,_,question = task.prompt.rpartition('\n\n')
     with atomic_file(run/'report.md') as f:
-        f.write(f'# A life\n\n{life_table(run)}\n\n> {story}\n\n**{question}** ({task.answer})\n\n| stage | answer |\n| --- | --- |\n'+'\n'.join(told)+'\n')
+        f.write(f'# A life\n\n{life_table(run)}\n\n> {story}\n\n**{question}** ({task.answer})\n\n| stage | answer |\n| --- | --- |\n{told}\n')
 
 def _cell(text): return ' '.join(text.replace('|', '/').split())[:120] or '(nothing)'
