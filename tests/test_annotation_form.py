@@ -105,5 +105,7 @@ def test_the_picture_in_the_book(browser, tmp_path):
         page.keyboard.press('Control+b'); page.click('.jp-Notebook .jp-CodeCell .cm-content'); page.keyboard.press('Shift+Enter')
         page.wait_for_selector('.slm-key-1', timeout=90_000); page.locator('.slm-text').first.click(); page.wait_for_timeout(500)
         assert page.evaluate("document.querySelector('.slm-form').contains(document.activeElement)")
-        page.screenshot(path=picture); page.close()
+        news = page.get_by_role('button', name='No', exact=True)
+        if news.count(): news.first.click(); page.locator('.slm-text').first.click(); page.wait_for_timeout(800)
+        box = page.locator('.jp-CodeCell').bounding_box(); page.screenshot(path=picture, clip=dict(x=box['x'], y=box['y'], width=box['width'], height=box['height'])); page.close()
     assert picture.read_bytes()[:4] == b'\x89PNG' and 10_000 < picture.stat().st_size < 150_000

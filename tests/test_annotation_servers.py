@@ -2,12 +2,12 @@
 import json, os, shutil, subprocess, sys, time, zipfile
 from pathlib import Path
 import pytest
-from slm.core import SLMError, slm_home
+from slm.core import SLMError
 from slm.train.annotate import PreferenceStore, export_tasks, import_judgements, read_items
 
 ROOT = Path(__file__).resolve().parent.parent
 DATA = ROOT/'tests'/'data'
-HOME = slm_home()/'tools' # of the user, not of this test session: the environments are kept
+HOME = Path(os.environ.get('SLM_HOME') or Path.home()/'.cache'/'slm')/'tools' # of the user, not of this test session: the environments are kept
 sys.path.insert(0, str(ROOT/'tools'))
 import annotation_servers as servers
 
