@@ -4,15 +4,16 @@
 
 # %% auto #0
 __all__ = ['need', 'block_linears', 'base_fingerprint', 'add_lora', 'param_counts', 'save_adapter', 'load_adapter', 'merge',
-           'dequantize_4bit', 'quantize_4bit', 'weight_bytes', 'adamw8bit', 'load_4bit']
+           'dequantize_4bit', 'quantize_4bit', 'weight_bytes', 'adamw8bit', 'load_4bit', 'give_back', 'recompute']
 
-# %% ../../nbs/26_train.lora.ipynb #8b0daf75
+# %% ../../nbs/26_train.lora.ipynb #822d624c
 from ..core import * # first: it silences a warning of the next ones
-import functools, hashlib, importlib, logging
+import ctypes, functools, hashlib, importlib, logging, math
 from pathlib import Path
 from types import MethodType
 import torch
 from torch import nn, Tensor
+from torch.utils.checkpoint import checkpoint
 from fastai.optimizer import OptimWrapper
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
@@ -108,7 +109,7 @@ def param_counts(
     ps = list(model.parameters())
     return dict(trained=sum(p.numel() for p in ps if p.requires_grad), all=sum(map(size, ps)))
 
-# %% ../../nbs/26_train.lora.ipynb #a3bb8235
+# %% ../../nbs/26_train.lora.ipynb #1fa7e5a8
 def save_adapter(
     model:GPT, # with an adapter
     folder:str|Path, # folder to write into; made if need be, other files in it are left alone
@@ -127,7 +128,8 @@ def save_adapter(
             f.write(save(sd, dict(format='pt', base_fingerprint=base_fingerprint(model))))
         if tok: tok.save(folder/'tokenizer.json')
         write_json(folder/'adapter_config.json', d)
-    except OSError as e: raise SLMError(f"cannot write the adapter to '{folder}' ({e}): free some space, or choose another folder") from None
+    except OSError as e:
+        raise SLMError(f"cannot write the adapter to '{folder}' ({e}): free some space, or choose another folder") from None
 
 # %% ../../nbs/26_train.lora.ipynb #999c3d22
 def _read_adapter(folder):
@@ -299,3 +301,21 @@ def load_4bit(
         name = k.removesuffix('.weight'); lin.bias = model.get_submodule(name).bias; model.set_submodule(name, lin)
     model.is_loaded_in_4bit = True
     return model.requires_grad_(False).eval(), tok
+
+# %% ../../nbs/26_train.lora.ipynb #9ada12d2
+def give_back(
+    size:int=2**18, # bytes from which on a freed tensor goes back to the system
+)->bool: # did the allocator understand? (glibc's does)
+    "Let the process shrink when tensors are freed, where the C library is glibc."
+    try: return all(ctypes.CDLL(None).mallopt(k, size) for k in (-3, -1)) # M_MMAP_THRESHOLD, M_TRIM_THRESHOLD
+    except (AttributeError, OSError, TypeError): return False
+
+def recompute(
+    model:GPT, # changed in place
+)->GPT: # the same model
+    "Keep only the input of each block for the backward pass (Chen et al. 2016)."
+    def forward(block, x, ctx):
+        f = type(block).forward
+        return checkpoint(f, block, x, ctx, use_reentrant=False) if torch.is_grad_enabled() and block.training else f(block, x, ctx)
+    for block in model.model.layers: block.forward = MethodType(forward, block)
+    return model
