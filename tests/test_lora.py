@@ -89,6 +89,13 @@ def test_what_save_pretrained_means_depends_on_the_adapter(tmp_path):
     m = add_lora(tiny()); m.save_pretrained(tmp_path/'a'); assert sorted(p.name for p in (tmp_path/'a').iterdir()) == ['adapter_config.json', 'adapter_model.safetensors']
     merge(m).save_pretrained(tmp_path/'b'); assert (tmp_path/'b'/'model.safetensors').exists()
 
+@KINDS
+@pytest.mark.parametrize('four', [False, True])
+def test_under_autocast_the_loss_is_that_of_float32_rounded(kind, four):
+    m = shake(add_lora(quantize_4bit(tiny()) if four else tiny(), rank=4, **kind)); a = logits(m)
+    with torch.autocast('cpu', torch.bfloat16): b = logits(m)
+    assert b.dtype == torch.bfloat16 and 1e-4 < ((a-b).norm()/a.norm()).item() < .05
+
 # ---- 4 bits
 
 def gradients(model):

@@ -54,7 +54,7 @@ def base_fingerprint(
 
 def _combine(digests): return hashlib.sha256(b''.join(k.encode()+digests[k] for k in sorted(digests))).hexdigest()[:16]
 
-# %% ../../nbs/26_train.lora.ipynb #219122dd
+# %% ../../nbs/26_train.lora.ipynb #721f6a07
 def _only_adapter(model, sd, prefix, meta):
     "After `state_dict`: leave the base out"
     if hasattr(model, 'peft_config'):
@@ -71,6 +71,8 @@ def _inject(model, config):
     need('peft', 'LoRA').inject_adapter_in_model(config, model)
     for p in model.parameters():
         if p.requires_grad: p.data = p.data.float()
+    for m in model.modules(): # in float32, what to cast is for autocast to say: peft would keep a copy of every input
+        if hasattr(m, 'lora_A'): m.cast_input_dtype_enabled = model.model.embed_tokens.weight.dtype != torch.float32
     if not model._state_dict_hooks:
         model.register_state_dict_post_hook(_only_adapter); model.register_load_state_dict_post_hook(_base_is_there)
     model.save_pretrained = MethodType(_save_pretrained, model)
@@ -131,59 +133,62 @@ def save_adapter(
     except OSError as e:
         raise SLMError(f"cannot write the adapter to '{folder}' ({e}): free some space, or choose another folder") from None
 
-# %% ../../nbs/26_train.lora.ipynb #999c3d22
+# %% ../../nbs/26_train.lora.ipynb #8744c08a
 def _read_adapter(folder):
     "Configuration, tensors by our names, and the fingerprint of the base if it is known"
     d,path = read_json(folder/'adapter_config.json'),folder/'adapter_model.safetensors'
     if d.get('peft_type') != 'LORA': raise SLMError(f"'{folder}' holds an adapter of type {d.get('peft_type')}: only LORA can be opened")
     for k in ('modules_to_save', 'layer_replication', 'trainable_token_indices', 'target_parameters', 'alora_invocation_tokens'):
         if d.get(k): raise SLMError(f"'{folder}': adapter_config.json has {k} = {str(d[k])[:60]}, which cannot be applied here")
-    if d.get('bias', 'none') != 'none' or d.get('lora_bias'): raise SLMError(f"'{folder}': the adapter trains biases, which cannot be applied here")
+    if d.get('bias', 'none') != 'none' or d.get('lora_bias'):
+        raise SLMError(f"'{folder}': the adapter trains biases, which cannot be applied here")
     if not path.exists(): raise SLMError(f"'{folder}' has no adapter_model.safetensors: fetch the adapter again")
     try:
         with safe_open(path, 'pt') as f:
             return d, {k.removeprefix('base_model.model.'): f.get_tensor(k) for k in f.keys()}, (f.metadata() or {}).get('base_fingerprint')
     except (SafetensorError, OSError) as e: raise SLMError(f"'{path}' is damaged or cut short ({e}): fetch it again") from None
 
-# %% ../../nbs/26_train.lora.ipynb #83f46c15
+# %% ../../nbs/26_train.lora.ipynb #37dc69d3
 def _check_adapter(model, folder, tensors, base):
     "Raise one line when the adapter belongs to another base"
     other = f"'{folder}' is an adapter of another base: "
-    there,sizes = set(block_linears(model)),dict(lora_A=(1, 'in_features'), lora_B=(0, 'out_features'), lora_magnitude_vector=(0, 'out_features'))
+    there = set(block_linears(model))
+    sizes = dict(lora_A=(1, 'in_features'), lora_B=(0, 'out_features'), lora_magnitude_vector=(0, 'out_features'))
     for k,t in tensors.items():
         name,_,part = k.partition('.lora_'); dim,side = sizes.get(f"lora_{part.split('.')[0]}", (0, None))
         if name not in there or side is None: raise SLMError(other+f'it holds {k}, for which this model has no layer')
         if (want := getattr(model.get_submodule(name), side)) != t.shape[dim]:
             raise SLMError(other+f'{k} is {tuple(t.shape)}, the layer here has {side}={want}')
     if base and base != base_fingerprint(model):
-        raise SLMError(other+f'it was trained on weights {base}, these are {base_fingerprint(model)}; open the model that it was trained on')
+        raise SLMError(other+f'it was trained on weights {base}, these are {base_fingerprint(model)}; open the base that it came from')
 
-# %% ../../nbs/26_train.lora.ipynb #9a187be7
+# %% ../../nbs/26_train.lora.ipynb #477e8f20
 def load_adapter(
     model:GPT, # the base that the adapter was trained on; changed in place
     folder:str|Path, # ours, or one that peft saved
 )->GPT: # the same model
     "Put a saved LoRA adapter on a model; raises `SLMError` when it is of another base, damaged, or of another kind."
     peft,folder = need('peft', 'LoRA'),Path(folder)
-    if not (folder/'adapter_config.json').exists(): raise SLMError(f"'{folder}' has no adapter_config.json: it is not the folder of an adapter")
+    if not (folder/'adapter_config.json').exists():
+        raise SLMError(f"'{folder}' has no adapter_config.json: it is not the folder of an adapter")
     if hasattr(model, 'peft_config'): raise SLMError('the model has an adapter already: merge it, or start from the base')
     d,tensors,base = _read_adapter(folder)
     _check_adapter(model, folder, tensors, base)
     config = peft.LoraConfig.from_pretrained(str(folder)); config.inference_mode = False
     found = peft.set_peft_model_state_dict(_inject(model, config), tensors)
     lost = [k for k in found.missing_keys if '.lora_' in k] + found.unexpected_keys
-    if lost: raise SLMError(f"'{folder}' is damaged: adapter_config.json and adapter_model.safetensors disagree on {lost[0]}; fetch it again")
+    if lost: raise SLMError(f"'{folder}' is damaged: its two files disagree on {lost[0]}; fetch it again")
     return model
 
-# %% ../../nbs/26_train.lora.ipynb #1172fe12
+# %% ../../nbs/26_train.lora.ipynb #0152b1a4
 def _linear(w, bias):
     "A plain linear layer that holds `w`"
     lin = nn.Linear(w.shape[1], w.shape[0], bias=bias is not None, device='meta'); lin.weight,lin.bias = nn.Parameter(w),bias
     return lin
 
 def _weight(lin): # a 4-bit weight as floats
-    w = lin.weight
-    return need('bitsandbytes', 'a model in 4 bits').functional.dequantize_4bit(w.data, w.quant_state) if hasattr(w, 'quant_state') else w.data
+    w,what = lin.weight,'a model in 4 bits'
+    return need('bitsandbytes', what).functional.dequantize_4bit(w.data, w.quant_state) if hasattr(w, 'quant_state') else w.data
 
 def _merged(m, adapter='default'):
     "Base and adapter as one linear layer"
@@ -215,7 +220,7 @@ def dequantize_4bit(
     model.is_loaded_in_4bit = False
     return model
 
-# %% ../../nbs/26_train.lora.ipynb #66e9f332
+# %% ../../nbs/26_train.lora.ipynb #071e2ed1
 def _bnb(): return need('bitsandbytes', 'a model in 4 bits')
 
 @functools.cache
@@ -231,7 +236,8 @@ def _linear4bit():
 def _nf4(w, bias, double_quant):
     "A 4-bit linear layer of the weights `w`, on their device"
     q = _linear4bit()(w.shape[1], w.shape[0], bias=bias is not None, device='meta')
-    q.weight = _bnb().nn.Params4bit(w.detach(), requires_grad=False, quant_type='nf4', compress_statistics=double_quant, module=q).to(w.device)
+    p = _bnb().nn.Params4bit(w.detach(), requires_grad=False, quant_type='nf4', compress_statistics=double_quant, module=q)
+    q.weight = p.to(w.device) # which quantises
     q.bias = bias; q.support_avx512bf16_for_cpu = False # nothing of the parent's shall repack
     return q
 
