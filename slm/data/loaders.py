@@ -254,14 +254,17 @@ class LMDataLoader:
 
     def batch(self, x:np.ndarray, y:np.ndarray, pad_from:int|None=None):
         "x, y (b,t) as tensors on the device, with loss_mask (b,t) and seqlens (b,n) or None"
-        import torch
         mask = np.ones(x.shape, bool)
         if pad_from is not None: mask[-1,pad_from:] = False
         lens = doc_lens(x, self.eot_id, pad_from) if self.block_diagonal else None
-        res = (torch.from_numpy(a) for a in (x.astype(np.int64), y.astype(np.int64), mask, *([] if lens is None else [lens])))
-        if self.device.type == 'cuda': res = (t.pin_memory().to(self.device, non_blocking=True) for t in res)
-        elif self.device.type != 'cpu': res = (t.to(self.device) for t in res)
-        return (*res, *([None] if lens is None else []))
+        return self.moved(x.astype(np.int64), y.astype(np.int64), mask, lens)
+
+    def moved(self, *arrays:np.ndarray|None)->tuple:
+        "Tensors on the device"
+        import torch
+        move = dict(cpu=lambda t: t, cuda=lambda t: t.pin_memory().to(self.device, non_blocking=True))
+        move = move.get(self.device.type, lambda t: t.to(self.device))
+        return tuple(None if a is None else move(torch.from_numpy(a)) for a in arrays)
 
     def _plan(self, epoch):
         "The plan of the epoch we are in is kept"

@@ -335,18 +335,19 @@ def _request(tok, n, stop=(), **params):
     return [SamplingParams(stop=stop, **{k: v[i] if isinstance(v, (list, tuple)) else v for k,v in params.items()}) for i in range(n)]
 
 def _prompt_ids(tok, s):
-    "Token ids of a prompt, after the family's own mark for the beginning of a text, if it has one"
+    "Token ids of a conversation to be answered, or of a text, after its family's mark for the beginning of one"
+    if not isinstance(s, str): return tok.chat(s, add_generation_prompt=True)[0]
     ids = tok.encode(s)
     return [tok.bos_id] + ids if tok.bos_id != tok.eot_id or not ids else ids
 
 def generate(
     model:GPT,
     tok, # the model's `Tokenizer`
-    prompts:str|list[str], # one text, or several to decode together
+    prompts:str|list, # a text, or a conversation (a list of messages), or several of them to decode together
     **params, # `SamplingParams` by name; a list gives one value a prompt
-)->str|list[str]: # the continuation, or one a prompt
-    "Continue text with text."
-    one = isinstance(prompts, str)
+)->str|list[str]: # the continuation or answer, or one a prompt
+    "Continue text with text, answer a conversation."
+    one = isinstance(prompts, str) or bool(prompts) and isinstance(prompts[0], dict)
     ids = [_prompt_ids(tok, p) for p in ([prompts] if one else prompts)]
     texts = [g.text for g in complete(model, ids, _request(tok, len(ids), **params), tok)]
     return texts[0] if one else texts
@@ -364,8 +365,8 @@ class Stream:
 def stream(
     model:GPT,
     tok, # the model's `Tokenizer`
-    prompt:str,
+    prompt:str|list[dict], # a text, or a conversation
     **params, # `SamplingParams` by name
 )->Stream: # iterate over it for pieces of text
-    "Continue one text, piece by piece: whole characters only, nothing of a stop string; bad parameters raise at once."
+    "Continue one text, or answer: piece by piece, whole characters only, nothing of a stop string; bad parameters raise at once."
     return Stream(decode(model, [_prompt_ids(tok, prompt)], _request(tok, 1, **params)[0], tok))

@@ -216,8 +216,10 @@ class GPT(nn.Module):
         cache:KVCache|None=None, # keys and values of earlier calls; this call's are added
         seqlens:Tensor|None=None, # (b,n) lengths of the documents in each row, zero-padded; with a cache (b,1)
         types:Tensor|None=None, # token types (b,t)
-    )->Tensor: # logits (b,t,v)
-        return self.head(self.model(idx, cache, seqlens, types))
+        keep:Tensor|None=None, # bool (b,t): where scores are wanted; everywhere if not given
+    )->Tensor: # logits (b,t,v), or (1,n,v) of the n places in `keep`
+        h = self.model(idx, cache, seqlens, types)                               # (b,t,d)
+        return self.head(h if keep is None else h[keep][None])
 
 # %% ../../nbs/11_model.gpt.ipynb #02b5b764
 @patch

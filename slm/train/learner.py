@@ -308,13 +308,14 @@ class WandbLog(Callback):
 class Samples(Callback):
     "Every `every` steps, and at the end, complete each prompt and append the texts to `path`."
     order,run_valid = 80,False
-    def __init__(self, tok, prompts:list[str], every:int=500, path:str|Path|None=None, show=noop, **params):
+    def __init__(self, tok, prompts:list, every:int=500, path:str|Path|None=None, show=noop, **params):
         self.tok,self.prompts,self.every,self.show,self.path = tok,prompts,every,show,Path(path) if path else None
         self.params = dict(max_new_tokens=100, temperature=.8, top_p=.95, seed=42) | params
     def after_batch(self):
         if not self.stepped or (self.opt_steps%self.every and self.opt_steps!=getattr(self.learn, 'n_steps', None)): return
         with self.learn.pause(): texts = self.sample()
-        quoted = '\n'.join(f'> **{p}**{quote(t)}\n' for p,t in zip(self.prompts, texts))
+        shown = [p if isinstance(p, str) else p[-1]['content'].replace('\n', ' ')+' → ' for p in self.prompts]
+        quoted = '\n'.join(f'> **{p}**{quote(t)}\n' for p,t in zip(shown, texts))
         md = f'## step {self.opt_steps} · {self.tokens:,} tokens\n\n{quoted}'
         self.learn.samples = texts; self.show(md)
         if self.path:

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['SCHEDULES', 'STAGES', 'PretrainConfig', 'default_vocab', 'resolve', 'check_config', 'get_tokenizer', 'prepare',
-           'steps_in', 'eval_batches', 'default_dropout', 'prompts_from', 'build_learner', 'pretrain', 'fit_run',
-           'every', 'sources', 'valid_figures', 'peak_memory', 'write_report', 'resume']
+           'steps_in', 'step_seconds', 'eval_batches', 'default_dropout', 'prompts_from', 'build_learner', 'pretrain',
+           'fit_run', 'every', 'sources', 'valid_figures', 'peak_memory', 'write_report', 'resume']
 
 # %% ../../nbs/22_train.pretrain.ipynb #a9d48a37
 import contextlib, copy, dataclasses, json, math, os, shutil, sys, time
@@ -127,25 +127,30 @@ def prepare(
 # %% ../../nbs/22_train.pretrain.ipynb #19f77007
 def steps_in(
     minutes:float, # wall clock to fill
-    learn:LMLearner, # the learner to be timed, on a copy of its model
-    make_dls, # returns fresh DataLoaders
+    learn:LMLearner, # the learner to be timed
     accumulate:int, # tokens of an optimiser step
-    evaluate_all, # one final validation, to be timed
-    seconds:float=4.0, # how long to measure
+    evaluate_some, # called with a number of batches of the validation split
     n_evals:int=20, # validations during the run
 )->int: # optimiser steps, at least 10
     "How many optimiser steps fit into `minutes`, by measuring."
-    rng,dls = rng_state(),make_dls()
-    probe = LMLearner(dls, copy.deepcopy(learn.model), opt_func=learn.opt_func, splitter=learn.splitter, lr=learn.lr,
-                      cbs=[AutoCast(learn.auto_cast.dtype), TokenAccumulation(accumulate), GradClip()])
-    def timed(f, *args): t0 = time.perf_counter(); f(*args); return time.perf_counter()-t0
-    probe.fit_steps(2); times = []
-    while sum(times) < seconds or len(times) < 3: times.append(timed(probe.fit_steps, 3+len(times)))
-    k = min(8, len(dls.valid)); t_eval = timed(evaluate_all, probe.model, k)/k
-    set_rng_state(rng)
-    left,t_step = 60*minutes - t_eval*len(dls.valid) - 2, float(np.median(times)) # the median: a machine does other things, too
-    n_eval = n_evals*eval_batches(left/t_step*accumulate, n_evals, dls.valid.bs*dls.valid.seq_len)
+    valid,t_step = learn.dls.valid,step_seconds(learn)
+    k = min(8, len(valid)); t0 = time.perf_counter(); evaluate_some(k); t_eval = (time.perf_counter()-t0)/k
+    left = 60*minutes - t_eval*len(valid) - 2
+    n_eval = n_evals*eval_batches(left/t_step*accumulate, n_evals, valid.bs*valid.seq_len)
     return max(10, int((left - t_eval*n_eval)/t_step))
+
+def step_seconds(
+    learn:LMLearner, # not yet trained; its model, data and generators are put back afterwards
+    seconds:float=4.0, # how long to measure
+)->float:
+    "The time of an optimiser step."
+    rng,at,weights = rng_state(),learn.dls.train.state_dict(),{k: v.clone() for k,v in learn.model.state_dict().items()}
+    def timed(n): t0 = time.perf_counter(); learn.fit_steps(n); return time.perf_counter()-t0
+    timed(2); times = []
+    while sum(times) < seconds or len(times) < 3: times.append(timed(3+len(times)))
+    learn.model.load_state_dict(weights); learn.model.zero_grad(set_to_none=True); learn.dls.train.load_state_dict(at); set_rng_state(rng)
+    learn.opt,learn.opt_steps,learn.tokens = None,0,0
+    return float(np.median(times)) # the median: a machine does other things, too
 
 def eval_batches(
     tokens:float, # of the whole training
@@ -209,9 +214,8 @@ def pretrain(
     if (free := free_disk(out)) < need:
         raise SLMError(f"'{out}' needs about {need>>20} MB of disk, {free>>20} MB are free: make room, or choose another --out")
     if c.minutes:
-        mk = lambda: token_dls(data, bs=c.micro_batch, seq_len=c.seq_len, seed=c.seed, device=c.device)
-        ev = lambda m,k: evaluate(m, mk().valid, tok.token_bytes(), autocast(c.device, c.dtype), max_batches=k)
-        c.steps = steps_in(c.minutes, learn, mk, c.batch_tokens, ev, n_evals=c.evals)
+        some = lambda k: evaluate(learn.model, learn.dls.valid, tok.token_bytes(), autocast(c.device, c.dtype), max_batches=k)
+        c.steps = steps_in(c.minutes, learn, c.batch_tokens, some, n_evals=c.evals)
     epochs = c.steps*c.batch_tokens/data.train.n_tokens
     if c.dropout is None: c.dropout = default_dropout(epochs)
     if c.warmup is None: c.warmup = min(100, max(1, c.steps//20))
@@ -237,7 +241,8 @@ def fit_run(
     peak,t0,before = matmul_flops(c.device, c.dtype),time.perf_counter(),0.
     learn.add_cbs([Schedule(c.steps, SCHEDULES[c.schedule], warmup=c.warmup, cooldown=c.cooldown),
         SpikeGuard(), TrainLog(max(1, c.steps//200), peak=peak), CSVLog(run/'log.csv', columns), Bar(), GracefulStop(),
-        Samples(tok, run.info['prompts'], every(c.steps, c.samples), run/'samples.md', max_new_tokens=min(100, learn.model.cfg.max_seq_len//2)),
+        Samples(tok, run.info['prompts'], every(c.steps, c.samples), run/'samples.md',
+                max_new_tokens=min(100, learn.model.cfg.max_seq_len//2)),
         Checkpoint(run/'checkpoints', minutes=c.save_minutes, seconds=lambda: before+time.perf_counter()-t0, **kept)])
     if checkpoint: before = learn.load_checkpoint(checkpoint)['seconds']
     run.info['status'] = 'running'; run.save()
@@ -307,7 +312,8 @@ def resume(
     if not cks: raise SLMError(f"'{path}' has no checkpoint yet: remove it and start again")
     state = read_json(cks[-1]/'state.json')
     if lr:
-        run.info.setdefault('resumed', []).append(dict(step=state['step'], lr=lr, was=run.info['config']['lr'])); run.info['config']['lr'] = lr
+        run.info.setdefault('resumed', []).append(dict(step=state['step'], lr=lr, was=run.info['config']['lr']))
+        run.info['config']['lr'] = lr
     return STAGES[stage](run, run.info['config'] | state.get('sources', {}), cbs, cks[-1])
 
 def _again(run, config, cbs, checkpoint):
