@@ -24,7 +24,7 @@ def shake(model, seed=7):
     "Weights as if the adapter had been trained"
     g = torch.Generator().manual_seed(seed)
     for k,p in model.named_parameters():
-        if p.requires_grad: r = torch.randn(p.shape, generator=g); p.data = p.data*(1+.1*r) if 'magnitude' in k else .1*r
+        if p.requires_grad: r = torch.randn(p.shape, generator=g).to(p.device); p.data = p.data*(1+.1*r) if 'magnitude' in k else .1*r
     return model
 
 def off(a, b): return ((a-b).abs().max()/b.abs().max()).item()
@@ -98,8 +98,8 @@ def test_under_autocast_the_loss_is_that_of_float32_rounded(kind, four):
 
 # ---- 4 bits
 
-def gradients(model):
-    model.train(); model.zero_grad(); lm_loss(model(X), X.roll(-1, 1)).backward()
+def gradients(model, x=X):
+    model.train(); model.zero_grad(); lm_loss(model(x), x.roll(-1, 1)).backward()
     return torch.cat([p.grad.flatten() for p in model.parameters() if p.requires_grad])
 
 def everything(model):
@@ -219,3 +219,60 @@ def test_a_folder_that_cannot_be_written_leaves_nothing(tmp_path):
     (tmp_path/'file').write_text('x')
     says(lambda: save_adapter(add_lora(tiny()), tmp_path/'file'/'adapter'), 'cannot write the adapter')
     assert [p.name for p in tmp_path.iterdir()] == ['file']
+
+# ---- the stages
+
+@pytest.fixture(scope='module')
+def base(tmp_path_factory):
+    "A folder with a model and its tokenizer, and some conversations"
+    from slm.data.tokenizer import train_bpe
+    root = tmp_path_factory.mktemp('stage'); tok = train_bpe(['what colour is the key lamp boat ring ? it is red blue green .']*50, 300)
+    tiny(vocab_size=tok.vocab_size).save_pretrained(root/'base', tok)
+    rows = [dict(prompt=f'{w} the {k}?', completion=f'it is {v}.') for k,v in dict(key='red', lamp='blue', boat='green', ring='red').items()
+            for w in ('what is', 'what colour is', 'colour of', 'is', 'what', 'which is', 'say', 'tell', 'name', 'see', 'look at', 'find')]
+    (root/'rows.jsonl').write_text('\n'.join(map(json.dumps, rows)))
+    return root
+
+KW = dict(steps=8, lr=2e-2, bs=4, evals=1, samples=1, seq_len=64)
+
+@pytest.mark.parametrize('stage', [lora, qlora], ids=['lora', 'qlora'])
+def test_a_run_with_an_adapter_and_the_plain_run_of_it(base, tmp_path, stage):
+    run = stage(base/'base', base/'rows.jsonl', tmp_path/'a', frugal=True, **KW)
+    assert (run.info['stage'], run.info['status']) == (stage.__name__, 'done') and run.info['config']['four_bit'] == (stage is qlora)
+    assert run.info['config']['opt'] == ('adamw8bit' if stage is qlora else 'adamw') and str(base) not in (run/'run.json').read_text()
+    assert run.metric('valid_bpb').value < run.metric('valid_bpb_before').value
+    assert json.loads((run/'adapter_config.json').read_text())['base_model_name_or_path'] == 'base'
+    says(lambda: merge_run(run.path, tmp_path/'m'), 'base') # neither where it was named, nor beside
+    merged = merge_run(run.path, tmp_path/'m', base/'base'); assert merged.info['parent'] == 'a'
+    from slm.model.pretrained import load_model_and_tokenizer
+    m,_ = load_model_and_tokenizer(merged.path); q,_ = open_adapter_run(run.path, base/'base')
+    assert off(logits(m), logits(q)) < 1e-5 < off(logits(m), logits(GPT.from_pretrained(base/'base')))
+    again = stage(merged.path, base/'rows.jsonl', tmp_path/'b', **KW); assert again.info['parent'] == 'm' # as any other base
+
+def test_a_stage_that_cannot_begin_leaves_nothing(base, tmp_path, monkeypatch):
+    go = lambda b=base/'base', d=base/'rows.jsonl', f=lora, **kw: lambda: f(b, d, tmp_path/'out', **(KW | kw))
+    says(go(rank=0), 'rank must be'); says(go(targets='x_proj'), 'x_proj'); says(go(b=tmp_path/'nowhere'), 'nowhere')
+    says(go(d=tmp_path/'no.jsonl'), 'no.jsonl'); says(go(lr=3.), '--lr')
+    save_adapter(add_lora(tiny()), tmp_path/'adapter'); says(go(b=tmp_path/'adapter'), 'is an adapter: merge it first')
+    monkeypatch.setitem(sys.modules, 'bitsandbytes', None); says(go(f=qlora), 'bitsandbytes', '[qlora]')
+    assert not (tmp_path/'out').exists()
+
+def test_an_adapter_s_run_and_another_base(base, tmp_path):
+    run = lora(base/'base', base/'rows.jsonl', tmp_path/'a', **KW)
+    GPT(GPT.from_pretrained(base/'base').cfg).save_pretrained(tmp_path/'other')
+    for f in (base/'base').glob('tokenizer*'): (tmp_path/'other'/f.name).write_bytes(f.read_bytes())
+    says(lambda: merge_run(run.path, tmp_path/'m', tmp_path/'other'), 'another base'); assert not (tmp_path/'m').exists()
+    says(lambda: merge_run(tmp_path/'other', tmp_path/'m'), 'not a run directory')
+    (tmp_path/'m').mkdir(); (tmp_path/'m'/'run.json').write_text('{}'); says(lambda: merge_run(run.path, tmp_path/'m', base/'base'), 'already holds a run')
+
+def test_a_4_bit_model_is_not_saved_as_if_it_were_plain(tmp_path):
+    says(lambda: quantize_4bit(tiny()).save_pretrained(tmp_path/'x'), 'no adapter to save'); assert not (tmp_path/'x').exists()
+    dequantize_4bit(quantize_4bit(tiny())).save_pretrained(tmp_path/'y'); GPT.from_pretrained(tmp_path/'y')
+    says(lambda: dequantize_4bit(add_lora(quantize_4bit(tiny()))), 'merge it')
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason='needs a CUDA device')
+def test_gradients_are_right_on_cuda():
+    q,ref = (shake(add_lora(m, rank=4)) for m in (quantize_4bit(tiny().cuda()), dequantize_4bit(quantize_4bit(tiny().cuda()))))
+    x = X.cuda(); g = gradients(ref, x)
+    for _ in range(2): assert (gradients(q, x)-g).norm()/g.norm() < 1e-3; logits(q.eval(), x)
+    a = logits(q, x); assert off(logits(merge(q), x), a) < 1e-3

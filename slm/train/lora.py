@@ -59,7 +59,7 @@ def base_fingerprint(
 
 def _combine(digests): return hashlib.sha256(b''.join(k.encode()+digests[k] for k in sorted(digests))).hexdigest()[:16]
 
-# %% ../../nbs/26_train.lora.ipynb #ca7357f3
+# %% ../../nbs/26_train.lora.ipynb #74fba6b0
 def _only_adapter(model, sd, prefix, meta):
     "After `state_dict`: leave the base out"
     if hasattr(model, 'peft_config'):
@@ -69,7 +69,7 @@ def _base_is_there(model, found):
     "After `load_state_dict`: the base need not be in the file"
     if hasattr(model, 'peft_config'): found.missing_keys[:] = [k for k in found.missing_keys if '.lora_' in k]
 
-def _save_pretrained(model, folder, tok=None): save_adapter(model, folder, tok)
+def _save_pretrained(model, folder, tok=None): save_adapter(model, folder, tok) # instead of `GPT.save_pretrained`
 
 def _inject(model, config):
     base_fingerprint(model)
@@ -202,7 +202,7 @@ def _merged(m, adapter='default'):
     new = variant.merge_safe(m, adapter, w) if variant else w + m.get_delta_weight(adapter)
     return _linear(new.to(w.dtype), base.bias)
 
-# %% ../../nbs/26_train.lora.ipynb #e09c4232
+# %% ../../nbs/26_train.lora.ipynb #efb778e2
 @torch.no_grad()
 def merge(
     model:GPT, # with an adapter; changed in place
@@ -212,18 +212,18 @@ def merge(
     from peft.tuners.lora import LoraLayer
     for name in [n for n,m in model.named_modules() if isinstance(m, LoraLayer)]:
         model.set_submodule(name, _merged(model.get_submodule(name)))
-    for k in ('peft_config', 'save_pretrained', 'base_hash'): delattr(model, k)
+    del model.peft_config, model.base_hash
     return dequantize_4bit(model).requires_grad_(True)
 
 def dequantize_4bit(
     model:GPT, # changed in place
 )->GPT: # the same model
-    "Turn 4-bit layers into plain ones that hold the same numbers as floats."
+    "Turn 4-bit layers into plain ones that hold the same numbers as floats; raises `SLMError` for a model with an adapter."
+    if hasattr(model, 'peft_config'): raise SLMError('the model has an adapter: merge it, that turns 4 bits into floats too')
     for name in block_linears(model):
         lin = model.get_submodule(name)
         if hasattr(lin.weight, 'quant_state'): model.set_submodule(name, _linear(_weight(lin), lin.bias))
-    model.is_loaded_in_4bit = False
-    return model
+    model.is_loaded_in_4bit = False; vars(model).pop('save_pretrained', None); return model
 
 # %% ../../nbs/26_train.lora.ipynb #f0a0140a
 def _bnb(): return need('bitsandbytes', 'a model in 4 bits')
@@ -246,7 +246,7 @@ def _nf4(w, bias, double_quant):
     q.bias = bias; q.support_avx512bf16_for_cpu = False # nothing of the parent's shall repack
     return q
 
-# %% ../../nbs/26_train.lora.ipynb #4d76db18
+# %% ../../nbs/26_train.lora.ipynb #40eca8fa
 def quantize_4bit(
     model:GPT, # without adapter; changed in place
     double_quant:bool=True, # store the scales in 8 bits
@@ -260,7 +260,11 @@ def quantize_4bit(
     for name in block_linears(model):
         lin = model.get_submodule(name)
         if not hasattr(lin.weight, 'quant_state'): model.set_submodule(name, _nf4(lin.weight, lin.bias, double_quant))
-    model.is_loaded_in_4bit = True # peft asks
+    return _is_4bit(model)
+
+def _is_4bit(model):
+    model.is_loaded_in_4bit = True                                               # peft asks
+    model.save_pretrained = MethodType(_save_pretrained, model)                  # of an adapter, once there is one
     return model
 
 # %% ../../nbs/26_train.lora.ipynb #5a7bf2ff
@@ -288,7 +292,7 @@ def adamw8bit(
 
 OPTIMS['adamw8bit'] = (adamw8bit, decay_groups)
 
-# %% ../../nbs/26_train.lora.ipynb #acd58235
+# %% ../../nbs/26_train.lora.ipynb #13683cb3
 def load_4bit(
     id_or_path:str|Path, # run directory, Hugging Face folder, .gguf file, or hub id
     double_quant:bool=True, # store the scales in 8 bits
@@ -310,8 +314,7 @@ def load_4bit(
     model.base_hash = _combine({k: digests[k] for k in model.state_dict()})
     for k,lin in small.items():
         name = k.removesuffix('.weight'); lin.bias = model.get_submodule(name).bias; model.set_submodule(name, lin)
-    model.is_loaded_in_4bit = True
-    return model.requires_grad_(False).eval(), tok
+    return _is_4bit(model).requires_grad_(False).eval(), tok
 
 # %% ../../nbs/26_train.lora.ipynb #9ada12d2
 def give_back(
@@ -331,7 +334,7 @@ def recompute(
     for block in model.model.layers: block.forward = MethodType(forward, block)
     return model
 
-# %% ../../nbs/26_train.lora.ipynb #231788b7
+# %% ../../nbs/26_train.lora.ipynb #e5c85269
 @dataclass
 class LoRAConfig(FinetuneConfig):
     "Fine-tuning of an adapter."
@@ -342,20 +345,22 @@ class LoRAConfig(FinetuneConfig):
     dropout:float = 0. # on the adapter's input
     rslora:bool = False # scale by alpha/√rank
     dora:bool = False # train the length of each row apart from its direction
-    recompute:bool = False # keep only the input of each block: less memory, more time
+    frugal:bool = False # least memory, more time: `give_back` and `recompute`
 
-# %% ../../nbs/26_train.lora.ipynb #ba446401
+# %% ../../nbs/26_train.lora.ipynb #501d313c
 def open_adapted(
     c:LoRAConfig,
 )->tuple[GPT,Tokenizer]: # in training mode
     "The base with a new adapter; raises `SLMError` when the base cannot take one."
     if (Path(c.base)/'adapter_config.json').exists() and not (Path(c.base)/'config.json').exists():
         raise SLMError(f"'{c.base}' is an adapter: merge it first, with slm merge {c.base} --out RUN")
-    give_back(); model,tok = load_4bit(c.base, device=str(get_device(c.device))) if c.four_bit else open_base(c)
+    need('peft', 'LoRA')
+    if c.frugal: give_back()
+    model,tok = load_4bit(c.base, device=str(get_device(c.device))) if c.four_bit else open_base(c)
     if not model.cfg.causal: raise SLMError(f"'{c.base}' looks both ways: only a model that generates can learn to answer")
     set_seed(c.seed); add_lora(model, c.rank, c.alpha or 2*c.rank, c.targets, c.dropout, c.rslora, c.dora)
     model.peft_config['default'].base_model_name_or_path = portable(str(c.base))
-    return (recompute(model) if c.recompute else model).train(), tok
+    return (recompute(model) if c.frugal else model).train(), tok
 
 # %% ../../nbs/26_train.lora.ipynb #1727f4be
 def lora(
