@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['app', 'Json', 'MaxBytes', 'Device', 'VocabSize', 'Tok', 'DEMO_SAYS', 'main', 'corpus', 'tokenize', 'runs', 'pretrain',
-           'resume', 'eval_', 'figures', 'demo', 'generate']
+           'resume', 'eval_', 'figures', 'sft', 'demo', 'generate', 'chat']
 
 # %% ../nbs/61_cli.ipynb #fff7db54
 import errno, json, os, sys, warnings
@@ -152,6 +152,30 @@ def figures(run)->str: # a line each
     "All figures of a run, with their intervals."
     return '\n'.join(f'{k:16} {Metric(**m)}' for k,m in run.info['metrics'].items())
 
+# %% ../nbs/61_cli.ipynb #4de96de5
+@app.command()
+def sft(
+    base:Annotated[str, typer.Argument(help='What to start from: a run directory, a Hugging Face folder or hub id, or a .gguf file.')],
+    data:Annotated[str, typer.Option(help='world, a .jsonl, .json or .parquet file of conversations, or hf:OWNER/NAME.')]='world',
+    out:Annotated[Path, typer.Option(help='Run directory to make.')]=Path('runs/sft'),
+    epochs:Annotated[float, typer.Option(help='Times that each row is seen,')]=3.0,
+    steps:Annotated[Optional[int], typer.Option(help='or so many optimiser steps,')]=None,
+    minutes:Annotated[Optional[float], typer.Option(help='or train for so long.')]=None,
+    seq_len:Annotated[Optional[int], typer.Option(help='Context in tokens; longer conversations are left out.')]=None,
+    bs:Annotated[int, typer.Option(help='Packed rows in an optimiser step.')]=16,
+    micro_batch:Annotated[Optional[int], typer.Option(help='Rows that go through the model at once; lower it when memory runs out.')]=None,
+    opt:Annotated[Optional[str], typer.Option(help="muon or adamw; by default the base's own.")]=None,
+    lr:Annotated[Optional[float], typer.Option(help='Peak learning rate.')]=None,
+    max_rows:Annotated[Optional[int], typer.Option(help='Read no more than so many rows.')]=None,
+    strict:Annotated[bool, typer.Option(help='Stop at the first row that cannot be used, instead of leaving it out.')]=False,
+    seed:int=42, device:Device='auto', dtype:Annotated[str, typer.Option(help='auto, float32 or bfloat16.')]='auto'):
+    """Teach a model to answer; the loss counts only what the assistant says.
+
+    Example: slm sft runs/books --data chats.jsonl --out runs/assistant"""
+    kw = {k:v for k,v in locals().items() if k not in ('base', 'data', 'out')}
+    from slm.train.sft import sft
+    _end(sft(base, data, out, **kw))
+
 # %% ../nbs/61_cli.ipynb #7ec1a1aa
 @app.command()
 def demo(
@@ -206,3 +230,36 @@ def generate(
     print(prompt, end='', flush=True)
     for s in G.stream(model, tok, prompt, **params): print(s, end='', flush=True)
     print()
+
+# %% ../nbs/61_cli.ipynb #7958b829
+@app.command()
+def chat(
+    run:Annotated[str, typer.Argument(help='A run directory, a Hugging Face folder or hub id, or a .gguf file.')],
+    message:Annotated[Optional[str], typer.Option(help='Say this, print the answer, and leave.')]=None,
+    system:Annotated[Optional[str], typer.Option(help='An instruction before the conversation.')]=None,
+    max_new_tokens:Annotated[int, typer.Option(help='At most so many tokens an answer.')]=200,
+    temperature:Annotated[float, typer.Option(help='0 always takes the likeliest token.')]=0.7,
+    top_p:Annotated[float, typer.Option(help='Only the likeliest tokens that hold this probability together.')]=0.95,
+    seed:Annotated[Optional[int], typer.Option(help='The same seed gives the same answers.')]=None, device:Device='cpu'):
+    """Talk with a model; an empty line or Ctrl-D ends it.
+
+    Example: slm chat runs/assistant --message "Name a colour." """
+    from slm.model.pretrained import load_model_and_tokenizer
+    from slm.model.generate import stream
+    model,tok = load_model_and_tokenizer(run, device=str(get_device(device)))
+    before,turns = [dict(role='system', content=system)] if system else [], []
+    while said := message if message is not None else _ask():
+        turns.append(dict(role='user', content=said)); dropped = 0
+        while len(turns) > 1 and len(tok.chat(before+turns, add_generation_prompt=True)[0]) > model.cfg.max_seq_len-min(64, max_new_tokens):
+            turns = turns[2:]; dropped += 1
+        if dropped: print(f'(the oldest {dropped} of the turns no longer fit into the context)', file=sys.stderr)
+        answer = ''
+        for s in stream(model, tok, before+turns, max_new_tokens=max_new_tokens, temperature=temperature, top_p=top_p, seed=seed):
+            answer += s; print(s, end='', flush=True)
+        print(); turns.append(dict(role='assistant', content=answer))
+        if message is not None: return
+
+def _ask():
+    "The next line, or '' at the end"
+    try: return input('> ' if sys.stdin.isatty() else '').strip()
+    except EOFError: return ''

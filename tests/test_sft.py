@@ -1,5 +1,5 @@
 "Conversations: what trl makes of the same rows and weights, shapes and faults of the data, the loader's position, and a run that is cut off."
-import json
+import json, subprocess, sys
 
 import numpy as np
 import pytest
@@ -182,3 +182,24 @@ def test_bad_settings(base, tmp_path):
                    (dict(opt='sgd'), '--opt must be one of muon, adamw')):
         with pytest.raises(SLMError, match=why): sft(base[2], rows, tmp_path/'out', **kw)
     assert not (tmp_path/'out').exists()
+
+
+# ------------------------------------------------------------------ the command line
+
+def run(*args, stdin=None):
+    return subprocess.run([sys.executable, '-c', 'from slm.cli import main; main()', *map(str, args)], capture_output=True, text=True, timeout=240, input=stdin)
+
+
+def test_teach_and_talk_from_the_command_line(base, tmp_path):
+    rows = rows_file(tmp_path/'rows.jsonl', ASKED+[dict(prompt='Say nothing.', completion='')])
+    r = run('sft', base[2], '--data', rows, '--steps', 60, '--bs', 4, '--lr', '5e-3', '--out', tmp_path/'taught')
+    assert r.returncode == 0 and 'valid_bpb_before' in r.stdout and '1 rows of rows.jsonl left out:\n  line 31: a message is empty' in r.stderr
+    one = run('chat', tmp_path/'taught', '--message', 'Say red twice.', '--temperature', 0)
+    assert one.returncode == 0 and one.stdout.strip() and one.stderr == ''
+    two = run('chat', tmp_path/'taught', '--temperature', 0, '--max-new-tokens', 8, stdin='Say red twice.\nSay gold twice.\n')
+    assert two.returncode == 0 and two.stdout.splitlines()[0] == one.stdout.splitlines()[0] and len(two.stdout.splitlines()) == 2
+    long = run('chat', tmp_path/'taught', '--max-new-tokens', 8, stdin='Say red twice, and once more, please.\n'*12)
+    assert long.returncode == 0 and 'no longer fit into the context' in long.stderr
+    for args,why in ((('sft', base[2], '--data', rows, '--strict', '--out', tmp_path/'x'), 'line 31: a message is empty'),
+                     (('sft', tmp_path/'nothing', '--out', tmp_path/'x'), 'does not exist'), (('sft', base[2], '--data', rows, '--out', tmp_path/'taught'), 'already holds a run')):
+        r = run(*args); assert r.returncode == 2 and why in r.stderr and r.stderr.count('\n') == 1 and not (tmp_path/'x').exists(), r.stderr

@@ -5,10 +5,11 @@
 # %% auto #0
 __all__ = ['ROLES', 'SFT_SEED', 'SFT_VALID_SEED', 'to_messages', 'read_rows', 'ChatTokens', 'ChatData', 'load_chats', 'talk',
            'pack', 'ChatLoader', 'ChatValidLoader', 'AnswersOnly', 'FinetuneConfig', 'SFTConfig', 'resolve_finetune',
-           'base_opt', 'finetune_learner', 'chat_dls', 'answer', 'judge_rate', 'exact_match', 'open_base', 'sft',
-           'sft_sources', 'plan_steps']
+           'base_opt', 'finetune_learner', 'chat_dls', 'answer', 'verdicts', 'judge_rate', 'exact_match', 'open_base',
+           'sft', 'sft_sources', 'plan_steps', 'Classifier', 'class_loss', 'LabelLoader', 'class_accuracy',
+           'statements']
 
-# %% ../../nbs/23_train.sft.ipynb #d682cde7
+# %% ../../nbs/23_train.sft.ipynb #a6853cff
 import dataclasses, gzip, hashlib, json, random, re, string, sys
 from array import array
 from bisect import bisect_left, insort
@@ -24,7 +25,7 @@ from fastcore.basics import patch
 from ..core import *
 from ..data.loaders import LMDataLoader
 from ..data.tokenizer import Tokenizer
-from ..data.world import ASK, World, Story, Task, ask, wilson
+from ..data.world import ASK, Story, Task, Verdict, World, ask, wilson
 from ..model.gpt import GPT, GPTConfig, check_fits, lm_loss
 from ..model.generate import generate
 from ..model.pretrained import load_model_and_tokenizer
@@ -371,7 +372,7 @@ def chat_dls(
     train = ChatLoader(data.train, bs, **kw); train.bs = min(bs, len(train._plan(0)))
     return DataLoaders(train, ChatValidLoader(data.valid, bs, **kw), device=torch.device(device))
 
-# %% ../../nbs/23_train.sft.ipynb #fc60bc54
+# %% ../../nbs/23_train.sft.ipynb #ce02b0c6
 def answer(
     model:GPT, tok:Tokenizer,
     chats:list[list[dict]], # messages, ending with the user's
@@ -386,17 +387,22 @@ def answer(
         for i,text in zip(part, generate(model, tok, [chats[i] for i in part], **p)): res[i] = text.strip()
     return res
 
-def judge_rate(
+def verdicts(
     model:GPT, tok:Tokenizer,
     tasks:list[Task],
     world:World,
-)->Metric: # share of tasks whose answer passes, with Wilson's interval
-    "Let the world judge greedy answers; stories may be as long as the context allows."
+    **sampling, # greedy if not given
+)->list[Verdict]: # on each answer
+    "Let the world judge a model's answers; stories may be as long as the context allows."
     res = {}
     for told,n in ((False, 40), (True, model.cfg.max_seq_len)):
         some = [i for i,t in enumerate(tasks) if (t.kind == 'tell') == told]
-        res |= zip(some, answer(model, tok, [[dict(role='user', content=tasks[i].prompt)] for i in some], max_new_tokens=n))
-    return wilson(sum(world.judge(t, res[i]).passed for i,t in enumerate(tasks)), len(tasks), 'of tasks')
+        res |= zip(some, answer(model, tok, [[dict(role='user', content=tasks[i].prompt)] for i in some], max_new_tokens=n, **sampling))
+    return [world.judge(t, res[i]) for i,t in enumerate(tasks)]
+
+def judge_rate(model:GPT, tok:Tokenizer, tasks:list[Task], world:World)->Metric: # share that passes, with Wilson's interval
+    "How many greedy answers the world accepts."
+    return wilson(sum(v.passed for v in verdicts(model, tok, tasks, world)), len(tasks), 'of tasks')
 
 # %% ../../nbs/23_train.sft.ipynb #6619696d
 def exact_match(
@@ -484,3 +490,66 @@ def _sft_again(run, config, cbs, checkpoint):
     return _sft(run, c, model, tok, chats, cbs, checkpoint)
 
 STAGES['sft'] = _sft_again
+
+# %% ../../nbs/23_train.sft.ipynb #b76c4920
+class Classifier(nn.Module):
+    "A GPT with a linear layer on the vector of each text's last token (Radford et al. 2018, §3.2)."
+    def __init__(self, gpt:GPT, n_classes:int):
+        super().__init__(); self.gpt,self.top = gpt,nn.Linear(gpt.cfg.d_model, n_classes)
+        nn.init.normal_(self.top.weight, std=.02); nn.init.zeros_(self.top.bias)
+    def forward(self,
+        idx:Tensor, # token ids (b,t)
+        cache=None, # as in `GPT`
+        seqlens:Tensor|None=None, # (b,1) tokens of each text
+    )->tuple[Tensor,Tensor]: # scores of the classes (b,c), and of the next tokens (b,t,v)
+        h = self.gpt.model(idx, cache, seqlens)                                  # (b,t,d)
+        return self.top(h[torch.arange(len(h)), seqlens[:, 0]-1]), self.gpt.head(h)
+
+def class_loss(
+    pred:tuple[Tensor,Tensor], # what `Classifier` returns
+    y:tuple[Tensor,Tensor], # classes (b,), and the tokens that came next (b,t)
+    loss_mask:Tensor, # (b,t)
+    aux:float=.5, # weight of the language model's loss
+)->Tensor: # nats
+    "Cross-entropy of the classes, and that of the tokens as an auxiliary (eq. 5)."
+    return F.cross_entropy(pred[0].float(), y[0]) + (aux*lm_loss(pred[1], y[1], loss_mask) if aux else 0.)
+
+# %% ../../nbs/23_train.sft.ipynb #409998bc
+class LabelLoader(ChatLoader):
+    "Texts one a row, with their classes: `(x, (classes, y), loss_mask, seqlens)`."
+    def __init__(self, texts:list[list[int]], labels:list[int], bs:int, seed:int=42, device='cpu', pad_id:int=5):
+        data = ChatTokens(); self.labels = np.asarray(labels, np.int64)
+        for ids in texts: data.add(ids, [True]*len(ids))
+        super().__init__(data, bs, int(max(map(len, texts))), seed, device, pad_id)
+    def __len__(self): return len(self.labels)//self.bs
+    def _plan(self, epoch): return np.random.default_rng([self.seed, epoch]).permutation(len(self.labels))
+    def at(self, epoch, pos):
+        some = self._plan(epoch)[pos*self.bs:(pos+1)*self.bs]
+        x,y,m,lens = self.deal([[i] for i in some], int(max(self.data.lens[some]))-1)
+        return x, (*self.moved(self.labels[some]), y), m, lens[:, :1]
+
+@torch.no_grad()
+def class_accuracy(
+    model:Classifier,
+    dl:LabelLoader, # its first epoch is used
+)->Metric: # share of texts whose class is the likeliest, with Wilson's interval
+    "How many texts are put into the right class."
+    was = model.training; model.eval(); right = n = 0
+    for k in range(len(dl)):
+        x,(c,_),_,lens = dl.at(0, k); right += (model(x, None, lens)[0].argmax(-1) == c).sum().item(); n += len(c)
+    model.train(was); return wilson(right, n, 'of texts')
+
+# %% ../../nbs/23_train.sft.ipynb #d7851d23
+def statements(
+    world:World,
+    tok:Tokenizer,
+    seed:int,
+    n:int,
+)->tuple[list[list[int]],list[int]]: # token ids, and 1 for true, 0 for false
+    "Stories with a sentence about them, one half true (the form of natural language inference)."
+    rng,texts,labels = random.Random(seed),[],[]
+    for t in world.tasks(seed, n, list(ASK)):
+        rivals = [c for c in t.candidates if c != t.answer]; true = not rivals or rng.random() < .5
+        text = t.prompt.rpartition('\n\n')[0]+'\n\n'+(t.answer if true else rng.choice(rivals))
+        texts.append([tok.bos_id, *tok.encode(text), tok.end_id, tok.eot_id]); labels.append(int(true))
+    return texts, labels
