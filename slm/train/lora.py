@@ -362,7 +362,7 @@ def open_adapted(
     model.peft_config['default'].base_model_name_or_path = portable(str(c.base))
     return (recompute(model) if c.frugal else model).train(), tok
 
-# %% ../../nbs/26_train.lora.ipynb #1727f4be
+# %% ../../nbs/26_train.lora.ipynb #e127be32
 def lora(
     base:str|Path, # a run, a Hugging Face folder or hub id, or a .gguf file
     data:str|Path='world', # 'world[:DIAL]', a .jsonl, .json or .parquet file, or hf:OWNER/NAME
@@ -373,8 +373,8 @@ def lora(
     "Teach a model to answer by an adapter; raises `SLMError` for bad input."
     if (Path(out)/'run.json').exists(): raise SLMError(f"'{out}' already holds a run: choose another --out, or `slm resume {out}`")
     c = LoRAConfig(base=str(base), data=str(data), **options)
-    if c.four_bit and 'opt' not in options: c.opt = 'adamw8bit'
-    model,tok = open_adapted(c); c = resolve_finetune(c, model.cfg)
+    c.opt = c.opt or ('adamw8bit' if c.four_bit else 'adamw')
+    model,tok = open_adapted(c); c = resolve_finetune(c, model.cfg, dict(adamw=1e-3, adamw8bit=1e-3, muon=3e-3))
     chats = load_chats(c.data, tok, c.seq_len, c.max_rows, c.strict)
     if chats.rejects: print(chats.says(), file=sys.stderr)
     dls = chat_dls(chats, c.micro_batch, c.row_len, c.seed, c.device, tok.pad_id)
