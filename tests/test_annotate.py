@@ -1,0 +1,172 @@
+"The preference store under attack, agreement against other programs, and real exports of Label Studio and doccano."
+import json, os, random, signal, subprocess, sys, threading, time, zipfile
+from pathlib import Path
+import numpy as np, pytest
+from slm.core import SLMError
+from slm.train.annotate import *
+
+ROOT = Path(__file__).resolve().parent.parent
+DATA = ROOT/'tests'/'data'
+ENV = os.environ | dict(PYTHONPATH=os.pathsep.join([str(ROOT), os.environ.get('PYTHONPATH', '')]))
+
+def rows(n): return [dict(prompt=f'question {i}', responses=[f'good answer {i}', f'bad answer {i}']) for i in range(n)]
+
+@pytest.fixture
+def store(tmp_path): s = PreferenceStore(tmp_path/'prefs.db'); s.add_items(rows(20)); return s
+
+# ---- nothing is lost
+
+JUDGE = '''
+import sys, itertools
+from slm.train.annotate import PreferenceStore
+store, who = PreferenceStore(sys.argv[1]), sys.argv[2]
+items = store.items()
+for n in itertools.count():
+    if n%7 == 6: print('undo', store.undo(who).id, flush=True)
+    else: print(store.judge(items[n%len(items)], n%2 if n%5 else 'tie', who, comment=f'{who} {n}'), f'{who} {n}', flush=True)
+'''
+
+def test_what_was_acknowledged_survives_a_kill(store):
+    "Two processes judge in a loop and are killed (SIGKILL) at a random moment, five times over"
+    rng, said = random.Random(0), {}
+    for turn in range(5):
+        ps = [(who, subprocess.Popen([sys.executable, '-c', JUDGE, str(store.path), who], stdout=subprocess.PIPE, text=True, env=ENV)) for who in (f'ann{turn}', f'ben{turn}')]
+        first = {who: p.stdout.readline() for who,p in ps}; time.sleep(rng.uniform(.02, .3))
+        for _,p in ps: p.kill()
+        for who,p in ps:
+            lines = first[who]+p.stdout.read(); assert p.wait() == -signal.SIGKILL
+            said[who] = [l.split(' ', 1) for l in lines[:lines.rfind('\n')].split('\n')]
+    store.close(); again = PreferenceStore(store.path); history = again.judgements(history=True)
+    assert again.db.execute('PRAGMA integrity_check').fetchone()[0] == 'ok' and again.db.execute('PRAGMA foreign_key_check').fetchall() == []
+    for who,lines in said.items():
+        mine = [j for j in history if j['annotator'] == who]; assert len(mine) - len(lines) in (0, 1), 'more than what was under way'
+        for j,(id,what) in zip(mine, lines):
+            if id == 'undo': assert j['choice'] == 'undo' and j['item'] == int(what)
+            else: assert (j['id'], j['comment']) == (int(id), what)
+    assert sum(map(len, said.values())) > 20
+
+def test_a_full_disk_loses_nothing_and_says_so(store):
+    its = store.items(); store.judge(its[0], 0, 'ann')
+    pages = store.db.execute('PRAGMA page_count').fetchone()[0]; store.db.execute(f'PRAGMA max_page_count={pages}')
+    with pytest.raises(SLMError, match='full; nothing was written'):
+        for it in its*50: store.judge(it, 1, 'ben', comment='x'*1000)
+    n = len(store.judgements(history=True)); store.db.execute('PRAGMA max_page_count=100000')
+    store.judge(its[1], 1, 'ann'); assert len(PreferenceStore(store.path).judgements(history=True)) == n+1
+
+def test_a_read_only_store_is_one_line(store):
+    store.db.execute('PRAGMA query_only=1')
+    with pytest.raises(SLMError) as e: store.judge(store.items()[0], 0, 'ann')
+    assert '\n' not in str(e.value) and 'readonly' in str(e.value) and 'prefs.db' in str(e.value)
+
+def test_threads_share_a_store(store):
+    its, faults = store.items(), []
+    def work(who):
+        try:
+            for it in its: store.judge(it, 0, who)
+            store.undo(who)
+        except Exception as e: faults.append(e)
+    ts = [threading.Thread(target=work, args=(f'w{i}',)) for i in range(4)]
+    [t.start() for t in ts]; [t.join() for t in ts]
+    assert not faults and [store.progress(f'w{i}') for i in range(4)] == [(19, 20)]*4
+
+def test_a_rollback_leaves_the_store_usable(store):
+    with pytest.raises(KeyboardInterrupt):
+        with store.transaction(): store._record(store.items()[0], 0, 'ann'); raise KeyboardInterrupt
+    assert store.judgements(history=True) == []; store.judge(store.items()[0], 0, 'ann'); assert len(store.judgements()) == 1
+
+def test_the_module_is_light():
+    code = "import sys, slm.train.annotate; print([m for m in ('torch', 'ipywidgets', 'IPython', 'pandas', 'label_studio_sdk') if m in sys.modules])"
+    assert subprocess.run([sys.executable, '-c', code], capture_output=True, text=True, env=ENV).stdout.strip() == '[]'
+
+def test_order_is_fair_and_the_same_everywhere(store):
+    its = [i for i in store.items()]
+    other = PreferenceStore(store.path); assert all(store.order(i, 'ann') == other.order(i, 'ann') for i in its)
+    firsts = [store.order(Item(0, str(i), [], [0, 1]), 'ann')[0] for i in range(4000)]; assert abs(np.mean(firsts)-.5) < 4*.5/4000**.5
+
+# ---- agreement, against other programs
+
+def labels(rng, n, k, who, missing): return [[None if rng.random() < missing else rng.choice(['a', 'b', 'tie'][:k]) for _ in range(who)] for _ in range(n)]
+
+def test_kappa_is_scikit_learn_s():
+    from sklearn.metrics import cohen_kappa_score
+    rng = random.Random(1)
+    for _ in range(300):
+        k, n = rng.choice([2, 3]), rng.randrange(5, 60); a, b = zip(*labels(rng, n, k, 2, 0)); b = tuple(y if rng.random() < .5 else x for x,y in zip(a, b))
+        if len({*a, *b}) > 1: assert abs(cohen_kappa(a, b, n_boot=10).value-cohen_kappa_score(a, b)) < 1e-12
+
+def test_alpha_is_krippendorff_s():
+    reference = pytest.importorskip('krippendorff', reason='needs: pip install krippendorff')
+    rng, seen = random.Random(2), 0
+    for _ in range(300):
+        rows = labels(rng, rng.randrange(4, 40), rng.choice([2, 3]), rng.choice([2, 3, 5]), rng.choice([0, .2, .5]))
+        code = lambda l: np.nan if l is None else ['a', 'b', 'tie'].index(l)
+        if len({l for r in rows if sum(x is not None for x in r) > 1 for l in r if l is not None}) < 2: continue
+        want = reference.alpha(reliability_data=np.array([[code(l) for l in r] for r in rows]).T, level_of_measurement='nominal'); seen += 1
+        assert abs(krippendorff_alpha(rows, n_boot=10).value-want) < 1e-12
+    assert seen > 250
+
+def test_intervals_are_those_of_naive_resampling():
+    "Drawing items again one by one, 2000 times, gives the same interval within Monte Carlo error"
+    rng, r = np.random.default_rng(3), random.Random(3); a = [r.choice('AB') for _ in range(80)]; b = [x if r.random() < .7 else r.choice('ABt') for x in a]
+    idx = [rng.integers(0, 80, 80) for _ in range(2000)]
+    for f,name in ((lambda x, y: cohen_kappa(x, y, n_boot=1).value, 'kappa'), (lambda x, y: krippendorff_alpha(list(zip(x, y)), n_boot=1).value, 'alpha')):
+        lo, hi = np.percentile([f([a[i] for i in w], [b[i] for i in w]) for w in idx], [2.5, 97.5])
+        m = cohen_kappa(a, b, n_boot=4000) if name == 'kappa' else krippendorff_alpha(list(zip(a, b)), n_boot=4000)
+        assert abs(m.lo-lo) < .02 and abs(m.hi-hi) < .02 and m.lo < m.value < m.hi
+
+def test_report_of_one_person_who_only_skips(store):
+    for it in store.items(): store.judge(it, 'skip', 'ann', started=time.time()-2)
+    table = store_report(store); assert '| skips | 20 |' in table and '| first shown wins | – |' in table and 'κ' not in table
+
+# ---- real exports (tests/test_annotation_servers.py makes them)
+
+def fixture_store(tmp_path):
+    "The items that the exports were made from"
+    s = PreferenceStore(tmp_path/'real.db', seed=3); s.add_items(read_items(DATA/'items.jsonl')); return s
+
+def test_a_real_export_of_label_studio(tmp_path):
+    s = fixture_store(tmp_path)
+    assert import_judgements(s, DATA/'label-studio.json', 'label-studio') == dict(new=6, known=0, cancelled=1, unclear=2)
+    assert import_judgements(s, DATA/'label-studio.json', 'label-studio') == dict(new=0, known=6, cancelled=1, unclear=2)
+    tasks = {t['data']['slm_item']: t for t in json.loads((DATA/'label-studio.json').read_text())}; by = {i.id: i.source for i in s.items()}
+    for j in s.judgements(): assert j['shown'] == tasks[by[j['item']]]['data']['slm_order'] == s.order(s.item(j['item']), 'label-studio')
+    assert len(s.annotators()) == 2 and sum(j['choice'] == 'tie' for j in s.judgements()) == 1 and len(s.pairs()) == 5
+    assert [j['comment'] for j in s.judgements() if j['comment']] == ['hard to say']
+
+def test_a_real_export_of_doccano(tmp_path):
+    s = fixture_store(tmp_path)
+    assert import_judgements(s, DATA/'doccano.zip', 'doccano') == dict(new=8, known=0, cancelled=0, unclear=0)
+    assert s.annotators() == ['doccano:ann', 'doccano:ben'] and [j['comment'] for j in s.judgements() if j['comment']] == ['hard to say']
+    with zipfile.ZipFile(DATA/'doccano.zip') as z: z.extract('ben.jsonl', tmp_path) # one member's file, under a better name
+    t = PreferenceStore(tmp_path/'t.db', seed=3); t.add_items([dict(prompt=i.prompt, responses=[r.text for r in i.responses], source=i.source) for i in s.items()])
+    assert import_judgements(t, tmp_path/'ben.jsonl', 'doccano', 'Ben')['new'] == 3 and t.annotators() == ['Ben']
+    assert [j['choice'] for j in t.judgements()] == [j['choice'] for j in s.judgements('doccano:ben')]
+
+def test_a_damaged_zip_adds_nothing(tmp_path):
+    s, real = fixture_store(tmp_path), (DATA/'doccano.zip').read_bytes()
+    with zipfile.ZipFile(DATA/'doccano.zip') as z: at = z.getinfo('ben.jsonl').header_offset+60
+    with zipfile.ZipFile(tmp_path/'empty.zip', 'w') as z: z.writestr('readme.txt', 'nothing')
+    (tmp_path/'flipped.zip').write_bytes(real[:at]+bytes(b ^ 255 for b in real[at:at+20])+real[at+20:]); (tmp_path/'cut.zip').write_bytes(real[:len(real)//2])
+    for name,why in dict(flipped='is a damaged zip file', cut='cannot read|is not JSON', empty='holds no .jsonl file').items():
+        with pytest.raises(SLMError, match=why): import_judgements(s, tmp_path/f'{name}.zip', 'doccano')
+    assert s.judgements(history=True) == []
+
+def damaged():
+    real = json.loads((DATA/'label-studio.json').read_text()); n = next(n for n,t in enumerate(real) if n and any(a['result'] for a in t['annotations']))
+    def but(f): t = json.loads(json.dumps(real)); f(t[n]); return json.dumps(t)
+    first = lambda t: next(a for a in t['annotations'] if a['result'])
+    return [(json.dumps(real)[:-40], 'not valid JSON'), ('{"a": 1}', 'must be a list of tasks'), (but(lambda t: t.pop('annotations')), f'task {n+1} has no annotations'), (but(lambda t: t.pop('data')), f'task {n+1} has no data'),
+            (but(lambda t: t['data'].update(slm_item=['x'])), f'task {n+1}: item'), (but(lambda t: t['data'].update(slm_order='01')), f'task {n+1}: slm_order'), (but(lambda t: first(t).pop('completed_by')), f'task {n+1}: an annotation is damaged'),
+            (but(lambda t: first(t).update(result=None)), f'task {n+1}: an annotation is damaged'), (but(lambda t: first(t).update(lead_time=-1)), f'task {n+1}: an annotation is damaged'), (but(lambda t: first(t).update(lead_time='long')), f'task {n+1}: an annotation is damaged'), (but(lambda t: t.update(annotations=['x'])), f'task {n+1}: an annotation is damaged')]
+
+@pytest.mark.parametrize('i', range(11))
+def test_a_damaged_export_adds_nothing(i, tmp_path):
+    text, why = damaged()[i]; s = fixture_store(tmp_path); (tmp_path/'export.json').write_text(text)
+    with pytest.raises(SLMError) as e: import_judgements(s, tmp_path/'export.json', 'label-studio')
+    assert why in str(e.value) and 'export.json' in str(e.value) and '\n' not in str(e.value) and s.judgements(history=True) == []
+
+def test_an_import_that_the_database_refuses_half_way_adds_nothing(tmp_path):
+    s = fixture_store(tmp_path)
+    s.db.execute("CREATE TEMP TRIGGER full BEFORE INSERT ON main.judgements WHEN (SELECT count(*) FROM main.judgements) >= 3 BEGIN SELECT RAISE(ABORT, 'no more'); END")
+    with pytest.raises(SLMError, match='no more; nothing was written'): import_judgements(s, DATA/'label-studio.json', 'label-studio')
+    assert s.judgements(history=True) == []
