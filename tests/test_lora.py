@@ -242,7 +242,7 @@ def test_a_run_with_an_adapter_and_the_plain_run_of_it(base, tmp_path, stage):
     assert run.info['config']['opt'] == ('adamw8bit' if stage is qlora else 'adamw') and str(base) not in (run/'run.json').read_text()
     assert run.metric('valid_bpb').value < run.metric('valid_bpb_before').value
     assert json.loads((run/'adapter_config.json').read_text())['base_model_name_or_path'] == 'base'
-    says(lambda: merge_run(run.path, tmp_path/'m'), 'base') # neither where it was named, nor beside
+    says(lambda: merge_run(run.path, tmp_path/'m'), 'cannot be opened', '--base') # neither where it was named, nor beside
     merged = merge_run(run.path, tmp_path/'m', base/'base'); assert merged.info['parent'] == 'a'
     from slm.model.pretrained import load_model_and_tokenizer
     m,_ = load_model_and_tokenizer(merged.path); q,_ = open_adapter_run(run.path, base/'base')

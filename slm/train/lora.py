@@ -410,7 +410,7 @@ def _adapt_again(run, config, cbs, checkpoint):
 
 STAGES |= dict(lora=_adapt_again, qlora=_adapt_again)
 
-# %% ../../nbs/26_train.lora.ipynb #73d60343
+# %% ../../nbs/26_train.lora.ipynb #d98ef9d1
 def open_adapter_run(
     path:str|Path, # a run of stage lora or qlora
     base:str|Path|None=None, # where its base is now
@@ -423,7 +423,8 @@ def open_adapter_run(
     if run.info['status'] != 'done': raise SLMError(f"'{path}' is {run.info['status']}, not done: go on with slm resume {path}")
     beside = run.path.parent/c['base']
     base = base or (beside if not Path(c['base']).exists() and beside.exists() else c['base'])
-    model,tok = load_4bit(base, device=device) if c['four_bit'] else load_model_and_tokenizer(base, device)
+    try: model,tok = load_4bit(base, device=device) if c['four_bit'] else load_model_and_tokenizer(base, device)
+    except SLMError as e: raise SLMError(f"the base of '{path}' cannot be opened: {e}; or name it with --base") from None
     return load_adapter(model, path).eval(), tok
 
 def merge_run(
