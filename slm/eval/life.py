@@ -5,9 +5,10 @@
 # %% auto #0
 __all__ = ['LIFE_SEED', 'LIFE', 'gain', 'annotate_run', 'life_figures', 'live', 'life_table', 'write_life']
 
-# %% ../../nbs/34_eval.life.ipynb #a369d5e5
+# %% ../../nbs/34_eval.life.ipynb #8139f0a0
 from ..core import * # first: it silences a warning of the next ones
 import time
+from collections.abc import Callable
 from pathlib import Path
 import numpy as np
 from ..data.world import ASK, Task, World, wilson
@@ -26,17 +27,17 @@ def gain(
     "Difference of two pass rates on the same tests, with a paired bootstrap interval."
     return bootstrap_ratio(after.astype(float)-before.astype(float), unit='of tasks')
 
-# %% ../../nbs/34_eval.life.ipynb #76764aa1
+# %% ../../nbs/34_eval.life.ipynb #90cab349
 def annotate_run(
     path:str|Path, # the run whose answers are compared
     store:str|Path, # the store to make
     tasks:list[Task], # what is asked
-    world:World, # who judges
+    judge:Callable, # who compares them, as `judge_with` takes it
 )->int: # judgements
-    "Two sampled answers to each question, and the world's judgement on them."
+    "Two sampled answers to each question, and a judgement on them."
     model,tok = load_model_and_tokenizer(path); s = PreferenceStore(store)
     s.add_items(make_items(model, tok, [t.prompt for t in tasks], run=Path(path).name, batch=128, temperature=1., max_new_tokens=40))
-    n = judge_with(s, world_judge(world, tasks), 'world'); s.close(); return n
+    n = judge_with(s, judge, 'judge'); s.close(); return n
 
 def life_figures(
     path:str|Path, # a run
@@ -45,18 +46,19 @@ def life_figures(
     world:World,
 )->tuple[np.ndarray,Metric]: # which tests are passed; bits per byte that stories cost above what they are worth
     "What a run can do at this stage of its life."
-    model,tok = load_model_and_tokenizer(path)
-    return np.array([v.passed for v in verdicts(model, tok, tests, world)]), excess(model, tok, stories)['excess']
+    model,tok = load_model_and_tokenizer(path); set_seed(0)
+    return np.array([v.passed for v in verdicts(model, tok, tests, world, temperature=1.)]), excess(model, tok, stories)['excess']
 
-# %% ../../nbs/34_eval.life.ipynb #cefeb647
+# %% ../../nbs/34_eval.life.ipynb #028e81fd
 LIFE_SEED = 41 # tests and stories that no stage has seen
 
 def live(
     out:str|Path, # folder to make
     minutes:float=3., # of pretraining; the fine-tuning takes half as long
-    n_tests:int=300, # questions after each stage
+    n_tests:int=600, # questions after each stage
     n_asked:int=1500, # questions whose answers are compared
     say=lambda s: None, # called with a line when a stage begins
+    judge:Callable|None=None, # who compares answers, as `judge_with` takes it; the world if not given
     pretrain_options:dict={}, # of the stages
     sft_options:dict={},
     dpo_options:dict={},
@@ -68,20 +70,21 @@ def live(
     def sft_(): return sft(out/'pretrain', 'world', out/'sft', **dict(minutes=minutes/2, bs=8, max_rows=8000) | sft_options)
     def dpo_():
         say(f'asking {n_asked:,} questions twice, and letting the judge compare the answers …')
-        annotate_run(out/'sft', out/'preferences.db', asked, world)
+        annotate_run(out/'sft', out/'preferences.db', asked, judge or world_judge(world, asked))
         return dpo(out/'sft', out/'preferences.db', out/'dpo', **dict(epochs=2.) | dpo_options)
-    for name,what,train in (('pretrain', f'pretraining for {minutes:g} minutes on stories of an invented world', lambda: pretrain(
+    for name,what,train in (('pretrain', 'pretraining on stories of an invented world', lambda: pretrain(
                                 'world', out/'pretrain', **dict(preset='1m', minutes=minutes, seq_len=384) | pretrain_options)),
-                            ('sft', f'fine-tuning for {minutes/2:g} minutes on questions and answers', sft_), ('dpo', 'aligning', dpo_)):
+                            ('sft', 'fine-tuning on questions and answers', sft_), ('dpo', 'aligning', dpo_)):
         say(f'{what} …'); t0 = time.perf_counter(); r = train()
         if r.info['status'] != 'done': raise SLMError(f"interrupted: `slm resume {r.path}` ends this stage; the demo would begin anew")
         took = time.perf_counter()-t0; passed,above = life_figures(r.path, tests, stories, world)
-        run.add_metrics(**{f'{name}_accepted': wilson(int(passed.sum()), n_tests, 'of tasks'), f'{name}_excess': above, f'{name}_seconds': Metric(took, unit='s')})
+        run.add_metrics(**{f'{name}_accepted': wilson(int(passed.sum()), n_tests, 'of tasks'), f'{name}_excess': above,
+                           f'{name}_seconds': Metric(took, unit='s')})
         if was is not None: run.add_metrics(**{f'{name}_gain': gain(was, passed)})
         was = passed
     write_life(run, tests[0]); run.finish(); return run
 
-# %% ../../nbs/34_eval.life.ipynb #ff6660be
+# %% ../../nbs/34_eval.life.ipynb #999423cb
 LIFE = dict(pretrain='pretrained', sft='fine-tuned', dpo='aligned')
 
 def life_table(run:RunDir)->str: # Markdown
@@ -95,9 +98,9 @@ def life_table(run:RunDir)->str: # Markdown
 
 def write_life(run:RunDir, task:Task):
     "`report.md`: the table, and one question to every stage."
-    told = [f'| {says} | {_cell(answer(*load_model_and_tokenizer(run/k), [[dict(role="user", content=task.prompt)]])[0])} |' for k,says in LIFE.items()]
-    story,_,question = task.prompt.rpartition('\n\n')
+    ask = lambda k: answer(*load_model_and_tokenizer(run/k), [[dict(role='user', content=task.prompt)]])[0]
+    told = '\n'.join(f'| {says} | {_cell(ask(k))} |' for k,says in LIFE.items()); story,_,question = task.prompt.rpartition('\n\n')
     with atomic_file(run/'report.md') as f:
-        f.write(f'# A life\n\n{life_table(run)}\n\n> {story}\n\n**{question}** ({task.answer})\n\n| stage | answer |\n| --- | --- |\n'+'\n'.join(told)+'\n')
+        f.write(f'# A life\n\n{life_table(run)}\n\n> {story}\n\n**{question}** ({task.answer})\n\n| stage | answer |\n| --- | --- |\n{told}\n')
 
 def _cell(text): return ' '.join(text.replace('|', '/').split())[:120] or '(nothing)'
