@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['app', 'Json', 'MaxBytes', 'Device', 'VocabSize', 'Tok', 'main', 'corpus', 'tokenize', 'runs', 'pretrain', 'resume',
-           'eval_', 'figures', 'sft', 'demo', 'generate', 'chat']
+           'eval_', 'figures', 'sft', 'dpo', 'demo', 'generate', 'chat']
 
 # %% ../nbs/61_cli.ipynb #fff7db54
 import errno, json, os, sys, warnings
@@ -175,6 +175,36 @@ def sft(
     kw = {k:v for k,v in locals().items() if k not in ('base', 'data', 'out')}
     from slm.train.sft import sft
     _end(sft(base, data, out, **kw))
+
+# %% ../nbs/61_cli.ipynb #106117e1
+@app.command()
+def dpo(
+    base:Annotated[str, typer.Argument(help='Start and reference: a run, a Hugging Face folder or hub id, or a .gguf file.')],
+    data:Annotated[str, typer.Option(help='Pairs: .jsonl, .json or .parquet, hf:OWNER/NAME[/CONFIG][:SPLIT], an annotation store (.db), or world.')]='world',
+    out:Annotated[Path, typer.Option(help='Run directory to make.')]=Path('runs/dpo'),
+    beta:Annotated[float, typer.Option(help='What distance from the reference costs.')]=0.1,
+    loss:Annotated[str, typer.Option(help='sigmoid, robust, ipo or sigmoid_norm.')]='sigmoid',
+    label_smoothing:Annotated[float, typer.Option(help='Share of pairs that the judge got wrong.')]=0.0,
+    epochs:Annotated[float, typer.Option(help='See each pair so often,')]=1.0,
+    steps:Annotated[Optional[int], typer.Option(help='or train for so many optimiser steps,')]=None,
+    minutes:Annotated[Optional[float], typer.Option(help='or for so long.')]=None,
+    lr:Annotated[Optional[float], typer.Option(help='Peak learning rate.')]=None,
+    opt:Annotated[str, typer.Option(help='adamw or muon.')]='adamw',
+    bs:Annotated[int, typer.Option(help='Pairs of an optimiser step.')]=16,
+    micro_batch:Annotated[Optional[int], typer.Option(help='Pairs that go through the model at once; lower it when memory runs out.')]=None,
+    seq_len:Annotated[Optional[int], typer.Option(help="Context in tokens; the base's, at most 1024.")]=None,
+    max_rows:Annotated[Optional[int], typer.Option(help='Read no more pairs than this.')]=None,
+    val_frac:Annotated[float, typer.Option(help='Share of the prompts held out.')]=0.1,
+    strict:Annotated[bool, typer.Option(help='Stop at the first row that is no pair.')]=False,
+    seed:int=42, device:Device='auto', dtype:Annotated[str, typer.Option(help='auto, float32 or bfloat16.')]='auto',
+    save_minutes:Annotated[float, typer.Option(help='Minutes between checkpoints.')]=2.0):
+    """Teach a model what is preferred, from pairs of answers.
+
+    Example: slm dpo runs/sft --data answers.db --out runs/dpo"""
+    kw = {k:v for k,v in locals().items() if k not in ('base', 'data', 'out')}
+    from slm.train import dpo as D
+    run = D.dpo(base, data, out, **kw); _end(run)
+    for s in run.info['doctor']: print(f'doctor: {s}')
 
 # %% ../nbs/61_cli.ipynb #03cc335a
 @app.command()
