@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['app', 'Json', 'MaxBytes', 'Device', 'VocabSize', 'Tok', 'main', 'corpus', 'tokenize', 'runs', 'pretrain', 'resume',
-           'eval_', 'figures', 'sft', 'dpo', 'demo', 'generate', 'chat']
+           'eval_', 'figures', 'sft', 'dpo', 'qlora', 'merge', 'open_any', 'demo', 'generate', 'chat']
 
 # %% ../nbs/61_cli.ipynb #fff7db54
 import errno, json, os, sys, warnings
@@ -206,6 +206,58 @@ def dpo(
     run = D.dpo(base, data, out, **kw); _end(run)
     for s in run.info['doctor']: print(f'doctor: {s}')
 
+# %% ../nbs/61_cli.ipynb #5873bebd
+@app.command()
+def qlora(
+    base:Annotated[str, typer.Argument(help='What to start from: a run directory, a Hugging Face folder or hub id, or a .gguf file.')],
+    data:Annotated[str, typer.Option(help='world, a .jsonl, .json or .parquet file of conversations, or hf:OWNER/NAME.')]='world',
+    out:Annotated[Path, typer.Option(help='Run directory to make.')]=Path('runs/qlora'),
+    four_bit:Annotated[bool, typer.Option(help='Hold the base in 4 bits; otherwise plain LoRA.')]=True,
+    rank:Annotated[int, typer.Option(help="Width of the adapter's matrices.")]=8,
+    alpha:Annotated[Optional[float], typer.Option(help='The adapter is scaled by alpha/rank; twice the rank if not given.')]=None,
+    target:Annotated[Optional[list[str]], typer.Option(help='A layer to adapt, such as q_proj (may be repeated); all if not given.')]=None,
+    dropout:Annotated[float, typer.Option(help="On the adapter's input, while training.")]=0.0,
+    rslora:Annotated[bool, typer.Option('--rslora', help='Scale by alpha/√rank.')]=False,
+    dora:Annotated[bool, typer.Option('--dora', help='Train the length of each row apart from its direction.')]=False,
+    frugal:Annotated[bool, typer.Option('--frugal', help='Least memory, more time.')]=False,
+    epochs:Annotated[float, typer.Option(help='Times that each row is seen,')]=3.0,
+    steps:Annotated[Optional[int], typer.Option(help='or so many optimiser steps,')]=None,
+    minutes:Annotated[Optional[float], typer.Option(help='or train for so long.')]=None,
+    seq_len:Annotated[Optional[int], typer.Option(help='Context in tokens; longer conversations are left out.')]=None,
+    bs:Annotated[int, typer.Option(help='Packed rows in an optimiser step.')]=16,
+    micro_batch:Annotated[Optional[int], typer.Option(help='Rows that go through the model at once; lower it when memory runs out.')]=None,
+    opt:Annotated[Optional[str], typer.Option(help='adamw8bit, adamw or muon; by default adamw8bit, without 4 bits adamw.')]=None,
+    lr:Annotated[Optional[float], typer.Option(help='Peak learning rate.')]=None,
+    max_rows:Annotated[Optional[int], typer.Option(help='Read no more than so many rows.')]=None,
+    strict:Annotated[bool, typer.Option(help='Stop at the first row that cannot be used, instead of leaving it out.')]=False,
+    seed:int=42, device:Device='auto', dtype:Annotated[str, typer.Option(help='auto, float32 or bfloat16.')]='auto'):
+    """Teach a model to answer by training an adapter beside it, its own weights held in 4 bits.
+
+    Example: slm qlora SmolLM2-135M-Instruct.gguf --data chats.jsonl --out runs/adapter"""
+    kw = {k:v for k,v in locals().items() if k not in ('base', 'data', 'out', 'target')}
+    from slm.train.lora import lora
+    _end(lora(base, data, out, targets=target or 'all-linear', **kw))
+
+# %% ../nbs/61_cli.ipynb #bba84b58
+@app.command()
+def merge(
+    adapter:Annotated[Path, typer.Argument(help='A run directory that holds an adapter.')],
+    out:Annotated[Path, typer.Option(help='Run directory to make.')]=Path('runs/merged'),
+    base:Annotated[Optional[str], typer.Option(help='Where its base is now; by default where it was, or beside the adapter.')]=None):
+    """Make a plain model of an adapter and its base.
+
+    Example: slm merge runs/adapter --out runs/merged"""
+    from slm.train.lora import merge_run
+    print(f'{merge_run(adapter, out, base).path}: base and adapter as one model')
+
+def open_any(run:str, device:str):
+    "Model and tokenizer of a run, a folder, a hub id or a file; an adapter is put on its base."
+    if (Path(run)/'adapter_config.json').exists() and not (Path(run)/'config.json').exists():
+        from slm.train.lora import open_adapter_run
+        return open_adapter_run(run, device=str(get_device(device)))
+    from slm.model.pretrained import load_model_and_tokenizer
+    return load_model_and_tokenizer(run, device=str(get_device(device)))
+
 # %% ../nbs/61_cli.ipynb #03cc335a
 @app.command()
 def demo(
@@ -242,9 +294,8 @@ def generate(
     Example: slm generate runs/books --prompt "It was" --temperature 0.7"""
     params = dict(max_new_tokens=max_new_tokens, temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p,
                   repetition_penalty=repetition_penalty, stop=stop or [], seed=seed)
-    from slm.model.pretrained import load_model_and_tokenizer
     from slm.model import generate as G
-    model,tok = load_model_and_tokenizer(run, device=str(get_device(device)))
+    model,tok = open_any(run, device)
     if json_: return print(json.dumps(dict(prompt=prompt, text=G.generate(model, tok, prompt, **params), **params), ensure_ascii=False))
     print(prompt, end='', flush=True)
     for s in G.stream(model, tok, prompt, **params): print(s, end='', flush=True)
@@ -263,9 +314,8 @@ def chat(
     """Talk with a model; an empty line or Ctrl-D ends it.
 
     Example: slm chat runs/assistant --message "Name a colour." """
-    from slm.model.pretrained import load_model_and_tokenizer
     from slm.model.generate import stream
-    model,tok = load_model_and_tokenizer(run, device=str(get_device(device)))
+    model,tok = open_any(run, device)
     before,turns = [dict(role='system', content=system)] if system else [], []
     while said := message if message is not None else _ask():
         turns.append(dict(role='user', content=said)); dropped = 0

@@ -318,7 +318,7 @@ class FinetuneConfig:
 class SFTConfig(FinetuneConfig):
     "Fine-tuning on conversations."
 
-# %% ../../nbs/23_train.sft.ipynb #da3608ce
+# %% ../../nbs/23_train.sft.ipynb #c388663a
 def resolve_finetune(
     c, # a `FinetuneConfig`
     cfg:GPTConfig, # of the base
@@ -335,7 +335,7 @@ def resolve_finetune(
         if not ok: raise SLMError(f"--{k.replace('_', '-')} must be {want}, not {getattr(c, k)}")
     c.seq_len = c.seq_len or min(1024, cfg.max_seq_len)
     c.row_len = max(c.seq_len, c.row_len or min(2*c.seq_len, 768))
-    c.lr = c.lr or round(lr[c.opt]*(256/cfg.d_model)**.5, 7)
+    c.lr = c.lr or round(lr.get(c.opt, lr['adamw'])*(256/cfg.d_model)**.5, 7)
     c.micro_batch = min(c.bs, c.micro_batch or max(1, min(8192, 2**27//cfg.vocab_size)//c.row_len))
     while c.bs % c.micro_batch: c.micro_batch -= 1
     c.device = str(get_device(c.device))
