@@ -2,12 +2,15 @@
 
 Each is run by make in a fresh clone of HEAD; its output goes to results/index/NAME/output.txt, with hardware and time in run.json.
 """
-import re, subprocess, sys, tempfile, time
+import re, shutil, subprocess, sys, tempfile, time
 from pathlib import Path
 from slm.core import atomic_file, git_commit, hardware, versions, write_json
 
 ROOT = Path(__file__).resolve().parent.parent
 INSTALL = re.compile(r'making \.venv|installing |WARNING: |\[notice\]')
+
+KEEP = dict(demo={'runs/demo': '34_eval.life/demo', 'runs/demo/sft': '23_train.sft/world', 'runs/demo/dpo': '25_train.dpo/world'}) # records of its runs
+FILES = ('run.json', 'log.csv', 'samples.md', 'report.md')
 
 def shorten(lines, first=24, last=12):
     "The beginning and the end of a long output"
@@ -24,6 +27,10 @@ def record(name):
             if installed is None and not INSTALL.match(l): installed = time.time()-t0
             if not l.startswith(('WARNING: ', '[notice]')): lines.append(re.sub(r'\x1b\[[0-9;]*m', '', l).rstrip().replace(f'{tmp}/slm/', '').replace(f'{tmp}/slm', 'slm'))
         if p.wait(): sys.exit(f'make {name} failed: nothing recorded')
+        for run,kept in KEEP.get(name, {}).items():
+            folder = ROOT/'results'/kept; folder.mkdir(parents=True, exist_ok=True)
+            for f in FILES:
+                if (src := Path(tmp)/'slm'/run/f).exists(): shutil.copy(src, folder/f)
     out = ROOT/'results'/'index'/name
     with atomic_file(out/'output.txt') as f: f.write('\n'.join(shorten(lines))+'\n')
     write_json(out/'run.json', dict(schema=1, stage='record', command=f'make {name}', commit=git_commit(), hardware=hardware(), versions=versions(),

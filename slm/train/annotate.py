@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['SCHEMA_VERSION', 'TABLES', 'FORMATS', 'Response', 'Item', 'PreferenceStore', 'make_items', 'judge_with',
-           'world_judge', 'write_preferences', 'read_preferences', 'read_items', 'Annotator', 'cohen_kappa',
-           'krippendorff_alpha', 'label_table', 'agreement', 'position_bias', 'length_bias', 'judgements_per_hour',
-           'store_report', 'template', 'tasks_for', 'export_tasks', 'import_judgements', 'push', 'pull']
+           'world_judge', 'write_pairs', 'read_items', 'Annotator', 'cohen_kappa', 'krippendorff_alpha', 'label_table',
+           'agreement', 'position_bias', 'length_bias', 'judgements_per_hour', 'store_report', 'template', 'tasks_for',
+           'export_tasks', 'import_judgements', 'push', 'pull']
 
 # %% ../../nbs/24_train.annotate.ipynb #160c2eb7
 import contextlib, hashlib, html, json, numbers, random, sqlite3, tempfile, threading, time, uuid, zipfile, zlib
@@ -243,9 +243,10 @@ def make_items(
     batch:int=32, # answers that are decoded together
     **sampling, # temperature, top_k, top_p, max_new_tokens, …, as in `SamplingParams`
 )->list[dict]: # for `PreferenceStore.add_items`
-    "Answers of a model to choose from; prompts with fewer than two different answers are left out."
+    "Answers of a model to choose from; left out are prompts with fewer than two different answers, and those that fill the context."
     from slm.model.generate import SamplingParams, complete
-    chats = [[dict(role='user', content=p)] if isinstance(p, str) else p for p in prompts]
+    fits = lambda c: len(tok.chat(c, add_generation_prompt=True)[0]) < model.cfg.max_seq_len
+    chats = [c for p in prompts if fits(c := [dict(role='user', content=p)] if isinstance(p, str) else p)]
     ids = [tok.chat(c, add_generation_prompt=True)[0] for c in chats for _ in range(n)]
     params = [SamplingParams(seed=seed+i, **sampling) for i in range(len(ids))]
     gens = [g for i in range(0, len(ids), batch) for g in complete(model, ids[i:i+batch], params[i:i+batch], tok)]
@@ -274,12 +275,12 @@ def world_judge(
     world:World,
     tasks:Iterable[Task], # those that the prompts come from
 )->Callable: # for `judge_with`
-    "The world's own judge: the higher score is better, equal scores are a tie, and an unknown prompt is skipped."
+    "The world's own judge: what passes is better, then the higher score; equals are a tie, and an unknown prompt is skipped."
     by_prompt = {t.prompt: t for t in tasks}
     def judge(messages, texts):
         task = by_prompt.get(messages[-1]['content'])
         if task is None: return 'skip'
-        scores = [world.judge(task, t).score for t in texts]; best = max(scores)
+        said = [world.judge(task, t) for t in texts]; scores = [(v.passed, v.score) for v in said]; best = max(scores)
         return 'tie' if scores.count(best) > 1 else scores.index(best)
     return judge
 
@@ -315,7 +316,7 @@ def _jsonl(path, name=None):
         try: yield n, json.loads(l)
         except json.JSONDecodeError as e: raise SLMError(f'{name} line {n} is not JSON ({e})') from None
 
-def write_preferences(
+def write_pairs(
     pairs:list[dict], # from `PreferenceStore.pairs`
     path:str|Path, # a .jsonl file
 ):
@@ -323,21 +324,6 @@ def write_preferences(
     if not pairs: raise SLMError('no judgement prefers one answer: there is nothing to train on')
     with atomic_file(path) as f: f.writelines(json.dumps(p, ensure_ascii=False)+'\n' for p in pairs)
 
-def read_preferences(
-    path:str|Path, # JSON lines with prompt (text or messages), chosen and rejected
-)->list[dict]:
-    "Read pairs; raises `SLMError` that names the line that is none."
-    res = []
-    for n,r in _jsonl(path):
-        bad = lambda why: SLMError(f"'{path}' line {n}: {why}")
-        if not isinstance(r, dict): raise bad('a pair is an object with prompt, chosen and rejected')
-        for k in ('chosen', 'rejected'):
-            if not isinstance(r.get(k), str) or not r[k].strip(): raise bad(f"'{k}' must be text, and not empty")
-        if r['chosen'] == r['rejected']: raise bad('chosen and rejected are the same')
-        it = _item(dict(prompt=r.get('prompt'), responses=[r['chosen'], r['rejected']]), f"'{path}' line {n}")
-        res.append(r | dict(prompt=it.prompt))
-    if not res: raise SLMError(f"'{path}' holds no pairs")
-    return res
 
 # %% ../../nbs/24_train.annotate.ipynb #8e21dc84
 def read_items(
