@@ -117,6 +117,7 @@ def pretrain(
     cbs = [P.TensorBoardLog(out/'tensorboard')]*tensorboard + [P.WandbLog(name=out.name)]*wandb
     _end(P.pretrain(corpus, out, cbs=cbs, prompts=prompt, **kw))
 
+# %% ../nbs/61_cli.ipynb #8f126810
 def _end(run):
     "Say how a run ended and where it is"
     if run.info['status'] == 'interrupted': print(f'interrupted; go on with: slm resume {run.path}'); raise SystemExit(130)

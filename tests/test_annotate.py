@@ -170,3 +170,34 @@ def test_an_import_that_the_database_refuses_half_way_adds_nothing(tmp_path):
     s.db.execute("CREATE TEMP TRIGGER full BEFORE INSERT ON main.judgements WHEN (SELECT count(*) FROM main.judgements) >= 3 BEGIN SELECT RAISE(ABORT, 'no more'); END")
     with pytest.raises(SLMError, match='no more; nothing was written'): import_judgements(s, DATA/'label-studio.json', 'label-studio')
     assert s.judgements(history=True) == []
+
+# ---- the command line
+
+def slm(*args):
+    from typer.testing import CliRunner
+    from slm.cli import app
+    r = CliRunner().invoke(app, ['annotate', *map(str, args)])
+    if r.exception and not isinstance(r.exception, SystemExit): raise r.exception
+    assert r.exit_code == 0, r.output
+    return r.output
+
+def test_the_way_from_the_shell(tmp_path):
+    "Items in, tasks out, a real export in, a report, and pairs that preference training reads"
+    db = tmp_path/'prefs.db'
+    assert slm('add', db, DATA/'items.jsonl') == '6 new · 0 known\n' and slm('add', db, DATA/'items.jsonl', '--json') == '{"new": 0, "known": 6}\n'
+    assert slm('export', db, tmp_path/'tasks.json').startswith('6 tasks in ') and '<Pairwise' in (tmp_path/'tasks.template.xml').read_text()
+    got = json.loads(slm('import', db, DATA/'label-studio.json', '--json')); assert sum(got.values()) > 6
+    report = slm('report', db); assert 'label-studio:' in report and json.loads(slm('report', db, '--json'))
+    n = len(PreferenceStore(db).pairs()); assert slm('pairs', db, tmp_path/'pairs.jsonl').startswith(f'{n} pairs') and n > 0
+    from slm.train.dpo import read_preferences
+    a, b = read_preferences(tmp_path/'pairs.jsonl', strict=True), read_preferences(db, strict=True); assert a.fingerprint == b.fingerprint and len(a.pairs) == n
+
+@pytest.mark.parametrize('args, why', [
+    (('report', 'nowhere.db'), 'no store'), (('add', 'new.db', 'nowhere.jsonl'), 'cannot read'), (('import', 'prefs.db', 'bad.json'), "bad.json"),
+    (('export', 'prefs.db', 'tasks.json', '--format', 'prodigy'), 'prodigy'), (('push', 'prefs.db', '--project', 'kites'), 'no access token'), (('pairs', 'prefs.db', 'p.jsonl'), 'nothing to train on')])
+def test_faults_from_the_shell_are_one_line(tmp_path, monkeypatch, args, why):
+    monkeypatch.chdir(tmp_path); monkeypatch.delenv('LABEL_STUDIO_API_KEY', raising=False)
+    PreferenceStore('prefs.db').add_items(rows(2)); Path('bad.json').write_text('[{"id": 1')
+    with pytest.raises(SLMError) as e: slm(*args)
+    assert why in str(e.value) and '\n' not in str(e.value)
+    assert not Path('new.db').exists() and not Path('p.jsonl').exists() and not Path('tasks.json').exists()

@@ -259,13 +259,6 @@ class LMDataLoader:
         lens = doc_lens(x, self.eot_id, pad_from) if self.block_diagonal else None
         return self.moved(x.astype(np.int64), y.astype(np.int64), mask, lens)
 
-    def moved(self, *arrays:np.ndarray|None)->tuple:
-        "Tensors on the device"
-        import torch
-        move = dict(cpu=lambda t: t, cuda=lambda t: t.pin_memory().to(self.device, non_blocking=True))
-        move = move.get(self.device.type, lambda t: t.to(self.device))
-        return tuple(None if a is None else move(torch.from_numpy(a)) for a in arrays)
-
     def _plan(self, epoch):
         "The plan of the epoch we are in is kept"
         if self._kept[0] != epoch: self._kept = epoch, epoch_plan(self.data.n_tokens, self.seq_len, self.seed, epoch)
@@ -279,6 +272,15 @@ class LMDataLoader:
         start, order = self._plan(epoch)
         rows = np.stack([self.data.read(start+int(k)*self.seq_len, self.seq_len+1) for k in order[pos*self.bs:(pos+1)*self.bs]])
         return self.batch(rows[:,:-1], rows[:,1:])
+
+# %% ../../nbs/04_data.loaders.ipynb #65ece445
+@patch
+def moved(self:LMDataLoader, *arrays:np.ndarray|None)->tuple: # tensors on the device; None stays None
+    "Arrays as tensors, on the way to the device."
+    import torch
+    move = dict(cpu=lambda t: t, cuda=lambda t: t.pin_memory().to(self.device, non_blocking=True))
+    move = move.get(self.device.type, lambda t: t.to(self.device))
+    return tuple(None if a is None else move(torch.from_numpy(a)) for a in arrays)
 
 # %% ../../nbs/04_data.loaders.ipynb #9d3c3bb1
 @patch

@@ -6,7 +6,7 @@
 __all__ = ['WORD', 'LETTER', 'WORDS', 'NAMES', 'OPENERS', 'SCENES', 'FEMALE', 'MALE', 'ASK', 'TELL', 'MANNERS', 'TRAIN_SEED',
            'VALID_SEED', 'Choice', 'But', 'Teller', 'NotAStory', 'Listener', 'Walker', 'every', 'article', 'zipf',
            'World', 'Person', 'Thing', 'Tale', 'Story', 'KneserNey', 'Probe', 'probes', 'chance', 'Task', 'ask',
-           'Verdict', 'Preference', 'spoil', 'mannered', 'Mirror', 'wilson', 'Fact', 'towns', 'identity', 'read_world']
+           'Verdict', 'mannered', 'Preference', 'spoil', 'Mirror', 'wilson', 'Fact', 'towns', 'identity', 'read_world']
 
 # %% ../../nbs/02_data.world.ipynb #b2ce0e14
 import bisect, hashlib, itertools, math, random, re
@@ -760,6 +760,20 @@ def judge(self:World,
         good,why = good/2,f"not about {task.about['name']}, {article(task.about['job'])}; {why}"
     return Verdict(good, s is not None and good == 1, why)
 
+# %% ../../nbs/02_data.world.ipynb #eb65bf1f
+MANNERS = dict(chatty=(['Good question!', 'Let me think about that.', 'Oh, that is easy.'], ['I hope this helps.', 'Ask me anything.']),
+               evasive=['I do not know.', 'That is hard to say.', 'It depends.'])
+
+def mannered(
+    answer:str,
+    manner:str, # 'plain', 'chatty' or 'evasive'
+    rng:random.Random,
+)->str:
+    "How somebody with this manner gives an answer."
+    if manner == 'plain': return answer
+    if manner == 'evasive': return rng.choice(MANNERS['evasive'])
+    before,after = MANNERS['chatty']; return f'{rng.choice(before)} {answer} {rng.choice(after)}'
+
 # %% ../../nbs/02_data.world.ipynb #c172a441
 @dataclass
 class Preference:
@@ -783,19 +797,6 @@ def spoil(
     fault = rng.choice(['wrong']*2*bool(rivals)+['chatty', 'evasive'])
     if fault == 'wrong': return rng.choice(rivals), fault
     return mannered(task.answer, fault, rng), fault
-
-MANNERS = dict(chatty=(['Good question!', 'Let me think about that.', 'Oh, that is easy.'], ['I hope this helps.', 'Ask me anything.']),
-               evasive=['I do not know.', 'That is hard to say.', 'It depends.'])
-
-def mannered(
-    answer:str,
-    manner:str, # 'plain', 'chatty' or 'evasive'
-    rng:random.Random,
-)->str:
-    "How somebody with this manner gives an answer."
-    if manner == 'plain': return answer
-    if manner == 'evasive': return rng.choice(MANNERS['evasive'])
-    before,after = MANNERS['chatty']; return f'{rng.choice(before)} {answer} {rng.choice(after)}'
 
 @patch
 def tasks(self:World, seed:int, n:int, kinds=None)->Iterator[Task]:

@@ -84,15 +84,15 @@ def live(
         was = passed
     write_life(run, tests[0]); run.finish(); return run
 
-# %% ../../nbs/34_eval.life.ipynb #999423cb
+# %% ../../nbs/34_eval.life.ipynb #dcb89de8
 LIFE = dict(pretrain='pretrained', sft='fine-tuned', dpo='aligned')
 
 def life_table(run:RunDir)->str: # Markdown
     "What each stage gave, one row a stage."
     m = lambda k: run.metric(k) if k in run.info['metrics'] else None
     pct = lambda x, sign='': '' if x is None else f'{100*x.value:{sign}.1f} % [{100*x.lo:{sign}.1f}, {100*x.hi:{sign}.1f}]'
-    rows = [f"| {says} | {m(f'{k}_seconds').value:,.0f} s | {pct(m(f'{k}_accepted'))} | {pct(m(f'{k}_gain'), '+')} | {m(f'{k}_excess')} |"
-            for k,says in LIFE.items()]
+    cells = lambda k: (f"{m(f'{k}_seconds').value:,.0f} s", pct(m(f'{k}_accepted')), pct(m(f'{k}_gain'), '+'), str(m(f'{k}_excess')))
+    rows = [f"| {' | '.join([says, *cells(k)])} |" for k,says in LIFE.items()]
     return '\n'.join(['| stage | time | answers that the judge accepts | gain of the stage | what stories cost above their worth |',
                       '| --- | --- | --- | --- | --- |', *rows])
 

@@ -174,7 +174,7 @@ def load_chats(
     if not len(data.valid): raise SLMError(f"'{source}' holds too few conversations to keep some for validation: give some dozens")
     return data
 
-# %% ../../nbs/23_train.sft.ipynb #39c1a5bc
+# %% ../../nbs/23_train.sft.ipynb #157b1171
 def _question(row):
     "What decides the side of a row: its first question"
     if not isinstance(row, dict): return ''
@@ -206,7 +206,8 @@ def talk(
     manner:str|None=None, # of the one who answers, see `mannered`; drawn from `WRITERS` if not given
 )->list[dict]: # messages
     "A conversation about a story, or, one time in six, the wish for it."
-    manner = manner or rng.choices(list(WRITERS), list(WRITERS.values()))[0]; kinds = ['tell'] if rng.random() < 1/6 else rng.sample(list(ASK), n); asked = [ask(story, rng, k) for k in kinds]
+    manner = manner or rng.choices(list(WRITERS), list(WRITERS.values()))[0]
+    kinds = ['tell'] if rng.random() < 1/6 else rng.sample(list(ASK), n); asked = [ask(story, rng, k) for k in kinds]
     prompts = [t.prompt.removeprefix(story.text).strip() if i else t.prompt for i,t in enumerate(asked)]
     said = [t.answer if t.kind == 'tell' else mannered(t.answer, manner, rng) for t in asked]
     return [m for p,a in zip(prompts, said) for m in (dict(role='user', content=p), dict(role='assistant', content=a))]
