@@ -10,7 +10,7 @@ ROOT = Path(__file__).resolve().parent.parent
 INSTALL = re.compile(r'making \.venv|installing |WARNING: |\[notice\]')
 
 KEEP = dict(demo={'runs/demo': '34_eval.life/demo', 'runs/demo/sft': '23_train.sft/world'}) # records of its runs
-FILES = ('run.json', 'log.csv', 'samples.md', 'report.md')
+FILES = ('run.json', 'log.csv', 'samples.md')
 
 def shorten(lines, first=24, last=12):
     "The beginning and the end of a long output"
