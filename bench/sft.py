@@ -2,7 +2,7 @@
 
     python bench/sft.py classify RUN     # RUN: a model pretrained on the world, such as runs/demo/pretrain
 
-Is a sentence about a story true? The same texts, steps and seed for each way; accuracy on 1,000 held-out texts with its interval.
+Does a story end well? The same texts, steps and seed for each way; accuracy on 1,000 held-out texts with its interval.
 Prints JSON and writes it to results/23_train.sft/classify/run.json.
 """
 import argparse, json, sys
@@ -14,14 +14,14 @@ from slm.model.gpt import GPT
 from slm.model.pretrained import load_model_and_tokenizer
 from slm.train.learner import AutoCast, GradClip, LMLearner, Schedule
 from slm.train.optim import muon, muon_groups
-from slm.train.sft import Classifier, DataLoaders, LabelLoader, class_accuracy, class_loss, statements
+from slm.train.sft import Classifier, DataLoaders, LabelLoader, class_accuracy, class_loss, endings
 
 ROOT = Path(__file__).parents[1]
 
 def classify(a):
     world,(_,tok) = World(),load_model_and_tokenizer(a.run)
     fits = lambda rows: tuple(zip(*((t, l) for t,l in zip(*rows) if len(t) <= 385)))
-    train,valid = fits(statements(world, tok, 31, a.rows)),fits(statements(world, tok, 32, 1000))
+    train,valid = fits(endings(world, tok, 31, a.rows)),fits(endings(world, tok, 32, 1000))
     config = dict(rows=len(train[0]), steps=a.steps, bs=16, lr=a.lr, opt='muon')
     run = RunDir.create(a.out, 'bench', config, seed=0, parent=Path(a.run).name, exist_ok=True)
     for name,fresh,aux in (('accuracy', False, .5), ('accuracy_without_aux', False, 0.), ('accuracy_from_scratch', True, .5)):

@@ -427,7 +427,7 @@ def doctor(
         f'both fall: chosen answers lost {-c:.1f} nats, rejected ones {-r:.1f}: probability flows to answers that nobody judged: '
         'lower the learning rate, raise beta, or stop earlier')
     first,last = df.answer_tokens.dropna().iloc[[0,-1]] if 'answer_tokens' in df else (end.len_chosen, end.len_chosen)
-    if last > max(first, 1.5*end.len_chosen) or last < min(first, end.len_chosen/1.5): res.append(
+    if last > max(1.2*first, 1.5*end.len_chosen) or last < min(first/1.2, end.len_chosen/1.5): res.append(
         f'length drift: sampled answers went from {first:.0f} to {last:.0f} tokens, chosen ones have {end.len_chosen:.0f}, rejected '
         f'{end.len_rejected:.0f}: stop earlier, use the loss sigmoid_norm, or balance the lengths')
     return res

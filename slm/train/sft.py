@@ -7,9 +7,9 @@ __all__ = ['ROLES', 'SFT_SEED', 'SFT_VALID_SEED', 'WRITERS', 'to_messages', 'rea
            'talk', 'pack', 'ChatLoader', 'ChatValidLoader', 'AnswersOnly', 'FinetuneConfig', 'SFTConfig',
            'resolve_finetune', 'base_opt', 'finetune_learner', 'chat_dls', 'answer', 'verdicts', 'judge_rate',
            'exact_match', 'open_base', 'sft', 'sft_sources', 'plan_steps', 'Classifier', 'class_loss', 'LabelLoader',
-           'class_accuracy', 'statements']
+           'class_accuracy', 'endings']
 
-# %% ../../nbs/23_train.sft.ipynb #a9c34133
+# %% ../../nbs/23_train.sft.ipynb #e810be74
 import dataclasses, gzip, hashlib, json, random, re, string, sys
 from array import array
 from bisect import bisect_left, insort
@@ -25,7 +25,7 @@ from fastcore.basics import patch
 from ..core import *
 from ..data.loaders import LMDataLoader
 from ..data.tokenizer import Tokenizer
-from ..data.world import ASK, Story, Task, Verdict, World, ask, mannered, wilson
+from ..data.world import ASK, WORDS, Story, Task, Verdict, World, ask, mannered, wilson
 from ..model.gpt import GPT, GPTConfig, check_fits, lm_loss
 from ..model.generate import generate
 from ..model.pretrained import load_model_and_tokenizer
@@ -544,17 +544,16 @@ def class_accuracy(
         x,(c,_),_,lens = dl.at(0, k); right += (model(x, None, lens)[0].argmax(-1) == c).sum().item(); n += len(c)
     model.train(was); return wilson(right, n, 'of texts')
 
-# %% ../../nbs/23_train.sft.ipynb #d7851d23
-def statements(
+# %% ../../nbs/23_train.sft.ipynb #36471405
+def endings(
     world:World,
     tok:Tokenizer,
     seed:int,
     n:int,
-)->tuple[list[list[int]],list[int]]: # token ids, and 1 for true, 0 for false
-    "Stories with a sentence about them, one half true (the form of natural language inference)."
-    rng,texts,labels = random.Random(seed),[],[]
-    for t in world.tasks(seed, n, list(ASK)):
-        rivals = [c for c in t.candidates if c != t.answer]; true = not rivals or rng.random() < .5
-        text = t.prompt.rpartition('\n\n')[0]+'\n\n'+(t.answer if true else rng.choice(rivals))
-        texts.append([tok.bos_id, *tok.encode(text), tok.end_id, tok.eot_id]); labels.append(int(true))
+)->tuple[list[list[int]],list[int]]: # token ids, and 1 where the hero ends happy, 0 where sad
+    "Stories without their last clause, and what it says."
+    happy,texts,labels = set(WORDS['happy'].split()),[],[]
+    for s in world.stories(seed, n):
+        text,_,last = s.text.rpartition(', and ')
+        texts.append([tok.bos_id, *tok.encode(text), tok.end_id, tok.eot_id]); labels.append(int(last.rstrip('.').split()[-1] in happy))
     return texts, labels
