@@ -181,7 +181,7 @@ def sft(
     _end(sft(base, data, out, **kw))
 
 # %% ../nbs/61_cli.ipynb #3cc3b723
-annotate = typer.Typer(no_args_is_help=True, help='Which of two answers is better? Collect judgements, and measure how far they can be trusted.')
+annotate = typer.Typer(no_args_is_help=True, help='Which of two answers is better? Collect judgements, and measure their worth.')
 app.add_typer(annotate, name='annotate')
 
 StoreFile = Annotated[Path, typer.Argument(help='The store: one SQLite file.')]
@@ -205,7 +205,7 @@ def _counts(d, json_): print(json.dumps(d) if json_ else ' · '.join(f'{v} {k}' 
 def annotate_add(
     store:StoreFile,
     items:Annotated[Path, typer.Argument(help='JSON lines with prompt and responses; with --run, with prompt only.')],
-    run:Annotated[Optional[str], typer.Option(help='Let this model answer the prompts: a run directory, a Hugging Face folder or hub id, or a .gguf file.')]=None,
+    run:Annotated[Optional[str], typer.Option(help='Let this model answer the prompts: a run, a folder, a hub id or a .gguf file.')]=None,
     n:Annotated[int, typer.Option(help='Answers to each prompt.')]=2,
     temperature:Annotated[float, typer.Option(help='Of the answers.')]=1.0,
     top_p:Annotated[float, typer.Option(help='Only the likeliest tokens that hold this probability together.')]=1.0,
@@ -282,7 +282,7 @@ def annotate_pull(store:StoreFile, project:Project, url:Url='http://localhost:80
 @app.command()
 def dpo(
     base:Annotated[str, typer.Argument(help='Start and reference: a run, a Hugging Face folder or hub id, or a .gguf file.')],
-    data:Annotated[str, typer.Option(help='Pairs: .jsonl, .json or .parquet, hf:OWNER/NAME[/CONFIG][:SPLIT], an annotation store (.db), or world.')]='world',
+    data:Annotated[str, typer.Option(help='Pairs: a .jsonl, .json or .parquet file, hf:OWNER/NAME, an annotation store (.db), or world.')]='world',
     out:Annotated[Path, typer.Option(help='Run directory to make.')]=Path('runs/dpo'),
     beta:Annotated[float, typer.Option(help='What distance from the reference costs.')]=0.1,
     loss:Annotated[str, typer.Option(help='sigmoid, robust, ipo or sigmoid_norm.')]='sigmoid',

@@ -84,7 +84,7 @@ def live(
         was = passed
     write_life(run, tests[0]); run.finish(); return run
 
-# %% ../../nbs/34_eval.life.ipynb #dcb89de8
+# %% ../../nbs/34_eval.life.ipynb #91230159
 LIFE = dict(pretrain='pretrained', sft='fine-tuned', dpo='aligned')
 
 def life_table(run:RunDir)->str: # Markdown
@@ -92,15 +92,15 @@ def life_table(run:RunDir)->str: # Markdown
     m = lambda k: run.metric(k) if k in run.info['metrics'] else None
     pct = lambda x, sign='': '' if x is None else f'{100*x.value:{sign}.1f} % [{100*x.lo:{sign}.1f}, {100*x.hi:{sign}.1f}]'
     cells = lambda k: (f"{m(f'{k}_seconds').value:,.0f} s", pct(m(f'{k}_accepted')), pct(m(f'{k}_gain'), '+'), str(m(f'{k}_excess')))
-    rows = [f"| {' | '.join([says, *cells(k)])} |" for k,says in LIFE.items()]
-    return '\n'.join(['| stage | time | answers that the judge accepts | gain of the stage | what stories cost above their worth |',
-                      '| --- | --- | --- | --- | --- |', *rows])
+    head = ['stage', 'time', 'answers that the judge accepts', 'gain of the stage', 'what stories cost above their worth']
+    return '\n'.join(f"| {' | '.join(r)} |" for r in (head, ['---']*5, *([says, *cells(k)] for k,says in LIFE.items())))
 
 def write_life(run:RunDir, task:Task):
     "`report.md`: the table, and one question to every stage."
     ask = lambda k: answer(*load_model_and_tokenizer(run/k), [[dict(role='user', content=task.prompt)]])[0]
     told = '\n'.join(f'| {says} | {_cell(ask(k))} |' for k,says in LIFE.items()); story,_,question = task.prompt.rpartition('\n\n')
     with atomic_file(run/'report.md') as f:
-        f.write(f'# A life\n\n{life_table(run)}\n\n> {story}\n\n**{question}** ({task.answer})\n\n| stage | answer |\n| --- | --- |\n{told}\n')
+        f.write(f'# A life\n\n{life_table(run)}\n\n> {story}\n\n**{question}** ({task.answer})\n\n')
+        f.write(f'| stage | answer |\n| --- | --- |\n{told}\n')
 
 def _cell(text): return ' '.join(text.replace('|', '/').split())[:120] or '(nothing)'
