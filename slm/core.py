@@ -217,7 +217,7 @@ class Metric:
     n:int|None=None # sample size
     unit:str='' # 'bits/byte', 'tokens/s', …
     def __str__(self):
-        f = lambda v: f'{v:,.0f}' if abs(v) >= 1000 else f'{v:.4g}'
+        f = lambda v: f'{v:,.0f}' if abs(v) >= 1000 else f'{v:.4g}' if abs(v) > 1e-12 else '0'
         return f"{f(self.value)}{'' if self.lo is None else f' [{f(self.lo)}, {f(self.hi)}]'} {self.unit}".strip()
 
 def bootstrap_ratio(

@@ -839,7 +839,7 @@ def wilson(
     "A proportion with Wilson's interval."
     if not n: raise SLMError('a proportion of nothing: there is no case to count')
     z = 1.959964; p = k/n; mid = (p+z*z/(2*n))/(1+z*z/n); half = z/(1+z*z/n)*math.sqrt(p*(1-p)/n+z*z/(4*n*n))
-    return Metric(p, max(0., mid-half), min(1., mid+half), n, unit)
+    return Metric(p, max(0., mid-half) if k else 0., min(1., mid+half) if k < n else 1., n, unit)
 
 # %% ../../nbs/02_data.world.ipynb #b6a9b855
 _A = 'Mar Tol Wend Har Bel Cas Dor Fen Grim Hol Ket Lang Nor Os Pel Ros Sal Thorn Ulm Var Wil Ash Brun Cor'.split()
