@@ -282,7 +282,7 @@ def annotate_pull(store:StoreFile, project:Project, url:Url='http://localhost:80
 @app.command()
 def dpo(
     base:Annotated[str, typer.Argument(help='Start and reference: a run, a Hugging Face folder or hub id, or a .gguf file.')],
-    data:Annotated[str, typer.Option(help='Pairs: a .jsonl, .json or .parquet file, hf:OWNER/NAME, an annotation store (.db), or world.')]='world',
+    data:Annotated[str, typer.Option(help='Pairs: .jsonl, .json or .parquet, hf:OWNER/NAME, an annotation store (.db), or world.')]='world',
     out:Annotated[Path, typer.Option(help='Run directory to make.')]=Path('runs/dpo'),
     beta:Annotated[float, typer.Option(help='What distance from the reference costs.')]=0.1,
     loss:Annotated[str, typer.Option(help='sigmoid, robust, ipo or sigmoid_norm.')]='sigmoid',
