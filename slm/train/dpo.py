@@ -27,7 +27,7 @@ from ..model.gpt import GPT, check_fits
 from ..model.generate import SamplingParams, complete
 from .learner import *
 from .pretrain import STAGES, every, fit_run
-from .sft import FinetuneConfig, answer, finetune_learner, open_base, plan_steps, read_rows, resolve_finetune, sft_sources
+from .sft import FinetuneConfig, answer, fill_up, finetune_learner, open_base, plan_steps, read_rows, resolve_finetune, sft_sources
 
 # %% ../../nbs/25_train.dpo.ipynb #d4a6cf9a
 def completion_logps(
@@ -251,7 +251,7 @@ def pad_rows(
     device='cpu',
 )->tuple[Tensor,Tensor,Tensor,None]: # x, y, loss_mask (b,t)
     "Rows of a batch: what is seen, what comes next, and True where that is the answer's."
-    t = max(len(a)+len(b) for a,b in rows)-1
+    t = max(len(a)+len(b) for a,b in rows)-1; t += -t%16 # few different shapes
     x,y = torch.full((2, len(rows), t), pad_id); mask = torch.zeros(len(rows), t, dtype=torch.bool)
     for i,(a,b) in enumerate(rows):
         ids = torch.tensor(a+b); n = len(ids)-1
@@ -304,10 +304,10 @@ class DPO(Callback):
         self.seen = []; self.learn.loss_func = self.loss
     def before_batch(self):
         (x,*_),(y,mask) = self.xb,self.yb; ref = self.dl.data.ref[self.dl.now]    # (b,2)
-        self.learn.xb = x, None, None, None, mask
+        self.keep = fill_up(mask, 64); self.learn.xb = x, None, None, None, self.keep
         self.learn.yb = y, torch.ones(len(ref)), mask, ref.T.flatten().to(y.device)
     def loss(self, logits, y, pairs, mask, ref):
-        logps = completion_logps(logits, y, mask)
+        logps = completion_logps(logits[:, mask[self.keep]], y, mask)
         loss,rewards = dpo_loss(logps, ref, n := mask.sum(1), **self.kw)
         self.seen.append(torch.stack([rewards, logps.detach(), n]).view(3, 2, -1)); return loss
     def after_batch(self):

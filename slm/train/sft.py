@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['ROLES', 'SFT_SEED', 'SFT_VALID_SEED', 'WRITERS', 'to_messages', 'read_rows', 'ChatTokens', 'ChatData', 'load_chats',
-           'talk', 'pack', 'ChatLoader', 'ChatValidLoader', 'AnswersOnly', 'FinetuneConfig', 'SFTConfig',
+           'talk', 'pack', 'ChatLoader', 'ChatValidLoader', 'fill_up', 'AnswersOnly', 'FinetuneConfig', 'SFTConfig',
            'resolve_finetune', 'base_opt', 'finetune_learner', 'chat_dls', 'answer', 'verdicts', 'judge_rate',
            'exact_match', 'open_base', 'sft', 'sft_sources', 'plan_steps', 'Classifier', 'class_loss', 'LabelLoader',
            'class_accuracy', 'endings']
@@ -278,13 +278,21 @@ class ChatValidLoader(ChatLoader):
         rows = self._plan(epoch)[pos*self.bs:(pos+1)*self.bs]
         return self.deal(rows, int(max(self.data.lens[r[0]]-1 for r in rows)))
 
-# %% ../../nbs/23_train.sft.ipynb #4b48ae14
+# %% ../../nbs/23_train.sft.ipynb #e04dad36
+def fill_up(
+    mask:Tensor, # bool (b,t): tokens that count
+    k:int=256,
+)->Tensor: # bool (b,t): these, and the first others, so that it is a multiple of `k`
+    "Places whose scores are to be computed; few different numbers of them."
+    keep = mask.flatten().clone(); keep[(~keep).nonzero()[:-int(keep.sum())%k, 0]] = True
+    return keep.view_as(mask)
+
 class AnswersOnly(Callback):
-    "Compute scores only for the tokens that count."
+    "Compute scores only for the tokens that count, and for as many others as fill up."
     order,run_valid = 8,False
     def before_batch(self):
-        (x,_,seqlens),(y,m) = self.xb,self.yb
-        self.learn.xb,self.learn.yb = (x, None, seqlens, None, m),(y[m][None], m[m][None])
+        (x,_,seqlens),(y,m) = self.xb,self.yb; keep = fill_up(m)
+        self.learn.xb,self.learn.yb = (x, None, seqlens, None, keep),(y[keep][None], m[keep][None])
 
 # %% ../../nbs/23_train.sft.ipynb #f4216a13
 @dataclass
