@@ -1,8 +1,14 @@
 "Slow tests run only with --slow; what tests build never touches the user's own cache."
 import os, pytest
+from hypothesis import settings
+
+settings.register_profile('repeatable', derandomize=True) # the same examples in each run; --slow looks for new ones
 
 def pytest_addoption(parser):
     parser.addoption('--slow', action='store_true', help='run the tests marked slow too')
+
+def pytest_configure(config):
+    if not config.getoption('--slow'): settings.load_profile('repeatable')
 
 def pytest_collection_modifyitems(config, items):
     if config.getoption('--slow'): return

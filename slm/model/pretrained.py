@@ -76,7 +76,7 @@ _REFUSED = [ # keys, is it in use?, what it is
 ]
 
 def _refuse(key, value, what):
-    raise SLMError(f"config.json: {key} = {str(value)[:60]}: {what} is not something this model can do; choose another checkpoint")
+    raise SLMError(f"config.json: {key} = {' '.join(str(value).split())[:60]}: {what} is not something this model can do; choose another checkpoint")
 
 def _check_hf(d, family):
     "Raise for whatever in `d` would change the answer and is not built here"
@@ -150,7 +150,7 @@ def from_hf(cls:GPTConfig,
         return cls(vocab_size=d['vocab_size'], norm_pos='pre', causal=True, n_types=0, **kw)
     except KeyError as e: raise SLMError(f"config.json lacks {e}: it is damaged, or not of a {family} model") from None
     except (TypeError, AttributeError, ValueError, ArithmeticError) as e:
-        raise SLMError(f'config.json holds a value of the wrong kind ({e}): fetch it again') from None
+        raise SLMError(f"config.json holds a value of the wrong kind ({' '.join(str(e).split())}): fetch it again") from None
 
 # %% ../../nbs/13_model.pretrained.ipynb #7d3c4d71
 GPT2_TOP = {'model.embed_tokens':'transformer.wte', 'model.embed_positions':'transformer.wpe', 'model.norm':'transformer.ln_f',
