@@ -76,7 +76,8 @@ _REFUSED = [ # keys, is it in use?, what it is
 ]
 
 def _refuse(key, value, what):
-    raise SLMError(f"config.json: {key} = {' '.join(str(value).split())[:60]}: {what} is not something this model can do; choose another checkpoint")
+    value = ' '.join(str(value).split())[:60]
+    raise SLMError(f"config.json: {key} = {value}: {what} is not something this model can do; choose another checkpoint")
 
 def _check_hf(d, family):
     "Raise for whatever in `d` would change the answer and is not built here"
