@@ -52,7 +52,8 @@ def life_figures(
 
 # %% ../../nbs/34_eval.life.ipynb #178238b5
 READ = dict(bpb='what a story costs the model', floor='what it is worth (the truth)', excess='what the model has not understood',
-    probes='where is it, who has it: right answers', chance='by guessing', sensible_words='of its own stories, words before the first mistake',
+    probes='where is it, who has it: right answers', chance='by guessing',
+    sensible_words='of its own stories, words before the first mistake',
     copied_8grams='of its own stories, eight words in a row from training')
 
 def tell_reading(
