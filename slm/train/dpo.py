@@ -27,7 +27,8 @@ from ..model.gpt import GPT, check_fits
 from ..model.generate import SamplingParams, complete
 from .learner import *
 from .pretrain import STAGES, every, fit_run
-from .sft import FinetuneConfig, answer, fill_up, finetune_learner, open_base, plan_steps, read_rows, resolve_finetune, sft_sources
+from .sft import (FinetuneConfig, answer, check_new, fill_up, finetune_learner, open_base,
+                           plan_steps, read_rows, resolve_finetune, sft_sources)
 
 # %% ../../nbs/25_train.dpo.ipynb #d4a6cf9a
 def completion_logps(
@@ -462,7 +463,7 @@ def dpo(
     **options, # any other field of `DPOConfig`
 )->RunDir: # finished, or interrupted and ready for `resume`
     "Teach a model what is preferred; raises `SLMError` for bad input."
-    if (Path(out)/'run.json').exists(): raise SLMError(f"'{out}' already holds a run: choose another --out, or `slm resume {out}`")
+    check_new(out)
     c = DPOConfig(base=str(base), data=str(data), **options); check_loss(c.beta, c.loss, c.label_smoothing)
     model,tok = open_base(c); c = resolve_finetune(c, model.cfg, lr=dict(adamw=5e-5, muon=5e-5))
     prefs,train,valid = load_pairs(c, tok)

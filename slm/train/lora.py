@@ -9,7 +9,7 @@ __all__ = ['STAGES', 'need', 'block_linears', 'base_fingerprint', 'add_lora', 'p
 
 # %% ../../nbs/26_train.lora.ipynb #0d45ed28
 from ..core import * # first: it silences a warning of the next ones
-import ctypes, dataclasses, functools, hashlib, importlib, logging, math, sys
+import ctypes, functools, hashlib, importlib, logging, math
 from dataclasses import dataclass
 from pathlib import Path
 from types import MethodType
@@ -22,11 +22,10 @@ from safetensors.torch import save
 from ..data.tokenizer import Tokenizer
 from ..model.gpt import GPT
 from ..model.pretrained import _build, check_tokenizer, load_model_and_tokenizer, local_model, open_model
-from .learner import autocast, decay_groups
+from .learner import decay_groups
 from .optim import OPTIMS
 from .pretrain import STAGES
-from .sft import (AnswersOnly, FinetuneConfig, chat_dls, finetune_learner, load_chats, open_base, plan_steps, resolve_finetune,
-                           sft_sources, _figures, _sft)
+from .sft import FinetuneConfig, begin_chats, check_new, load_chats, open_base, _sft
 
 # %% ../../nbs/26_train.lora.ipynb #1888df5f
 def need(
@@ -281,12 +280,10 @@ def adamw8bit(
     params:list[list[nn.Parameter]], # from `decay_groups`
     lr:float=3e-3, # learning rate
     wd:float=0.1, # weight decay of the first group
-    betas:tuple=(0.9, 0.95), # decay rates of the two moments
-    eps:float=1e-8,
 )->OptimWrapper: # what fastai's `Learner` calls an optimiser
     "AdamW whose moments take 8 bits each (Dettmers et al. 2021); raises `SLMError` when bitsandbytes is missing."
     groups = [dict(params=ps, weight_decay=w) for ps,w in zip(params, (wd, 0.)) if ps]
-    opt = _bnb().optim.AdamW8bit(groups, lr=lr, betas=betas, eps=eps)
+    opt = _bnb().optim.AdamW8bit(groups, lr=lr, betas=(0.9, 0.95))
     opt.state_dict = MethodType(torch.optim.Optimizer.state_dict, opt)
     return OptimWrapper(opt=opt)
 
@@ -371,21 +368,10 @@ def lora(
     **options, # any other field of `LoRAConfig`
 )->RunDir: # of stage 'lora' or 'qlora', with an adapter; finished, or interrupted and ready for `resume`
     "Teach a model to answer by an adapter; raises `SLMError` for bad input."
-    if (Path(out)/'run.json').exists(): raise SLMError(f"'{out}' already holds a run: choose another --out, or `slm resume {out}`")
-    c = LoRAConfig(base=str(base), data=str(data), **options)
-    c.opt = c.opt or ('adamw8bit' if c.four_bit else 'adamw')
-    model,tok = open_adapted(c); c = resolve_finetune(c, model.cfg, dict(adamw=1e-3, adamw8bit=1e-3, muon=3e-3))
-    chats = load_chats(c.data, tok, c.seq_len, c.max_rows, c.strict)
-    if chats.rejects: print(chats.says(), file=sys.stderr)
-    dls = chat_dls(chats, c.micro_batch, c.row_len, c.seed, c.device, tok.pad_id)
-    c = plan_steps(c, finetune_learner(c, model, dls, cbs=[AnswersOnly()]), len(dls.train)*dls.train.bs)
-    kept = dataclasses.asdict(c) | {k: portable(v) for k,v in sft_sources(c).items()}
-    run = RunDir.create(out, 'qlora' if c.four_bit else 'lora', config=kept, seed=c.seed, parent=Path(base).name,
-                        data=dict(name=chats.name, fingerprint=chats.fingerprint, train_rows=len(chats.train), valid_rows=len(chats.valid),
-                                  rejected=len(chats.rejects), rejects=[list(r) for r in chats.rejects[:20]]))
-    run.info |= dict(prompts=[m[:-1] for m in chats.asked[:3]], base_fingerprint=base_fingerprint(model))
-    run.add_metrics(**_figures(model, tok, chats, autocast(c.device, c.dtype), dls.valid, '_before'))
-    tok.save(run.path); return _adapt(run, c, model, tok, chats, cbs)
+    check_new(out); c = LoRAConfig(base=str(base), data=str(data), **options)
+    c.opt = c.opt or ('adamw8bit' if c.four_bit else 'adamw'); model,tok = open_adapted(c)
+    run,c,chats = begin_chats(c, model, tok, out, 'qlora' if c.four_bit else 'lora', base_fingerprint=base_fingerprint(model))
+    return _adapt(run, c, model, tok, chats, cbs)
 
 def qlora(base:str|Path, data:str|Path='world', out:str|Path='runs/qlora', cbs=(), **options)->RunDir:
     "`lora` on a base in 4 bits."

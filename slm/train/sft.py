@@ -6,10 +6,11 @@
 __all__ = ['ROLES', 'SFT_SEED', 'SFT_VALID_SEED', 'WRITERS', 'to_messages', 'read_rows', 'ChatTokens', 'ChatData', 'load_chats',
            'talk', 'pack', 'ChatLoader', 'ChatValidLoader', 'fill_up', 'AnswersOnly', 'FinetuneConfig', 'SFTConfig',
            'resolve_finetune', 'base_opt', 'finetune_learner', 'chat_dls', 'answer', 'verdicts', 'judge_rate',
-           'exact_match', 'open_base', 'sft', 'sft_sources', 'plan_steps', 'Classifier', 'class_loss', 'LabelLoader',
-           'class_accuracy', 'endings']
+           'exact_match', 'open_base', 'begin_chats', 'check_new', 'sft', 'sft_sources', 'plan_steps', 'Classifier',
+           'class_loss', 'LabelLoader', 'class_accuracy', 'endings']
 
-# %% ../../nbs/23_train.sft.ipynb #e810be74
+# %% ../../nbs/23_train.sft.ipynb #ddbed7e5
+from ..core import * # first: it silences a warning of the next ones
 import dataclasses, gzip, hashlib, json, random, re, string, sys
 from array import array
 from bisect import bisect_left, insort
@@ -22,7 +23,6 @@ from torch import nn, Tensor
 from fastai.callback.core import Callback
 from fastai.data.core import DataLoaders
 from fastcore.basics import patch
-from ..core import *
 from ..data.loaders import LMDataLoader
 from ..data.tokenizer import Tokenizer
 from ..data.world import ASK, WORDS, Story, Task, Verdict, World, ask, mannered, wilson
@@ -430,7 +430,7 @@ def exact_match(
     said = answer(model, tok, [c[:-1] for c in some])
     return wilson(sum(plain(a) == plain(c[-1]['content']) for a,c in zip(said, some)), len(some), 'of short answers')
 
-# %% ../../nbs/23_train.sft.ipynb #288a23f4
+# %% ../../nbs/23_train.sft.ipynb #4e0637f9
 def open_base(
     c, # a `FinetuneConfig`
 )->tuple[GPT,Tokenizer]:
@@ -447,6 +447,32 @@ def _figures(model, tok, data, amp, dl, tag=''):
     elif data.asked: res[f'exact{tag}'] = exact_match(model, tok, data.asked)
     return res
 
+def begin_chats(
+    c, # a `FinetuneConfig`, as given
+    model:nn.Module, tok:Tokenizer,
+    out:str|Path, # run directory to make
+    stage:str, # its name
+    **info, # more for its `run.json`
+)->tuple: # the run, the resolved configuration, the conversations
+    "Read the conversations, plan the training, make the run, and measure what the base can do."
+    c = resolve_finetune(c, model.cfg); chats = load_chats(c.data, tok, c.seq_len, c.max_rows, c.strict)
+    if chats.rejects: print(chats.says(), file=sys.stderr)
+    dls = chat_dls(chats, c.micro_batch, c.row_len, c.seed, c.device, tok.pad_id)
+    if all(p.requires_grad for p in model.parameters()): check_fits(model.cfg, c.micro_batch, c.row_len, c.device)
+    c = plan_steps(c, finetune_learner(c, model, dls, cbs=[AnswersOnly()]), len(dls.train)*dls.train.bs)
+    kept = dataclasses.asdict(c) | {k: portable(v) for k,v in sft_sources(c).items()}
+    run = RunDir.create(out, stage, config=kept, seed=c.seed, parent=Path(c.base).name,
+                        data=dict(name=chats.name, fingerprint=chats.fingerprint, train_rows=len(chats.train), valid_rows=len(chats.valid),
+                                  rejected=len(chats.rejects), rejects=[list(r) for r in chats.rejects[:20]]))
+    run.info |= dict(prompts=[m[:-1] for m in chats.asked[:3]], **info)
+    run.add_metrics(**_figures(model, tok, chats, autocast(c.device, c.dtype), dls.valid, '_before'))
+    tok.save(run.path); return run, c, chats
+
+def check_new(out:str|Path):
+    "Raise `SLMError` when `out` already holds a run."
+    if (Path(out)/'run.json').exists(): raise SLMError(f"'{out}' already holds a run: choose another --out, or `slm resume {out}`")
+
+# %% ../../nbs/23_train.sft.ipynb #76ee2ac3
 def sft(
     base:str|Path, # a run, a Hugging Face folder or hub id, or a .gguf file
     data:str|Path='world', # 'world[:DIAL]', a .jsonl, .json or .parquet file, or hf:OWNER/NAME
@@ -455,20 +481,9 @@ def sft(
     **options, # any other field of `SFTConfig`
 )->RunDir: # finished, or interrupted and ready for `resume`
     "Teach a model to answer; raises `SLMError` for bad input."
-    if (Path(out)/'run.json').exists(): raise SLMError(f"'{out}' already holds a run: choose another --out, or `slm resume {out}`")
-    c = SFTConfig(base=str(base), data=str(data), **options); model,tok = open_base(c); c = resolve_finetune(c, model.cfg)
-    chats = load_chats(c.data, tok, c.seq_len, c.max_rows, c.strict)
-    if chats.rejects: print(chats.says(), file=sys.stderr)
-    dls = chat_dls(chats, c.micro_batch, c.row_len, c.seed, c.device, tok.pad_id)
-    check_fits(model.cfg, c.micro_batch, c.row_len, c.device)
-    c = plan_steps(c, finetune_learner(c, model, dls, cbs=[AnswersOnly()]), len(dls.train)*dls.train.bs)
-    kept = dataclasses.asdict(c) | {k: portable(v) for k,v in sft_sources(c).items()}
-    run = RunDir.create(out, 'sft', config=kept, seed=c.seed, parent=Path(base).name,
-                        data=dict(name=chats.name, fingerprint=chats.fingerprint, train_rows=len(chats.train), valid_rows=len(chats.valid),
-                                  rejected=len(chats.rejects), rejects=[list(r) for r in chats.rejects[:20]]))
-    run.info['prompts'] = [m[:-1] for m in chats.asked[:3]]
-    run.add_metrics(**_figures(model, tok, chats, autocast(c.device, c.dtype), dls.valid, '_before'))
-    tok.save(run.path); return _sft(run, c, model, tok, chats, cbs)
+    check_new(out); c = SFTConfig(base=str(base), data=str(data), **options); model,tok = open_base(c)
+    run,c,chats = begin_chats(c, model, tok, out, 'sft')
+    return _sft(run, c, model, tok, chats, cbs)
 
 # %% ../../nbs/23_train.sft.ipynb #79cd6f6d
 def sft_sources(c)->dict: # the fields that may be paths
