@@ -122,12 +122,12 @@ def test_trl_s_trainer_lands_where_ours_does(tok, pairs, tmp_path):
     "An SFT'd model, exported: the same pairs, rate, steps and batch give the same held-out accuracy, within its interval"
     pytest.importorskip('trl', reason='needs: pip install trl')
     from slm.train.sft import sft
-    tiny(tok, n_layer=3, d_model=128).save_pretrained(tmp_path/'new', tok); tok.save(tmp_path/'new')
-    many = [Pair([dict(role='user', content=p.task.prompt)], p.chosen, p.rejected) for p in World(limit=20).preferences(3, 1500)]
+    tiny(tok, n_layer=2, d_model=96).save_pretrained(tmp_path/'new', tok); tok.save(tmp_path/'new')
+    many = [Pair([dict(role='user', content=p.task.prompt)], p.chosen, p.rejected) for p in World(limit=20).preferences(3, 600)]
     with (tmp_path/'chats.jsonl').open('w') as f: f.writelines(json.dumps(dict(messages=[*p.prompt, dict(role='assistant', content=p.chosen)]))+'\n' for p in many)
-    base = sft(tmp_path/'new', tmp_path/'chats.jsonl', tmp_path/'sft', steps=250, lr=3e-3, opt='muon', samples=1, evals=1, dtype='float32')
+    base = sft(tmp_path/'new', tmp_path/'chats.jsonl', tmp_path/'sft', steps=80, bs=8, lr=3e-3, opt='muon', samples=1, evals=1, dtype='float32')
     train,valid = split_pairs(many, .2); write_preferences(tmp_path/'train.jsonl', train); held = PairData(tok, valid, 512)
-    model,_ = load_model_and_tokenizer(base.path); n = 60; lr = 2e-4
+    model,_ = load_model_and_tokenizer(base.path); n = 25; lr = 5e-4
     t = theirs(tmp_path, model, model, tok, train, per_device_train_batch_size=16, max_steps=n, learning_rate=lr, warmup_steps=3, weight_decay=0., adam_beta2=.95, beta=.1); t.train()
     t.model.save_pretrained(tmp_path/'trl'); tok.save(tmp_path/'trl')
     ours = dpo(base.path, tmp_path/'train.jsonl', tmp_path/'ours', steps=n, lr=lr, warmup=3, bs=16, beta=.1, samples=1, evals=1, dtype='float32')

@@ -26,7 +26,7 @@ from ..data.world import World, Task, wilson
 from ..model.gpt import GPT, check_fits
 from ..model.generate import SamplingParams, complete
 from .learner import *
-from .pretrain import STAGES, every, fit_run
+from .pretrain import STAGES, interval, fit_run
 from .sft import (FinetuneConfig, answer, check_new, fill_up, finetune_learner, open_base,
                            plan_steps, read_rows, resolve_finetune, sft_sources)
 
@@ -498,7 +498,7 @@ def load_pairs(
 def _dpo(run, c, model, tok, train, valid, cbs=(), checkpoint=None):
     "Train (on) in `run` and finish it"
     set_seed(c.seed); ref,longest = copy.deepcopy(model).eval().requires_grad_(False),min(256, max(len(r.chosen) for r in valid.rows))
-    watch = PairEval(tok, ref, every(c.steps, c.evals), max_new_tokens=longest)
+    watch = PairEval(tok, ref, interval(c.steps, c.evals), max_new_tokens=longest)
     dls = pair_dls(train, valid, c.micro_batch, c.seed, c.device)
     learn = finetune_learner(c, model, dls, cbs=[DPO(c.beta, c.loss, c.label_smoothing), watch, *cbs])
     def measure(learn):

@@ -5,10 +5,10 @@
 # %% auto #0
 __all__ = ['SCHEDULES', 'STAGES', 'PretrainConfig', 'default_vocab', 'resolve', 'check_config', 'get_tokenizer', 'prepare',
            'steps_in', 'step_seconds', 'eval_batches', 'default_dropout', 'prompts_from', 'build_learner', 'pretrain',
-           'fit_run', 'every', 'sources', 'valid_figures', 'peak_memory', 'write_report', 'resume']
+           'fit_run', 'interval', 'sources', 'valid_figures', 'peak_memory', 'write_report', 'resume']
 
 # %% ../../nbs/22_train.pretrain.ipynb #a9d48a37
-import contextlib, copy, dataclasses, json, math, os, shutil, sys, time
+import dataclasses, json, math, os, shutil, sys, time
 from functools import partial
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -241,7 +241,7 @@ def fit_run(
     peak,t0,before = matmul_flops(c.device, c.dtype),time.perf_counter(),0.
     learn.add_cbs([Schedule(c.steps, SCHEDULES[c.schedule], warmup=c.warmup, cooldown=c.cooldown),
         SpikeGuard(), TrainLog(max(1, c.steps//200), peak=peak), CSVLog(run/'log.csv', columns), Bar(), GracefulStop(),
-        Samples(tok, run.info['prompts'], every(c.steps, c.samples), run/'samples.md',
+        Samples(tok, run.info['prompts'], interval(c.steps, c.samples), run/'samples.md',
                 max_new_tokens=min(100, learn.model.cfg.max_seq_len//2)),
         Checkpoint(run/'checkpoints', minutes=c.save_minutes, seconds=lambda: before+time.perf_counter()-t0, **kept)])
     if checkpoint: before = learn.load_checkpoint(checkpoint)['seconds']
@@ -259,7 +259,7 @@ def fit_run(
     shutil.rmtree(run/'checkpoints', ignore_errors=True)
     run.finish(); write_report(run); return run
 
-def every(steps:int, n:int)->int: # in how many steps something is due that shall happen `n` times
+def interval(steps:int, n:int)->int: # in how many steps something is due that shall happen `n` times
     "The distance between `n` events in `steps`."
     return max(1, math.ceil(steps/max(1, n)))
 
@@ -275,7 +275,7 @@ def valid_figures(learn:LMLearner, tok:Tokenizer)->dict: # 'valid_bpb', 'valid_l
 def _train(run, c, tok, data, cbs=(), checkpoint=None):
     "Train (on) in `run` and finish it"
     n = eval_batches(c.steps*c.batch_tokens, c.evals, c.micro_batch*c.seq_len)
-    learn = build_learner(c, tok, data, cbs=[Evaluate(tok.token_bytes(), every(c.steps, c.evals), n), *cbs])
+    learn = build_learner(c, tok, data, cbs=[Evaluate(tok.token_bytes(), interval(c.steps, c.evals), n), *cbs])
     return fit_run(run, learn, c, tok, partial(valid_figures, tok=tok), checkpoint, sources=sources(c))
 
 # %% ../../nbs/22_train.pretrain.ipynb #06eea520

@@ -31,7 +31,7 @@ from ..model.generate import generate
 from ..model.pretrained import load_model_and_tokenizer
 from .learner import *
 from .optim import OPTIMS
-from .pretrain import SCHEDULES, STAGES, every, fit_run, pretrain, step_seconds
+from .pretrain import SCHEDULES, STAGES, interval, fit_run, pretrain, step_seconds
 
 # %% ../../nbs/23_train.sft.ipynb #bfe239a7
 ROLES = dict(system='system', user='user', human='user', assistant='assistant', gpt='assistant', model='assistant', bot='assistant')
@@ -506,7 +506,7 @@ def _sft(run, c, model, tok, chats, cbs=(), checkpoint=None):
     "Train (on) in `run` and finish it"
     set_seed(c.seed); dls = chat_dls(chats, c.micro_batch, c.row_len, c.seed, c.device, tok.pad_id)
     n = max(1, min(len(dls.valid), 200//dls.valid.bs))
-    learn = finetune_learner(c, model, dls, cbs=[AnswersOnly(), Evaluate(tok.token_bytes(), every(c.steps, c.evals), n), *cbs])
+    learn = finetune_learner(c, model, dls, cbs=[AnswersOnly(), Evaluate(tok.token_bytes(), interval(c.steps, c.evals), n), *cbs])
     measure = lambda learn: _figures(learn.model.eval(), tok, chats, learn.amp, learn.dls.valid)
     return fit_run(run, learn, c, tok, measure, checkpoint, sources=sft_sources(c))
 
