@@ -46,13 +46,13 @@ def best(run, model, tok, chats, reward, judge, n, tokens):
     run.add_metrics(best_seconds=Metric(secs, unit='s'))
 
 def arms(a, run, tmp, base, tok, prompts, data, pairs, rm, f, judge, prompts_from, seconds_rm, extra):
-    "GRPO by the reward model, GRPO by the judge, DPO, best of n: on the same held-out prompts"
+    "GRPO by the reward model (twice, the second time with a higher price of distance), GRPO by the judge, DPO, best of n: on the same held-out prompts"
     held,rows = split_prompts(prompts.chats, a.val_frac)[1][:a.held_out],[]; ref,_ = load_model_and_tokenizer(a.base)
     look = lambda m: measure_policy(m, ref, tok, held, f, judge, a.max_new_tokens)
     run.add_metrics(held_out=len(held), seconds_reward_model=Metric(seconds_rm, unit='s')); common = dict(lr=a.lr, steps=a.steps, bs=a.bs, group=a.group, max_new_tokens=a.max_new_tokens, evals=1, samples=1, val_frac=a.val_frac, max_rows=a.max_rows)
     best(run, base, tok, held, f, judge, a.best, a.max_new_tokens)
     spent = seconds_rm
-    for arm,reward,beta in (('grpo', rm, a.beta), ('grpo_judge', judge, a.beta), ('grpo_free', rm, 0.)):
+    for arm,reward,beta in (('grpo', rm, a.beta), ('grpo_judge', judge, a.beta), ('grpo_firm', rm, a.firm)):
         if arm not in a.arms: continue
         r = grpo(a.base, prompts_from, reward, tmp/arm, judge=judge, beta=beta, cbs=[Curve(arm, a.every, look, rows)], **common)
         if arm == 'grpo': spent += rows[-1]['seconds']
@@ -92,9 +92,9 @@ def polite(a, run, tmp):
 
 def main():
     ap = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter); add = ap.add_argument
-    add('what', choices=['world', 'polite']); add('--base', required=True); add('--data', help='of polite'); add('--name', help='of the record'); add('--arms', nargs='*', default=['grpo', 'grpo_judge', 'dpo'])
+    add('what', choices=['world', 'polite']); add('--base', required=True); add('--data', help='of polite'); add('--name', help='of the record'); add('--arms', nargs='*', default=['grpo', 'grpo_firm', 'grpo_judge', 'dpo'])
     add('--pairs', type=int, default=2000); add('--max-rows', type=int, default=1500, help='prompts'); add('--held-out', type=int, default=150); add('--val-frac', type=float, default=.1)
-    add('--steps', type=int, default=60); add('--every', type=int, default=6); add('--bs', type=int, default=8); add('--group', type=int, default=8); add('--beta', type=float, default=.04)
+    add('--steps', type=int, default=60); add('--every', type=int, default=6); add('--bs', type=int, default=8); add('--group', type=int, default=8); add('--beta', type=float, default=.04); add('--firm', type=float, default=.3, help='beta of grpo_firm')
     add('--lr', type=float, default=1e-4); add('--rm-lr', type=float); add('--rm-epochs', type=float, default=1.); add('--dpo-lr', type=float); add('--dpo-every', type=int, default=50)
     add('--max-new-tokens', type=int, default=40); add('--seq-len', type=int, default=256, help='of polite'); add('--best', type=int, default=16)
     a = ap.parse_args()

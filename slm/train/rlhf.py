@@ -10,7 +10,7 @@ __all__ = ['HEADS', 'PROMPT_SEED', 'RewardModel', 'open_reward', 'reward_loss', 
            'RolloutLoader', 'GRPO', 'measure_policy', 'PolicyEval', 'rlhf_doctor', 'plot_rlhf', 'GRPOConfig',
            'check_grpo', 'grpo', 'grpo_dls']
 
-# %% ../../nbs/27_train.rlhf.ipynb #eadf6f0a
+# %% ../../nbs/27_train.rlhf.ipynb #953d83e7
 from ..core import * # first: it silences a warning of the next ones
 import contextlib, copy, dataclasses, hashlib, importlib, json, math, os, sys
 from collections.abc import Callable
@@ -30,9 +30,10 @@ from ..model.pretrained import _build, check_tokenizer, open_folder, write_safet
 from .dpo import PairData, PairLoader, _prompt, load_pairs, over_answers, pad_rows, read_preferences, split_pairs
 from .learner import *
 from .pretrain import STAGES, interval, fit_run
-from .sft import FinetuneConfig, check_new, fill_up, finetune_learner, open_base, plan_steps, read_rows, resolve_finetune, to_messages
+from .sft import (FinetuneConfig, check_new, fill_up, finetune_learner, open_base, plan_steps, read_rows, resolve_finetune,
+                           to_messages)
 
-# %% ../../nbs/27_train.rlhf.ipynb #16dbdbe4
+# %% ../../nbs/27_train.rlhf.ipynb #44a01606
 HEADS = dict(llama='LlamaForSequenceClassification', qwen3='Qwen3ForSequenceClassification') # kind of body: transformers' class
 
 class RewardModel(nn.Module):
@@ -56,10 +57,11 @@ def on(cls:RewardModel,
     base:GPT, # its body is taken over, not copied
 )->RewardModel: # on its device
     "A reward model with the body of a language model; raises `SLMError` for a body that transformers' classes do not have."
-    if (kind := base.cfg.to_hf()['model_type']) not in HEADS: raise SLMError(f"a reward model needs a body of Llama's or Qwen3's kind, not {kind}")
+    kind = base.cfg.to_hf()['model_type']
+    if kind not in HEADS: raise SLMError(f"a reward model needs a body of Llama's or Qwen3's kind, not {kind}")
     res = cls(base.cfg); res.model = base.model; return res.to(next(base.parameters()).device)
 
-# %% ../../nbs/27_train.rlhf.ipynb #f09d0b54
+# %% ../../nbs/27_train.rlhf.ipynb #3be40bd9
 @patch
 def save_pretrained(self:RewardModel,
     folder:str|Path, # folder to write into; made if need be
@@ -67,8 +69,9 @@ def save_pretrained(self:RewardModel,
 ):
     "Write what `open_reward` and transformers' `AutoModelForSequenceClassification` open."
     folder,d = Path(folder),self.cfg.to_hf()
-    d |= dict(architectures=[HEADS[d['model_type']]], id2label={'0': 'reward'}, label2id={'reward': 0}, dtype='float32', torch_dtype='float32',
-              bos_token_id=tok.eot_id, eos_token_id=tok.eot_id, pad_token_id=tok.pad_id, tokenizer_fingerprint=tok.fingerprint)
+    d |= dict(architectures=[HEADS[d['model_type']]], id2label={'0': 'reward'}, label2id={'reward': 0}, dtype='float32',
+              torch_dtype='float32', bos_token_id=tok.eot_id, eos_token_id=tok.eot_id, pad_token_id=tok.pad_id,
+              tokenizer_fingerprint=tok.fingerprint)
     try:
         with atomic_file(folder/'model.safetensors', 'wb') as f: write_safetensors(f, self.state_dict())
         tok.save(folder/'tokenizer.json'); write_json(folder/'config.json', d)
@@ -81,7 +84,7 @@ def open_reward(
     "Open a reward model; raises `SLMError` when it is something else, or its tokenizer is not the one it was trained with."
     folder = Path(folder); cfg,tensors = open_folder(folder); d = read_json(folder/'config.json'); tok = Tokenizer.load(folder)
     if not set(d.get('architectures') or []) & set(HEADS.values()):
-        raise SLMError(f"'{folder}' is no reward model ({', '.join(d.get('architectures') or ['no architecture'])}): train one with slm reward")
+        raise SLMError(f"'{folder}' is no reward model ({', '.join(d.get('architectures') or ['unnamed'])}): train one with slm reward")
     check_tokenizer(cfg, tok, folder, d.get('tokenizer_fingerprint'))
     return _build(RewardModel, cfg, tensors, folder, device), tok
 
@@ -112,7 +115,7 @@ def whole_rows(
     x = torch.tensor([r+[pad_id]*(t-len(r)) for r in rows])
     return x.to(device), x.to(device), (torch.arange(t) == lens-1).to(device), lens.to(device)
 
-# %% ../../nbs/27_train.rlhf.ipynb #fdcc0d3d
+# %% ../../nbs/27_train.rlhf.ipynb #a4609060
 @torch.no_grad()
 def score_rows(
     model:RewardModel,
@@ -138,7 +141,7 @@ def reward_accuracy(
     return wilson(((d > 0).sum()+(d == 0).sum()/2).item(), len(d), 'of pairs')
 
 class RewardLog(Callback):
-    "Learn to score: set the loss, and put scores, margin and accuracy into the row; every `every` steps those of (at most 200) held-out pairs."
+    "Learn to score: set the loss, log scores, margin and accuracy; every `every` steps the accuracy on (at most 200) held-out pairs."
     order = 57 # after TrainLog
     columns = 'reward_chosen reward_rejected margin accuracy valid_accuracy'.split()
     def __init__(self, center:float=0., every:int=50): self.center,self.every = center,every
@@ -150,7 +153,8 @@ class RewardLog(Callback):
         right = ((c > r).float()+(c == r).float()/2).mean()
         self.learn.row.update(zip(self.columns, [v.item() for v in (c.mean(), r.mean(), (c-r).mean(), right)]))
         if self.opt_steps%self.every == 0 or self.opt_steps == self.n_steps:
-            with self.learn.pause(): self.learn.row['valid_accuracy'] = reward_accuracy(self.model, self.dls.valid.data, self.amp, 200).value
+            with self.learn.pause(): held = reward_accuracy(self.model, self.dls.valid.data, self.amp, 200)
+            self.learn.row['valid_accuracy'] = held.value
 
 # %% ../../nbs/27_train.rlhf.ipynb #932322b6
 @patch
@@ -198,7 +202,7 @@ def reward_dls(c:RewardConfig, train:PairData, valid:PairData)->DataLoaders:
     "Pairs to train on, and pairs to measure on."
     return DataLoaders(*(RewardLoader(d, c.micro_batch, c.seed, c.device) for d in (train, valid)), device=torch.device(c.device))
 
-# %% ../../nbs/27_train.rlhf.ipynb #bb196843
+# %% ../../nbs/27_train.rlhf.ipynb #20cf6321
 def _reward(run, c, model, tok, train, valid, cbs=(), checkpoint=None):
     "Train (on) in `run` and finish it"
     set_seed(c.seed); log = RewardLog(c.center, interval(c.steps, c.evals))
@@ -206,7 +210,8 @@ def _reward(run, c, model, tok, train, valid, cbs=(), checkpoint=None):
     measure = lambda learn: dict(accuracy=reward_accuracy(model, valid, learn.amp))
     return fit_run(run, learn, c, tok, measure, checkpoint, columns=RewardLog.columns, sources=_sources(c))
 
-def _sources(c): return {k: v for k in ('base', 'data', 'reward', 'judge') if (v := getattr(c, k, None)) is not None} # the fields that may be paths
+def _sources(c): # the fields that may be paths
+    return {k: v for k in ('base', 'data', 'reward', 'judge') if (v := getattr(c, k, None)) is not None}
 
 def _reward_again(run, config, cbs, checkpoint):
     "Go on with a reward model"
@@ -246,14 +251,15 @@ def as_reward(
         return reward_run
     return _import(str(spec))
 
-# %% ../../nbs/27_train.rlhf.ipynb #2eab1b69
+# %% ../../nbs/27_train.rlhf.ipynb #22757554
 def _import(spec):
     "The function that 'module:function' names; the current folder is looked into first"
     module,_,name = spec.partition(':')
     if not name: raise SLMError(f"no reward '{spec}': give a run of slm reward, judge, or module:function")
     sys.path.insert(0, os.getcwd())
     try: f = getattr(sys.modules.get(module) or importlib.import_module(module), name)
-    except (ImportError, AttributeError, ValueError) as e: raise SLMError(f"cannot find the reward '{spec}' ({e}): give module:function") from None
+    except (ImportError, AttributeError, ValueError) as e:
+        raise SLMError(f"cannot find the reward '{spec}' ({e}): give module:function") from None
     finally: sys.path.remove(os.getcwd())
     if not callable(f): raise SLMError(f"the reward '{spec}' is no function")
     return f
@@ -271,12 +277,13 @@ def rewarded(
     name,res = getattr(reward, '__name__', type(reward).__name__),reward(prompts, answers)
     try: res = [float(r) for r in res]
     except (TypeError, ValueError) as e: raise SLMError(f"the reward '{name}' must return a list of numbers ({e})") from None
-    if len(res) != len(answers): raise SLMError(f"the reward '{name}' returned {len(res)} numbers for {len(answers)} answers: it must return one each")
+    if len(res) != len(answers):
+        raise SLMError(f"the reward '{name}' returned {len(res)} numbers for {len(answers)} answers: it must return one each")
     if bad := [(r, a) for r,a in zip(res, answers) if not math.isfinite(r)]:
         raise SLMError(f"the reward '{name}' returned {bad[0][0]} for the answer {bad[0][1][:40]!r}: it must be finite")
     return torch.tensor(res)
 
-# %% ../../nbs/27_train.rlhf.ipynb #b7f7a104
+# %% ../../nbs/27_train.rlhf.ipynb #ee04b280
 @dataclass
 class Candidates:
     "Several answers to each prompt, and their rewards."
@@ -303,7 +310,7 @@ def best_of_n(
     return Candidates([texts[i:i+n] for i in range(0, len(texts), n)], r.view(len(prompts), n))
 
 def best_of_n_kl(n:int)->float: # nats an answer
-    "How far at most the best of `n` answers are from the model that gives them (Beirami et al. 2024, theorem 1)."
+    "How far at most the best of `n` answers are from the model that gives them (Beirami et al. 2024)."
     return math.log(n)-(n-1)/n
 
 def sample_answers(
@@ -327,7 +334,7 @@ def group_advantages(
     "How much better an answer is than its group, in standard deviations (Shao et al. 2024, §4.1.2)."
     return (rewards-rewards.mean(1, keepdim=True))/(rewards.std(1, keepdim=True)+1e-4)
 
-# %% ../../nbs/27_train.rlhf.ipynb #91eb2215
+# %% ../../nbs/27_train.rlhf.ipynb #6000e8ca
 def grpo_loss(
     logps:Tensor, # (n,) nats, of the n tokens of answers, under the model
     old:Tensor, # (n,) under the model that gave the answers
@@ -336,7 +343,7 @@ def grpo_loss(
     beta:float=.04, # what distance from the reference costs
     epsilon:float=.2, # how far the ratio may go
 )->tuple[Tensor,Tensor,Tensor]: # loss; estimated KL, nats a token; share of tokens that were clipped
-    "Raise what was better than its group, lower what was worse (Shao et al. 2024, eq. 3 and 4; the mean is over all tokens, Yu et al. 2025, eq. 8)."
+    "Raise what was better than its group, lower what was worse (Shao et al. 2024, eq. 3 and 4; mean over tokens: Yu et al. 2025, §3.3)."
     ratio = (logps-old).exp(); d = ref-logps; kl = d.exp()-d-1
     gain = torch.min(ratio*advantages, ratio.clamp(1-epsilon, 1+epsilon)*advantages)
     clipped = ((ratio < 1-epsilon) & (advantages < 0)) | ((ratio > 1+epsilon) & (advantages > 0))
@@ -379,7 +386,7 @@ def read_prompts(
     why = f' ({": ".join(res.rejects[0])})' if res.rejects else ''
     raise SLMError(f"'{source}' holds {len(res.chats)} usable prompts{why}: at least two are needed, to learn from and to measure on")
 
-# %% ../../nbs/27_train.rlhf.ipynb #7f8e849c
+# %% ../../nbs/27_train.rlhf.ipynb #d4b53660
 def _asked(source, n):
     "Where and what is asked; the world's tasks beside it"
     kind,_,dial = source.partition(':')
@@ -387,7 +394,8 @@ def _asked(source, n):
         try: tasks = list(World(float(dial or 0)).tasks(PROMPT_SEED, n or 2000, ['where', 'who', 'at', 'want', 'job']))
         except ValueError: raise SLMError(f"'{source}': the dial must be a number from 0 to 1") from None
         return [(f'task {i}', dict(prompt=t.prompt)) for i,t in enumerate(tasks, 1)], tasks
-    if Path(source).suffix == '.db': return [(f'pair {i}', dict(prompt=p.prompt)) for i,p in enumerate(read_preferences(source, max_rows=n).pairs, 1)], None
+    if Path(source).suffix == '.db':
+        return [(f'pair {i}', dict(prompt=p.prompt)) for i,p in enumerate(read_preferences(source, max_rows=n).pairs, 1)], None
     return (r for i,r in enumerate(read_rows(source)) if n is None or i < n), None
 
 def split_prompts(
@@ -399,8 +407,8 @@ def split_prompts(
     held = set(sorted(map(key, chats))[:min(len(chats)-1, max(1, round(valid*len(chats))))])
     return [c for c in chats if key(c) not in held], [c for c in chats if key(c) in held]
 
-# %% ../../nbs/27_train.rlhf.ipynb #abdcf5be
-@dataclass
+# %% ../../nbs/27_train.rlhf.ipynb #17828b72
+@dataclass(eq=False)
 class Rollout:
     "Answers of the model to some prompts, and what is needed to learn from them."
     rows:list[tuple[list[int],list[int]]] # token ids of prompt and answer, k answers to a prompt behind each other
@@ -435,9 +443,9 @@ def answer_rows(prompts:list[list[int]], gens:list)->list[tuple[list[int],list[i
     "Token ids of prompts and sampled answers, with the mark that ended an answer if it came to its end."
     return [(p, g.ids+[g.stop]*(g.finish_reason == 'stop')) for p,g in zip(prompts, gens)]
 
-# %% ../../nbs/27_train.rlhf.ipynb #960d9da6
+# %% ../../nbs/27_train.rlhf.ipynb #0d2dd054
 class RolloutLoader(LMDataLoader):
-    "Endless epochs over prompts; batches `(x, y, loss_mask, None)` are the model's own answers to them, which are made when they are asked for."
+    "Endless epochs over prompts; batches `(x, y, loss_mask, None)` are the model's own answers, made when they are asked for."
     def __init__(self,
         model:GPT, # gives the answers, as it is when it is asked
         tok:Tokenizer,
@@ -453,7 +461,8 @@ class RolloutLoader(LMDataLoader):
         device='cpu', # batches are moved there
         amp=contextlib.nullcontext, # autocast of the reference
     ):
-        super().__init__(chats, micro or bs, 0, seed, device, pad_id=tok.pad_id); self.ids = [tok.chat(c, add_generation_prompt=True)[0] for c in chats]
+        super().__init__(chats, micro or bs, 0, seed, device, pad_id=tok.pad_id)
+        self.ids = [tok.chat(c, add_generation_prompt=True)[0] for c in chats]
         self.model,self.tok,self.reward,self.ref,self.k,self.step,self.amp = model,tok,reward,ref,group,bs,amp
         self.iterations,self.max_new_tokens,self.key,self.rollout = iterations,max_new_tokens,None,None
     @property
@@ -468,7 +477,8 @@ class RolloutLoader(LMDataLoader):
         "Let the model answer the next prompts."
         order = np.random.default_rng([self.seed, epoch]).permutation(len(self.data))[number*self.step:(number+1)*self.step]
         some = [i for i in order.tolist() for _ in range(self.k)]; prompts = [self.ids[i] for i in some]
-        gens = sample_answers(self.model, self.tok, prompts, self.max_new_tokens, [self.seed, epoch, number]); rows = answer_rows(prompts, gens)
+        gens = sample_answers(self.model, self.tok, prompts, self.max_new_tokens, [self.seed, epoch, number])
+        rows = answer_rows(prompts, gens)
         rewards = rewarded(self.reward, [self.data[i] for i in some], [g.text.strip() for g in gens])
         return Rollout(rows, rewards.view(-1, self.k), token_logps(self.ref, rows, self.amp))
 
@@ -488,7 +498,7 @@ def load_state_dict(self:RolloutLoader,
     LMDataLoader.load_state_dict(self, state); kept = state['rollout']
     self.rollout = kept and Rollout.from_json(kept); self.key = kept and (self.epoch, self.pos//self.uses)
 
-# %% ../../nbs/27_train.rlhf.ipynb #ceee4734
+# %% ../../nbs/27_train.rlhf.ipynb #385d83fd
 class GRPO(Callback):
     "Learn from the rewards of the model's own answers: the loss is `grpo_loss`, the training loader is a `RolloutLoader`."
     order = 57 # after TrainLog
@@ -502,21 +512,23 @@ class GRPO(Callback):
         (x,*_),(y,mask) = self.xb,self.yb
         self.keep = fill_up(mask, 64); self.learn.xb = x, None, None, None, self.keep
     def loss(self, logits, y, mask):
-        z,roll,now = logits[0][mask[self.keep]].float(),self.dl.rollout,self.dl.now; logps = -F.cross_entropy(z, y[mask], reduction='none') # (n,)
+        z,roll,now = logits[0][mask[self.keep]].float(),self.dl.rollout,self.dl.now
+        logps = -F.cross_entropy(z, y[mask], reduction='none')                   # (n,)
         lens = [len(roll.rows[i][1]) for i in now]; cat = lambda ts: torch.cat(ts).to(z.device)
         for i,l in zip(now, logps.detach().cpu().split(lens)): roll.old[i] = l if roll.old[i] is None else roll.old[i]
         a = roll.advantages[list(now)].repeat_interleave(torch.tensor(lens)).to(z.device)
         loss,kl,clipped = grpo_loss(logps, cat([roll.old[i] for i in now]), cat([roll.ref[i] for i in now]), a, **self.kw)
         with torch.no_grad(): lp = z.log_softmax(-1); entropy = -(lp.exp()*lp).sum(-1).mean()
-        self.seen.append(len(a)*torch.stack([torch.ones_like(kl), kl, clipped, entropy])); self.rolls += [roll]*(roll not in self.rolls); return loss
+        self.seen.append(len(a)*torch.stack([torch.ones_like(kl), kl, clipped, entropy])); self.rolls += [roll]*(roll not in self.rolls)
+        return loss
     def after_batch(self):
         if 'loss' not in (self.row or {}): return
         n,*sums = torch.stack(self.seen).sum(0).tolist(); kl,clipped,entropy = (s/n for s in sums)
-        r,flat = torch.cat([x.rewards for x in self.rolls]),torch.cat([x.flat for x in self.rolls]); lens = [len(a) for x in self.rolls for _,a in x.rows]
-        self.seen,self.rolls = [],[]
-        self.learn.row.update(zip(self.columns, (r.mean().item(), r.std().item(), flat.mean().item(), kl, clipped, entropy, sum(lens)/len(lens))))
+        r,flat = torch.cat([x.rewards for x in self.rolls]),torch.cat([x.flat for x in self.rolls]).mean().item()
+        lens = [len(a) for x in self.rolls for _,a in x.rows]; self.seen,self.rolls = [],[]
+        self.learn.row.update(zip(self.columns, (r.mean().item(), r.std().item(), flat, kl, clipped, entropy, sum(lens)/len(lens))))
 
-# %% ../../nbs/27_train.rlhf.ipynb #fe71149e
+# %% ../../nbs/27_train.rlhf.ipynb #9a1dffdf
 @torch.no_grad()
 def measure_policy(
     model:GPT, ref:GPT, tok:Tokenizer,
@@ -536,7 +548,8 @@ def measure_policy(
     kl = [k.sum().item() for k in over_answers(f, rows, model)]; model.train(was)
     res = dict(valid_reward=bootstrap_ratio(rewarded(reward, chats, texts).tolist(), unit='reward'))
     if judge: res['valid_judge'] = bootstrap_ratio(rewarded(judge, chats, texts).tolist(), unit='judge')
-    return res | dict(kl=bootstrap_ratio(kl, unit='nats/answer'), answer_tokens=bootstrap_ratio([len(a) for _,a in rows], unit='tokens/answer'))
+    lens = [len(a) for _,a in rows]
+    return res | dict(kl=bootstrap_ratio(kl, unit='nats/answer'), answer_tokens=bootstrap_ratio(lens, unit='tokens/answer'))
 
 class PolicyEval(Callback):
     "Every `every` steps, and at the beginning, put the figures of `measure_policy` into the row."
@@ -554,30 +567,34 @@ class PolicyEval(Callback):
         self.learn.row.update({k: v.value for k,v in m.items()})
         if j := m.get('valid_judge'): self.learn.row['judge_noise'] = (j.hi-j.lo)/2
 
-# %% ../../nbs/27_train.rlhf.ipynb #94f31e54
+# %% ../../nbs/27_train.rlhf.ipynb #439c6f4d
 def rlhf_doctor(
     log, # a run of `grpo`, its `log.csv`, or the log as a DataFrame
 )->list[str]: # complaints with remedies; empty if nothing is wrong
     "Say what is wrong with a training by reward."
     import pandas as pd
-    df = log if isinstance(log, pd.DataFrame) else pd.read_csv(log/'log.csv' if isinstance(log, RunDir) else log); rows = df[df.reward.notna()]
+    df = log if isinstance(log, pd.DataFrame) else pd.read_csv(log/'log.csv' if isinstance(log, RunDir) else log)
+    rows = df[df.reward.notna()]
     if (bad := ~np.isfinite(rows.loss.astype(float))).any():
         return [f'NaN: the loss is not a number from step {rows.step[bad].iloc[0]} on: start again with a lower learning rate']
     end,res = rows.tail(max(1, len(rows)//4)),[]
-    if (flat := end.flat.mean()) > .8: res.append(f'no spread: in {flat:.0%} of the groups all answers earn the same, and nothing is learned from them: '
+    if (flat := end.flat.mean()) > .8: res.append(
+        f'no spread: in {flat:.0%} of the groups all answers earn the same, and nothing is learned from them: '
         'use harder prompts, a finer reward, or a larger --group')
     if 'valid_reward' not in df: return res
     seen = df[df.valid_reward.notna()]; first,last = seen.iloc[0],seen.iloc[-1]
     if 'valid_judge' in seen and seen.valid_judge.notna().any():
         best = seen.loc[seen.valid_judge.idxmax()]
         if last.valid_reward > best.valid_reward and last.valid_judge < best.valid_judge-best.judge_noise: res.append(
-            f'over-optimised: since step {best.step:.0f} the reward rose from {best.valid_reward:.3g} to {last.valid_reward:.3g}, and the judge fell from '
-            f'{best.valid_judge:.3g} to {last.valid_judge:.3g}: stop there, raise --beta, or train the reward model on such answers')
+            f'over-optimised: since step {best.step:.0f} the reward rose from {best.valid_reward:.3g} to {last.valid_reward:.3g}, and '
+            f'the judge fell from {best.valid_judge:.3g} to {last.valid_judge:.3g}: stop there, raise --beta, or '
+            'train the reward model on such answers')
     if not 2/3 < last.answer_tokens/max(1, first.answer_tokens) < 1.5: res.append(
-        f'length drift: answers went from {first.answer_tokens:.0f} to {last.answer_tokens:.0f} tokens: look at them; the reward may pay for length')
+        f'length drift: answers went from {first.answer_tokens:.0f} to {last.answer_tokens:.0f} tokens: look at them, '
+        'the reward may pay for length')
     return res
 
-# %% ../../nbs/27_train.rlhf.ipynb #9b00472f
+# %% ../../nbs/27_train.rlhf.ipynb #8b20ea04
 def plot_rlhf(
     log, # the log as a DataFrame, or the path of a `log.csv`
     path:str|Path|None=None, # where to save the picture
@@ -585,7 +602,8 @@ def plot_rlhf(
     "Reward, judge, distance, length, and what the groups are like, against steps."
     import matplotlib.pyplot as plt, pandas as pd
     df = log if isinstance(log, pd.DataFrame) else pd.read_csv(log); fig,axs = plt.subplots(1, 5, figsize=(15, 2.6), layout='constrained')
-    show = {'reward': 'reward valid_reward', 'judge': 'valid_judge', 'KL, nats an answer': 'kl', 'tokens an answer': 'len_answer answer_tokens', 'shares': 'flat clipped'}
+    show = {'reward': 'reward valid_reward', 'judge': 'valid_judge', 'KL, nats an answer': 'kl', 
+            'tokens an answer': 'len_answer answer_tokens', 'shares': 'flat clipped'}
     for ax,(title,cols) in zip(axs, show.items()):
         for c in cols.split():
             if c in df and df[c].notna().any(): d = df.dropna(subset=c); ax.plot(d.step, d[c], 'o-', ms=2, lw=.8, label=c.replace('_', ' '))
@@ -593,7 +611,7 @@ def plot_rlhf(
     if path: fig.savefig(path, dpi=110); plt.close(fig)
     return fig
 
-# %% ../../nbs/27_train.rlhf.ipynb #baac998f
+# %% ../../nbs/27_train.rlhf.ipynb #5078a283
 @dataclass
 class GRPOConfig(FinetuneConfig):
     "Learning from rewards."
@@ -612,11 +630,12 @@ class GRPOConfig(FinetuneConfig):
 def check_grpo(c:GRPOConfig):
     "Raise `SLMError` for what can be seen to be wrong."
     for k,ok,want in (('group', c.group >= 2, 'at least 2: an answer is compared with the others of its group'),
-                      ('iterations', c.iterations >= 1, 'at least 1'), ('beta', c.beta >= 0, 'at least 0'), ('epsilon', 0 < c.epsilon < 1, 'between 0 and 1'),
+                      ('iterations', c.iterations >= 1, 'at least 1'), ('beta', c.beta >= 0, 'at least 0'),
+                      ('epsilon', 0 < c.epsilon < 1, 'between 0 and 1'),
                       ('max_new_tokens', c.max_new_tokens >= 1, 'at least 1'), ('val_frac', 0 < c.val_frac < 1, 'between 0 and 1')):
         if not ok: raise SLMError(f"--{k.replace('_', '-')} must be {want}, not {getattr(c, k)}")
 
-# %% ../../nbs/27_train.rlhf.ipynb #6bc26a27
+# %% ../../nbs/27_train.rlhf.ipynb #df149943
 def grpo(
     base:str|Path, # a run, a Hugging Face folder or hub id, or a .gguf file: start and reference
     data:str|Path='world', # prompts, as in `read_prompts`
@@ -635,31 +654,35 @@ def grpo(
     c = plan_steps(c, finetune_learner(c, model, grpo_dls(c, model, tok, train, use['reward'], model), cbs=[GRPO(c.beta, c.epsilon)]),
                    len(train)*c.iterations)
     run = RunDir.create(out, 'rlhf', config=dataclasses.asdict(c) | {k: portable(v) for k,v in _sources(c).items()}, seed=c.seed,
-        parent=Path(base).name, data=dict(name=prompts.name, fingerprint=prompts.fingerprint, train_prompts=len(train), valid_prompts=len(valid),
-        rejected=len(prompts.rejects), rejects=[list(r) for r in prompts.rejects[:20]]))
+        parent=Path(base).name, data=dict(name=prompts.name, fingerprint=prompts.fingerprint, train_prompts=len(train),
+        valid_prompts=len(valid), rejected=len(prompts.rejects), rejects=[list(r) for r in prompts.rejects[:20]]))
     run.info['prompts'] = valid[:3]; tok.save(run.path); return _grpo(run, c, model, tok, train, valid, use, cbs)
 
 def grpo_dls(c:GRPOConfig, model:GPT, tok:Tokenizer, chats:list[list[dict]], reward:Callable, ref:GPT)->DataLoaders:
     "The loader that lets the model answer."
-    dl = RolloutLoader(model, tok, chats, reward, ref, c.group, c.bs, c.micro_batch, c.iterations, c.max_new_tokens, c.seed, c.device, autocast(c.device, c.dtype))
+    dl = RolloutLoader(model, tok, chats, reward, ref, c.group, c.bs, c.micro_batch, c.iterations, c.max_new_tokens, c.seed, c.device,
+                       autocast(c.device, c.dtype))
     return DataLoaders(dl, dl, device=torch.device(c.device))
 
-# %% ../../nbs/27_train.rlhf.ipynb #f0590b80
+# %% ../../nbs/27_train.rlhf.ipynb #a19026b6
 def _open_grpo(c, reward, judge):
     "Model, tokenizer, resolved configuration, prompts, and the functions that reward and judge"
     model,tok = open_base(c); v,rows = model.cfg.vocab_size,c.group*(c.seq_len or min(1024, model.cfg.max_seq_len))
-    c = resolve_finetune(dataclasses.replace(c, micro_batch=c.micro_batch or max(1, min(8192, 2**27//v)//rows)), model.cfg, lr=dict(adamw=1e-4, muon=1e-4))
+    c = dataclasses.replace(c, micro_batch=c.micro_batch or max(1, min(8192, 2**27//v)//rows))
+    c = resolve_finetune(c, model.cfg, lr=dict(adamw=1e-4, muon=1e-4))
     for m in model.modules():
         if isinstance(m, nn.Dropout): m.p = 0.
     prompts = read_prompts(c.data, tok, c.seq_len-c.max_new_tokens, c.strict, c.max_rows)
-    if prompts.rejects: print(f"{len(prompts.rejects):,} prompts of {prompts.name} left out, the first: {': '.join(prompts.rejects[0])}", file=sys.stderr)
+    if n := len(prompts.rejects):
+        print(f"{n:,} prompts of {prompts.name} left out, the first: {': '.join(prompts.rejects[0])}", file=sys.stderr)
     find = lambda spec: as_reward(spec, prompts.tasks, c.device) if spec else None
     return model, tok, c, prompts, dict(reward=find(reward), judge=find(judge))
 
 def _grpo(run, c, model, tok, train, valid, use, cbs=(), checkpoint=None):
     "Train (on) in `run` and finish it"
     set_seed(c.seed); ref = copy.deepcopy(model).eval().requires_grad_(False)
-    kw = dict(ref=ref, tok=tok, max_new_tokens=c.max_new_tokens, **use); look = PolicyEval(interval(c.steps, c.evals), chats=valid[:64], **kw)
+    kw = dict(ref=ref, tok=tok, max_new_tokens=c.max_new_tokens, **use)
+    look = PolicyEval(interval(c.steps, c.evals), chats=valid[:64], **kw)
     if not checkpoint:
         before = measure_policy(model, chats=valid[:256], **kw)
         run.add_metrics(**{f'{k}_before': before[k] for k in ('valid_reward', 'valid_judge', 'answer_tokens') if k in before})
