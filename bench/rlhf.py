@@ -4,8 +4,8 @@
     python bench/rlhf.py polite --base smollm2.gguf --data preferences.json   # polite over rude answers, a model pretrained on real prose
 
 `world`: a reward model learns from pairs about the world's questions; GRPO follows it (and, for comparison, the judge itself), DPO learns from the same pairs
-for as long as reward model and GRPO took together, and the best of n answers is picked without any training. `polite`: the same on instructions, where the
-second opinion is a reward model trained on other pairs. Every arm answers the same held-out questions at temperature 1 with the same seeds.
+for as long as reward model and GRPO took together, and the best of n answers is picked without any training. `polite`: on instructions, a few
+lines of Python are the reward, and a reward model, trained on pairs, is the second opinion (--arms grpo). Every arm answers the same held-out questions at temperature 1 with the same seeds.
 Writes results/27_train.rlhf/NAME/run.json and curve.csv.
 """
 import argparse, csv, json, tempfile, time
@@ -45,11 +45,11 @@ def best(run, model, tok, chats, reward, judge, n, tokens):
         run.add_metrics(**{f'best{m}_reward': bootstrap_ratio(r, unit='reward'), f'best{m}_judge': bootstrap_ratio(j, unit='judge'), f'best{m}_kl': Metric(best_of_n_kl(m), unit='nats at most')}); m *= 2
     run.add_metrics(best_seconds=Metric(secs, unit='s'))
 
-def arms(a, run, tmp, base, tok, prompts, data, pairs, rm, f, judge, prompts_from, seconds_rm, extra):
+def arms(a, run, tmp, base, tok, prompts, pairs, rm, f, judge, prompts_from, seconds_rm, extra):
     "GRPO by the reward model (twice, the second time with a higher price of distance), GRPO by the judge, DPO, best of n: on the same held-out prompts"
     held,rows = split_prompts(prompts.chats, a.val_frac)[1][:a.held_out],[]; ref,_ = load_model_and_tokenizer(a.base)
     look = lambda m: measure_policy(m, ref, tok, held, f, judge, a.max_new_tokens)
-    run.add_metrics(held_out=len(held), seconds_reward_model=Metric(seconds_rm, unit='s')); common = dict(lr=a.lr, steps=a.steps, bs=a.bs, group=a.group, max_new_tokens=a.max_new_tokens, evals=1, samples=1, val_frac=a.val_frac, max_rows=a.max_rows)
+    run.add_metrics(held_out=len(held), seconds_reward_model=Metric(seconds_rm, unit='s')); common = dict(lr=a.lr, steps=a.steps, bs=a.bs, group=a.group, max_new_tokens=a.max_new_tokens, seq_len=a.seq_len, evals=1, samples=1, val_frac=a.val_frac, max_rows=a.max_rows)
     best(run, base, tok, held, f, judge, a.best, a.max_new_tokens)
     spent = seconds_rm
     for arm,reward,beta in (('grpo', rm, a.beta), ('grpo_judge', judge, a.beta), ('grpo_firm', rm, a.firm)):
@@ -77,18 +77,21 @@ def world(a, run, tmp):
         f = [p for p in held if faults[p.prompt[-1]['content'], p.rejected] == fault]; run.add_metrics(**{f'reward_accuracy_{fault}': reward_accuracy(rm, PairData(tok, f, base.cfg.max_seq_len))}); print(fault, run.info['metrics'][f'reward_accuracy_{fault}'], flush=True)
     prompts = read_prompts('world', tok, base.cfg.max_seq_len-a.max_new_tokens, max_rows=a.max_rows)
     bpb = lambda arm, m: run.add_metrics(**{f'{arm}_bpb': doc_bpb(m, tok, told)['bpb']})
-    bpb('before', base); arms(a, run, tmp, base, tok, prompts, 'world', tmp/'pairs.jsonl', r.path, as_reward(r.path), as_reward('judge', prompts.tasks), 'world', secs, bpb)
+    bpb('before', base); arms(a, run, tmp, base, tok, prompts, tmp/'pairs.jsonl', r.path, as_reward(r.path), as_reward('judge', prompts.tasks), 'world', secs, bpb)
+
+POLITE = 'please|thank|happy to|glad|sorry|welcome|of course|certainly|appreciate|kindly|would you|could you|i would|feel free'.split('|')
+
+def courteous(prompts, answers):
+    "A reward that is a few lines of Python: polite phrases, at most three of them"
+    return [min(3, sum(p in a.lower() for p in POLITE))/3 for a in answers]
 
 def polite(a, run, tmp):
     if not a.data: raise SLMError('give --data preferences.json: rows with instruction, input, chosen and rejected')
-    base,tok = load_model_and_tokenizer(a.base); prefs = read_preferences(a.data, max_rows=a.pairs)
-    first,second = split_pairs(prefs.pairs, .5)                                  # two judges, who never saw the same prompt
-    for name,p in (('first', first), ('second', second)): write_preferences(tmp/f'{name}.jsonl', p)
-    kw = dict(lr=a.rm_lr, epochs=a.rm_epochs, samples=1, seq_len=a.seq_len, bs=8)
-    r,secs = timed(reward_model, a.base, tmp/'first.jsonl', tmp/'reward', **kw); r2 = reward_model(a.base, tmp/'second.jsonl', tmp/'second', **kw)
-    run.info['data'] = r.info['data']; run.add_metrics(reward_accuracy=Metric(**r.info['metrics']['accuracy']), second_accuracy=Metric(**r2.info['metrics']['accuracy']))
-    prompts = read_prompts(tmp/'first.jsonl', tok, a.seq_len-a.max_new_tokens, max_rows=a.max_rows)
-    arms(a, run, tmp, base, tok, prompts, tmp/'first.jsonl', tmp/'first.jsonl', r.path, as_reward(r.path), as_reward(r2.path), tmp/'first.jsonl', secs, lambda arm, m: None)
+    base,tok = load_model_and_tokenizer(a.base); write_preferences(tmp/'pairs.jsonl', read_preferences(a.data, max_rows=a.pairs).pairs)
+    r,secs = timed(reward_model, a.base, tmp/'pairs.jsonl', tmp/'reward', lr=a.rm_lr, epochs=a.rm_epochs, samples=1, evals=1, seq_len=a.seq_len, bs=8, val_frac=.25)
+    run.info['data'] = r.info['data']; run.add_metrics(reward_accuracy=Metric(**r.info['metrics']['accuracy'])); print(run.info['metrics'], secs, flush=True)
+    prompts = read_prompts(a.data, tok, a.seq_len-a.max_new_tokens, max_rows=a.max_rows)
+    arms(a, run, tmp, base, tok, prompts, None, courteous, courteous, as_reward(r.path), a.data, secs, lambda arm, m: None)
 
 def main():
     ap = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter); add = ap.add_argument
@@ -96,7 +99,7 @@ def main():
     add('--pairs', type=int, default=2000); add('--max-rows', type=int, default=1500, help='prompts'); add('--held-out', type=int, default=150); add('--val-frac', type=float, default=.1)
     add('--steps', type=int, default=60); add('--every', type=int, default=6); add('--bs', type=int, default=8); add('--group', type=int, default=8); add('--beta', type=float, default=.04); add('--firm', type=float, default=.3, help='beta of grpo_firm')
     add('--lr', type=float, default=1e-4); add('--rm-lr', type=float); add('--rm-epochs', type=float, default=1.); add('--dpo-lr', type=float); add('--dpo-every', type=int, default=50)
-    add('--max-new-tokens', type=int, default=40); add('--seq-len', type=int, default=256, help='of polite'); add('--best', type=int, default=16)
+    add('--max-new-tokens', type=int, default=40); add('--seq-len', type=int, help='context'); add('--best', type=int, default=16)
     a = ap.parse_args()
     with tempfile.TemporaryDirectory() as tmp:
         run = RunDir.create(ROOT/'results'/'27_train.rlhf'/(a.name or ('smollm2' if a.what == 'polite' else a.what)), 'bench', seed=42, exist_ok=True, parent=Path(a.base).name,

@@ -170,7 +170,7 @@ def rewards(self:RewardModel,
         rows.append(ids[:len(mask)-mask[::-1].index(True)][-self.cfg.max_seq_len:])
     return score_rows(self, rows).tolist()
 
-# %% ../../nbs/27_train.rlhf.ipynb #d044e8b1
+# %% ../../nbs/27_train.rlhf.ipynb #0f371fed
 @dataclass
 class RewardConfig(FinetuneConfig):
     "Learning to score."
@@ -189,7 +189,7 @@ def reward_model(
     "Train a model of the judge; raises `SLMError` for bad input."
     check_new(out); c = RewardConfig(base=str(base), data=str(data), **options)
     if c.center < 0: raise SLMError(f'--center must be at least 0, not {c.center}')
-    gpt,tok = open_base(c); c = resolve_finetune(c, gpt.cfg, lr=dict(adamw=2e-4, muon=1e-3)); model = RewardModel.on(gpt)
+    gpt,tok = open_base(c); c = resolve_finetune(c, gpt.cfg, lr=dict(adamw=2e-4, muon=1e-3)); set_seed(c.seed); model = RewardModel.on(gpt)
     prefs,train,valid = load_pairs(c, tok); check_fits(gpt.cfg, 2*c.micro_batch, c.seq_len, c.device)
     c = plan_steps(c, finetune_learner(c, model, reward_dls(c, train, valid), cbs=[RewardLog(c.center)]), len(train))
     run = RunDir.create(out, 'reward', config=dataclasses.asdict(c) | {k: portable(v) for k,v in _sources(c).items()}, seed=c.seed,
