@@ -1,6 +1,6 @@
 """What an export loses, judged by the programs that open it: transformers and llama.cpp.
 
-    python bench/export.py NAME MODEL [--tokens 8000] [--kinds hf,f32,f16,q8_0,q4_0] [--text FILE]
+    python bench/export.py NAME MODEL [--tokens 6000] [--kinds hf,f32,f16,q8_0,q4_0] [--text FILE]
 
 Exports MODEL (a run, a Hugging Face folder, a .gguf file) into a temporary folder, through the gate, and writes every figure of the gate, the sizes of the files and
 the perplexity before to results/40_serve.export/NAME/run.json. The perplexity is that of our float32 model on held-out text, its interval over documents; the change by a
@@ -16,7 +16,7 @@ ROOT = Path(__file__).parents[1]
 
 def main():
     ap = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    ap.add_argument('name'); ap.add_argument('model'); ap.add_argument('--tokens', type=int, default=8000)
+    ap.add_argument('name'); ap.add_argument('model'); ap.add_argument('--tokens', type=int, default=6000)
     ap.add_argument('--kinds', default='hf,f32,f16,q8_0,q4_0'); ap.add_argument('--text')
     a = ap.parse_args(); kinds = tuple(a.kinds.split(','))
     model,tok = load_model_and_tokenizer(a.model); c = model.cfg; runs = lineage(a.model)
