@@ -173,26 +173,32 @@ class LlamaCpp:
         "A conversation through the chat template in the file."
         return self.post('/apply-template', messages=messages)['prompt']
 
-# %% ../../nbs/40_serve.export.ipynb #010b569a
+# %% ../../nbs/40_serve.export.ipynb #89794d83
+@patch
+def _draw(self:LlamaCpp, ids, token, n):
+    "Force `token` after `ids`: what is known of it, with the `n` likeliest; None for a part of a character, which the server holds back"
+    r = self.post('/completion', prompt=ids, n_predict=1, n_probs=n, temperature=-1., logit_bias=[[token, 1000.]])
+    return (r.get('completion_probabilities') or [None])[0]
+
 @patch
 def logprobs(self:LlamaCpp,
     ids:list[int], # token ids (t,)
     v:int, # entries of the vocabulary
 )->np.ndarray: # (v,) nats
     "Log-probabilities of every token after `ids`."
-    r = self.post('/completion', prompt=ids, n_predict=1, n_probs=v, temperature=-1.)
     res = np.full(v, np.nan)
-    for t in r['completion_probabilities'][0]['top_logprobs']: res[t['id']] = t['logprob']
+    for t in self._draw(ids, self.encode('a', False)[0], v)['top_logprobs']: res[t['id']] = t['logprob']
     return res
 
 @patch
 def nats(self:LlamaCpp,
     ids:list[int], # token ids (t,)
+    v:int, # entries of the vocabulary
 )->np.ndarray: # (t-1,)
     "What each token costs after those before it."
     def cost(i):
-        r = self.post('/completion', prompt=ids[:i], n_predict=1, n_probs=1, temperature=-1., logit_bias=[[ids[i], 1000.]])
-        got = r['completion_probabilities'][0]
+        got = self._draw(ids[:i], ids[i], 1)
+        if got is None: return -self.logprobs(ids[:i], v)[ids[i]]
         return -got['logprob'] if got['id'] == ids[i] else math.nan # it cannot be forced where the logits are no numbers
     return np.array([cost(i) for i in range(1, len(ids))])
 
@@ -404,7 +410,7 @@ def check_hf(
     diff = [(net(torch.tensor([d])).logits[0].log_softmax(-1)-torch_logprobs(model, d).cpu()).abs().max().item() for d in docs]
     return res + [_check(names[2], max(diff), LOGITS['hf'], sum(map(len, docs)), 'nats, greatest')]
 
-# %% ../../nbs/40_serve.export.ipynb #fd91b835
+# %% ../../nbs/40_serve.export.ipynb #8d8673cb
 WEIGHTS = dict(f32=0., f16=1e-3, bf16=5e-3, q8_0=.01, q5_1=.08, q5_0=.08, q4_1=.16, q4_0=.16) # relative error of a tensor
 PERPLEXITY = dict.fromkeys(('f32', 'f16', 'bf16', 'q8_0'), .1) # per cent
 
@@ -434,7 +440,7 @@ def check_gguf(
     res.append(_same(names[1], [said(c) for c in m.chats], [tok.chat(c, True)[0] for c in m.chats], 'conversations differ'))
     logp = [torch_logprobs(model, d).cpu() for d in m.docs]
     want = [-l[:-1].gather(1, torch.tensor(d[1:])[:, None])[:, 0].double().numpy() for l,d in zip(logp, m.docs)]
-    d = bootstrap_ratio([(cpp.nats(d)-w).sum() for d,w in zip(m.docs, want)], [len(w) for w in want])
+    d = bootstrap_ratio([(cpp.nats(d, v)-w).sum() for d,w in zip(m.docs, want)], [len(w) for w in want])
     change = Metric(*(100*math.expm1(x) for x in (d.value, d.lo, d.hi)), n=d.n, unit='% of the perplexity')
     res.append(_check(names[2], change, PERPLEXITY.get(kind)))
     if kind != 'f32': return res
@@ -509,7 +515,7 @@ def export(
     if push: push_folder(out, push)
     return checks
 
-# %% ../../nbs/40_serve.export.ipynb #4f18e099
+# %% ../../nbs/40_serve.export.ipynb #8c6e8c2c
 def push_ready(
     repo:str, # 'OWNER/NAME'
 ):
@@ -529,6 +535,6 @@ def push_folder(
         api.create_repo(repo, exist_ok=True)
         api.upload_folder(repo_id=repo, folder_path=folder, commit_message='Export from slm')
     except Exception as e:
-        if not isinstance(e, OSError) and type(e).__module__.partition('.')[0] not in ('huggingface_hub', 'httpx', 'requests'): raise
+        if not isinstance(e, OSError) and type(e).__module__.partition('.')[0] not in ('huggingface_hub', 'httpx', 'httpx2', 'requests'): raise
         why = f"{type(e).__name__}: {' '.join(str(e).split())[:150]}"
         raise SLMError(f"'{folder}' is complete, but could not be pushed to '{repo}' ({why}): check connection, name and token") from None
