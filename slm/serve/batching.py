@@ -22,7 +22,7 @@ from ..model.fast import can_fuse
 from ..model.pretrained import load_model_and_tokenizer
 from .engine import *
 
-# %% ../../nbs/42_serve.batching.ipynb #952b2f26
+# %% ../../nbs/42_serve.batching.ipynb #7e01f2f3
 @dataclass
 class Job:
     "A request on its way."
@@ -41,6 +41,11 @@ class Job:
     def piece(self, text='', **kw):
         "A piece of the answer with the counts so far"
         return Piece(text, prompt_tokens=len(self.request.ids), cached_tokens=self.cached, completion_tokens=self.n, **kw)
+
+    def tell(self, *args, **kw):
+        "Hand out a piece; a listener that fails has left"
+        try: self.emit(self.piece(*args, **kw))
+        except Exception: self.gone = True
 
 @dataclass
 class Slot:
@@ -140,7 +145,7 @@ def close(self:TorchEngine):
     with self.wake: self.closing = True; self.wake.notify()
     self.thread.join()
 
-# %% ../../nbs/42_serve.batching.ipynb #248beef4
+# %% ../../nbs/42_serve.batching.ipynb #217fd5de
 @patch
 @torch.inference_mode()
 def _loop(self:TorchEngine):
@@ -165,13 +170,13 @@ def _drop(self:TorchEngine, unwanted):
         if s.job and unwanted(s.job): self._finish(s, 'cancelled')
     with self.wake: gone, kept = [j for j in self.waiting if unwanted(j)], [j for j in self.waiting if not unwanted(j)]
     with self.wake: self.waiting = deque(kept)
-    for j in gone: j.emit(j.piece(finish_reason='cancelled'))
+    for j in gone: j.tell(finish_reason='cancelled')
 
 @patch
 def _finish(self:TorchEngine, s, reason, text='', **kw):
     job, s.job = s.job, None
     self.clock += 1; s.used = self.clock
-    job.emit(job.piece(text, finish_reason=reason, **kw))
+    job.tell(text, finish_reason=reason, **kw)
 
 # %% ../../nbs/42_serve.batching.ipynb #cae30657
 @patch
@@ -235,7 +240,7 @@ def _choose(self:TorchEngine,
     logprobs = logits.log_softmax(-1) if any(j.request.logprobs is not None for j in jobs) else [None]*len(jobs)
     for s,job,id,lp in zip(slots, jobs, ids.tolist(), logprobs): self._tell(s, job, id, lp)
 
-# %% ../../nbs/42_serve.batching.ipynb #303c683e
+# %% ../../nbs/42_serve.batching.ipynb #f4262846
 def together(
     samplers:list[Sampler], # of one row each
 )->Sampler: # of all rows; each keeps its own random numbers
@@ -262,7 +267,7 @@ def _tell(self:TorchEngine, s, job, id, logprobs):
     elif job.n == job.limit: reason, new = 'length', new + job.text.flush()
     else: reason = None
     if reason: self._finish(s, reason, new, logprobs=lp or [])
-    elif new or lp: job.emit(job.piece(new, logprobs=lp or []))
+    elif new or lp: job.tell(new, logprobs=lp or [])
 
 # %% ../../nbs/42_serve.batching.ipynb #6f9ede55
 def open_torch_engine(

@@ -111,21 +111,25 @@ def check_request(
     if r.max_new_tokens < 1: raise SLMError(f'max_new_tokens={r.max_new_tokens}: it must be at least 1')
     return min(r.max_new_tokens, engine.max_seq_len - len(r.ids))
 
-# %% ../../nbs/41_serve.engine.ipynb #2d4dc92f
-def _llama_params(xl, path, slots, context, threads):
+# %% ../../nbs/41_serve.engine.ipynb #d44b30e6
+def _llama_params(xl, path, slots, context, threads, exact):
     p = xl.CommonParams()
+    if exact:                                                                    # else keys and values in half precision, llama.cpp's habit
+        p.cache_type_k = p.cache_type_v = xl.ggml_type.GGML_TYPE_F32
+        p.flash_attn_type = xl.llama_flash_attn_type.LLAMA_FLASH_ATTN_TYPE_DISABLED
     p.model.path, p.n_ctx, p.n_parallel = str(path), context*slots, slots
     p.cpuparams.n_threads = p.cpuparams_batch.n_threads = threads
     p.api_keys, p.ui, p.cache_ram_mib, p.verbosity = [secrets.token_hex(32)], False, 0, -1
     return p
 
-def _gguf_context(path):
-    "Tokens that the model was trained for"
+def _gguf_facts(path):
+    "Tokens that the model was trained for; whether its weights are float32"
     import gguf
     fields = gguf.GGUFReader(path).fields
-    return next((int(f.contents()) for k,f in fields.items() if k.endswith('.context_length')), 2048)
+    kind = fields.get('general.file_type')
+    return next((int(f.contents()) for k,f in fields.items() if k.endswith('.context_length')), 2048), kind is not None and kind.contents() == 0
 
-# %% ../../nbs/41_serve.engine.ipynb #9d3c7224
+# %% ../../nbs/41_serve.engine.ipynb #d354a1ac
 class GGUFEngine:
     "llama.cpp in this process, on a .gguf file; PyTorch is not needed."
     name = 'gguf'
@@ -138,9 +142,9 @@ class GGUFEngine:
         try: import xllamacpp
         except ImportError: raise SLMError("the gguf engine needs xllamacpp: pip install 'slm[serve]', or take --engine torch") from None
         self.tok, self.model, self.slots = Tokenizer.from_gguf(path), Path(path).stem, slots
-        trained = _gguf_context(path)
+        trained, exact = _gguf_facts(path)
         self.max_seq_len = min(context or 2048, trained)
-        try: self.server = xllamacpp.Server(_llama_params(xllamacpp, path, slots, self.max_seq_len, threads or usable_cpus()))
+        try: self.server = xllamacpp.Server(_llama_params(xllamacpp, path, slots, self.max_seq_len, threads or usable_cpus(), exact))
         except RuntimeError as e: raise SLMError(f"llama.cpp cannot open '{path}': {e}") from None
         self.workers = ThreadPoolExecutor(slots, 'gguf')
         self.running = set()
@@ -211,7 +215,7 @@ def close(self:GGUFEngine):
     self.workers.shutdown(wait=True, cancel_futures=True)
     self.server = None
 
-# %% ../../nbs/41_serve.engine.ipynb #95bb30c4
+# %% ../../nbs/41_serve.engine.ipynb #9ea34e82
 def gguf_of(
     model:str|Path, # a .gguf file, a folder with one, or anything that `slm export` can read
 )->Path: # a .gguf file
@@ -224,7 +228,7 @@ def gguf_of(
     out = slm_home()/'gguf'/f'{path.name}-{key}'
     if not out.exists():
         print(f"writing '{model}' as GGUF with 8 bits, once (`slm export`)", file=sys.stderr)
-        done = subprocess.run([sys.executable, '-m', 'slm.cli', 'export', str(model), '--to', 'q8_0', '--out', str(out)], capture_output=True, text=True)
+        done = subprocess.run([sys.executable, '-c', 'from slm.cli import main; main()', 'export', str(model), '--to', 'q8_0', '--out', str(out)], capture_output=True, text=True)
         if done.returncode: raise SLMError((done.stderr or done.stdout).strip().splitlines()[-1].removeprefix('slm: '))
     return sorted(out.glob('*.gguf'))[0]
 

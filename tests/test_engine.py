@@ -1,0 +1,163 @@
+"The engines: the same words as the plain model whoever else is there, slots that are given back, failures that hit one step only."
+import json, random, subprocess, sys, time
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+import pytest, torch
+from pydoc_data.topics import topics
+from slm.core import SLMError, set_seed
+from slm.data.tokenizer import train_bpe
+from slm.model.generate import SamplingParams, complete, generate_ids
+from slm.model.gpt import GPT, GPTConfig
+from slm.serve.batching import PAD, TorchEngine, gap, open_torch_engine
+from slm.serve.engine import GGUFEngine, Request, answer_all, open_engine, pieces
+from slm.serve.export import export_gguf
+
+TEXT = '\n\n'.join(topics.values())[:150_000]
+TOK = train_bpe([TEXT], 600)
+TIE = 1e-3 # nats: where the model is less sure than this, either token may come
+
+def new(seed=0, **over):
+    set_seed(seed)
+    m = GPT(GPTConfig(**(dict(vocab_size=TOK.vocab_size, n_layer=2, d_model=64, n_head=4, n_kv_head=2, max_seq_len=192) | over))).eval()
+    with torch.no_grad():
+        for p in m.parameters():
+            if p.ndim == 2: p.mul_(3) # so that it prefers some tokens clearly
+        m.get_output_embeddings().weight[[i for i in range(TOK.vocab_size) if '\ufffd' in TOK.decode([i])]] = 0 # and no parts of characters
+    return m
+
+@pytest.fixture
+def engine():
+    made = []
+    def make(model=None, tok=TOK, **kw): made.append(TorchEngine(model or new(), tok, **kw)); return made[-1]
+    yield make
+    for e in made: e.close()
+
+def prompts(n, seed=0):
+    r = random.Random(seed); shared = TOK.encode(TEXT[:120])
+    return [(shared[:r.randrange(len(shared))] if r.random() < .5 else []) + TOK.encode(TEXT[(i := r.randrange(100_000)):i+r.randrange(5, 150)]) for _ in range(n)]
+
+def tokens(engine, requests):
+    "Text and token ids of each"
+    def collect(r): ps = list(pieces(engine, replace(r, logprobs=0))); return ''.join(p.text for p in ps), [t.id for p in ps for t in p.logprobs]
+    with ThreadPoolExecutor(len(requests)) as ex: return list(ex.map(collect, requests))
+
+def same(model, ps, got, want):
+    "The rule: equal up to the first place where the model is undecided. Returns how many are equal to the end"
+    equal = [t == TOK.decode(w) for (t,_),w in zip(got, want)]
+    for p,(_,g),w,e in zip(ps, got, want, equal):
+        if not e: assert (gap(model, p, g, w) or 0) < TIE, (TOK.decode(g), TOK.decode(w), gap(model, p, g, w))
+    return sum(equal)
+
+@pytest.mark.parametrize('over', [{}, dict(qk_norm=True), dict(tied=False, act='geglu'), dict(pos='learned', norm='layer', act='gelu', bias=True)], ids=lambda o: '-'.join(o) or 'llama')
+def test_whoever_else_is_there(engine, over):
+    "40 requests of all lengths that share beginnings, 3 slots, small chunks: the texts of the plain model"
+    ps, want = prompts(40), []
+    params = [SamplingParams(temperature=0, max_new_tokens=5+i%17) for i in range(40)]
+    for p,s in zip(ps, params): want += complete(new(**over), [p], s, TOK)
+    e, asks = engine(new(**over), slots=3, chunk=64), [Request(p, s.max_new_tokens, temperature=0) for p,s in zip(ps, params)]
+    assert same(new(**over), ps, tokens(e, asks), [g.ids for g in want]) >= 36
+    got = answer_all(e, asks)
+    assert [p.prompt_tokens for _,p in got] == [len(p) for p in ps] and sum(p.cached_tokens for _,p in got) > 200
+
+def test_drawn_texts_depend_on_their_seed_only(engine):
+    e, ps = engine(slots=4), prompts(12, 1)
+    asks = [Request(p, 20, temperature=.7, top_p=.9, top_k=40, min_p=.01, repetition_penalty=1.2, seed=i) for i,p in enumerate(ps)]
+    alone = [answer_all(e, [r])[0][0] for r in asks]
+    assert [t for t,_ in answer_all(e, asks)] == alone
+    want = [complete(new(), [r.ids], SamplingParams(.7, 40, .9, .01, 1.2, 20, seed=r.seed), TOK)[0].text for r in asks]
+    assert alone == want
+
+def test_who_leaves_is_gone_within_a_step(engine):
+    e, told = engine(slots=2), []
+    cancels = [e.submit(Request(p, 150, temperature=0), told.append) for p in prompts(6, 2)]
+    while sum(bool(p.text) for p in told) < 4: time.sleep(.001)
+    for c in cancels: c()
+    limit = time.monotonic()+5
+    while sum(p.finish_reason is not None for p in told) < 6 and time.monotonic() < limit: time.sleep(.001)
+    assert sorted(p.finish_reason for p in told if p.finish_reason) == ['cancelled']*6
+    assert not e.waiting and all(s.job is None for s in e.rows)
+    assert answer_all(e, [Request(prompts(1)[0], 5)])[0][1].completion_tokens <= 5
+
+def test_a_step_that_fails_is_told_and_the_engine_lives_on(engine):
+    bad = new()
+    with torch.no_grad(): bad.model.embed_tokens.weight[7] = float('nan')
+    e = engine(bad, slots=2)
+    with pytest.raises(SLMError, match='not a number'): list(pieces(e, Request([5, 7, 9], 5)))
+    e.submit(Request([5, 6], 3), lambda p: 1/0)                                  # a listener that breaks
+    assert answer_all(engine(slots=1), [Request([5, 6], 3)])[0][1].completion_tokens == 3 and e.thread.is_alive()
+
+def test_closing_cancels_all(engine):
+    e, told = engine(slots=1), []
+    for p in prompts(3): e.submit(Request(p, 150), told.append)
+    e.close(); e.close()
+    assert [p.finish_reason for p in told if p.finish_reason] == ['cancelled']*3
+    with pytest.raises(SLMError, match='closed'): e.submit(Request([1]), told.append)
+
+def test_few_shapes(engine):
+    "Prompts of any length are read in a handful of shapes: oneDNN keeps a plan for each"
+    e, seen = engine(slots=1), set()
+    forward = e.gpt.model.forward
+    e.gpt.model.forward = lambda x, **kw: (seen.add(tuple(x.shape)), forward(x, **kw))[1]
+    answer_all(e, [Request(p, 2) for p in prompts(60, 3)])
+    assert all(t == 1 or t % PAD == 0 for _,t in seen) and len(seen) <= 8
+
+@pytest.mark.parametrize('n', [1, 31, 32, 33, 64, 190])
+def test_to_the_last_place_of_the_context(engine, n):
+    ids = TOK.encode(TEXT)[:n]
+    e, ask = engine(slots=2), Request(ids, 500, temperature=0)
+    e.ends = set()
+    _, last = answer_all(e, [ask])[0]
+    assert (last.finish_reason, last.completion_tokens) == ('length', 192-n)
+    same(new(), [ids], tokens(e, [ask]), generate_ids(new(), [ids], SamplingParams(temperature=0, max_new_tokens=192-n)))
+
+def test_eight_bits_drift_little(engine):
+    p = prompts(1, 5)[0]
+    e = engine(new(), int8=True)
+    got = next(x for x in pieces(e, Request(p, 1, temperature=0, logprobs=5)) if x.logprobs).logprobs[0]
+    want = new()(torch.tensor([p]))[0, -1].log_softmax(-1)
+    assert max(abs(want[i].item()-lp) for i,_,lp in got.top) < .15 and got.top[0][0] == got.id
+
+# ---- llama.cpp
+
+@pytest.fixture(scope='module')
+def file(tmp_path_factory):
+    f = tmp_path_factory.mktemp('gguf')/'tiny.gguf'; export_gguf(new(), TOK, f, 'f32'); return f
+
+def test_llama_cpp_says_the_same_as_torch(file, engine):
+    ps = prompts(20, 7); asks = [Request(p, 24, temperature=0) for p in ps]
+    cpp = open_engine(file, slots=4)
+    assert cpp.name == 'gguf' and cpp.max_seq_len == 192
+    a, b = tokens(cpp, asks), tokens(engine(slots=4), asks)
+    cpp.close()
+    assert same(new(), ps, a, [ids for _,ids in b]) >= 15
+
+def test_llama_cpp_reports_the_model_s_probabilities(file):
+    cpp, p = GGUFEngine(file, slots=1), prompts(1, 8)[0]
+    got = [t for x in pieces(cpp, Request(p, 6, temperature=0, logprobs=4)) for t in x.logprobs]; cpp.close()
+    want = new()(torch.tensor([p + [t.id for t in got]]))[0].log_softmax(-1)
+    for i,t in enumerate(got):
+        lp = want[len(p)-1+i]
+        assert abs(lp[t.id].item()-t.logprob) < 1e-3 and max(abs(lp[j].item()-v) for j,_,v in t.top) < 1e-3 and len(t.top) == 4
+
+def test_no_torch_in_the_server_s_process(file):
+    code = f'''import sys, json
+from slm.serve.engine import *
+e = open_engine({str(file)!r}, slots=2); r = answer_all(e, [Request([5, 6, 7], 4)])[0][1]; e.close()
+print(json.dumps([r.completion_tokens, "torch" in sys.modules]))'''
+    out = subprocess.run([sys.executable, '-c', code], capture_output=True, text=True, check=True).stdout
+    assert json.loads(out.strip().splitlines()[-1]) == [4, False]
+
+def test_a_folder_is_opened_by_either_engine(tmp_path, monkeypatch):
+    monkeypatch.setenv('SLM_HOME', str(tmp_path/'home'))
+    set_seed(0); GPT(GPTConfig(vocab_size=TOK.vocab_size, n_layer=2, d_model=64, max_seq_len=192)).save_pretrained(tmp_path/'m', TOK)
+    own = open_engine(tmp_path/'m', 'torch', slots=1)
+    made = open_engine(tmp_path/'m', 'gguf', slots=1)                            # exported on the way, by the gate
+    p = prompts(1, 9)[0]
+    t = [answer_all(e, [Request(p, 8, temperature=0)])[0][0] for e in (own, made)]
+    own.close(); made.close()
+    assert (own.name, made.name) == ('torch', 'gguf') and len(list((tmp_path/'home'/'gguf').glob('*/*.gguf'))) == 1
+    assert t[0][:3] == t[1][:3]
+
+@pytest.mark.parametrize('model,engine,part', [('none.gguf', 'gguf', 'none.gguf'), ('nowhere/at-all', 'torch', 'nowhere/at-all'), ('x', 'vllm', 'auto, gguf or torch')])
+def test_what_cannot_be_opened(model, engine, part):
+    with pytest.raises(SLMError, match=part): open_engine(model, engine)
