@@ -28,7 +28,7 @@ def write(a, tmp):
     from pydoc_data.topics import topics
     if a.model: model, tok = load_model_and_tokenizer(a.model)
     else:
-        set_seed(0); tok = train_bpe(['\n'.join(topics.values())], 8192)
+        set_seed(0); tok = train_bpe(['\n'.join(topics.values())], 6144)
         model = GPT(GPTConfig.preset(a.preset, tok.vocab_size, 2048)).eval()
     model.save_pretrained(tmp/'hf', tok)
     for k in ('f32', 'q8_0'): export_gguf(model, tok, tmp/f'{k}.gguf', k)
@@ -59,28 +59,37 @@ def streams(engine, requests, gap=0.):
     return starts, log
 
 def own(engine, n):
-    "Figures of an engine with 8 slots"
+    "Figures of an engine with 8 slots; one that has a `run` works in the main thread, as in the server"
+    from concurrent.futures import ThreadPoolExecutor
+    if not hasattr(engine, 'run'): return ask(engine, n)
+    with ThreadPoolExecutor(1) as ex: f = ex.submit(ask, engine, n); engine.run(); return f.result()
+
+def ask(engine, n):
+    "The figures, from the side of those who ask"
     from slm.serve.engine import Request
     if hasattr(engine, 'ends'): engine.ends = set()
-    ask = lambda k, m=32, shift=0: Request(ids_of(engine.tok, m, shift), k, temperature=0)
-    streams(engine, [ask(4, shift=9*i) for i in range(8)]); streams(engine, [ask(4, 256, 7)])
+    wish = lambda k, m=32, shift=0: Request(ids_of(engine.tok, m, shift), k, temperature=0)
+    streams(engine, [wish(4, shift=9*i) for i in range(8)]); streams(engine, [wish(4, 256, 7)])
+    try: return figures(engine, n, wish)
+    finally: engine.close()
+
+def figures(engine, n, wish):
     res = {}
-    _, (log,) = streams(engine, [ask(n)]); made = log[-1][1]
+    _, (log,) = streams(engine, [wish(n)]); made = log[-1][1]
     res['decode'] = (made-1)/(log[-1][0]-log[0][0])
-    starts, logs = streams(engine, [ask(n, shift=9*i) for i in range(8)])
+    starts, logs = streams(engine, [wish(n, shift=9*i) for i in range(8)])
     res['batch8'] = sum(l[-1][1] for l in logs)/(max(l[-1][0] for l in logs)-starts[0])
     first = []
-    for i in range(8): s, l = streams(engine, [ask(2, 256, 11*i+1)]); first.append(l[0][0][0]-s[0])
+    for i in range(8): s, l = streams(engine, [wish(2, 256, 11*i+1)]); first.append(l[0][0][0]-s[0])
     res['ttft'] = sorted(first)[len(first)//2]
     late = []
-    for i in range(8): s, l = streams(engine, [ask(40, 256, 40*i+9*j+3) for j in range(4)], .1); late += [b[0][0]-a for a,b in zip(s, l)]
+    for i in range(8): s, l = streams(engine, [wish(40, 256, 40*i+9*j+3) for j in range(4)], .1); late += [b[0][0]-a for a,b in zip(s, l)]
     res['ttft_p95'] = sorted(late)[int(.95*len(late))]
-    engine.close()
     return res
 
 def torch_engine(tmp, n, threads, int8=False):
     from slm.serve.batching import open_torch_engine
-    return own(open_torch_engine(tmp/'hf', 8, 1024, threads, int8, 'cpu'), n)
+    return own(open_torch_engine(tmp/'hf', 8, 1024, threads, int8, 'cpu', own_thread=False), n)
 
 def gguf_engine(tmp, n, threads, kind):
     from slm.serve.engine import GGUFEngine

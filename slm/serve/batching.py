@@ -92,7 +92,7 @@ def part(
 
 PAD = 32 # prompts are read in multiples of so many tokens: few shapes, so that no library keeps thousands of plans
 
-# %% ../../nbs/42_serve.batching.ipynb #fd88b426
+# %% ../../nbs/42_serve.batching.ipynb #d8e14832
 class TorchEngine:
     "Continuous batching over one of our models; raises `SLMError` for what the model or this machine cannot do."
     name = 'torch'
@@ -105,6 +105,7 @@ class TorchEngine:
         threads:int|None=None, # CPU threads; as many as this process may use if not given
         int8:bool=False, # 8 bits a weight
         chunk:int=256, # tokens of a prompt that are read before the others make a step
+        own_thread:bool=True, # work in a thread of its own; else somebody must call `run`
     ):
         c = model.cfg
         if not c.causal: raise SLMError('this model looks both ways (causal=False): it fills gaps and cannot generate')
@@ -117,10 +118,10 @@ class TorchEngine:
         self.rows, self.seen = [Slot(i) for i in range(slots)], torch.zeros(slots, self.v, dtype=torch.bool, device=w.device)
         self.ends = {i for i in (tok.eot_id, tok.end_id) if i is not None}
         self.waiting, self.wake, self.closing, self.clock = deque(), threading.Condition(), False, 0
-        self.thread = threading.Thread(target=self._loop, name='torch-engine', daemon=True)
-        self.thread.start()
+        self.thread, self.ended = threading.Thread(target=self.run, name='torch-engine', daemon=True) if own_thread else None, threading.Event()
+        if own_thread: self.thread.start()
 
-# %% ../../nbs/42_serve.batching.ipynb #5e07ddab
+# %% ../../nbs/42_serve.batching.ipynb #18d968dd
 @patch
 def submit(self:TorchEngine,
     request:Request,
@@ -143,17 +144,17 @@ def submit(self:TorchEngine,
 def close(self:TorchEngine):
     "Cancel what runs and end the thread; closing twice is fine."
     with self.wake: self.closing = True; self.wake.notify()
-    self.thread.join()
+    self.ended.wait()
 
-# %% ../../nbs/42_serve.batching.ipynb #217fd5de
+# %% ../../nbs/42_serve.batching.ipynb #0746f160
 @patch
 @torch.inference_mode()
-def _loop(self:TorchEngine):
+def run(self:TorchEngine):
+    "Work until `close`; on Linux the main thread is the fastest place for it."
     torch.set_num_threads(self.threads)                                          # counts for this thread only
     while True:
-        with self.wake:
-            self.wake.wait_for(lambda: self.waiting or self.closing or any(s.job for s in self.rows))
-        if self.closing: return self._drop(lambda job: True)
+        with self.wake: self.wake.wait_for(lambda: self.waiting or self.closing or any(s.job for s in self.rows))
+        if self.closing: break
         try:
             self._drop(lambda job: job.gone)
             self._admit()
@@ -163,6 +164,8 @@ def _loop(self:TorchEngine):
             for s in self.rows:
                 if s.job: self._finish(s, 'error', error=str(e) or type(e).__name__)
                 s.ids = []
+    self._drop(lambda job: True)
+    self.ended.set()
 
 @patch
 def _drop(self:TorchEngine, unwanted):
@@ -269,7 +272,7 @@ def _tell(self:TorchEngine, s, job, id, logprobs):
     if reason: self._finish(s, reason, new, logprobs=lp or [])
     elif new or lp: job.tell(new, logprobs=lp or [])
 
-# %% ../../nbs/42_serve.batching.ipynb #6f9ede55
+# %% ../../nbs/42_serve.batching.ipynb #57fbb7e2
 def open_torch_engine(
     model:str|Path, # a run directory, a Hugging Face folder or hub id, or a .gguf file
     slots:int=4, # requests that are worked on at once
@@ -277,12 +280,13 @@ def open_torch_engine(
     threads:int|None=None, # CPU threads
     int8:bool=False, # 8 bits a weight
     device:str='auto', # 'auto', 'cuda', 'mps' or 'cpu'
+    own_thread:bool=True, # False: call `run`
 )->TorchEngine:
     "Open a model for our own engine; raises `SLMError` for one that cannot be opened."
     device = get_device('cpu' if int8 else device)
     gpt, tok = load_model_and_tokenizer(model, device)
     if device.type == 'cuda': gpt = gpt.to(torch.bfloat16 if torch.cuda.is_bf16_supported() else torch.float16)
-    return TorchEngine(gpt, tok, Path(model).stem or 'slm', slots, context, threads, int8)
+    return TorchEngine(gpt, tok, Path(model).stem or 'slm', slots, context, threads, int8, own_thread=own_thread)
 
 # %% ../../nbs/42_serve.batching.ipynb #6951980e
 @torch.inference_mode()

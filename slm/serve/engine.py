@@ -232,7 +232,7 @@ def gguf_of(
         if done.returncode: raise SLMError((done.stderr or done.stdout).strip().splitlines()[-1].removeprefix('slm: '))
     return sorted(out.glob('*.gguf'))[0]
 
-# %% ../../nbs/41_serve.engine.ipynb #9c313349
+# %% ../../nbs/41_serve.engine.ipynb #74b930d9
 def open_engine(
     model:str|Path, # a run directory, a Hugging Face folder or hub id, or a .gguf file
     engine:str='auto', # 'gguf', 'torch', or 'auto': gguf where it can be
@@ -240,6 +240,7 @@ def open_engine(
     context:int|None=None, # tokens that one request may have; the model's own, at most 2048, if not given
     threads:int|None=None, # CPU threads; as many as this process may use if not given
     int8:bool=False, # 8 bits a weight in the torch engine
+    own_thread:bool=True, # False: the torch engine works where its `run` is called
 )->Engine:
     "Open a model for serving; raises `SLMError` for one that cannot be opened."
     if engine not in ('auto', 'gguf', 'torch'): raise SLMError(f"unknown engine '{engine}': use auto, gguf or torch")
@@ -249,4 +250,4 @@ def open_engine(
             if engine == 'gguf': raise
             print(f'not with llama.cpp: {e}', file=sys.stderr)
     from slm.serve.batching import open_torch_engine
-    return open_torch_engine(model, slots, context, threads, int8)
+    return open_torch_engine(model, slots, context, threads, int8, own_thread=own_thread)
