@@ -319,17 +319,22 @@ def test_embeddings(engine, tiny):
         error(post(url, 'embeddings', model='tiny', input='a'), 404); error(post(url, 'embeddings', model='emb', input='a '*2000), 400); error(post(url, 'embeddings', model='emb', input='a', dimensions=5), 400, param='dimensions')
     with running(engine) as (_, url): error(post(url, 'embeddings', model='emb', input='a'), 404, code='model_not_found')
 
-def test_mounted_apps_stand_behind_the_guard(engine):
+def test_mounted_apps_stand_behind_the_guard(engine, monkeypatch):
+    import asyncio
     from fastapi import FastAPI
+    monkeypatch.setattr(api, 'GRACE', .1)
     other, log = FastAPI(), []
     @other.get('/x')
     async def x(): return dict(log=list(log))
+    @other.get('/slow')
+    async def slow(): await asyncio.sleep(60)
     @contextlib.asynccontextmanager
     async def life(app):
         app.mount('/rag', other); log.append('in'); yield; log.append('out')
-    with running(engine, tokens=('a-good-token',), lifespan=life) as (_, url):
-        error(httpx.get(f'{url}/rag/x'), 401)
-        r = httpx.get(f'{url}/rag/x', headers=dict(Authorization='Bearer a-good-token')); assert r.json() == dict(log=['in'])
+    with running(engine, tokens=('a-good-token',), lifespan=life, timeout=.2, max_body=100) as (_, url):
+        error(httpx.get(f'{url}/rag/x'), 401); key = dict(Authorization='Bearer a-good-token')
+        error(httpx.get(f'{url}/rag/slow', headers=key), 504, code='timeout'); error(httpx.post(f'{url}/rag/x', headers=key, content=b'x'*101), 413)
+        r = httpx.get(f'{url}/rag/x', headers=key); assert r.json() == dict(log=['in'])
     assert log == ['in', 'out']
 
 def test_preferences(engine, tmp_path):
@@ -442,7 +447,7 @@ def test_page_in_chromium(engine, browser, tmp_path):
         p, = store.pairs(); assert (p['chosen'], p['rejected']) == (second, first) and [m['role'] for m in p['prompt']] == ['system', 'user'] and page.locator('.answer').count() == 1
         assert store.items()[0].responses[0].sampling == dict(temperature=.7, top_p=.95, max_tokens=30, seed=7)
         page.fill('#max_tokens', '1900'); page.fill('#temperature', '0'); page.fill('#text', 'And then?'); page.keyboard.press('Shift+Enter'); page.locator('#text').press('Enter')
-        page.wait_for_function("document.querySelectorAll('.answer .text')[1] && document.querySelectorAll('.answer .text')[1].textContent.length > 20"); assert len(engine.running) == 1
+        wait_for(lambda: page.locator('.answer .text').count() == 2 and len(page.locator('.answer .text').nth(1).text_content()) > 20); assert len(engine.running) == 1
         page.keyboard.press('Escape'); page.wait_for_selector('text=stopped'); wait_for(lambda: not engine.running); done()
         colour = lambda: page.evaluate('getComputedStyle(document.body).backgroundColor'); light = colour(); page.emulate_media(color_scheme='dark'); assert colour() != light
         page.fill('#max_tokens', '5000'); page.fill('#text', 'More?'); page.press('#text', 'Enter'); page.wait_for_selector('#alert:has-text("at most 2000")'); assert page.input_value('#text') == 'More?'
