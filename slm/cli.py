@@ -7,7 +7,8 @@ __all__ = ['app', 'Json', 'MaxBytes', 'Device', 'VocabSize', 'Tok', 'Base', 'Epo
            'Rate', 'MaxRows', 'Strict', 'Dtype', 'Model', 'Chats', 'SaveMinutes', 'annotate', 'StoreFile', 'Format',
            'Url', 'Project', 'TokenFile', 'main', 'corpus', 'tokenize', 'runs', 'pretrain', 'resume', 'eval_',
            'figures', 'sft', 'annotate_add', 'annotate_report', 'annotate_pairs', 'annotate_export', 'annotate_import',
-           'annotate_push', 'annotate_pull', 'dpo', 'qlora', 'merge', 'open_any', 'demo', 'generate', 'chat']
+           'annotate_push', 'annotate_pull', 'dpo', 'reward', 'rlhf', 'qlora', 'merge', 'open_any', 'demo', 'generate',
+           'chat']
 
 # %% ../nbs/61_cli.ipynb #fff7db54
 import errno, json, os, sys, warnings
@@ -144,7 +145,7 @@ def resume(
     """Go on with an interrupted run.
 
     Example: slm resume runs/books"""
-    import slm.train.sft, slm.train.dpo, slm.train.lora # they say how their stages go on
+    import slm.train.sft, slm.train.dpo, slm.train.lora, slm.train.rlhf # they say how their stages go on
     from slm.train import pretrain as P
     _end(P.resume(run, lr))
 
@@ -309,6 +310,57 @@ def dpo(
     kw = {k:v for k,v in locals().items() if k not in ('base', 'data', 'out')}
     from slm.train import dpo as D
     run = D.dpo(base, data, out, **kw); _end(run)
+    for s in run.info['doctor']: print(f'doctor: {s}')
+
+# %% ../nbs/61_cli.ipynb #11ec7157
+@app.command()
+def reward(
+    base:Base,
+    data:Annotated[str, typer.Option(help='Pairs: .jsonl, .json or .parquet, hf:OWNER/NAME, an annotation store (.db), or world.')]='world',
+    out:Annotated[Path, typer.Option(help='Run directory to make.')]=Path('runs/reward'),
+    center:Annotated[float, typer.Option(help="Weight that holds the scores' mean near zero; 0.01 is usual.")]=0.0,
+    epochs:Epochs=1.0, steps:Steps=None, minutes:Minutes=None, lr:Rate=None,
+    opt:Annotated[str, typer.Option(help='adamw or muon.')]='adamw',
+    bs:Annotated[int, typer.Option(help='Pairs of an optimiser step.')]=16,
+    micro_batch:MicroBatch=None, seq_len:Context=None, max_rows:MaxRows=None,
+    val_frac:Annotated[float, typer.Option(help='Share of the prompts held out.')]=0.1,
+    strict:Strict=False,
+    seed:int=42, device:Device='auto', dtype:Dtype='auto',
+    save_minutes:SaveMinutes=2.0):
+    """Train a model that scores answers, from pairs of answers.
+
+    Example: slm reward runs/sft --data answers.db --out runs/reward"""
+    kw = {k:v for k,v in locals().items() if k not in ('base', 'data', 'out')}
+    from slm.train.rlhf import reward_model
+    _end(reward_model(base, data, out, **kw))
+
+# %% ../nbs/61_cli.ipynb #814f1e70
+@app.command()
+def rlhf(
+    base:Base,
+    reward:Annotated[str, typer.Option(help="What is paid: a run of `slm reward`, 'judge' (of the world), or MODULE:FUNCTION.")]='judge',
+    data:Annotated[str, typer.Option(help='Prompts: world, a file of prompts, pairs or chats, hf:OWNER/NAME, or a store (.db).')]='world',
+    out:Annotated[Path, typer.Option(help='Run directory to make.')]=Path('runs/rlhf'),
+    judge:Annotated[Optional[str], typer.Option(help='As --reward, but only looked at; on the world its judge if not given.')]=None,
+    group:Annotated[int, typer.Option(help='Answers to a prompt.')]=8,
+    iterations:Annotated[int, typer.Option(help='Steps with the same answers.')]=1,
+    beta:Annotated[float, typer.Option(help='What distance from the reference costs.')]=0.04,
+    epsilon:Annotated[float, typer.Option(help='How far a ratio may go before it is clipped.')]=0.2,
+    max_new_tokens:Annotated[int, typer.Option(help='Longest answer in tokens.')]=64,
+    epochs:Epochs=1.0, steps:Steps=None, minutes:Minutes=None, lr:Rate=None,
+    opt:Annotated[str, typer.Option(help='adamw or muon.')]='adamw',
+    bs:Annotated[int, typer.Option(help='Prompts of an optimiser step.')]=8,
+    micro_batch:MicroBatch=None, seq_len:Context=None, max_rows:MaxRows=None,
+    val_frac:Annotated[float, typer.Option(help='Share of the prompts held out.')]=0.1,
+    strict:Strict=False,
+    seed:int=42, device:Device='auto', dtype:Dtype='auto',
+    save_minutes:SaveMinutes=2.0):
+    """Teach a model to earn rewards for its own answers (GRPO).
+
+    Example: slm rlhf runs/sft --reward runs/reward --out runs/rlhf"""
+    kw = {k:v for k,v in locals().items() if k not in ('base', 'data', 'out', 'reward')}
+    from slm.train.rlhf import grpo
+    run = grpo(base, data, reward, out, **kw); _end(run)
     for s in run.info['doctor']: print(f'doctor: {s}')
 
 # %% ../nbs/61_cli.ipynb #5873bebd

@@ -170,7 +170,7 @@ class DecodeBatch:
         params:list[SamplingParams], # one a prompt
         vocab_size:int|None=None, # choose among the first so many tokens; all if not given
     ):
-        c, w, lens = model.cfg, model.get_output_embeddings().weight, [len(p) for p in prompts]
+        c, w, lens = model.cfg, model.get_input_embeddings().weight, [len(p) for p in prompts]
         self.model, self.sampler, self.device, self.v = model, Sampler(params), w.device, vocab_size or c.vocab_size
         max_len = min(c.max_seq_len, max(n + p.max_new_tokens for n,p in zip(lens, params)))
         self.cache = KVCache(c.n_layer, len(prompts), c.n_kv_head, max_len, c.head_dim, w.dtype, w.device)

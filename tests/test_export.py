@@ -1,0 +1,145 @@
+"The export gate: what is written opens elsewhere, what is broken is refused, nothing is left half-written."
+import json, math, os, shutil, struct, subprocess, sys
+from dataclasses import replace
+import numpy as np, pytest, tokenizers, torch
+from gguf import GGUFReader
+from slm.core import RunDir, SLMError
+from slm.data.tokenizer import PRE_TOKENIZERS, Tokenizer, char_tokenizer, train_bpe
+from slm.data.world import World
+from slm.model.gpt import GPT, GPTConfig
+from slm.model.pretrained import rope_to_gguf
+from slm.serve import export as E
+from slm.serve.export import *
+
+pytest.importorskip('xllamacpp', reason="needs: pip install -e '.[serve]'")
+LLAMA3 = dict(rope_type='llama3', factor=8., low_freq_factor=1., high_freq_factor=4., original_max_position_embeddings=16)
+TEXTS = [s.text for s in World().stories(1, 40)]
+TOK = train_bpe(TEXTS, 400)
+BASE = GPTConfig(vocab_size=400, n_layer=2, n_head=2, n_kv_head=1, d_model=64, d_ff=96, max_seq_len=128)
+
+def shaken(**over):
+    "Random values everywhere, norms and biases too"
+    torch.manual_seed(0); m = GPT(replace(BASE, **over)).eval(); g = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for p in m.parameters(): p.add_(.1*torch.randn(p.shape, generator=g))
+    return m
+
+def few(tok=TOK, t=64, n=150): return material(tok, t, 'world', n, 300)
+def failed(checks): return [c.name for c in checks if not c.passed]
+def says(f, *parts):
+    with pytest.raises(SLMError) as e: f()
+    assert '\n' not in str(e.value) and all(p in str(e.value) for p in parts), str(e.value)
+
+@pytest.fixture(scope='module')
+def run(tmp_path_factory):
+    "A run directory with a parent"
+    root = tmp_path_factory.mktemp('runs')
+    for name,parent in (('base', None), ('chat', 'base')):
+        r = RunDir.create(root/name, 'pretrain' if parent is None else 'sft', parent=parent, data=dict(name='world', **({} if parent else dict(license='Apache-2.0'))))
+        shaken().save_pretrained(r.path, TOK); r.add_metrics(valid_bpb=1.5); r.finish()
+    return root/'chat'
+
+# ---- every model that can be said
+
+@pytest.mark.parametrize('over', [{}, dict(qk_norm=True), dict(tied=False), dict(bias=True), dict(n_kv_head=2), dict(head_dim=64), dict(rope_theta=5e5), dict(rope_scaling=LLAMA3),
+    dict(rope_scaling=dict(rope_type='linear', factor=4.)), dict(qk_norm=True, rope_scaling=LLAMA3), dict(norm_eps=1e-2), dict(vocab_size=416)], ids=lambda o: '-'.join(o) or 'plain')
+def test_llama_cpp_computes_the_same(tmp_path, over):
+    m = shaken(**over); export_gguf(m, TOK, tmp_path/'m.gguf', 'f32')
+    assert failed(check_gguf(m, TOK, tmp_path/'m.gguf', 'f32', few())) == []
+
+@pytest.mark.parametrize('kind', KINDS)
+def test_every_kind_opens_and_its_tensors_are_near(tmp_path, kind):
+    m = shaken(d_ff=100); kinds = export_gguf(m, TOK, tmp_path/'m.gguf', kind)
+    assert check_weights(m, tmp_path/'m.gguf', kind).passed
+    assert ('F16' in kinds) == (kind[0] == 'q' or kind == 'f16') and len(LlamaCpp(tmp_path/'m.gguf').nats([0, 5, 9], 400)) == 2
+
+def test_metadata_of_the_file(tmp_path):
+    export_gguf(shaken(vocab_size=410), TOK, tmp_path/'m.gguf', 'f16', 'mine')
+    f = {k: v.contents() for k,v in GGUFReader(tmp_path/'m.gguf').fields.items()}
+    assert (f['general.name'], f['general.architecture'], f['tokenizer.ggml.pre'], f['tokenizer.ggml.add_bos_token']) == ('mine', 'llama', 'gpt-2', False)
+    assert (f['tokenizer.ggml.eos_token_id'], f['tokenizer.ggml.eot_token_id']) == (TOK.eot_id, TOK.end_id)
+    types = f['tokenizer.ggml.token_type']; assert [i for i,t in enumerate(types) if t == 3] == sorted(TOK.special_ids.values()) and types[400:] == [5]*10
+
+def test_generation_ends_at_either_end(tmp_path):
+    m = shaken()
+    for end in (TOK.eot_id, TOK.end_id):
+        export_gguf(m, TOK, tmp_path/'m.gguf', 'f32')
+        r = LlamaCpp(tmp_path/'m.gguf').post('/completion', prompt=[0, 5], n_predict=8, temperature=-1., logit_bias=[[end, 1000.]])
+        assert r['stop_type'] == 'eos' and r['tokens_predicted'] == 1
+
+@pytest.mark.parametrize('pre', PRE_TOKENIZERS)
+def test_each_split_that_has_a_name(tmp_path, pre):
+    d = json.loads(TOK.tok.to_str()); t = tokenizers.Tokenizer.from_str(json.dumps(d)); t.pre_tokenizer = PRE_TOKENIZERS[pre]
+    if pre == 'llama-bpe': d = json.loads(t.to_str()); d['model']['ignore_merges'] = True; t = tokenizers.Tokenizer.from_str(json.dumps(d))
+    tok = Tokenizer(t); assert pre_tokenizer(tok) == pre
+    m = shaken(); export_gguf(m, tok, tmp_path/'m.gguf', 'f16')
+    cpp = LlamaCpp(tmp_path/'m.gguf'); texts = nasty_texts(tok, 2000); assert cpp.encode_batch(texts, tok.pad_id) == tok.encode_batch(texts)
+
+def test_what_cannot_be_said_is_refused(tmp_path):
+    says(lambda: export_gguf(shaken(act='geglu'), TOK, tmp_path/'m.gguf'), 'geglu', '--to hf')
+    says(lambda: export_gguf(shaken(pos='alibi'), TOK, tmp_path/'m.gguf'), "pos='alibi'")
+    chars = char_tokenizer(TEXTS); says(lambda: export_gguf(shaken(vocab_size=chars.vocab_size), chars, tmp_path/'m.gguf'), '--tokenizer bpe')
+    assert not list(tmp_path.iterdir())
+
+# ---- the gate closes
+
+def tampered(tmp_path, tok=TOK, change=None, kind='f32'):
+    m, bad = shaken(), shaken()
+    with torch.no_grad(): (change or (lambda x: None))(bad)
+    export_gguf(bad, tok, tmp_path/'m.gguf', kind); return failed(check_gguf(m, TOK, tmp_path/'m.gguf', kind, few()))
+
+def test_a_lost_merge(tmp_path):
+    d = json.loads(TOK.tok.to_str()); d['model']['merges'].pop(3)
+    assert 'f32 tokens' in tampered(tmp_path, Tokenizer(tokenizers.Tokenizer.from_str(json.dumps(d))))
+
+def test_another_template(tmp_path): assert tampered(tmp_path, Tokenizer(TOK.tok, TOK.chat_template.replace("'<|'", "' <|'"))) == ['f32 chat']
+
+@pytest.mark.parametrize('kind', ['f32', 'q4_0'])
+def test_a_damaged_weight(tmp_path, kind):
+    got = tampered(tmp_path, change=lambda x: x.model.layers[1].mlp.up_proj.weight.mul_(1.3), kind=kind)
+    assert f'{kind} weights' in got and ('f32 logits' in got) == (kind == 'f32')
+
+@pytest.mark.parametrize('value', [math.nan, math.inf])
+def test_no_number(tmp_path, value): assert 'q8_0 weights' in tampered(tmp_path, change=lambda x: x.model.layers[0].mlp.up_proj.weight.fill_(value), kind='q8_0')
+
+def test_a_file_cut_short_fails_its_checks(tmp_path):
+    m = shaken(); export_gguf(m, TOK, tmp_path/'m.gguf', 'f32'); whole = (tmp_path/'m.gguf').read_bytes()
+    for n in (10, 3000, len(whole)-5000):
+        (tmp_path/'m.gguf').write_bytes(whole[:n]); assert failed(check_export(m, TOK, dict(f32=tmp_path/'m.gguf'), few()))[0] == 'f32 opens'
+
+# ---- the whole
+
+def test_export_leaves_a_whole_folder(tmp_path, run):
+    checks = export(run, tmp_path/'out', ('hf', 'f16'), n_tokens=200, n_texts=300)
+    assert failed(checks) == [] and {c.name for c in checks} >= {'hf tokens', 'hf logits', 'hf chat', 'f32 logits', 'f16 perplexity', 'Modelfile chat'}
+    names = {p.name for p in (tmp_path/'out').iterdir()}
+    assert names == {'README.md', 'config.json', 'generation_config.json', 'model.safetensors', 'tokenizer.json', 'tokenizer_config.json', 'chat-F16.gguf', 'Modelfile', 'export.json'}
+    card = (tmp_path/'out'/'README.md').read_text(); assert 'license: apache-2.0' in card and '## sft: chat' in card and '## pretrain: base' in card
+    assert 'FROM ./chat-F16.gguf' in (tmp_path/'out'/'Modelfile').read_text() and 'generation' not in json.loads((tmp_path/'out'/'tokenizer_config.json').read_text())['chat_template'].replace('add_generation', '')
+    export(run, tmp_path/'out', ('hf',), n_tokens=200, n_texts=100); assert not list((tmp_path/'out').glob('*.gguf')) # an earlier export is replaced
+
+def test_a_failed_check_leaves_nothing(tmp_path, run, monkeypatch):
+    monkeypatch.setitem(E.PERPLEXITY, 'f32', -1.) # no export is this good
+    says(lambda: export(run, tmp_path/'out', ('f32',), n_tokens=200, n_texts=100), 'f32 perplexity', 'nothing was written')
+    assert not list(tmp_path.iterdir())
+
+def test_a_judge_that_is_missing_is_named(tmp_path, run, monkeypatch):
+    monkeypatch.setattr(E, 'find_spec', lambda n: None)
+    checks = export(run, tmp_path/'out', ('hf', 'q8_0'), n_tokens=200, n_texts=100); off = [c for c in checks if c.passed is None]
+    assert {c.name for c in off} >= {'hf logits', 'q8_0 tokens', 'q8_0 perplexity'} and all('needs: pip install' in c.note for c in off)
+    assert all(c.passed for c in checks if c not in off)
+
+def test_bad_input_is_one_line(tmp_path, run):
+    (tmp_path/'a').mkdir(); (tmp_path/'a'/'adapter_config.json').touch(); out = tmp_path/'out'
+    for kinds,parts in ((('q4_k_m',), ["'q4_k_m'", 'q4_0']), ((), ['nothing to export'])): says(lambda: export(run, out, kinds), *parts)
+    says(lambda: export(tmp_path/'a', out), 'slm merge'); says(lambda: export(run, tmp_path/'a'), 'something else')
+    says(lambda: export(run, out, text=tmp_path/'none.txt'), 'none.txt'); says(lambda: export(run, out, push='name'), 'OWNER/NAME')
+
+def test_pushing_without_hub_or_login_is_one_line(tmp_path, monkeypatch):
+    import huggingface_hub as hub
+    for v in ('HF_TOKEN', 'HUGGING_FACE_HUB_TOKEN'): monkeypatch.delenv(v, raising=False)
+    monkeypatch.setattr(hub.constants, 'HF_TOKEN_PATH', str(tmp_path/'none')); says(lambda: push_ready('me/model'), 'hf auth login')
+    monkeypatch.setenv('HF_TOKEN', 'hf_x'); (tmp_path/'f').mkdir(); (tmp_path/'f'/'README.md').touch()
+    code = "import sys; from slm.serve.export import *; from slm.core import SLMError\ntry: push_folder(sys.argv[1], 'me/model')\nexcept SLMError as e: print(e)"
+    r = subprocess.run([sys.executable, '-c', code, str(tmp_path/'f')], capture_output=True, text=True, env=dict(os.environ, HF_ENDPOINT='http://127.0.0.1:9'))
+    assert 'is complete, but could not be pushed' in r.stdout and r.stdout.count('\n') == 1 and (tmp_path/'f'/'README.md').exists(), r.stdout+r.stderr
