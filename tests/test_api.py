@@ -5,8 +5,9 @@ from pathlib import Path
 import pytest
 from slm.core import SLMError
 httpx, openai, _ = (pytest.importorskip(m, reason=f'needs: pip install {m}') for m in ('httpx', 'openai', 'xllamacpp'))
-from slm.serve import api
-from slm.serve.api import Settings, create_app, in_background
+from slm.serve import api, gate as doors
+from slm.serve.api import create_app
+from slm.serve.gate import Settings, in_background
 from slm.serve.engine import GGUFEngine, Request, answer_all
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -21,7 +22,9 @@ def tiny(tmp_path_factory):
     from slm.serve.export import export_gguf
     torch.manual_seed(1)
     tok = train_bpe([s.text for s in World().stories(0, 300)], 512); path = tmp_path_factory.mktemp('tiny')/'tiny.gguf'
-    export_gguf(GPT(GPTConfig(vocab_size=tok.vocab_size, n_layer=4, n_head=4, d_model=256, max_seq_len=2048)).eval(), tok, path, 'q8_0')
+    model = GPT(GPTConfig(vocab_size=tok.vocab_size, n_layer=4, n_head=4, d_model=256, max_seq_len=2048)).eval()
+    model.model.embed_tokens.weight.data[[tok.eot_id, tok.end_id]] = 0                   # tied to the head: some other token is always likelier
+    export_gguf(model, tok, path, 'q8_0')
     return path
 
 @pytest.fixture(scope='module')
@@ -164,7 +167,7 @@ def test_a_fault_of_ours_is_500_in_the_same_form(engine):
     class Broken:
         name, model, tok, max_seq_len, slots = 'broken', 'broken', engine.tok, 99, 1
         def submit(self, request, emit):
-            emit(api.Piece('half', completion_tokens=1)); emit(api.Piece(finish_reason='error', error='the disk melted', completion_tokens=1)); return lambda: None
+            emit(doors.Piece('half', completion_tokens=1)); emit(doors.Piece(finish_reason='error', error='the disk melted', completion_tokens=1)); return lambda: None
     app = create_app({'broken': Broken(), 'tiny': engine})
     with in_background(app) as url:
         assert error(httpx.get(f'{url}/readyz'), 503) or True
@@ -179,7 +182,7 @@ def test_a_fault_of_ours_is_500_in_the_same_form(engine):
 # ---- bounds
 
 def test_token_and_names(engine):
-    with running(engine, tokens=('first-token', 'second-token'), hosts=api.LOOPBACK) as (app, url):
+    with running(engine, tokens=('first-token', 'second-token'), hosts=doors.LOOPBACK) as (app, url):
         for path in ('/healthz', '/readyz', '/'): assert httpx.get(url+path).status_code == 200
         for path in ('/metrics', '/openapi.json', '/v1/models', '/nothing'):
             e = error(httpx.get(url+path), 401, code='invalid_api_key'); assert 'Authorization' in e['message']
@@ -192,18 +195,18 @@ def test_token_and_names(engine):
         error(httpx.post(f'{url}/'), 401)
 
 def test_token_file(tmp_path):
-    f = tmp_path/'t'; f.write_text('# one\n\n  a-good-token  \nanother-one\n'); f.chmod(0o600); assert api.read_tokens(f) == ('a-good-token', 'another-one')
+    f = tmp_path/'t'; f.write_text('# one\n\n  a-good-token  \nanother-one\n'); f.chmod(0o600); assert doors.read_tokens(f) == ('a-good-token', 'another-one')
     f.chmod(0o644)
-    with pytest.warns(UserWarning, match='chmod 600'): api.read_tokens(f)
+    with pytest.warns(UserWarning, match='chmod 600'): doors.read_tokens(f)
     for bad,says in (('', 'no token'), ('# a\n', 'no token'), ('short', '8 characters'), ('with space inside', '8 characters')):
         f.write_text(bad); f.chmod(0o600)
-        with pytest.raises(SLMError, match=says): api.read_tokens(f)
-    with pytest.raises(SLMError, match='cannot read'): api.read_tokens(tmp_path/'none')
-    with pytest.raises(SLMError, match='--no-token'): api.check_bind('0.0.0.0', ())
-    assert api.check_bind('0.0.0.0', (), open=True) is None and api.check_bind('::1', ()) == api.LOOPBACK
+        with pytest.raises(SLMError, match=says): doors.read_tokens(f)
+    with pytest.raises(SLMError, match='cannot read'): doors.read_tokens(tmp_path/'none')
+    with pytest.raises(SLMError, match='--no-token'): doors.check_bind('0.0.0.0', ())
+    assert doors.check_bind('0.0.0.0', (), open=True) is None and doors.check_bind('::1', ()) == doors.LOOPBACK
 
 def test_body_is_bounded_whatever_it_claims(engine, monkeypatch):
-    monkeypatch.setattr(api, 'BODY_SECONDS', .3)
+    monkeypatch.setattr(doors, 'BODY_SECONDS', .3)
     with running(engine, max_body=2000) as (app, url):
         error(post(url, prompt='a'*3000), 413, code='request_too_large'); error(httpx.post(f'{url}/v1/completions', content=(b'x'*500 for _ in range(9))), 413)
         assert post(url, prompt='a'*1500, max_tokens=1).status_code in (200, 400)
@@ -322,7 +325,7 @@ def test_embeddings(engine, tiny):
 def test_mounted_apps_stand_behind_the_guard(engine, monkeypatch):
     import asyncio
     from fastapi import FastAPI
-    monkeypatch.setattr(api, 'GRACE', .1)
+    monkeypatch.setattr(doors, 'GRACE', .1)
     other, log = FastAPI(), []
     @other.get('/x')
     async def x(): return dict(log=list(log))
@@ -354,7 +357,8 @@ def test_preferences(engine, tmp_path):
 
 SERVE = '''import sys
 from slm.serve.engine import GGUFEngine
-from slm.serve.api import Settings, create_app, serve
+from slm.serve.api import create_app, serve
+from slm.serve.gate import Settings
 e = GGUFEngine(sys.argv[1], slots=2, threads=1)
 serve(create_app({'tiny': e}, Settings(max_tokens=2000, timeout=60)), port=0, say=lambda s: print(s, flush=True))
 e.close(); print('torch' in sys.modules, flush=True)
@@ -382,7 +386,7 @@ def test_ctrl_c_ends_an_idle_server_at_once(tiny):
     with process(tiny) as (p, url): t0 = time.time(); p.send_signal(signal.SIGINT); assert p.wait(10) == 0 and time.time()-t0 < 3
 
 def test_a_taken_port_is_one_line():
-    with socket.create_server(('127.0.0.1', 0)) as s, pytest.raises(SLMError, match='cannot listen'): api.listen('127.0.0.1', s.getsockname()[1])
+    with socket.create_server(('127.0.0.1', 0)) as s, pytest.raises(SLMError, match='cannot listen'): doors.listen('127.0.0.1', s.getsockname()[1])
 
 # ---- any request
 
