@@ -134,7 +134,7 @@ def main():
     ap.add_argument('model', type=Path, help='a .gguf file'); ap.add_argument('--minutes', type=float, default=10); ap.add_argument('--clients', type=int, default=16)
     ap.add_argument('--slots', type=int, default=4); ap.add_argument('--queue', type=int, default=8); ap.add_argument('--threads', type=int, default=usable_cpus()); ap.add_argument('--repeats', type=int, default=15)
     ap.add_argument('--out', type=Path, default=Path(__file__).parents[1]/'results'/'44_serve.api'/'soak')
-    a = ap.parse_args()
+    a = ap.parse_args(); signal.signal(signal.SIGTERM, lambda *_: sys.exit('ended'))                # so that the server ends too
     run = RunDir.create(a.out, 'bench', config={k: v for k,v in vars(a).items() if k not in ('out', 'model')} | dict(model=a.model.stem, bytes=a.model.stat().st_size), seed=0, exist_ok=True)
     spare = max(1, a.threads-1)                                                           # the server and its client are programs too: a core for them
     with server(a, spare) as (_, url): extra, per = cost(int(url.rsplit(':')[-1]), a, spare)

@@ -167,17 +167,20 @@ def test_a_fault_of_ours_is_500_in_the_same_form(engine):
     class Broken:
         name, model, tok, max_seq_len, slots = 'broken', 'broken', engine.tok, 99, 1
         def submit(self, request, emit):
-            emit(doors.Piece('half', completion_tokens=1)); emit(doors.Piece(finish_reason='error', error='the disk melted', completion_tokens=1)); return lambda: None
-    app = create_app({'broken': Broken(), 'tiny': engine})
+            emit(doors.Piece('half', completion_tokens=1))
+            threading.Timer(.1, emit, [doors.Piece(finish_reason='error', error='the disk melted', completion_tokens=1)]).start(); return lambda: None
+    class Worse(Broken):
+        def submit(self, request, emit): return 1/0
+    app = create_app({'broken': Broken(), 'worse': Worse()})
     with in_background(app) as url:
-        assert error(httpx.get(f'{url}/readyz'), 503) or True
-        wait_for(lambda: app.state.gate.fault); assert 'melted' in error(httpx.get(f'{url}/readyz'), 503, code='not_ready')['message']
+        error(httpx.get(f'{url}/readyz'), 503, code='not_ready'); wait_for(lambda: app.state.gate.fault)
+        assert 'melted' in error(httpx.get(f'{url}/readyz'), 503, code='not_ready')['message'] and httpx.get(f'{url}/healthz').status_code == 200
         error(post(url, model='broken', prompt='a'), 500, code='engine_error', type='server_error')
-        text = post(url, model='broken', prompt='a', stream=True).text
-        assert 'data: [DONE]' not in text and json.loads(text.strip().split('\n\n')[-1][6:])['error']['code'] == 'engine_error' if 'half' in text else error(post(url, model='broken', prompt='a', stream=True), 500)
-        app.state.gate.models['broken'].submit = None
-        Broken.submit = lambda *a: 1/0; del app.state.gate.models['broken'].__dict__['submit']
-        error(post(url, model='broken', prompt='a'), 500)
+        parts = post(url, model='broken', prompt='a', stream=True).text.strip().split('\n\n')
+        assert len(parts) == 2 and json.loads(parts[0][6:])['choices'][0]['text'] == 'half' and json.loads(parts[1][6:])['error']['code'] == 'engine_error'
+        error(post(url, model='worse', prompt='a'), 500, type='server_error'); assert app.state.gate.load == {'broken': 0, 'worse': 0}
+    app = create_app({'worse': Worse()})
+    with in_background(app) as url: wait_for(lambda: app.state.gate.fault); assert 'ZeroDivisionError' in error(httpx.get(f'{url}/readyz'), 503)['message']
 
 # ---- bounds
 

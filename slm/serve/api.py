@@ -170,7 +170,7 @@ class EventStream(Response):
             if not begun: return await e.response()(scope, receive, send)
             await write(event(e.body), False)
 
-# %% ../../nbs/44_serve.api.ipynb #b2893968
+# %% ../../nbs/44_serve.api.ipynb #4a67fc80
 async def events(
     form:ChatForm|TextForm,
     body:ChatBody|TextBody,
@@ -200,7 +200,7 @@ async def respond(
     if kept: stream, n = _replayed(kept), len(kept)
     else:
         gate.admit(body.model, 1)                                                       # before the work of encoding
-        stream = job = Job(gate, body.model, await asyncio.to_thread(engine_requests, body, engine, s)); n = len(job.requests)
+        stream = job = Job(gate, body.model, await asyncio.to_thread(engine_requests, body, engine, s), not s.output_filter); n = len(job.requests)
         if s.output_filter: stream = filtered(job, s.output_filter, s.threshold)
         if key: stream = remembered(stream, functools.partial(gate.cache.put, key))
     headers = {'X-SLM-Cache': 'hit' if kept else 'miss'} if key else {}
@@ -215,7 +215,7 @@ async def respond(
     return JSONResponse(dict(id=form.prefix+uuid.uuid4().hex, object=form.object, created=int(time.time()), model=body.model, usage=usage(whole, body.n),
         choices=[choice(form, i, p) for i,p in whole.items()]), headers=headers)
 
-# %% ../../nbs/44_serve.api.ipynb #8f4a5b35
+# %% ../../nbs/44_serve.api.ipynb #3c73583d
 class ErrorText(BaseModel):
     "What went wrong."
     message:str # one line
@@ -240,7 +240,7 @@ def _card(gate, name, **kw): return dict(id=name, object='model', created=gate.b
 @router.get('/models')
 async def models(request:fastapi.Request):
     g = request.app.state.gate
-    return dict(object='list', data=[_card(g, m, max_model_len=e.max_seq_len) for m,e in g.models.items()] + [_card(g, m) for m in request.app.state.embed])
+    return dict(object='list', data=[_card(g, m, max_model_len=e.max_seq_len) for m,e in g.models.items()] + [_card(g, m) for m in request.app.state.embed if m not in g.models])
 
 @router.get('/models/{name:path}')
 async def model(name:str, request:fastapi.Request):

@@ -341,7 +341,7 @@ async def bounded_body(
 @patch
 async def body(self:Guard, receive): return await bounded_body(receive, self.gate.settings.max_body)
 
-# %% ../../nbs/43_serve.gate.ipynb #f3eeb3f5
+# %% ../../nbs/43_serve.gate.ipynb #ed3ae230
 def join(
     parts:list[Piece], # pieces of one answer, in order
 )->Piece:
@@ -356,9 +356,10 @@ class Job:
         gate:Gate,
         name:str, # of the model
         requests:list[Request], # one for each choice
+        joins:bool=True, # may pieces that waited be joined?
     ):
         gate.admit(name, len(requests))
-        self.gate, self.name, self.requests, self.why, self.cancels = gate, name, requests, None, []
+        self.gate, self.name, self.requests, self.joins, self.why, self.cancels = gate, name, requests, joins, None, []
         self.loop, self.news, self.waiting = asyncio.get_running_loop(), asyncio.Event(), deque()
         self.born = time.perf_counter(); self.open = set(range(len(requests)))           # choices that have not ended
         self.last = [None]*len(requests)                                                # when each choice's last piece came, and its tokens
@@ -394,7 +395,7 @@ def _arrived(self:Job, i, p):
         for kind,k in (('prompt', p.prompt_tokens), ('cached', p.cached_tokens), ('completion', p.completion_tokens)): m.tokens.labels(name, kind).inc(k)
     self.news.set()
 
-# %% ../../nbs/43_serve.gate.ipynb #fe69dcc5
+# %% ../../nbs/43_serve.gate.ipynb #426450e0
 @patch
 async def __aiter__(self:Job)->AsyncIterator[tuple[int,Piece]]:
     "Pieces until each choice has ended; raises `ClientGone`, or `APIError` when the time is up or the engine failed."
@@ -404,8 +405,7 @@ async def __aiter__(self:Job)->AsyncIterator[tuple[int,Piece]]:
         if self.why == 'gone': raise ClientGone
         if self.why == 'timeout': raise APIError(504, f'not done within {self.gate.settings.timeout:g} s: ask for fewer tokens', code='timeout')
         while self.waiting: i, p = self.waiting.popleft(); batch.setdefault(i, []).append(p)
-        for i,ps in batch.items():
-            p = join(ps)
+        for i,p in ((i, p) for i,ps in batch.items() for p in ([join(ps)] if self.joins else ps)):
             if p.finish_reason: left.discard(i)
             if p.error: raise self._failed(p)
             yield i, p
