@@ -98,7 +98,7 @@ class Crowd:
 
     async def gone(self, c, rng):
         try: r = await c.post(f'{self.url}/v1/chat/completions', json=chat(rng, max_tokens=500), timeout=rng.random()); self.note('hangs up', r.status_code, r.status_code in (200, 429))
-        except httpx.ReadTimeout: self.note('hangs up', 'left', True)
+        except httpx.TimeoutException: self.note('hangs up', 'left', True)
 
     async def bad(self, c, rng):
         body, want = rng.choice([(b'{', {422}), (json.dumps(chat(rng, temperature=9)).encode(), {422}), (json.dumps(chat(rng, tools=[1])).encode(), {400}), (json.dumps(chat(rng, model='x')).encode(), {404}),

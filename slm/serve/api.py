@@ -28,7 +28,7 @@ from ..core import *
 from .engine import *
 from .gate import *
 
-# %% ../../nbs/44_serve.api.ipynb #947c2a3b
+# %% ../../nbs/44_serve.api.ipynb #8da8b6cf
 def engine_requests(
     body:ChatBody|TextBody,
     engine:Engine,
@@ -42,15 +42,16 @@ def engine_requests(
         front = [tok.bos_id] if tok.bos_id != tok.eot_id else []
         prompts = [front+tok.encode(p) if isinstance(p, str) else p for p in ([body.prompt] if one else body.prompt)]
     asked = (body.max_completion_tokens if chat else None) or body.max_tokens
-    if asked and asked > settings.max_tokens: raise APIError(400, f'max_tokens is {asked}: at most {settings.max_tokens} are granted here', 'max_tokens')
+    if asked and asked > settings.max_tokens:
+        raise APIError(400, f'max_tokens is {asked}: at most {settings.max_tokens} are granted here', 'max_tokens')
     f = body.response_format
-    kw = dict(max_new_tokens=asked or (settings.max_tokens if chat else 16), temperature=body.temperature, top_k=body.top_k, top_p=body.top_p, min_p=body.min_p,
-              repetition_penalty=body.repetition_penalty, stop=[body.stop] if isinstance(body.stop, str) else body.stop,
-              logprobs=(body.top_logprobs if body.logprobs else None) if chat else body.logprobs,
-              schema=None if f.type == 'text' else f.json_schema.json_schema if f.json_schema else {})
+    kw = {k: getattr(body, k) for k in ('temperature', 'top_k', 'top_p', 'min_p', 'repetition_penalty')}
+    kw |= dict(max_new_tokens=asked or (settings.max_tokens if chat else 16), stop=[body.stop] if isinstance(body.stop, str) else body.stop,
+               logprobs=(body.top_logprobs if body.logprobs else None) if chat else body.logprobs,
+               schema=None if f.type == 'text' else f.json_schema.json_schema if f.json_schema else {})
     return [Request(ids, seed=None if body.seed is None else body.seed+j, **kw) for ids in prompts for j in range(body.n)]
 
-# %% ../../nbs/44_serve.api.ipynb #2dde88e5
+# %% ../../nbs/44_serve.api.ipynb #d149c3c7
 _say = lambda b: b.decode('utf-8', 'replace')
 
 class ChatForm:
@@ -61,20 +62,21 @@ class ChatForm:
         return dict(content=[one(l.token, l.logprob) | dict(top_logprobs=[one(b, lp) for _,b,lp in l.top]) for l in ls], refusal=None)
     def whole(self, text): return dict(message=dict(role='assistant', content=text, refusal=None))
     def part(self, text): return dict(delta=dict(content=text) if text else {})
-    def opening(self, n): return [dict(index=i, delta=dict(role='assistant', content=''), logprobs=None, finish_reason=None) for i in range(n)]
+    def opening(self, n):
+        return [dict(index=i, delta=dict(role='assistant', content=''), logprobs=None, finish_reason=None) for i in range(n)]
 
 class TextForm:
     "The words of /v1/completions."
     object, event, prefix = 'text_completion', 'text_completion', 'cmpl-'
     def probs(self, ls, at):
         size = [len(_say(l.token)) for l in ls]
-        return dict(tokens=[_say(l.token) for l in ls], token_logprobs=[l.logprob for l in ls], text_offset=[at+sum(size[:k]) for k in range(len(ls))],
-                    top_logprobs=[{_say(b): lp for _,b,lp in l.top} for l in ls])
+        return dict(tokens=[_say(l.token) for l in ls], token_logprobs=[l.logprob for l in ls],
+                    text_offset=[at+sum(size[:k]) for k in range(len(ls))], top_logprobs=[{_say(b): lp for _,b,lp in l.top} for l in ls])
     def whole(self, text): return dict(text=text)
     part = whole
     def opening(self, n): return []
 
-# %% ../../nbs/44_serve.api.ipynb #280976dd
+# %% ../../nbs/44_serve.api.ipynb #a82543f7
 def choice(
     form:ChatForm|TextForm,
     i:int, # which one
@@ -83,7 +85,8 @@ def choice(
     at:int=0, # characters before
 )->dict:
     "One choice as the client reads it."
-    return dict(index=i, **(form.part if part else form.whole)(p.text), logprobs=form.probs(p.logprobs, at) if p.logprobs else None, finish_reason=p.finish_reason)
+    return dict(index=i, **(form.part if part else form.whole)(p.text), logprobs=form.probs(p.logprobs, at) if p.logprobs else None,
+                finish_reason=p.finish_reason)
 
 def usage(
     ends:dict[int,Piece], # last piece of each choice
@@ -120,13 +123,14 @@ def load_filter(
     try: return getattr(importlib.import_module(mod), fn)
     except (ImportError, AttributeError, ValueError) as e: raise SLMError(f"no filter '{name}' ({e}): give MODULE:FUNCTION") from None
 
-# %% ../../nbs/44_serve.api.ipynb #1e1e873f
+# %% ../../nbs/44_serve.api.ipynb #b3522735
 def cache_key(
     gate:Gate,
     body:ChatBody|TextBody,
 )->bytes|None: # None when the answer must not, or need not, be kept
     "What decides the answer, as a hash."
-    if not gate.cache.size or body.logprobs is not type(body).model_fields['logprobs'].default or (body.temperature and body.seed is None): return None
+    if not gate.cache.size or body.logprobs is not type(body).model_fields['logprobs'].default: return None
+    if body.temperature and body.seed is None: return None
     d = {k:v for k,v in body.model_dump().items() if k in type(body).model_fields and k not in ('stream', 'stream_options')}
     return hashlib.sha256(json.dumps([type(body).__name__, d], sort_keys=True).encode()).digest()
 
@@ -170,7 +174,9 @@ class EventStream(Response):
             if not begun: return await e.response()(scope, receive, send)
             await write(event(e.body), False)
 
-# %% ../../nbs/44_serve.api.ipynb #4a67fc80
+# %% ../../nbs/44_serve.api.ipynb #3598bc31
+def _head(form, body, kind): return dict(id=form.prefix+uuid.uuid4().hex, object=kind, created=int(time.time()), model=body.model)
+
 async def events(
     form:ChatForm|TextForm,
     body:ChatBody|TextBody,
@@ -179,7 +185,7 @@ async def events(
 )->AsyncIterator[dict]:
     "A stream's events as the client reads them."
     told = body.stream_options.include_usage
-    head = dict(id=form.prefix+uuid.uuid4().hex, object=form.event, created=int(time.time()), model=body.model) | (dict(usage=None) if told else {})
+    head = _head(form, body, form.event) | (dict(usage=None) if told else {})
     at, ends, first = [0]*n, {}, True
     async for i,p in stream:
         if first and (cs := form.opening(n)): yield head | dict(choices=cs)
@@ -189,6 +195,7 @@ async def events(
         if p.finish_reason: ends[i] = p
     if told: yield head | dict(choices=[], usage=usage(ends, body.n))
 
+# %% ../../nbs/44_serve.api.ipynb #a2919375
 async def respond(
     body:ChatBody|TextBody,
     request:fastapi.Request,
@@ -200,7 +207,8 @@ async def respond(
     if kept: stream, n = _replayed(kept), len(kept)
     else:
         gate.admit(body.model, 1)                                                       # before the work of encoding
-        stream = job = Job(gate, body.model, await asyncio.to_thread(engine_requests, body, engine, s), not s.output_filter); n = len(job.requests)
+        requests = await asyncio.to_thread(engine_requests, body, engine, s)
+        stream = job = Job(gate, body.model, requests, joins=not s.output_filter); n = len(requests)
         if s.output_filter: stream = filtered(job, s.output_filter, s.threshold)
         if key: stream = remembered(stream, functools.partial(gate.cache.put, key))
     headers = {'X-SLM-Cache': 'hit' if kept else 'miss'} if key else {}
@@ -212,10 +220,10 @@ async def respond(
             async for i,p in stream: got.setdefault(i, []).append(p)
     except ClientGone: return Response(status_code=499)                                # nobody reads it; the figures show it
     whole = {i: join(ps) for i,ps in sorted(got.items())}
-    return JSONResponse(dict(id=form.prefix+uuid.uuid4().hex, object=form.object, created=int(time.time()), model=body.model, usage=usage(whole, body.n),
-        choices=[choice(form, i, p) for i,p in whole.items()]), headers=headers)
+    answer = _head(form, body, form.object) | dict(choices=[choice(form, i, p) for i,p in whole.items()], usage=usage(whole, body.n))
+    return JSONResponse(answer, headers=headers)
 
-# %% ../../nbs/44_serve.api.ipynb #3c73583d
+# %% ../../nbs/44_serve.api.ipynb #c0ff76be
 class ErrorText(BaseModel):
     "What went wrong."
     message:str # one line
@@ -240,7 +248,8 @@ def _card(gate, name, **kw): return dict(id=name, object='model', created=gate.b
 @router.get('/models')
 async def models(request:fastapi.Request):
     g = request.app.state.gate
-    return dict(object='list', data=[_card(g, m, max_model_len=e.max_seq_len) for m,e in g.models.items()] + [_card(g, m) for m in request.app.state.embed if m not in g.models])
+    talk = [_card(g, m, max_model_len=e.max_seq_len) for m,e in g.models.items()]
+    return dict(object='list', data=talk + [_card(g, m) for m in request.app.state.embed if m not in g.models])
 
 @router.get('/models/{name:path}')
 async def model(name:str, request:fastapi.Request):
@@ -248,7 +257,7 @@ async def model(name:str, request:fastapi.Request):
     if not found: request.app.state.gate.engine(name)
     return found[0]
 
-# %% ../../nbs/44_serve.api.ipynb #d287cf2f
+# %% ../../nbs/44_serve.api.ipynb #43c70210
 Embed = Callable[[list[str]], tuple[list[list[float]],int]] # texts -> a vector for each; tokens read. Raises `SLMError`
 
 class EmbeddingBody(Body):
@@ -261,7 +270,8 @@ async def embeddings(body:EmbeddingBody, request:fastapi.Request):
     by_name, extra = request.app.state.embed, body.model_extra or {}
     if extra.get('dimensions') is not None: raise APIError(400, 'dimensions is not supported here', 'dimensions', 'unsupported_parameter')
     if body.model not in by_name:
-        raise APIError(404, f"no embedding model '{body.model[:100]}': there is {', '.join(by_name) or 'none here'}", 'model', 'model_not_found')
+        there = ', '.join(by_name) or 'none here'
+        raise APIError(404, f"no embedding model '{body.model[:100]}': there is {there}", 'model', 'model_not_found')
     g, texts = request.app.state.gate, [body.input] if isinstance(body.input, str) else body.input
     if g.embedding > g.settings.queue: raise APIError(429, 'the queue is full: try again later', code='queue_full', retry=1)
     g.embedding += 1
@@ -292,9 +302,9 @@ def gguf_embed(
         return [d['embedding'] for d in res['data']], res['usage']['prompt_tokens']
     return embed
 
-# %% ../../nbs/44_serve.api.ipynb #e0d4692b
-THUMBS = '''CREATE TABLE IF NOT EXISTS thumbs(prompt TEXT NOT NULL, text TEXT NOT NULL, annotator TEXT NOT NULL, up INTEGER NOT NULL, sampling TEXT NOT NULL,
-  run TEXT NOT NULL, at REAL NOT NULL, PRIMARY KEY(prompt, text, annotator))'''
+# %% ../../nbs/44_serve.api.ipynb #bdf19c8e
+THUMBS = '''CREATE TABLE IF NOT EXISTS thumbs(prompt TEXT NOT NULL, text TEXT NOT NULL, annotator TEXT NOT NULL,
+  up INTEGER NOT NULL, sampling TEXT NOT NULL, run TEXT NOT NULL, at REAL NOT NULL, PRIMARY KEY(prompt, text, annotator))'''
 
 def add_judgement(
     store:'PreferenceStore',
@@ -305,13 +315,15 @@ def add_judgement(
     seconds:float|None=None, # from showing to judging
 )->int: # number of the judgement
     "Record a comparison; raises `SLMError` for what is none."
-    if not isinstance(choice, str) and choice >= len(responses): raise SLMError(f'choice {choice}: there are {len(responses)} responses, from 0')
-    key = json.dumps([prompt, sorted(r['text'] for r in responses)]).encode(); source = 'chat-'+hashlib.blake2b(key, digest_size=8).hexdigest()
+    if not isinstance(choice, str) and choice >= len(responses): raise SLMError(f'choice {choice} of {len(responses)}: count from 0')
+    key = json.dumps([prompt, sorted(r['text'] for r in responses)]).encode()
+    source = 'chat-'+hashlib.blake2b(key, digest_size=8).hexdigest()
     known = store._items('WHERE source=?', source)
     if not known: store.add_items([dict(prompt=prompt, responses=responses, source=source)]); known = store._items('WHERE source=?', source)
     item, now, at = known[0], time.time(), {r.text: k for k,r in enumerate(known[0].responses)}
     shown = [at[r['text']] for r in responses]
-    return store.judge(item, choice if isinstance(choice, str) else shown[choice], annotator, shown, None if seconds is None else now-seconds, now)
+    started = None if seconds is None else now-seconds
+    return store.judge(item, choice if isinstance(choice, str) else shown[choice], annotator, shown, started, now)
 
 def add_thumb(
     store:'PreferenceStore',
@@ -324,12 +336,14 @@ def add_thumb(
     row = lambda r: dict(text=r['text'], run=r['run'], sampling=json.loads(r['sampling'])); key = json.dumps(prompt)
     with store.transaction():
         store.db.execute(THUMBS)
-        store.db.execute('INSERT OR REPLACE INTO thumbs VALUES(?,?,?,?,?,?,?)', (key, response['text'], annotator, up, json.dumps(response['sampling']), response['run'], time.time()))
-        others = store.db.execute('SELECT * FROM thumbs WHERE prompt=? AND annotator=? AND text<>? AND up<>? ORDER BY at', (key, annotator, response['text'], up)).fetchall()
+        store.db.execute('INSERT OR REPLACE INTO thumbs VALUES(?,?,?,?,?,?,?)',
+                         (key, response['text'], annotator, up, json.dumps(response['sampling']), response['run'], time.time()))
+        others = store.db.execute('SELECT * FROM thumbs WHERE prompt=? AND annotator=? AND text<>? AND up<>? ORDER BY at',
+                                  (key, annotator, response['text'], up)).fetchall()
     for o in others: add_judgement(store, prompt, [row(o), response], int(up), annotator)
     return len(others)
 
-# %% ../../nbs/44_serve.api.ipynb #445225e5
+# %% ../../nbs/44_serve.api.ipynb #174f6502
 class Judged(BaseModel):
     "One answer, and how it was made."
     text:str=Field(min_length=1) # what it says
@@ -340,13 +354,13 @@ class JudgeBody(BaseModel):
     "A comparison, or thumbs."
     messages:list[Message]=Field(min_length=1, max_length=1024) # the conversation that was answered
     responses:list[Judged]=Field(min_length=1, max_length=8) # the answers, in the order in which they were shown; one for thumbs
-    choice:Annotated[int, Field(ge=0, le=7)]|Literal['tie', 'skip', 'up', 'down'] # index of the better one, 'tie', 'skip'; 'up' or 'down' for thumbs
+    choice:Annotated[int, Field(ge=0, le=7)]|Literal['tie', 'skip', 'up', 'down'] # index of the better one, …; 'up', 'down' for one alone
     annotator:str=Field('page', min_length=1, max_length=100) # who judges
     seconds:float|None=Field(None, ge=0, lt=10**6, allow_inf_nan=False) # from showing to judging
 
 def _store(request):
-    if (s := request.app.state.store) is None: raise APIError(404, 'this server keeps no preferences: start it with --preferences FILE', code='no_preferences')
-    return s
+    if request.app.state.store: return request.app.state.store
+    raise APIError(404, 'this server keeps no preferences: start it with --preferences FILE', code='no_preferences')
 
 @router.get('/preferences')
 async def preferences(request:fastapi.Request):
@@ -356,12 +370,12 @@ async def preferences(request:fastapi.Request):
 @router.post('/preferences')
 async def judge(body:JudgeBody, request:fastapi.Request):
     s, thumb = _store(request), body.choice in ('up', 'down')
-    if thumb != (len(body.responses) == 1): raise APIError(400, "'up' and 'down' are for one response, other choices for two or more", 'choice')
+    if thumb != (len(body.responses) == 1): raise APIError(400, "'up' and 'down' are for one response, the rest for two or more", 'choice')
     args = [m.plain() for m in body.messages], [r.model_dump() for r in body.responses]
     if thumb: return dict(pairs=await asyncio.to_thread(add_thumb, s, args[0], args[1][0], body.choice == 'up', body.annotator))
     return dict(judgement=await asyncio.to_thread(add_judgement, s, *args, body.choice, body.annotator, body.seconds))
 
-# %% ../../nbs/44_serve.api.ipynb #5f159fde
+# %% ../../nbs/44_serve.api.ipynb #54fccd44
 def create_app(
     models:dict[str,Engine], # the name that clients say -> engine; they stay the caller's, who closes them
     settings:Settings=Settings(),
@@ -382,9 +396,7 @@ def create_app(
         app.state.store = PreferenceStore(settings.preferences)
     app.include_router(router); app.include_router(_rest)
     app.add_middleware(Guard, gate=gate)
-    for kind,f in ((APIError, lambda r, e: e.response()), (SLMError, lambda r, e: APIError(400, str(e)).response()), (HTTPException, _http_error),
-                   (RequestValidationError, _schema_error), (Exception, lambda r, e: APIError(500, 'the server failed: its log says why').response())):
-        app.add_exception_handler(kind, f)
+    for kind,f in _ERRORS.items(): app.add_exception_handler(kind, f)
     gate.paths = {r.path for r in [*router.routes, *_rest.routes]} | {'/openapi.json'}
     return app
 
@@ -394,12 +406,16 @@ async def _warm_up(gate):
         gate.ready = True
     except Exception as e: gate.fault = f'{type(e).__name__}: {e}'                        # whatever it is, /readyz has to tell
 
-# %% ../../nbs/44_serve.api.ipynb #e6f71467
+# %% ../../nbs/44_serve.api.ipynb #6c2c1ff6
 def _http_error(request, e): return APIError(e.status_code, f'{request.method} {request.url.path[:200]}: {e.detail}').response()
 
 def _schema_error(request, e):
     at = [x for x in e.errors()[0]['loc'] if x != 'body']
-    return APIError(422, f"{'.'.join(map(str, at)) or 'the body'}: {e.errors()[0]['msg']}"[:500], str(at[0]) if at else None, 'invalid_request').response()
+    says = f"{'.'.join(map(str, at)) or 'the body'}: {e.errors()[0]['msg']}"[:500]
+    return APIError(422, says, str(at[0]) if at else None, 'invalid_request').response()
+
+_ERRORS = {APIError: lambda r, e: e.response(), SLMError: lambda r, e: APIError(400, str(e)).response(), HTTPException: _http_error,
+           RequestValidationError: _schema_error, Exception: lambda r, e: APIError(500, 'the server failed: its log says why').response()}
 
 _rest = APIRouter(include_in_schema=False)
 
@@ -414,22 +430,27 @@ async def readyz(request:fastapi.Request):
     return dict(status='ready')
 
 @_rest.get('/metrics')
-async def metrics(request:fastapi.Request): return Response(generate_latest(request.app.state.gate.metrics.registry), media_type=CONTENT_TYPE_LATEST)
+async def metrics(request:fastapi.Request):
+    return Response(generate_latest(request.app.state.gate.metrics.registry), media_type=CONTENT_TYPE_LATEST)
 
-# %% ../../nbs/44_serve.api.ipynb #b50fd25a
+# %% ../../nbs/44_serve.api.ipynb #ca68ebf7
 @functools.lru_cache
 def chat_page()->tuple[bytes,dict[str,str]]: # HTML, headers
     "The chat page, and the policy that it is served under."
     html = (resources.files('slm.serve')/'chat.html').read_text(encoding='utf-8')
-    sha = lambda tag: f"'sha256-{base64.b64encode(hashlib.sha256(re.search(f'<{tag}>(.*?)</{tag}>', html, re.S)[1].encode()).digest()).decode()}'"
-    policy = f"default-src 'none'; script-src {sha('script')}; style-src {sha('style')}; connect-src 'self'; img-src data:; base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
-    return html.encode(), {'Content-Security-Policy': policy, 'X-Content-Type-Options': 'nosniff', 'Referrer-Policy': 'no-referrer', 'Cache-Control': 'no-cache'}
+    def sha(tag):
+        inside = re.search(f'<{tag}>(.*?)</{tag}>', html, re.S)[1].encode()
+        return f"'sha256-{base64.b64encode(hashlib.sha256(inside).digest()).decode()}'"
+    policy = (f"default-src 'none'; script-src {sha('script')}; style-src {sha('style')}; connect-src 'self'; img-src data:; "
+              "base-uri 'none'; form-action 'none'; frame-ancestors 'none'")
+    return html.encode(), {'Content-Security-Policy': policy, 'X-Content-Type-Options': 'nosniff',
+                           'Referrer-Policy': 'no-referrer', 'Cache-Control': 'no-cache'}
 
 @_rest.get('/')
 async def page():
     html, headers = chat_page(); return Response(html, media_type='text/html; charset=utf-8', headers=headers)
 
-# %% ../../nbs/44_serve.api.ipynb #bf9fc97e
+# %% ../../nbs/44_serve.api.ipynb #c359e366
 HEADER_SECONDS = 20 # in which a request's first lines must arrive
 
 class Protocol(H11Protocol):
@@ -451,16 +472,18 @@ class Protocol(H11Protocol):
         if not silent and self.timer: self.timer.cancel(); self.timer = None
     def send_400_response(self, msg):
         body = json.dumps(APIError(400, msg).body).encode()
-        self.transport.write(b'HTTP/1.1 400 Bad Request\r\nContent-Type: application/json\r\nConnection: close\r\nContent-Length: %d\r\n\r\n' % len(body) + body)
+        self.transport.write(b'HTTP/1.1 400 Bad Request\r\nContent-Type: application/json\r\nConnection: close\r\n'
+                             b'Content-Length: %d\r\n\r\n' % len(body) + body)
         self.transport.close()
 
-# %% ../../nbs/44_serve.api.ipynb #4e50f53e
+# %% ../../nbs/44_serve.api.ipynb #ac41cb79
 class Server(uvicorn.Server):
     "Leaves without dropping a request: the first signal drains, a second one ends at once."
     def __init__(self,
         app:FastAPI, # from `create_app`
     ):
-        super().__init__(uvicorn.Config(app, http=Protocol, ws='none', loop='asyncio', log_level='warning', access_log=False, timeout_graceful_shutdown=5))
+        super().__init__(uvicorn.Config(app, http=Protocol, ws='none', loop='asyncio', log_level='warning', access_log=False,
+                                        timeout_graceful_shutdown=5))
         self.gate = app.state.gate
     def handle_exit(self, sig, frame):
         if self.gate.draining is not None: self.should_exit = self.force_exit = True

@@ -24,7 +24,7 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 from ..core import *
 from .engine import *
 
-# %% ../../nbs/43_serve.gate.ipynb #829eae54
+# %% ../../nbs/43_serve.gate.ipynb #20977132
 @contextlib.contextmanager
 def in_background(
     app, # an ASGI application
@@ -45,7 +45,7 @@ def listen(
 )->socket.socket:
     "A listening socket; raises `SLMError` when the address cannot be had."
     try: return socket.create_server((host, port), family=socket.AF_INET6 if ':' in host else socket.AF_INET)
-    except (OSError, OverflowError) as e: raise SLMError(f'cannot listen on {host} port {port} ({e}): choose another --host or --port') from None
+    except (OSError, OverflowError) as e: raise SLMError(f'cannot listen on {host} port {port} ({e}): choose another --port') from None
 
 # %% ../../nbs/43_serve.gate.ipynb #d6f2ac93
 _KINDS = {401: 'authentication_error', 429: 'rate_limit_error'}
@@ -142,10 +142,10 @@ class TextBody(Sampled):
         list[Annotated[list[Id], Field(min_length=1)]], Field(min_length=1, max_length=128)] # text or token ids, one prompt or several
     logprobs:int|None=Field(None, ge=0, le=5) # report each token's log-probability and those of so many others
 
-# %% ../../nbs/43_serve.gate.ipynb #041212ad
-OFF = dict(tools=([],), functions=([],), tool_choice=('none', 'auto'), function_call=('none', 'auto'), logit_bias=({},), presence_penalty=(0,),
-           frequency_penalty=(0,), best_of=(1,), echo=(False,), suffix=('',), modalities=(['text'],), audio=(), web_search_options=(),
-           reasoning_effort=('none',), verbosity=('medium',))
+# %% ../../nbs/43_serve.gate.ipynb #f687c064
+OFF = dict(tools=([],), functions=([],), tool_choice=('none', 'auto'), function_call=('none', 'auto'), logit_bias=({},),
+           presence_penalty=(0,), frequency_penalty=(0,), best_of=(1,), echo=(False,), suffix=('',), modalities=(['text'],), audio=(),
+           web_search_options=(), reasoning_effort=('none',), verbosity=('medium',))
 
 def check_supported(
     body:Body,
@@ -154,13 +154,16 @@ def check_supported(
     for k,off in OFF.items():
         v = (body.model_extra or {}).get(k)
         if v is not None and v not in off:
-            raise APIError(400, f'{k} is not supported here' + (f': leave it out, or give {json.dumps(off[0])}' if off else ''), k, 'unsupported_parameter')
+            or_give = f', or give {json.dumps(off[0])}' if off else ''
+            raise APIError(400, f'{k} is not supported here: leave it out{or_give}', k, 'unsupported_parameter')
     if not isinstance(body, Sampled): return
-    if body.stream_options.include_usage and not body.stream: raise APIError(400, 'stream_options is for streams: set stream', 'stream_options')
+    def need(ok, message, param):
+        if not ok: raise APIError(400, message, param)
     f = body.response_format
-    if (f.type == 'json_schema') != (f.json_schema is not None): raise APIError(400, 'json_schema belongs to type json_schema', 'response_format')
-    if len(json.dumps(f.json_schema.json_schema if f.json_schema else '')) > 2**14: raise APIError(400, 'the schema is too long', 'response_format')
-    if isinstance(body, ChatBody) and body.top_logprobs and not body.logprobs: raise APIError(400, 'top_logprobs needs logprobs', 'top_logprobs')
+    need(body.stream or not body.stream_options.include_usage, 'stream_options is for streams: set stream', 'stream_options')
+    need((f.type == 'json_schema') == (f.json_schema is not None), 'json_schema belongs to type json_schema', 'response_format')
+    need(len(json.dumps(f.json_schema.json_schema if f.json_schema else '')) <= 2**14, 'the schema is too long', 'response_format')
+    need(not isinstance(body, ChatBody) or body.logprobs or not body.top_logprobs, 'top_logprobs needs logprobs', 'top_logprobs')
 
 # %% ../../nbs/43_serve.gate.ipynb #d76c8ac1
 @dataclass
@@ -178,7 +181,7 @@ class Settings:
     threshold:float=.5 # text above this is withheld
     preferences:str|Path|None=None # store for judgements from the chat page
 
-# %% ../../nbs/43_serve.gate.ipynb #5770f338
+# %% ../../nbs/43_serve.gate.ipynb #98a9c558
 def read_tokens(
     path:str|Path, # one token a line; empty lines and lines that begin with # are skipped
 )->tuple[str,...]:
@@ -187,7 +190,7 @@ def read_tokens(
     except (OSError, UnicodeDecodeError) as e: raise SLMError(f"cannot read the token file '{path}' ({e}): check the path") from None
     tokens = tuple(l.strip() for l in lines if l.strip() and l[0] != '#')
     for n,t in enumerate(tokens, 1):
-        if not re.fullmatch(r'[!-~]{8,}', t): raise SLMError(f"'{path}' token {n}: a token has 8 characters or more, of ASCII, without spaces")
+        if not re.fullmatch(r'[!-~]{8,}', t): raise SLMError(f"'{path}' token {n}: a token has 8 characters or more, ASCII, no spaces")
     if not tokens: raise SLMError(f"'{path}' holds no token: write one a line")
     if Path(path).stat().st_mode & stat.S_IROTH: warnings.warn(f"every user of this machine can read '{path}': chmod 600")
     return tokens
@@ -203,7 +206,7 @@ def check_bind(
     if host in ('localhost', '127.0.0.1', '::1'): return LOOPBACK
     if not tokens and not open: raise SLMError(f'{host} can be reached from other machines: give --token-file, or say --no-token')
 
-# %% ../../nbs/43_serve.gate.ipynb #842fb490
+# %% ../../nbs/43_serve.gate.ipynb #40669d87
 class Metrics:
     "The figures of one app."
     def __init__(self, gate:'Gate'):
@@ -212,17 +215,17 @@ class Metrics:
         self.ended = Counter('slm_answers', 'Answers by how they ended', ['model', 'reason'], registry=r)
         self.tokens = Counter('slm_tokens', 'Tokens read, known from before, and made', ['model', 'kind'], registry=r)
         self.cache = Counter('slm_cache_requests', 'Requests that an answer may be kept for', ['result'], registry=r)
-        grow = lambda a, n: [a*2**i for i in range(n)]
-        self.first = Histogram('slm_time_to_first_token_seconds', 'From the request to its first piece', ['model'], buckets=grow(.01, 14), registry=r)
-        self.gap = Histogram('slm_inter_token_seconds', 'From a token to the next', ['model'], buckets=grow(.001, 12), registry=r)
-        self.took = Histogram('slm_answer_seconds', 'From the request to its end', ['model'], buckets=grow(.05, 14), registry=r)
+        seconds = lambda name, says, a: Histogram(f'slm_{name}_seconds', says, ['model'], buckets=[a*2**i for i in range(14)], registry=r)
+        self.first = seconds('time_to_first_token', 'From the request to its first piece', .01)
+        self.gap = seconds('inter_token', 'From a token to the next', .001)
+        self.took = seconds('answer', 'From the request to its end', .05)
         for name,says,f in (('slm_running', 'Requests that an engine works on', lambda e, n: min(n, e.slots)),
                             ('slm_waiting', 'Requests that wait for a slot', lambda e, n: max(0, n-e.slots))):
             g = Gauge(name, says, ['model'], registry=r)
             for m,e in gate.models.items(): g.labels(m).set_function(lambda m=m, e=e, f=f: f(e, gate.load[m]))
         Gauge('slm_draining', 'Is the server about to leave?', registry=r).set_function(lambda: gate.draining is not None)
 
-# %% ../../nbs/43_serve.gate.ipynb #face718e
+# %% ../../nbs/43_serve.gate.ipynb #0f131715
 class Gate:
     "The models, the limits, the figures, and whether the door is open."
     def __init__(self,
@@ -246,7 +249,8 @@ class Gate:
         if n > e.slots+q: raise APIError(400, f'{n} answers in one request: at most {e.slots+q} are possible here', 'n')
         if self.load[name]+n > e.slots+q:
             wait = math.ceil(self.seconds*max(1, self.load[name]-e.slots+n)/e.slots)
-            raise APIError(429, 'the queue is full: try again later', code='queue_full', retry=min(max(1, wait), int(self.settings.timeout)+1))
+            wait = max(1, min(wait, int(self.settings.timeout)))
+            raise APIError(429, 'the queue is full: try again later', code='queue_full', retry=wait)
 
     def allowed(self, headers:dict[bytes,bytes])->bool:
         "Does the request bring a token? All are compared, always."
@@ -270,7 +274,7 @@ class Cache:
         self.kept[key] = answers; self.used += cost(answers)
         while self.used > self.size: self.used -= cost(self.kept.popitem(last=False)[1])
 
-# %% ../../nbs/43_serve.gate.ipynb #ff06e434
+# %% ../../nbs/43_serve.gate.ipynb #d8c5a366
 PROBES, OPEN = ('/healthz', '/readyz', '/metrics'), ('/', '/healthz', '/readyz')
 BODY_SECONDS = 20 # in which a request's body must arrive
 GRACE = 5 # seconds beyond the time limit, after which a request is dropped that did not end by itself
@@ -303,16 +307,18 @@ class Guard:
             g.active -= work
             g.metrics.http.labels(path if path in g.paths else 'other', status).inc()
 
-    def check(self, scope, path, headers):
-        "Raises `APIError` for whoever may not come in."
-        g, host = self.gate, re.sub(r':\d*$', '', _host(headers))
-        if g.settings.hosts is not None and host not in g.settings.hosts:
-            raise APIError(421, f"this server does not answer to the name '{host[:100]}'", code='unknown_host')
-        if not (path in OPEN and scope['method'] in ('GET', 'HEAD')) and not g.allowed(headers):
-            raise APIError(401, "no valid token: send the header 'Authorization: Bearer TOKEN'", code='invalid_api_key')
-        if path in PROBES: return
-        if g.draining is not None: raise APIError(503, 'the server is leaving: ask another, or later', code='draining', retry=5)
-        if g.active > g.settings.connections: raise APIError(429, 'too many requests at once: try again later', code='too_many', retry=1)
+# %% ../../nbs/43_serve.gate.ipynb #2baa0750
+@patch
+def check(self:Guard, scope, path, headers):
+    "Raises `APIError` for whoever may not come in."
+    g, host = self.gate, re.sub(r':\d*$', '', _host(headers))
+    if g.settings.hosts is not None and host not in g.settings.hosts:
+        raise APIError(421, f"this server does not answer to the name '{host[:100]}'", code='unknown_host')
+    if not (path in OPEN and scope['method'] in ('GET', 'HEAD')) and not g.allowed(headers):
+        raise APIError(401, "no valid token: send the header 'Authorization: Bearer TOKEN'", code='invalid_api_key')
+    if path in PROBES: return
+    if g.draining is not None: raise APIError(503, 'the server is leaving: ask another, or later', code='draining', retry=5)
+    if g.active > g.settings.connections: raise APIError(429, 'too many requests at once: try again later', code='too_many', retry=1)
 
 def _host(headers): return headers.get(b'host', b'').decode('latin-1').lower()
 
@@ -341,12 +347,13 @@ async def bounded_body(
 @patch
 async def body(self:Guard, receive): return await bounded_body(receive, self.gate.settings.max_body)
 
-# %% ../../nbs/43_serve.gate.ipynb #ed3ae230
+# %% ../../nbs/43_serve.gate.ipynb #a2d2b490
 def join(
     parts:list[Piece], # pieces of one answer, in order
 )->Piece:
     "Several pieces as one."
-    return parts[0] if len(parts) == 1 else replace(parts[-1], text=''.join(p.text for p in parts), logprobs=[l for p in parts for l in p.logprobs])
+    if len(parts) == 1: return parts[0]
+    return replace(parts[-1], text=''.join(p.text for p in parts), logprobs=[l for p in parts for l in p.logprobs])
 
 class ClientGone(Exception): "Nobody is there to answer."
 
@@ -364,7 +371,8 @@ class Job:
         self.born = time.perf_counter(); self.open = set(range(len(requests)))           # choices that have not ended
         self.last = [None]*len(requests)                                                # when each choice's last piece came, and its tokens
         try:
-            for i,r in enumerate(requests): self.cancels.append(gate.models[name].submit(r, functools.partial(self._emit, i))); gate.load[name] += 1
+            for i,r in enumerate(requests):
+                self.cancels.append(gate.models[name].submit(r, functools.partial(self._emit, i))); gate.load[name] += 1
         except SLMError as e: self.stop('refused'); raise APIError(400, str(e)) from None
 
     def _emit(self, i, piece):                                                          # in the engine's thread
@@ -378,7 +386,7 @@ class Job:
         self.why = self.why or why; self.news.set()
         for c in self.cancels: c()
 
-# %% ../../nbs/43_serve.gate.ipynb #99606676
+# %% ../../nbs/43_serve.gate.ipynb #42e29118
 @patch
 def _arrived(self:Job, i, p):
     "Count a piece (in the event loop's thread), and make room with the last one"
@@ -390,12 +398,13 @@ def _arrived(self:Job, i, p):
         elif p.completion_tokens > had: m.gap.labels(name).observe((now-before)/(p.completion_tokens-had))
         self.last[i] = now, p.completion_tokens
     if p.finish_reason:
-        self.open.discard(i); self.gate.load[name] -= 1; took = now-self.born; self.gate.seconds += (took-self.gate.seconds)/8; m.took.labels(name).observe(took)
+        self.open.discard(i); self.gate.load[name] -= 1; took = now-self.born
+        self.gate.seconds += (took-self.gate.seconds)/8; m.took.labels(name).observe(took)
         m.ended.labels(name, self.why if p.finish_reason == 'cancelled' and self.why else p.finish_reason).inc()
-        for kind,k in (('prompt', p.prompt_tokens), ('cached', p.cached_tokens), ('completion', p.completion_tokens)): m.tokens.labels(name, kind).inc(k)
+        for kind in ('prompt', 'cached', 'completion'): m.tokens.labels(name, kind).inc(getattr(p, f'{kind}_tokens'))
     self.news.set()
 
-# %% ../../nbs/43_serve.gate.ipynb #426450e0
+# %% ../../nbs/43_serve.gate.ipynb #d55bdd11
 @patch
 async def __aiter__(self:Job)->AsyncIterator[tuple[int,Piece]]:
     "Pieces until each choice has ended; raises `ClientGone`, or `APIError` when the time is up or the engine failed."
@@ -403,7 +412,7 @@ async def __aiter__(self:Job)->AsyncIterator[tuple[int,Piece]]:
     while left:
         await self.news.wait(); self.news.clear(); batch = {}
         if self.why == 'gone': raise ClientGone
-        if self.why == 'timeout': raise APIError(504, f'not done within {self.gate.settings.timeout:g} s: ask for fewer tokens', code='timeout')
+        if self.why == 'timeout': raise APIError(504, f'not done within {self.gate.settings.timeout:g} s: ask for less', code='timeout')
         while self.waiting: i, p = self.waiting.popleft(); batch.setdefault(i, []).append(p)
         for i,p in ((i, p) for i,ps in batch.items() for p in ([join(ps)] if self.joins else ps)):
             if p.finish_reason: left.discard(i)
@@ -413,7 +422,8 @@ async def __aiter__(self:Job)->AsyncIterator[tuple[int,Piece]]:
 @patch
 def _failed(self:Job, p):
     "The engine's error; before the first token of a request with a schema, the schema is to blame"
-    if self.requests[0].schema is not None and not p.completion_tokens: return APIError(400, f'the schema cannot be used ({p.error})', 'response_format')
+    if self.requests[0].schema is not None and not p.completion_tokens:
+        return APIError(400, f'the schema cannot be used ({p.error})', 'response_format')
     return APIError(500, f'the engine failed: {p.error}', code='engine_error')
 
 @patch
