@@ -102,7 +102,7 @@ class Crowd:
 
     async def bad(self, c, rng):
         body, want = rng.choice([(b'{', {422}), (json.dumps(chat(rng, temperature=9)).encode(), {422}), (json.dumps(chat(rng, tools=[1])).encode(), {400}), (json.dumps(chat(rng, model='x')).encode(), {404}),
-            (json.dumps(chat(rng, messages=[dict(role='user', content='word '*9000)])).encode(), {400, 429}), (b'x'*2**21, {413}), (json.dumps(chat(rng, max_tokens=10**6)).encode(), {400}), (os.urandom(300), {400, 422})])
+            (json.dumps(chat(rng, messages=[dict(role='user', content='word '*9000)])).encode(), {400, 429}), (b'x'*2**21, {413}), (json.dumps(chat(rng, max_tokens=10**6)).encode(), {400, 429}), (os.urandom(300), {400, 422})])
         r = await c.post(f'{self.url}/v1/chat/completions', content=body, headers={'Content-Type': 'application/json'}); self.note('nonsense', r.status_code, r.status_code in want)
 
     async def client(self, seed, until):
@@ -144,6 +144,7 @@ def main():
                'answered as they should be': Metric(100*(1-len(crowd.wrong)/sum(crowd.count.values())), unit='%'), 'time to first token, 95th percentile': Metric(float(np.percentile(crowd.first, 95)), n=len(crowd.first), unit='s'),
                'memory, last fifth': Metric(float(late), unit='MiB'), 'memory, most': Metric(float(max(rss)), unit='MiB'), 'memory growth since the first fifth': Metric(float(100*(late/early-1)), unit='%'),
                'SIGTERM to the end': Metric(drained, unit='s'), 'exit status': Metric(proc.returncode)}
+    run.info['memory_mib'] = [round(m, 1) for m in rss[::10]]                             # every ten seconds
     run.add_metrics(**figures); run.info['answers'] = {f'{k} {s}': n for (k,s),n in sorted(crowd.count.items(), key=str)}; run.info['wrong'] = sorted({f'{k} {s}' for k,s in crowd.wrong})
     run.finish()
     print(json.dumps(dict(metrics={k: str(m) for k,m in figures.items()}, answers=run.info['answers'], wrong=run.info['wrong']), indent=1))
