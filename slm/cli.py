@@ -7,8 +7,8 @@ __all__ = ['app', 'Json', 'MaxBytes', 'Device', 'VocabSize', 'Tok', 'Base', 'Epo
            'Rate', 'MaxRows', 'Strict', 'Dtype', 'Model', 'Chats', 'SaveMinutes', 'annotate', 'StoreFile', 'Format',
            'Url', 'Project', 'TokenFile', 'main', 'corpus', 'tokenize', 'runs', 'pretrain', 'resume', 'eval_',
            'figures', 'sft', 'annotate_add', 'annotate_report', 'annotate_pairs', 'annotate_export', 'annotate_import',
-           'annotate_push', 'annotate_pull', 'dpo', 'reward', 'rlhf', 'qlora', 'merge', 'open_any', 'demo', 'generate',
-           'chat']
+           'annotate_push', 'annotate_pull', 'dpo', 'reward', 'rlhf', 'qlora', 'merge', 'open_any', 'export', 'demo',
+           'generate', 'chat']
 
 # %% ../nbs/61_cli.ipynb #fff7db54
 import errno, json, os, sys, warnings
@@ -408,6 +408,23 @@ def open_any(run:str, device:str):
         return open_adapter_run(run, device=str(get_device(device)))
     from slm.model.pretrained import load_model_and_tokenizer
     return load_model_and_tokenizer(run, device=str(get_device(device)))
+
+# %% ../nbs/61_cli.ipynb #434300fc
+@app.command()
+def export(
+    run:Model,
+    out:Annotated[Path, typer.Option(help='Folder to make; an earlier export there is replaced.')]=Path('runs/export'),
+    to:Annotated[str, typer.Option(help='Some of hf, f32, f16, bf16, q8_0, q5_1, q5_0, q4_1, q4_0, with commas.')]='hf,q8_0',
+    text:Annotated[Optional[Path], typer.Option(help='Held-out text to measure the perplexity on.')]=None,
+    push:Annotated[Optional[str], typer.Option(help='OWNER/NAME: upload to the Hugging Face hub when all is well.')]=None, json_:Json=False):
+    """Write a model for transformers, llama.cpp and Ollama, and prove it there before saying done.
+
+    Example: slm export runs/demo/dpo --to hf,q8_0,q4_0 --out runs/export"""
+    from slm.serve.export import export as write
+    checks = write(run, out, tuple(k.strip().lower() for k in to.split(',') if k.strip()), push, text)
+    if json_: return print((out/'export.json').read_text())
+    print(*checks, sep='\n'); off = sum(c.passed is None for c in checks)
+    print(f"{out}: done" + (f', {off} checks not made (see above)' if off else ''))
 
 # %% ../nbs/61_cli.ipynb #03cc335a
 @app.command()

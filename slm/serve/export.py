@@ -35,6 +35,8 @@ def gguf_arch(
         raise SLMError(f"GGUF is written for llama and qwen3 models only, and this one is neither ({what})"
                        + (": export it with --to hf" if arch == 'gpt2' else ': only slm can run it'))
     if cfg.act != 'swiglu': raise SLMError(f"llama.cpp has no {arch} with {cfg.act}, only with swiglu: export it with --to hf")
+    if arch == 'qwen3' and (cfg.rope_scaling or {}).get('rope_type') == 'llama3':
+        raise SLMError("llama.cpp's qwen3 (query and key norms) has no rope_scaling 'llama3': export it with --to hf")
     return arch
 
 # %% ../../nbs/40_serve.export.ipynb #522ca4c2
