@@ -377,7 +377,7 @@ def process(tiny):
 
 def test_sigterm_finishes_what_runs_and_exits_0_without_torch(tiny):
     with process(tiny) as (p, url):
-        with httpx.Client(timeout=60) as keep, keep.stream('POST', f'{url}/v1/completions', json=dict(model='tiny', prompt='a', max_tokens=2000, temperature=0, stream=True)) as s:
+        with httpx.Client(timeout=60) as keep, keep.stream('POST', f'{url}/v1/completions', json=dict(model='tiny', prompt='a', max_tokens=2000, temperature=0, n=6, stream=True)) as s: # seconds of work
             lines = s.iter_lines(); next(lines); p.send_signal(signal.SIGTERM)
             r = wait_for(lambda: (r := httpx.get(f'{url}/readyz')).status_code == 503 and r); error(r, 503, code='draining')
             r = post(url, prompt='b'); error(r, 503, code='draining', type='server_error'); assert int(r.headers['retry-after']) > 0
