@@ -7,8 +7,8 @@ __all__ = ['app', 'Json', 'MaxBytes', 'Device', 'VocabSize', 'Tok', 'Base', 'Epo
            'Rate', 'MaxRows', 'Strict', 'Dtype', 'Model', 'Chats', 'SaveMinutes', 'annotate', 'StoreFile', 'Format',
            'Url', 'Project', 'TokenFile', 'main', 'corpus', 'tokenize', 'runs', 'pretrain', 'resume', 'eval_',
            'figures', 'sft', 'annotate_add', 'annotate_report', 'annotate_pairs', 'annotate_export', 'annotate_import',
-           'annotate_push', 'annotate_pull', 'dpo', 'reward', 'rlhf', 'qlora', 'merge', 'open_any', 'export', 'demo',
-           'generate', 'chat']
+           'annotate_push', 'annotate_pull', 'dpo', 'reward', 'rlhf', 'qlora', 'merge', 'open_any', 'export', 'serve',
+           'demo', 'generate', 'chat']
 
 # %% ../nbs/61_cli.ipynb #fff7db54
 import errno, json, os, sys, warnings
@@ -425,6 +425,40 @@ def export(
     if json_: return print((out/'export.json').read_text())
     print(*checks, sep='\n'); off = sum(c.passed is None for c in checks)
     print(f"{out}: done" + (f', {off} checks not made (see above)' if off else ''))
+
+# %% ../nbs/61_cli.ipynb #934ef667
+@app.command()
+def serve(
+    model:Model,
+    engine:Annotated[str, typer.Option(help='auto, gguf or torch.')]='auto',
+    host:Annotated[str, typer.Option(help='Address to listen on; 0.0.0.0 for other machines, who need a token then.')]='127.0.0.1',
+    port:Annotated[int, typer.Option(help='Port; 0 for any that is free.')]=8000,
+    token_file:Annotated[Optional[Path], typer.Option(help='Tokens, one a line: whoever asks must bring one.')]=None,
+    no_token:Annotated[bool, typer.Option('--no-token', help='Serve other machines without a token.')]=False,
+    slots:Annotated[int, typer.Option(help='Requests that are worked on at once.')]=4, context:Context=None,
+    threads:Annotated[Optional[int], typer.Option(help='CPU threads; by default as many as this process may use.')]=None,
+    int8:Annotated[bool, typer.Option('--int8', help='8 bits a weight in the torch engine.')]=False,
+    queue:Annotated[int, typer.Option(help='Requests that may wait.')]=32,
+    timeout:Annotated[float, typer.Option(help='Seconds that a request may take, its waiting included.')]=120,
+    max_tokens:Annotated[int, typer.Option(help='Tokens that an answer may have.')]=1024,
+    preferences:Annotated[Optional[Path], typer.Option(help='Store for what users of the chat page prefer (see slm annotate).')]=None,
+    embeddings:Annotated[Optional[Path], typer.Option(help='A .gguf file for /v1/embeddings.')]=None,
+    cache:Annotated[float, typer.Option(help='Megabytes of answers to keep, for requests with temperature 0 or a seed.')]=0,
+    filter:Annotated[Optional[str], typer.Option(help='MODULE:FUNCTION from text to a number: what it finds bad is withheld.')]=None,
+    threshold:Annotated[float, typer.Option(help='Text is bad above this.')]=.5):
+    """Serve a model over HTTP, the way OpenAI does, with a chat page at /. Ctrl-C lets running requests finish.
+
+    Example: slm serve runs/chat --preferences prefs.db"""
+    try: from slm.serve import api
+    except ImportError as e: raise SLMError(f"serving needs {e.name}: pip install -e '.[serve]'") from None
+    with warnings.catch_warnings(record=True, action='always') as said: tokens = api.read_tokens(token_file) if token_file else ()
+    for w in said: print(f'slm: warning: {w.message}', file=sys.stderr)
+    settings = api.Settings(tokens, api.check_bind(host, tokens, no_token), queue, timeout, max_tokens, cache=cache,
+                            preferences=preferences, output_filter=api.load_filter(filter) if filter else None, threshold=threshold)
+    embed = {embeddings.stem: api.gguf_embed(embeddings, threads=threads)} if embeddings else None
+    e = api.open_engine(model, engine, slots, context, threads, int8, own_thread=False)
+    api.serve(api.create_app({e.model: e}, settings, embed), host, port)
+    e.close()
 
 # %% ../nbs/61_cli.ipynb #03cc335a
 @app.command()

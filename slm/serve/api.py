@@ -10,7 +10,7 @@ __all__ = ['SENTENCE', 'router', 'Embed', 'THUMBS', 'HEADER_SECONDS', 'engine_re
            'create_app', 'healthz', 'readyz', 'metrics', 'chat_page', 'page', 'Protocol', 'Server', 'serve']
 
 # %% ../../nbs/44_serve.api.ipynb #6b2448cc
-import asyncio, base64, contextlib, functools, hashlib, importlib, json, re, struct, time, uuid
+import asyncio, base64, contextlib, functools, hashlib, importlib, json, re, signal, struct, threading, time, uuid
 from collections.abc import AsyncIterator, Callable
 from dataclasses import replace
 from importlib import resources
@@ -292,7 +292,7 @@ def gguf_embed(
     from slm.serve.engine import _llama_params
     try: fields = gguf.GGUFReader(path).fields
     except Exception as e: raise SLMError(f"'{path}' is not a readable GGUF file ({e})") from None
-    p = _llama_params(xl, path, 1, context, threads or usable_cpus()); p.embedding, p.n_batch, p.n_ubatch = True, context, context
+    p = _llama_params(xl, path, 1, context, threads or usable_cpus(), False); p.embedding, p.n_batch, p.n_ubatch = True, context, context
     if not any(k.endswith('.pooling_type') for k in fields): p.pooling_type = xl.llama_pooling_type.LLAMA_POOLING_TYPE_MEAN
     try: server = xl.Server(p)
     except RuntimeError as e: raise SLMError(f"llama.cpp cannot open '{path}': {e}") from None
@@ -498,7 +498,14 @@ def serve(
     port:int=8000, # 0 for any that is free
     say:Callable[[str],None]=print, # is told the address
 ):
-    "Serve until SIGTERM or Ctrl-C; raises `SLMError` when the address cannot be had."
+    "Serve until SIGTERM or Ctrl-C; an engine without a thread of its own works in this one. Raises `SLMError` when the address cannot be had."
     sock = listen(host, port); at = f'[{host}]' if ':' in host else host
     say(f"serving {', '.join(app.state.gate.models)} at http://{at}:{sock.getsockname()[1]}")
-    Server(app).run(sockets=[sock])
+    server, idle = Server(app), [e for e in app.state.gate.models.values() if getattr(e, 'thread', True) is None]
+    if not idle: return server.run(sockets=[sock])
+    def listening():
+        try: server.run(sockets=[sock])
+        finally: idle[0].close()                                                 # then its `run` returns
+    for s in (signal.SIGINT, signal.SIGTERM): signal.signal(s, server.handle_exit)
+    thread = threading.Thread(target=listening); thread.start()
+    idle[0].run(); thread.join()

@@ -92,7 +92,7 @@ def part(
 
 PAD = 32 # prompts are read in multiples of so many tokens: few shapes, so that no library keeps thousands of plans
 
-# %% ../../nbs/42_serve.batching.ipynb #d8e14832
+# %% ../../nbs/42_serve.batching.ipynb #b6646133
 class TorchEngine:
     "Continuous batching over one of our models; raises `SLMError` for what the model or this machine cannot do."
     name = 'torch'
@@ -120,6 +120,7 @@ class TorchEngine:
         self.waiting, self.wake, self.closing, self.clock = deque(), threading.Condition(), False, 0
         self.thread, self.ended = threading.Thread(target=self.run, name='torch-engine', daemon=True) if own_thread else None, threading.Event()
         if own_thread: self.thread.start()
+        else: self.ended.set()
 
 # %% ../../nbs/42_serve.batching.ipynb #18d968dd
 @patch
@@ -146,11 +147,12 @@ def close(self:TorchEngine):
     with self.wake: self.closing = True; self.wake.notify()
     self.ended.wait()
 
-# %% ../../nbs/42_serve.batching.ipynb #0746f160
+# %% ../../nbs/42_serve.batching.ipynb #5c79821d
 @patch
 @torch.inference_mode()
 def run(self:TorchEngine):
     "Work until `close`; on Linux the main thread is the fastest place for it."
+    self.ended.clear()
     torch.set_num_threads(self.threads)                                          # counts for this thread only
     while True:
         with self.wake: self.wake.wait_for(lambda: self.waiting or self.closing or any(s.job for s in self.rows))

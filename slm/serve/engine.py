@@ -6,8 +6,8 @@
 __all__ = ['Request', 'TokenLogprob', 'Piece', 'Engine', 'pieces', 'answer_all', 'check_request', 'GGUFEngine', 'usable_cpus',
            'gguf_of', 'open_engine']
 
-# %% ../../nbs/41_serve.engine.ipynb #669d2dc0
-import hashlib, os, queue, secrets, subprocess, sys, threading
+# %% ../../nbs/41_serve.engine.ipynb #667d4514
+import functools, hashlib, json, os, queue, secrets, subprocess, sys, threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
@@ -129,7 +129,7 @@ def _gguf_facts(path):
     kind = fields.get('general.file_type')
     return next((int(f.contents()) for k,f in fields.items() if k.endswith('.context_length')), 2048), kind is not None and kind.contents() == 0
 
-# %% ../../nbs/41_serve.engine.ipynb #d354a1ac
+# %% ../../nbs/41_serve.engine.ipynb #8624a203
 class GGUFEngine:
     "llama.cpp in this process, on a .gguf file; PyTorch is not needed."
     name = 'gguf'
@@ -140,7 +140,7 @@ class GGUFEngine:
         threads:int|None=None, # CPU threads; as many as this process may use if not given
     ):
         try: import xllamacpp
-        except ImportError: raise SLMError("the gguf engine needs xllamacpp: pip install 'slm[serve]', or take --engine torch") from None
+        except ImportError: raise SLMError("the gguf engine needs xllamacpp: pip install -e '.[serve]', or take --engine torch") from None
         self.tok, self.model, self.slots = Tokenizer.from_gguf(path), Path(path).stem, slots
         trained, exact = _gguf_facts(path)
         self.max_seq_len = min(context or 2048, trained)
@@ -157,7 +157,7 @@ def usable_cpus()->int: # at least 1
     except (OSError, ValueError): return n
     return n if quota == 'max' else max(1, min(n, -(-int(quota)//int(period))))
 
-# %% ../../nbs/41_serve.engine.ipynb #4432d431
+# %% ../../nbs/41_serve.engine.ipynb #97274da6
 def _piece(o, r, last):
     "A chunk of llama.cpp as a `Piece`"
     if 'error' in o: return Piece(finish_reason='error', error=o['error'].get('message', str(o['error'])), prompt_tokens=len(r.ids))
@@ -174,27 +174,44 @@ def _llama_request(r, n):
     if r.temperature < 1e-6: d |= dict(temperature=0, samplers=['penalties', 'top_k'], top_k=1)
     if r.seed is not None: d['seed'] = r.seed % 2**32
     if r.logprobs is not None: d['n_probs'] = max(1, r.logprobs)
-    if r.schema is not None: d['json_schema'] = r.schema or {'type': 'object'}
+    if r.schema is not None: d['json_schema'] = _known_schema(r.schema or {'type': 'object'})
     return d
 
-# %% ../../nbs/41_serve.engine.ipynb #b7c7a69c
+def _known_schema(schema):
+    "The schema itself; llama.cpp would pass over one that it cannot read and write free text, so its types and references are looked at here"
+    def look(s):
+        if isinstance(s, list): return [look(o) for o in s]
+        if not isinstance(s, dict): return
+        kinds = [s['type']] if isinstance(s.get('type'), str) else s.get('type') if isinstance(s.get('type'), list) else []
+        for k in kinds:
+            if k not in ('object', 'array', 'string', 'number', 'integer', 'boolean', 'null'): raise SLMError(f"this JSON schema has the unknown type '{k}'")
+        if isinstance(ref := s.get('$ref'), str):
+            try: functools.reduce(lambda d,k: d[k], [k for k in ref.removeprefix('#').split('/') if k], schema) if ref[:1] == '#' else {}[ref]
+            except (KeyError, TypeError): raise SLMError(f"this JSON schema refers to '{ref}', which is not in it") from None
+        for k,v in s.items():
+            if k not in ('enum', 'const', 'default', 'examples'): look(v)
+    look(schema)
+    return schema
+
+# %% ../../nbs/41_serve.engine.ipynb #dea9cf6a
 @patch
 def submit(self:GGUFEngine,
     request:Request,
     emit:Callable[[Piece],None], # called from a worker's thread
 )->Callable[[],None]: # call it to cancel: the slot is free after the step that is running
     "Queue a request; raises `SLMError` for one that cannot be."
-    n, gone = check_request(self, request), threading.Event()
-    job = self.workers.submit(self._work, request, n, emit, gone)
+    wish, gone = _llama_request(request, check_request(self, request)), threading.Event()
+    job = self.workers.submit(self._work, request, wish, emit, gone)
     self.running.add(gone)
     job.add_done_callback(lambda _: self.running.discard(gone))
     def cancel():
+        first = not gone.is_set()
         gone.set()
-        if job.cancel(): emit(Piece(finish_reason='cancelled', prompt_tokens=len(request.ids)))
+        if job.cancel() and first: emit(Piece(finish_reason='cancelled', prompt_tokens=len(request.ids)))
     return cancel
 
 @patch
-def _work(self:GGUFEngine, r, n, emit, gone):
+def _work(self:GGUFEngine, r, wish, emit, gone):
     last = Piece(prompt_tokens=len(r.ids))
     def on_chunk(o):
         nonlocal last
@@ -202,7 +219,7 @@ def _work(self:GGUFEngine, r, n, emit, gone):
             last = _piece(o, r, last)
             emit(last)
         return gone.is_set()                                                     # true: stop, the slot is wanted
-    try: failed = self.server.handle_completions(_llama_request(r, n), on_chunk) if not gone.is_set() else None
+    try: failed = self.server.handle_completions(wish, on_chunk) if not gone.is_set() else None
     except Exception as e: failed = dict(error=dict(message=f'{type(e).__name__}: {e}'))
     if failed and not last.finish_reason: last = _piece(failed, r, last); emit(last)
     if not last.finish_reason: emit(replace(last, text='', logprobs=[], finish_reason='cancelled' if gone.is_set() else 'error',
