@@ -416,7 +416,8 @@ def export(
     out:Annotated[Path, typer.Option(help='Folder to make; an earlier export there is replaced.')]=Path('runs/export'),
     to:Annotated[str, typer.Option(help='Some of hf, f32, f16, bf16, q8_0, q5_1, q5_0, q4_1, q4_0, with commas.')]='hf,q8_0',
     text:Annotated[Optional[Path], typer.Option(help='Held-out text to measure the perplexity on.')]=None,
-    push:Annotated[Optional[str], typer.Option(help='OWNER/NAME: upload to the Hugging Face hub when all is well.')]=None, json_:Json=False):
+    push:Annotated[Optional[str], typer.Option(help='OWNER/NAME: upload to the Hugging Face hub when all is well.')]=None,
+    json_:Json=False):
     """Write a model for transformers, llama.cpp and Ollama, and prove it there before saying done.
 
     Example: slm export runs/demo/dpo --to hf,q8_0,q4_0 --out runs/export"""

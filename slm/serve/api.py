@@ -496,9 +496,9 @@ def serve(
     app:FastAPI, # from `create_app`
     host:str='127.0.0.1', # address to listen on
     port:int=8000, # 0 for any that is free
-    say:Callable[[str],None]=print, # is told the address
+    say:Callable[[str],None]=functools.partial(print, flush=True), # is told the address
 ):
-    "Serve until SIGTERM or Ctrl-C; an engine without a thread of its own works in this one. Raises `SLMError` when the address cannot be had."
+    "Serve until SIGTERM or Ctrl-C, an engine without a thread of its own in this one; raises `SLMError` when the address cannot be had."
     sock = listen(host, port); at = f'[{host}]' if ':' in host else host
     say(f"serving {', '.join(app.state.gate.models)} at http://{at}:{sock.getsockname()[1]}")
     server, idle = Server(app), [e for e in app.state.gate.models.values() if getattr(e, 'thread', True) is None]

@@ -92,7 +92,7 @@ def part(
 
 PAD = 32 # prompts are read in multiples of so many tokens: few shapes, so that no library keeps thousands of plans
 
-# %% ../../nbs/42_serve.batching.ipynb #b6646133
+# %% ../../nbs/42_serve.batching.ipynb #21f3e70c
 class TorchEngine:
     "Continuous batching over one of our models; raises `SLMError` for what the model or this machine cannot do."
     name = 'torch'
@@ -118,8 +118,8 @@ class TorchEngine:
         self.rows, self.seen = [Slot(i) for i in range(slots)], torch.zeros(slots, self.v, dtype=torch.bool, device=w.device)
         self.ends = {i for i in (tok.eot_id, tok.end_id) if i is not None}
         self.waiting, self.wake, self.closing, self.clock = deque(), threading.Condition(), False, 0
-        self.thread, self.ended = threading.Thread(target=self.run, name='torch-engine', daemon=True) if own_thread else None, threading.Event()
-        if own_thread: self.thread.start()
+        self.thread, self.ended = None, threading.Event()
+        if own_thread: self.thread = threading.Thread(target=self.run, name='torch-engine', daemon=True); self.thread.start()
         else: self.ended.set()
 
 # %% ../../nbs/42_serve.batching.ipynb #18d968dd
@@ -147,7 +147,7 @@ def close(self:TorchEngine):
     with self.wake: self.closing = True; self.wake.notify()
     self.ended.wait()
 
-# %% ../../nbs/42_serve.batching.ipynb #5c79821d
+# %% ../../nbs/42_serve.batching.ipynb #f9669772
 @patch
 @torch.inference_mode()
 def run(self:TorchEngine):
@@ -162,7 +162,7 @@ def run(self:TorchEngine):
             self._admit()
             self._read()
             self._speak()
-        except Exception as e:                                                   # out of memory, NaN, a bug: not the end of all others to come
+        except Exception as e:                                                   # out of memory, NaN: not the end of all others to come
             for s in self.rows:
                 if s.job: self._finish(s, 'error', error=str(e) or type(e).__name__)
                 s.ids = []

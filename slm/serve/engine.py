@@ -97,7 +97,7 @@ def answer_all(
         return ''.join(p.text for p in parts), parts[-1]
     with ThreadPoolExecutor(len(requests) or 1) as ex: return list(ex.map(lambda r: collect(pieces(engine, r)), requests))
 
-# %% ../../nbs/41_serve.engine.ipynb #3d431e41
+# %% ../../nbs/41_serve.engine.ipynb #3ce8cc96
 def check_request(
     engine:Engine,
     r:Request,
@@ -105,13 +105,14 @@ def check_request(
     "Raise `SLMError` for a request that cannot be."
     if not r.ids: raise SLMError('the prompt is empty: give at least one token')
     if len(r.ids) >= engine.max_seq_len:
-        raise SLMError(f'the prompt has {len(r.ids)} tokens, and the model\'s context of {engine.max_seq_len} must hold the answer too: shorten it')
+        raise SLMError(f"the prompt has {len(r.ids)} tokens, and the model's context of {engine.max_seq_len} must hold the answer too: "
+                       'shorten it')
     if not 0 <= min(r.ids) <= max(r.ids) < engine.tok.vocab_size:
         raise SLMError(f'the prompt has token {max(r.ids)}, the model knows 0 to {engine.tok.vocab_size-1}')
     if r.max_new_tokens < 1: raise SLMError(f'max_new_tokens={r.max_new_tokens}: it must be at least 1')
     return min(r.max_new_tokens, engine.max_seq_len - len(r.ids))
 
-# %% ../../nbs/41_serve.engine.ipynb #d44b30e6
+# %% ../../nbs/41_serve.engine.ipynb #2d8f4b97
 def _llama_params(xl, path, slots, context, threads, exact):
     p = xl.CommonParams()
     if exact:                                                                    # else keys and values in half precision, llama.cpp's habit
@@ -126,8 +127,8 @@ def _gguf_facts(path):
     "Tokens that the model was trained for; whether its weights are float32"
     import gguf
     fields = gguf.GGUFReader(path).fields
-    kind = fields.get('general.file_type')
-    return next((int(f.contents()) for k,f in fields.items() if k.endswith('.context_length')), 2048), kind is not None and kind.contents() == 0
+    trained = next((int(f.contents()) for k,f in fields.items() if k.endswith('.context_length')), 2048)
+    return trained, (kind := fields.get('general.file_type')) is not None and kind.contents() == 0
 
 # %% ../../nbs/41_serve.engine.ipynb #8624a203
 class GGUFEngine:
@@ -157,7 +158,7 @@ def usable_cpus()->int: # at least 1
     except (OSError, ValueError): return n
     return n if quota == 'max' else max(1, min(n, -(-int(quota)//int(period))))
 
-# %% ../../nbs/41_serve.engine.ipynb #97274da6
+# %% ../../nbs/41_serve.engine.ipynb #917a1a24
 def _piece(o, r, last):
     "A chunk of llama.cpp as a `Piece`"
     if 'error' in o: return Piece(finish_reason='error', error=o['error'].get('message', str(o['error'])), prompt_tokens=len(r.ids))
@@ -165,12 +166,14 @@ def _piece(o, r, last):
     of = lambda t: (t['id'], bytes(t['bytes']), t['logprob'])
     probs = [TokenLogprob(*of(t), [of(u) for u in t['top_logprobs'][:r.logprobs]]) for t in (c.get('logprobs') or {}).get('content') or ()]
     return Piece(c['text'], probs if r.logprobs is not None else [], c['finish_reason'], None, len(r.ids),
-                 (use.get('prompt_tokens_details') or {}).get('cached_tokens', last.cached_tokens), use.get('completion_tokens', last.completion_tokens+1))
+                 (use.get('prompt_tokens_details') or {}).get('cached_tokens', last.cached_tokens),
+                 use.get('completion_tokens', last.completion_tokens+1))
 
 def _llama_request(r, n):
     "A request in llama.cpp's words; its filters in the order of `Sampler.filter`"
-    d = dict(prompt=r.ids, n_predict=n, stream=True, cache_prompt=True, temperature=r.temperature, top_k=r.top_k, top_p=r.top_p, min_p=r.min_p,
-             repeat_penalty=r.repetition_penalty, repeat_last_n=len(r.ids)+n, stop=r.stop, samplers=['penalties', 'temperature', 'top_k', 'top_p', 'min_p'])
+    d = dict(prompt=r.ids, n_predict=n, stream=True, cache_prompt=True, stop=r.stop, temperature=r.temperature, top_k=r.top_k, top_p=r.top_p,
+             min_p=r.min_p, repeat_penalty=r.repetition_penalty, repeat_last_n=len(r.ids)+n,
+             samplers=['penalties', 'temperature', 'top_k', 'top_p', 'min_p'])
     if r.temperature < 1e-6: d |= dict(temperature=0, samplers=['penalties', 'top_k'], top_k=1)
     if r.seed is not None: d['seed'] = r.seed % 2**32
     if r.logprobs is not None: d['n_probs'] = max(1, r.logprobs)
@@ -178,15 +181,17 @@ def _llama_request(r, n):
     return d
 
 def _known_schema(schema):
-    "The schema itself; llama.cpp would pass over one that it cannot read and write free text, so its types and references are looked at here"
+    "The schema, looked at: llama.cpp would pass over one that it cannot read, and write free text"
+    known = ('object', 'array', 'string', 'number', 'integer', 'boolean', 'null')
+    def find(ref): return functools.reduce(lambda d,k: d[k], [k for k in ref[1:].split('/') if k], schema) if ref[:1] == '#' else {}[ref]
     def look(s):
         if isinstance(s, list): return [look(o) for o in s]
         if not isinstance(s, dict): return
         kinds = [s['type']] if isinstance(s.get('type'), str) else s.get('type') if isinstance(s.get('type'), list) else []
         for k in kinds:
-            if k not in ('object', 'array', 'string', 'number', 'integer', 'boolean', 'null'): raise SLMError(f"this JSON schema has the unknown type '{k}'")
+            if k not in known: raise SLMError(f"this JSON schema has the unknown type '{k}'")
         if isinstance(ref := s.get('$ref'), str):
-            try: functools.reduce(lambda d,k: d[k], [k for k in ref.removeprefix('#').split('/') if k], schema) if ref[:1] == '#' else {}[ref]
+            try: find(ref)
             except (KeyError, TypeError): raise SLMError(f"this JSON schema refers to '{ref}', which is not in it") from None
         for k,v in s.items():
             if k not in ('enum', 'const', 'default', 'examples'): look(v)
@@ -232,7 +237,7 @@ def close(self:GGUFEngine):
     self.workers.shutdown(wait=True, cancel_futures=True)
     self.server = None
 
-# %% ../../nbs/41_serve.engine.ipynb #9ea34e82
+# %% ../../nbs/41_serve.engine.ipynb #f3bd98fa
 def gguf_of(
     model:str|Path, # a .gguf file, a folder with one, or anything that `slm export` can read
 )->Path: # a .gguf file
@@ -245,7 +250,8 @@ def gguf_of(
     out = slm_home()/'gguf'/f'{path.name}-{key}'
     if not out.exists():
         print(f"writing '{model}' as GGUF with 8 bits, once (`slm export`)", file=sys.stderr)
-        done = subprocess.run([sys.executable, '-c', 'from slm.cli import main; main()', 'export', str(model), '--to', 'q8_0', '--out', str(out)], capture_output=True, text=True)
+        code = 'from slm.cli import main; main()'
+        done = subprocess.run([sys.executable, '-c', code, 'export', str(model), '--to', 'q8_0', '--out', str(out)], capture_output=True, text=True)
         if done.returncode: raise SLMError((done.stderr or done.stdout).strip().splitlines()[-1].removeprefix('slm: '))
     return sorted(out.glob('*.gguf'))[0]
 
