@@ -6,8 +6,8 @@
 __all__ = ['PlainLinear', 'PackedLinear', 'can_pack', 'unit_rms', 'FastBlock', 'can_fuse', 'quantize_rows', 'Int8Linear',
            'can_int8']
 
-# %% ../../nbs/14_model.fast.ipynb #516a92da
-import functools
+# %% ../../nbs/14_model.fast.ipynb #2c9a4534
+import functools, warnings
 import torch
 import torch.nn.functional as F
 from fastcore.basics import patch
@@ -118,13 +118,15 @@ def fuse_(self:GPT,
     self.register_state_dict_pre_hook(_no_saving)
     return self.eval().requires_grad_(False)
 
-# %% ../../nbs/14_model.fast.ipynb #78c2a2b5
+# %% ../../nbs/14_model.fast.ipynb #48528515
 def quantize_rows(
     w:Tensor, # (out,in)
 )->Tensor: # quantised, one scale a row, whole numbers from -127 to 127
     "Weights of 8 bits."
     w = w.detach().float()
-    return torch.quantize_per_channel(w, w.abs().amax(1).clamp(min=1e-12)/127, torch.zeros(len(w), dtype=torch.long), 0, torch.qint8)
+    with warnings.catch_warnings():
+        warnings.simplefilter('ignore')                                          # PyTorch moves these types elsewhere, one day
+        return torch.quantize_per_channel(w, w.abs().amax(1).clamp(min=1e-12)/127, torch.zeros(len(w), dtype=torch.long), 0, torch.qint8)
 
 # %% ../../nbs/14_model.fast.ipynb #671a2d4e
 class Int8Linear(PlainLinear):

@@ -158,13 +158,14 @@ def usable_cpus()->int: # at least 1
     except (OSError, ValueError): return n
     return n if quota == 'max' else max(1, min(n, -(-int(quota)//int(period))))
 
-# %% ../../nbs/41_serve.engine.ipynb #917a1a24
+# %% ../../nbs/41_serve.engine.ipynb #ffd1038e
 def _piece(o, r, last):
     "A chunk of llama.cpp as a `Piece`"
     if 'error' in o: return Piece(finish_reason='error', error=o['error'].get('message', str(o['error'])), prompt_tokens=len(r.ids))
     c, use = o['choices'][0], o.get('usage') or {}
     of = lambda t: (t['id'], bytes(t['bytes']), t['logprob'])
-    probs = [TokenLogprob(*of(t), [of(u) for u in t['top_logprobs'][:r.logprobs]]) for t in (c.get('logprobs') or {}).get('content') or ()]
+    chosen = (c.get('logprobs') or {}).get('content') or ()
+    probs = [TokenLogprob(*of(t), [of(u) for u in t['top_logprobs'][:r.logprobs]]) for t in chosen]
     return Piece(c['text'], probs if r.logprobs is not None else [], c['finish_reason'], None, len(r.ids),
                  (use.get('prompt_tokens_details') or {}).get('cached_tokens', last.cached_tokens),
                  use.get('completion_tokens', last.completion_tokens+1))
