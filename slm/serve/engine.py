@@ -130,7 +130,7 @@ def _gguf_facts(path):
     trained = next((int(f.contents()) for k,f in fields.items() if k.endswith('.context_length')), 2048)
     return trained, (kind := fields.get('general.file_type')) is not None and kind.contents() == 0
 
-# %% ../../nbs/41_serve.engine.ipynb #8624a203
+# %% ../../nbs/41_serve.engine.ipynb #0ae7a53c
 class GGUFEngine:
     "llama.cpp in this process, on a .gguf file; PyTorch is not needed."
     name = 'gguf'
@@ -147,6 +147,7 @@ class GGUFEngine:
         self.max_seq_len = min(context or 2048, trained)
         try: self.server = xllamacpp.Server(_llama_params(xllamacpp, path, slots, self.max_seq_len, threads or usable_cpus(), exact))
         except RuntimeError as e: raise SLMError(f"llama.cpp cannot open '{path}': {e}") from None
+        self.server.handle_completions(dict(prompt=[0], n_predict=1, stream=False))   # its loop runs: closed before, it waits for ever
         self.workers = ThreadPoolExecutor(slots, 'gguf')
         self.running = set()
 
@@ -158,10 +159,10 @@ def usable_cpus()->int: # at least 1
     except (OSError, ValueError): return n
     return n if quota == 'max' else max(1, min(n, -(-int(quota)//int(period))))
 
-# %% ../../nbs/41_serve.engine.ipynb #ffd1038e
+# %% ../../nbs/41_serve.engine.ipynb #dd8aabdc
 def _piece(o, r, last):
     "A chunk of llama.cpp as a `Piece`"
-    if 'error' in o: return Piece(finish_reason='error', error=o['error'].get('message', str(o['error'])), prompt_tokens=len(r.ids))
+    if 'error' in o: return Piece(finish_reason='error', error=str(o['error'].get('message', o['error'])), prompt_tokens=len(r.ids))
     c, use = o['choices'][0], o.get('usage') or {}
     of = lambda t: (t['id'], bytes(t['bytes']), t['logprob'])
     chosen = (c.get('logprobs') or {}).get('content') or ()
@@ -172,8 +173,8 @@ def _piece(o, r, last):
 
 def _llama_request(r, n):
     "A request in llama.cpp's words; its filters in the order of `Sampler.filter`"
-    d = dict(prompt=r.ids, n_predict=n, stream=True, cache_prompt=True, stop=r.stop, temperature=r.temperature, top_k=r.top_k, top_p=r.top_p,
-             min_p=r.min_p, repeat_penalty=r.repetition_penalty, repeat_last_n=len(r.ids)+n,
+    d = dict(prompt=r.ids, n_predict=n, stream=True, cache_prompt=True, stop=r.stop, temperature=r.temperature, top_k=r.top_k,
+             top_p=r.top_p, min_p=r.min_p, repeat_penalty=r.repetition_penalty, repeat_last_n=len(r.ids)+n,
              samplers=['penalties', 'temperature', 'top_k', 'top_p', 'min_p'])
     if r.temperature < 1e-6: d |= dict(temperature=0, samplers=['penalties', 'top_k'], top_k=1)
     if r.seed is not None: d['seed'] = r.seed % 2**32
@@ -238,7 +239,7 @@ def close(self:GGUFEngine):
     self.workers.shutdown(wait=True, cancel_futures=True)
     self.server = None
 
-# %% ../../nbs/41_serve.engine.ipynb #f3bd98fa
+# %% ../../nbs/41_serve.engine.ipynb #9ba9fe85
 def gguf_of(
     model:str|Path, # a .gguf file, a folder with one, or anything that `slm export` can read
 )->Path: # a .gguf file
@@ -252,7 +253,8 @@ def gguf_of(
     if not out.exists():
         print(f"writing '{model}' as GGUF with 8 bits, once (`slm export`)", file=sys.stderr)
         code = 'from slm.cli import main; main()'
-        done = subprocess.run([sys.executable, '-c', code, 'export', str(model), '--to', 'q8_0', '--out', str(out)], capture_output=True, text=True)
+        args = [sys.executable, '-c', code, 'export', str(model), '--to', 'q8_0', '--out', str(out)]
+        done = subprocess.run(args, capture_output=True, text=True)
         if done.returncode: raise SLMError((done.stderr or done.stdout).strip().splitlines()[-1].removeprefix('slm: '))
     return sorted(out.glob('*.gguf'))[0]
 
