@@ -90,11 +90,11 @@ class FastBlock(nn.Module):
         g, u = self.gate_up(unit_rms(x, c.norm_eps)).chunk(2, -1)
         return self.down.add(self.act(g)*u, x)
 
-# %% ../../nbs/14_model.fast.ipynb #2d2ece3b
+# %% ../../nbs/14_model.fast.ipynb #71c34891
 def can_fuse(
     c:GPTConfig,
 )->bool: # True for Llama's switches: RMSNorm before each part, rotary positions, a gate, no bias, causal
-    "Whether `GPT.fuse_` can speed this model up."
+    "Whether `fuse_` can speed this model up."
     return (c.norm, c.norm_pos, c.pos, c.bias, c.causal, c.n_types) == ('rms', 'pre', 'rope', False, True, 0) and c.act in GATES
 
 def _no_saving(module, prefix, keep_vars):

@@ -209,7 +209,9 @@ def check_bind(
 # %% ../../nbs/43_serve.gate.ipynb #40669d87
 class Metrics:
     "The figures of one app."
-    def __init__(self, gate:'Gate'):
+    def __init__(self,
+        gate, # the `Gate` whose figures they are
+    ):
         self.registry = r = CollectorRegistry()
         self.http = Counter('slm_http_requests', 'Requests by path and status', ['path', 'status'], registry=r)
         self.ended = Counter('slm_answers', 'Answers by how they ended', ['model', 'reason'], registry=r)
