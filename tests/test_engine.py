@@ -67,6 +67,10 @@ def test_drawn_texts_depend_on_their_seed_only(engine):
     want = [complete(new(), [r.ids], SamplingParams(.7, 40, .9, .01, 1.2, 20, seed=r.seed), TOK)[0].text for r in asks]
     assert alone == want
 
+def test_a_negative_seed_is_a_seed(engine):
+    e, r = engine(slots=1), Request(prompts(1)[0], 12, seed=-5)
+    assert answer_all(e, [r])[0][0] == answer_all(e, [r])[0][0] != answer_all(e, [replace(r, seed=-6)])[0][0]
+
 def test_who_leaves_is_gone_within_a_step(engine):
     e, told = engine(slots=2), []
     cancels = [e.submit(Request(p, 150, temperature=0), told.append) for p in prompts(6, 2)]
@@ -77,6 +81,30 @@ def test_who_leaves_is_gone_within_a_step(engine):
     assert sorted(p.finish_reason for p in told if p.finish_reason) == ['cancelled']*6
     assert not e.waiting and all(s.job is None for s in e.rows)
     assert answer_all(e, [Request(prompts(1)[0], 5)])[0][1].completion_tokens <= 5
+
+def test_nobody_is_lost(engine):
+    "Those who come in while others are let go are served: 8 threads that ask and leave at random, each request ends once"
+    e, ends = engine(slots=2), []
+    def crowd(seed):
+        r = random.Random(seed)
+        for _ in range(25):
+            mine = []
+            cancel = e.submit(Request(TOK.encode(TEXT[(i := r.randrange(1000)):i+20]), r.randrange(1, 6), temperature=0), lambda p, mine=mine: mine.append(p) if p.finish_reason else None)
+            if r.random() < .5: cancel(); cancel()
+            ends.append(mine)
+    with ThreadPoolExecutor(8) as ex: list(ex.map(crowd, range(8)))
+    limit = time.monotonic()+20
+    while not all(ends) and time.monotonic() < limit: time.sleep(.01)
+    assert [len(m) for m in ends] == [1]*200 and {m[0].finish_reason for m in ends} <= {'length', 'stop', 'cancelled'}
+
+def test_the_prompt_that_came_first_is_read_first(engine):
+    e, first = engine(slots=3, chunk=32), []
+    answer_all(e, [Request(p, 3, temperature=0) for p in prompts(3, 4)])         # the slots were used in some order before
+    long = [TOK.encode(TEXT[i:])[:150] for i in (7000, 9000, 11_000)]
+    for i,p in enumerate(long): e.submit(Request(p, 1, temperature=0), lambda p, i=i: first.append(i))
+    limit = time.monotonic()+20
+    while len(first) < 3 and time.monotonic() < limit: time.sleep(.01)
+    assert first == [0, 1, 2]
 
 def test_a_step_that_fails_is_told_and_the_engine_lives_on(engine):
     bad = new()
@@ -130,6 +158,13 @@ def test_llama_cpp_says_the_same_as_torch(file, engine):
     a, b = tokens(cpp, asks), tokens(engine(slots=4), asks)
     cpp.close()
     assert same(new(), ps, a, [ids for _,ids in b]) >= 15
+
+def test_a_listener_of_llama_cpp_that_fails_has_left(file):
+    cpp, n = GGUFEngine(file, slots=1), []
+    def broken(p): n.append(p); raise ValueError('gone')
+    cpp.submit(Request(prompts(1)[0], 30, temperature=0), broken)
+    assert answer_all(cpp, [Request(prompts(1)[0], 3, temperature=0)])[0][1].finish_reason == 'length' and len(n) <= 2
+    cpp.close()
 
 def test_llama_cpp_reports_the_model_s_probabilities(file):
     cpp, p = GGUFEngine(file, slots=1), prompts(1, 8)[0]

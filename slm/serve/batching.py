@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['PAD', 'Job', 'Slot', 'common', 'place', 'part', 'TorchEngine', 'together', 'open_torch_engine', 'gap']
 
-# %% ../../nbs/42_serve.batching.ipynb #46dae430
-import copy, functools, os, threading
+# %% ../../nbs/42_serve.batching.ipynb #8f5af151
+import copy, threading
 from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -22,8 +22,8 @@ from ..model.fast import can_fuse
 from ..model.pretrained import load_model_and_tokenizer
 from .engine import *
 
-# %% ../../nbs/42_serve.batching.ipynb #7e01f2f3
-@dataclass
+# %% ../../nbs/42_serve.batching.ipynb #3eed3401
+@dataclass(eq=False)
 class Job:
     "A request on its way."
     request:Request
@@ -53,7 +53,7 @@ class Slot:
     row:int
     ids:list[int]=field(default_factory=list)
     job:Job|None=None
-    used:int=0 # when it was last used: a count
+    used:int=0 # when it was last taken or given back: a count
 
     @property
     def todo(self): return self.job.ids[len(self.ids):] if self.job else []
@@ -122,7 +122,7 @@ class TorchEngine:
         if own_thread: self.thread = threading.Thread(target=self.run, name='torch-engine', daemon=True); self.thread.start()
         else: self.ended.set()
 
-# %% ../../nbs/42_serve.batching.ipynb #18d968dd
+# %% ../../nbs/42_serve.batching.ipynb #aa595d38
 @patch
 def submit(self:TorchEngine,
     request:Request,
@@ -131,7 +131,8 @@ def submit(self:TorchEngine,
     "Queue a request; raises `SLMError` for one that cannot be."
     r = request
     if r.schema is not None: raise SLMError('the torch engine cannot hold a text to a JSON schema: take --engine gguf')
-    params = SamplingParams(r.temperature, r.top_k, r.top_p, r.min_p, r.repetition_penalty, r.max_new_tokens, r.stop, r.seed)
+    params = SamplingParams(r.temperature, r.top_k, r.top_p, r.min_p, r.repetition_penalty, r.max_new_tokens, r.stop,
+                            None if r.seed is None else r.seed % 2**63)
     job = Job(r, check_request(self, r), emit, Sampler([params]), TextStream(self.tok, params.stop), list(r.ids))
     def cancel():
         job.gone = True
@@ -147,7 +148,7 @@ def close(self:TorchEngine):
     with self.wake: self.closing = True; self.wake.notify()
     self.ended.wait()
 
-# %% ../../nbs/42_serve.batching.ipynb #f9669772
+# %% ../../nbs/42_serve.batching.ipynb #92f3551b
 @patch
 @torch.inference_mode()
 def run(self:TorchEngine):
@@ -173,8 +174,9 @@ def run(self:TorchEngine):
 def _drop(self:TorchEngine, unwanted):
     for s in self.rows:
         if s.job and unwanted(s.job): self._finish(s, 'cancelled')
-    with self.wake: gone, kept = [j for j in self.waiting if unwanted(j)], [j for j in self.waiting if not unwanted(j)]
-    with self.wake: self.waiting = deque(kept)
+    with self.wake:                                                              # as one: nobody may come in between
+        gone = [j for j in self.waiting if unwanted(j)]
+        if gone: self.waiting = deque(j for j in self.waiting if j not in gone)
     for j in gone: j.tell(finish_reason='cancelled')
 
 @patch
@@ -183,7 +185,7 @@ def _finish(self:TorchEngine, s, reason, text='', **kw):
     self.clock += 1; s.used = self.clock
     job.tell(text, finish_reason=reason, **kw)
 
-# %% ../../nbs/42_serve.batching.ipynb #cae30657
+# %% ../../nbs/42_serve.batching.ipynb #54214daa
 @patch
 def _admit(self:TorchEngine):
     "Give free slots to those who wait, first come, first served"
@@ -194,7 +196,8 @@ def _admit(self:TorchEngine):
         self.waiting.popleft()
         if source is not slot and n:
             for x in (self.cache.k, self.cache.v): x[:, slot.row, :, :n] = x[:, source.row, :, :n]
-        slot.ids, slot.job, job.cached = job.request.ids[:n], job, n
+        self.clock += 1
+        slot.ids, slot.job, slot.used, job.cached = job.request.ids[:n], job, self.clock, n
         if job.sampler.penalizes:
             self.seen[slot.row] = False
             self.seen[slot.row, [i for i in job.request.ids if i < self.v]] = True

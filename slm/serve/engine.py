@@ -200,7 +200,7 @@ def _known_schema(schema):
     look(schema)
     return schema
 
-# %% ../../nbs/41_serve.engine.ipynb #dea9cf6a
+# %% ../../nbs/41_serve.engine.ipynb #663c366c
 @patch
 def submit(self:GGUFEngine,
     request:Request,
@@ -208,13 +208,16 @@ def submit(self:GGUFEngine,
 )->Callable[[],None]: # call it to cancel: the slot is free after the step that is running
     "Queue a request; raises `SLMError` for one that cannot be."
     wish, gone = _llama_request(request, check_request(self, request)), threading.Event()
-    job = self.workers.submit(self._work, request, wish, emit, gone)
+    def tell(p):
+        try: emit(p)
+        except Exception: gone.set()                                             # a listener that fails has left
+    job = self.workers.submit(self._work, request, wish, tell, gone)
     self.running.add(gone)
     job.add_done_callback(lambda _: self.running.discard(gone))
     def cancel():
         first = not gone.is_set()
         gone.set()
-        if job.cancel() and first: emit(Piece(finish_reason='cancelled', prompt_tokens=len(request.ids)))
+        if job.cancel() and first: tell(Piece(finish_reason='cancelled', prompt_tokens=len(request.ids)))
     return cancel
 
 @patch
