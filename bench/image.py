@@ -5,7 +5,7 @@
 There is no image without a Docker daemon, but what an image adds to its base is an environment, and that can be made anywhere. Where pip's index has only the CUDA build of PyTorch,
 the CUDA packages are not installed and its CUDA libraries are not counted: an estimate of the CPU build, which has about the same remaining files. Writes results/46_serve.cluster/image/run.json.
 """
-import argparse, json, re, subprocess, tempfile, venv
+import argparse, json, re, subprocess, sys, tempfile, venv
 from importlib.metadata import distributions
 from pathlib import Path
 from slm.core import Metric, RunDir
@@ -13,15 +13,17 @@ from slm.core import Metric, RunDir
 ROOT = Path(__file__).parents[1]
 CUDA = re.compile(r'(nvidia|cuda|triton)\b'), re.compile(r'torch/lib/lib(torch_cuda|c10_cuda|torch_nvshmem|caffe2_nvrtc|cudart|cupti)')
 
-def pip(python, *args): return subprocess.run([python, '-m', 'pip', '--disable-pip-version-check', '--quiet', *args], check=True, capture_output=True, text=True).stdout
+def pip(folder, *args):
+    cmd = [sys.executable, '-m', 'pip', '--python', folder/'bin'/'python', '--disable-pip-version-check', '--quiet', *args]
+    return subprocess.run(cmd, check=True, stdout=subprocess.PIPE, text=True).stdout
 
 def environment(target, folder):
     "Install a target's list and slm; gives the folder of packages, and whether PyTorch's build is for CUDA"
-    venv.create(folder, with_pip=True); python = folder/'bin'/'python'
-    plan = json.loads(pip(python, 'install', '--dry-run', '--ignore-installed', '--report', '-', '-r', ROOT/f'deploy/requirements/{target}.txt'))
+    venv.create(folder, symlinks=True)
+    plan = json.loads(pip(folder, 'install', '--dry-run', '--ignore-installed', '--report', '-', '-r', ROOT/f'deploy/requirements/{target}.txt'))
     found = {p['metadata']['name'].lower(): p['metadata']['version'] for p in plan['install']}
-    pip(python, 'install', '--no-deps', *(f'{n}=={v}' for n,v in found.items() if not CUDA[0].match(n)))
-    pip(python, 'install', '--no-deps', ROOT); pip(python, 'uninstall', '-y', 'setuptools', 'pip') if 'torch' not in found else pip(python, 'uninstall', '-y', 'pip')
+    pip(folder, 'install', '--no-deps', *(f'{n}=={v}' for n,v in found.items() if not CUDA[0].match(n)))
+    pip(folder, 'install', '--no-deps', ROOT)
     return next((folder/'lib').glob('python*/site-packages')), any(map(CUDA[0].match, found))
 
 def sizes(site):
