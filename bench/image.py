@@ -23,7 +23,7 @@ def environment(target, folder):
     plan = json.loads(pip(folder, 'install', '--dry-run', '--ignore-installed', '--report', '-', '-r', ROOT/f'deploy/requirements/{target}.txt'))
     found = {p['metadata']['name'].lower(): p['metadata']['version'] for p in plan['install']}
     pip(folder, 'install', '--no-deps', *(f'{n}=={v}' for n,v in found.items() if not CUDA[0].match(n)))
-    pip(folder, 'install', '--no-deps', ROOT)
+    pip(folder, 'install', '--no-deps', ROOT, *(['-r', ROOT/'deploy/requirements/no-deps.txt'] if target == 'rag' else []))
     return next((folder/'lib').glob('python*/site-packages')), any(map(CUDA[0].match, found))
 
 def sizes(site):
