@@ -231,7 +231,8 @@ exec /usr/sbin/chroot "$root" setpriv --reuid 65534 --regid 65534 --clear-groups
 @pytest.fixture(scope='module')
 def jail(tmp_path_factory):
     "Starts a command as the image would: its PATH is the image's environment, its home /tmp"
-    base = tmp_path_factory.mktemp('image'); env, root, models = base/'slm', base/'root', base/'models'; [d.mkdir() for d in (env, root, models)]
+    base = tmp_path_factory.mktemp('image'); env, root, models = (base/d for d in ('slm', 'root', 'models'))
+    for d in (env, root, models): d.mkdir()
     def start(*cmd, **kw):
         sets = dict(p.split('=', 1) for op,arg in stages()['gguf'] if op == 'ENV' for p in shlex.split(arg))
         sets['PATH'] = f'{env}/bin:/usr/bin:/bin'; assert sets['HOME'] == '/tmp'
