@@ -125,6 +125,21 @@ def arguments(args):
     assert set(opts) <= known, (cmd.name, set(opts)-known)
     return opts
 
+def index_of(container): return [e for e in container['env'] if e['name'] == 'SLM_INDEX']
+
+@pytest.mark.parametrize('overlay', ['rag', 'k3d', 'rag-postgres'])
+def test_the_job_writes_the_index_that_the_server_reads(built, overlay):
+    docs = built[overlay]; server, job = (pods(docs)[n]['spec'] for n in ('slm', 'index')); s, = server['containers']; j, = job['containers']
+    assert index_of(s) == index_of(j) and len(index_of(s)) == 1
+    where = lambda spec: [v['persistentVolumeClaim'] for v in spec['volumes'] if v['name'] == 'index']
+    if overlay == 'rag-postgres':
+        assert index_of(s)[0]['valueFrom'] == dict(secretKeyRef=dict(name='slm-store', key='url')) and not where(server) + where(job) and of(docs, 'HorizontalPodAutoscaler')
+        policy = named(docs, 'NetworkPolicy', 'postgres')['spec']
+        assert all(fits(policy['podSelector'], pods(docs)[n]['metadata']['labels']) for n in ('slm', 'index')) and not fits(policy['podSelector'], pods(docs)['fetch-model']['metadata']['labels'])
+    else:
+        assert where(server) == where(job) == [dict(claimName='index')] and named(docs, 'Deployment', 'slm')['spec']['replicas'] == 1
+        assert [m for c,m in ((c, m) for c in (s, j) for m in c['volumeMounts']) if m['name'] == 'index'] == [dict(name='index', mountPath='/index', readOnly=True), dict(name='index', mountPath='/index')]
+
 def check_drain(pod, container, timeout):
     "A pod has the time that the server may take to leave"
     longest = container['lifecycle']['preStop']['sleep']['seconds'] + timeout + gate.BODY_SECONDS + api.Server(APP).config.timeout_graceful_shutdown
@@ -138,10 +153,11 @@ def check_probes(probes):
 def test_the_server_is_started_as_it_can_be(built, overlay):
     docs = built[overlay]; pod = pods(docs)['slm']['spec']; c, = pod['containers']
     check_probes([c[f'{p}Probe']['httpGet'] for p in ('startup', 'liveness', 'readiness')])
-    check_drain(pod, c, float(settings(docs)['TIMEOUT']))
+    options = arguments(c['args'])
+    check_drain(pod, c, float(settings(docs)['TIMEOUT']) if '--timeout' in options else gate.Settings().timeout)
     assert [e['valueFrom'] for e in c['env'] if e['name'] == 'THREADS'] == [dict(resourceFieldRef=dict(resource='requests.cpu', divisor='1'))]
     assert f"--port={c['ports'][0]['containerPort']}" in c['args'] and '--threads=$(THREADS)' in c['args']
-    assert {'--token-file', '--host', '--timeout'} <= set(arguments(c['args']))
+    assert {'--token-file', '--host', '--slots'} <= set(options)
 
 @servers
 def test_jobs_say_what_the_commands_know(built, overlay):
