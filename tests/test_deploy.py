@@ -219,6 +219,10 @@ def test_images_are_of_one_base_and_nobody_s():
         ops = stages()[name]; assert ('USER', '65534:65534') in ops and ('COPY', f'--from=build-{name} /opt/slm /opt/slm') in ops and 'pip' not in str(ops)
         assert '/healthz' in dict(ops)['HEALTHCHECK']
 
+def test_the_torch_image_has_a_compiler_if_its_engine_needs_one():
+    compiles = any(re.search(r'torch\.compile|inductor', (ROOT/'slm'/f).read_text()) for f in ('model/fast.py', 'model/generate.py', 'serve/batching.py'))
+    assert compiles == ('g++' in str(stages()['torch']))
+
 def test_workflow_publishes_every_image():
     jobs = yaml.safe_load((ROOT/'.github'/'workflows'/'image.yml').read_text())['jobs']
     assert jobs['publish']['strategy']['matrix']['target'] == final_stages() and jobs['cluster']['env']['IMAGE'] == f'ghcr.io/slm-book/slm-rag:{__version__}'
