@@ -31,6 +31,14 @@ def sizes(site):
     def size(d): return sum(p.stat().st_size for f in d.files or () if (p := Path(d.locate_file(f))).exists() and not CUDA[1].search(str(f)))
     return {d.name: size(d) for d in distributions(path=[str(site)])}
 
+def compiler():
+    "Bytes of Debian's g++ and of what it brings, without libraries that Python's base image has: for the image `torch`, by this machine's packages"
+    skip = [f'--no-{k}' for k in ('recommends', 'suggests', 'conflicts', 'breaks', 'replaces', 'enhances')]
+    brings = subprocess.run(['apt-cache', 'depends', '--recurse', *skip, 'g++'], check=True, capture_output=True, text=True).stdout
+    names = set(re.findall(r'^[a-z][\w.+-]*$', brings, re.M)) - {'libc6', 'libgcc-s1', 'libgmp10', 'libgomp1', 'libssl3', 'libstdc++6', 'libzstd1', 'zlib1g'}
+    sizes = subprocess.run(['dpkg-query', '-W', '-f', '${Installed-Size}\n', *names], capture_output=True, text=True).stdout
+    return 1024*sum(map(int, sizes.split()))
+
 def main():
     ap = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     ap.add_argument('targets', nargs='*', default=['gguf', 'torch', 'rag']); a = ap.parse_args()
@@ -41,6 +49,6 @@ def main():
             print(t, f'{sum(by.values())/1e6:.0f} MB', 'without CUDA libraries' if cuda else '', flush=True)
         run.add_metrics(**{t: Metric(sum(by.values())/1e6, n=len(by), unit='MB')}); largest[t] = dict(sorted(by.items(), key=lambda kv: -kv[1])[:6])
         run.info['cuda_build'] = run.info.get('cuda_build', False) or cuda
-    run.info['largest'] = largest; run.finish()
+    run.add_metrics(compiler=Metric(compiler()/1e6, unit='MB')); run.info['largest'] = largest; run.finish()
 
 if __name__ == '__main__': main()

@@ -216,12 +216,11 @@ def test_images_are_of_one_base_and_nobody_s():
     assert final_stages() == ['gguf', 'torch', 'rag']
     assert len({arg for ops in stages().values() for op,arg in ops if op == 'FROM'}) == 1
     for name in final_stages():
-        ops = stages()[name]; assert ('USER', '65534:65534') in ops and ('COPY', f'--from=build-{name} /opt/slm /opt/slm') in ops and 'pip' not in str(ops)
+        ops = stages()[name]; assert [arg for op,arg in ops if op == 'USER'][-1] == '65534:65534' and ('COPY', f'--from=build-{name} /opt/slm /opt/slm') in ops and 'pip' not in str(ops)
         assert '/healthz' in dict(ops)['HEALTHCHECK']
 
-def test_the_torch_image_has_a_compiler_if_its_engine_needs_one():
-    compiles = any(re.search(r'torch\.compile|inductor', (ROOT/'slm'/f).read_text()) for f in ('model/fast.py', 'model/generate.py', 'serve/batching.py'))
-    assert compiles == ('g++' in str(stages()['torch']))
+def test_only_the_torch_image_has_a_compiler():
+    assert ['g++' in str(stages()[n]) for n in final_stages()] == [False, True, False]
 
 def test_workflow_publishes_every_image():
     jobs = yaml.safe_load((ROOT/'.github'/'workflows'/'image.yml').read_text())['jobs']
