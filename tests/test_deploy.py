@@ -343,7 +343,9 @@ def linked(reqs, site):
 USE = dict(torch='''
 from slm.serve.batching import open_torch_engine
 from slm.serve.engine import Request, answer_all
-import slm.cli, slm.serve.api
+from slm.model.compile import can_compile
+import shutil, slm.cli, slm.serve.api
+assert can_compile() or not shutil.which('g++')
 e = open_torch_engine(MODEL, slots=1, context=128, threads=1, device='cpu')
 ids = e.tok.chat([dict(role='user', content='Who?')], True)[0]
 print(answer_all(e, [Request(ids, 3, temperature=0)])[0][1].completion_tokens); e.close()
