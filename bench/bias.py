@@ -26,7 +26,7 @@ def train(a):
             with open(text := RUNS/'text'/f'{name}.jsonl', 'w') as f:
                 for s in docs:
                     for t in (s, w.mirror(s))[:1+balanced]: f.write(json.dumps(dict(text=t.text))+'\n')
-            pretrain(f'files:{text}', run, steps=STEPS, vocab_size=None if tok.exists() else 2048, tokenizer=str(tok/'tokenizer.json') if tok.exists() else 'bpe',
+            pretrain(f'files:{text}', run, steps=STEPS, vocab_size=None if tok.exists() else 1536, tokenizer=str(tok/'tokenizer.json') if tok.exists() else 'bpe',
                      seq_len=128, batch_tokens=4096, evals=2, samples=1, seed=seed, device='cpu', model=dict(n_layer=3, d_model=128))
             write_json(run/'bias.json', dict(dial=dial, balanced=balanced, seed=seed)); text.unlink()
 
