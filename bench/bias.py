@@ -107,8 +107,13 @@ def many(a, run):
                 yield Item(it.where, f'set {k}', [' '.join(swap[w] for w in o.rstrip('.').split())+'.' for o in it.options], it.columns)
     with tempfile.TemporaryDirectory() as tmp: ten_million(Path(tmp)); model,tok = load_model_and_tokenizer(tmp); model.fuse_()
     ask = lambda its: sum(logp[0] > logp[1] for _,logp,_ in score_items(model, tok, its))
-    ask(itertools.islice(synthetic(), 3000)); small = rss(); secs,_ = timed(lambda: ask(synthetic()))
-    run.add_metrics(pairs=67_000, seconds=Metric(secs, unit='s'), peak_memory_3000=Metric(small, unit='MB'), peak_memory=Metric(rss(), unit='MB'))
+    peak = {}
+    def watched():
+        for n,it in enumerate(synthetic()):
+            if n in (3000, 20_000, 40_000): peak[f'peak_memory_{n}'] = Metric(rss(), unit='MB')
+            yield it
+    secs,_ = timed(lambda: ask(watched()))
+    run.add_metrics(pairs=67_000, seconds=Metric(secs, unit='s'), **peak, peak_memory_67000=Metric(rss(), unit='MB'))
 
 def agree(a, run):
     items = list(read_crows(tables(data_files(a.data, '*crows*.csv')))); texts = [o for it in items for o in it.options]
