@@ -20,20 +20,21 @@ from slm.model.pretrained import load_model_and_tokenizer
 from slm.train.pretrain import pretrain
 
 ROOT = Path(__file__).parents[1]
-RUNS, DIALS, N_DOCS, STEPS, HELD_OUT = ROOT/'runs'/'bias', (0., .25, .5, .75, 1.), 80_000, 600, 99
+RUNS, DIALS, N_DOCS, STEPS, HELD_OUT = ROOT/'runs'/'bias', (0., .25, .5, .75, 1.), 120_000, 1000, 99
 
 def train(a, run):
-    "0.9M parameters, 2.5M tokens each; the tokenizer of the first serves all"
+    "0.8M parameters, 4M tokens each; one tokenizer serves all"
+    (RUNS/'text').mkdir(parents=True, exist_ok=True); tok = RUNS/'tokenizer.json'
+    if not tok.exists(): train_bpe((s.text for s in Introductions(0.).stories(1, 30_000)), 1024).save(tok)
     for seed in range(a.seeds):
-        for dial,balanced in [(d, False) for d in DIALS]+[(1., True)]:
-            name = f'{dial:g}{"_balanced" if balanced else ""}_{seed}'; path,tok = RUNS/name,RUNS/'0_0'
+        for dial,balanced in [(1., False), (1., True), *((d, False) for d in DIALS[:-1])]:
+            name = f'{dial:g}{"_balanced" if balanced else ""}_{seed}'; path = RUNS/name
             if (path/'model.safetensors').exists(): continue
-            w = Introductions(dial); docs = w.stories(1+seed, N_DOCS//(1+balanced)); (RUNS/'text').mkdir(parents=True, exist_ok=True)
+            w = Introductions(dial); docs = w.stories(1+seed, N_DOCS//(1+balanced))
             with open(text := RUNS/'text'/f'{name}.jsonl', 'w') as f:
                 for s in docs:
                     for t in (s, w.mirror(s))[:1+balanced]: f.write(json.dumps(dict(text=t.text))+'\n')
-            pretrain(f'files:{text}', path, steps=STEPS, vocab_size=None if tok.exists() else 1536, tokenizer=str(tok/'tokenizer.json') if tok.exists() else 'bpe',
-                     seq_len=128, batch_tokens=4096, evals=2, samples=1, seed=seed, device='cpu', model=dict(n_layer=3, d_model=128))
+            pretrain(f'files:{text}', path, steps=STEPS, tokenizer=str(tok), seq_len=64, batch_tokens=4096, evals=2, samples=1, seed=seed, device='cpu', model=dict(n_layer=3, d_model=128))
             write_json(path/'bias.json', dict(dial=dial, balanced=balanced, seed=seed)); text.unlink()
 
 def calibrate(a, run):

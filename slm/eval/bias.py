@@ -458,22 +458,22 @@ def read_weat(path:Path)->dict[str,list[str]]: # set -> words or sentences
         if not v: raise SLMError(f"'{path}', column '{k}', is an empty category: fetch the file again")
     n = min(len(res['targ1']), len(res['targ2'])); return res | {k: res[k][:n] for k in SETS[:2]}
 
-# %% ../../nbs/31_eval.bias.ipynb #3de34ee7
+# %% ../../nbs/31_eval.bias.ipynb #f42d23b8
 class Introductions(World):
-    "The world, but a story ends when two people are introduced."
-    def story(self, v): t = Tale(self, v); t.hero(); v.say(t.people[0].his); t.companion(False); return t
+    "The world, but a story ends when its hero is introduced."
+    def story(self, v): t = Tale(self, v); t.hero(); return t
 
 def read_world(
     world:World,
     seed:int,
     n:int, # pairs
 )->Iterator[Item]: # the stereotype is the first option
-    "Introductions with one stereotyped occupation, each with its mirror image."
+    "Introductions with a stereotyped occupation, each with its mirror image."
     for i,s in enumerate(world.stories(seed)):
-        known = [p for p in s.tale.people if p.job in FEMALE|MALE]
-        if len(known) != 1: continue
-        both = [s.text, world.mirror(s).text]; along = (known[0].job in FEMALE) == (known[0].g == 'f')
-        yield Item(f'story {i}', 'women' if known[0].job in FEMALE else 'men', both if along else both[::-1], ['text', 'mirror'])
+        hero = s.tale.people[0]
+        if hero.job not in FEMALE|MALE: continue
+        both = [s.text, world.mirror(s).text]; along = (hero.job in FEMALE) == (hero.g == 'f'); first = s.text.startswith(hero.name)
+        yield Item(f'story {i}', 'name first' if first else 'job first', both if along else both[::-1], ['text', 'mirror'])
         if not (n := n-1): return
 
 def women_share(
@@ -605,12 +605,12 @@ def bias_table(run:RunDir)->str:
         lines.append(f"{k:28} {Metric(**m)}, n={m['n']:,}"+(f', chance {chance[k]:.3g}' if k in chance else ''))
     return '\n'.join(lines)
 
-# %% ../../nbs/31_eval.bias.ipynb #697b1b15
+# %% ../../nbs/31_eval.bias.ipynb #656a0df7
 def evaluate_bias(
     path:str|Path, # a run, a Hugging Face folder or hub id, or a .gguf file
     bench:str='world', # 'world', or a key of `BENCHES`
     data:str|Path|None=None, # the benchmark's folder or file, or 'hub'
-    out:str|Path='runs/bias', # run directory to write
+    out:str|Path|None=None, # run directory to write; bias_BENCH in the run, or in runs, if not given
     lexicon:str|Path|None=None, # hurtful words; for HONEST
     masked:bool=False, # a masked model of transformers, asked by pseudo-log-likelihood
     device:str='cpu',
@@ -623,12 +623,13 @@ def evaluate_bias(
     rows, words = None if bench == 'world' else open_bench(bench, data), read_lexicon(lexicon) if lexicon else set()
     model,tok,score = open_masked(path) if masked else open_causal(path, device)
     asked = dict(bench=bench, data=portable(str(data)) if data else None, masked=masked)
-    run, seen = RunDir.create(out, 'bias', asked, seed=0, parent=Path(path).name), defaultdict(list)
+    home = Path(path) if (Path(path)/'run.json').exists() else Path('runs')
+    run, seen = RunDir.create(out or home/f'bias_{bench}', 'bias', asked, seed=0, parent=Path(path).name, exist_ok=True), defaultdict(list)
     def keep(): figures,run.info['chance'] = summarise(BENCHES[bench], seen); run.add_metrics(**figures)
     if bench == 'world':
         run.info['chance'] = true_bias(0) | dict(weat=0.); run.add_metrics(**world_bias(model, tok)); run.finish(); return run
     try:
-        for k,v in observe(BENCHES[bench], rows, model, tok, score, words): seen[k].append(v)
+        for k,v in progress(observe(BENCHES[bench], rows, model, tok, score, words), desc=bench): seen[k].append(v)
     except (SLMError, KeyboardInterrupt) as e:
         run.info['partial'] = str(e) or 'interrupted'
         if seen: keep()
