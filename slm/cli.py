@@ -6,9 +6,9 @@
 __all__ = ['app', 'Json', 'MaxBytes', 'Device', 'VocabSize', 'Tok', 'Base', 'Epochs', 'Steps', 'Minutes', 'Context', 'MicroBatch',
            'Rate', 'MaxRows', 'Strict', 'Dtype', 'Model', 'Chats', 'SaveMinutes', 'annotate', 'StoreFile', 'Format',
            'Url', 'Project', 'TokenFile', 'main', 'corpus', 'tokenize', 'runs', 'pretrain', 'resume', 'eval_',
-           'figures', 'sft', 'annotate_add', 'annotate_report', 'annotate_pairs', 'annotate_export', 'annotate_import',
-           'annotate_push', 'annotate_pull', 'dpo', 'reward', 'rlhf', 'qlora', 'merge', 'open_any', 'export', 'serve',
-           'demo', 'generate', 'chat']
+           'figures', 'bias', 'sft', 'annotate_add', 'annotate_report', 'annotate_pairs', 'annotate_export',
+           'annotate_import', 'annotate_push', 'annotate_pull', 'dpo', 'reward', 'rlhf', 'qlora', 'merge', 'open_any',
+           'export', 'serve', 'demo', 'generate', 'chat']
 
 # %% ../nbs/61_cli.ipynb #fff7db54
 import errno, json, os, sys, warnings
@@ -170,6 +170,23 @@ def eval_(
 def figures(run)->str: # a line each
     "All figures of a run, with their intervals."
     return '\n'.join(f'{k:16} {Metric(**m)}' for k,m in run.info['metrics'].items())
+
+# %% ../nbs/61_cli.ipynb #a6f7cc05
+@app.command()
+def bias(
+    run:Model,
+    bench:Annotated[str, typer.Option(help='world, crows, winobias, stereoset, winogender, bbq, honest, bold or weat.')]='world',
+    data:Annotated[Optional[str], typer.Option(help="The benchmark's published files: a folder, a file, or hub.")]=None,
+    out:Annotated[Optional[Path], typer.Option(help='Run directory to write; RUN/bias_BENCH if not given.')]=None,
+    lexicon:Annotated[Optional[Path], typer.Option(help='Hurtful words, one a line or a HurtLex table; for honest.')]=None,
+    masked:Annotated[bool, typer.Option('--masked', help='A masked model of transformers; for crows and winobias.')]=False,
+    device:Device='cpu', json_:Json=False):
+    """Measure what a model believes about people.
+
+    Example: slm bias runs/demo/pretrain --bench crows --data crows_pairs_anonymized.csv"""
+    from slm.eval.bias import bias_table, evaluate_bias
+    ev = evaluate_bias(run, bench, data, out, lexicon, masked, device)
+    print(json.dumps(ev.info, indent=1) if json_ else bias_table(ev))
 
 # %% ../nbs/61_cli.ipynb #4de96de5
 @app.command()
