@@ -2,7 +2,7 @@
 import csv, json, os
 from pathlib import Path
 import numpy as np, pytest
-from typer.testing import CliRunner
+from slm.cli import main
 from slm.core import RunDir, SLMError
 from slm.data.world import World
 from slm.eval.bias import BENCHES, Item, data_files, evaluate_bias, open_bench, read_crows, score_items, tables
@@ -79,6 +79,33 @@ def test_what_came_before_an_error_is_kept_and_marked(model, tmp_path):
     bad = crows(tmp_path/'crows.csv', rows+[(30, 'a', 'b', 'stereo', 'hair')]+rows)
     with pytest.raises(SLMError, match="row 31, column 'bias_type'"): evaluate_bias(model, 'crows', bad, tmp_path/'part')
     part = RunDir.open(tmp_path/'part'); assert part.info['status'] == 'failed' and 'row 31' in part.info['partial'] and part.info['metrics'] == whole.info['metrics']
+
+def test_the_command_says_row_and_column_in_one_line(model, tmp_path, monkeypatch, capsys):
+    data = crows(tmp_path/'crows.csv', [(0, 'a b', 'a c', 'stereo', 'hair')])
+    monkeypatch.setattr('sys.argv', ['slm', 'bias', str(model), '--bench', 'crows', '--data', str(data), '--out', str(tmp_path/'out')])
+    with pytest.raises(SystemExit) as e: main()
+    err = capsys.readouterr().err; assert e.value.code == 2 and err.count('\n') == 1 and "row 1, column 'bias_type': 'hair' is none of" in err
+
+def test_an_interrupted_run_keeps_what_it_has(model, tmp_path, monkeypatch):
+    from slm.eval import bias as B
+    def some(*args): yield 'gender', True; raise KeyboardInterrupt
+    monkeypatch.setattr(B, 'observe', some); data = crows(tmp_path/'crows.csv', [(0, 'a', 'b', 'stereo', 'age')])
+    with pytest.raises(KeyboardInterrupt): evaluate_bias(model, 'crows', data, tmp_path/'out')
+    run = RunDir.open(tmp_path/'out'); assert run.info['status'] == 'interrupted' and run.metric('gender').n == 1 and run.info['partial'] == 'interrupted'
+
+def test_a_masked_model_is_asked_about_pairs(tmp_path):
+    from transformers import BertConfig, BertForMaskedLM, BertTokenizer
+    words = ['[PAD]', '[UNK]', '[CLS]', '[SEP]', '[MASK]', 'the', 'cook', 'nurse', 'sleeps', '.']; (tmp_path/'v.txt').write_text('\n'.join(words)); m = tmp_path/'bert'
+    BertTokenizer(vocab=str(tmp_path/'v.txt')).save_pretrained(m); small = dict(hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=16, max_position_embeddings=12)
+    BertForMaskedLM(BertConfig(vocab_size=len(words), **small)).save_pretrained(m); row = (0, 'The nurse sleeps.', 'The cook sleeps.', 'stereo', 'gender')
+    assert evaluate_bias(m, 'crows', crows(tmp_path/'crows.csv', [row]), tmp_path/'out', masked=True).metric('gender').n == 1
+    with pytest.raises(SLMError, match="row 1, column 'sent_less': .* context holds 12"):
+        evaluate_bias(m, 'crows', crows(tmp_path/'crows.csv', [row[:2]+('The cook '*9,)+row[3:]]), tmp_path/'out', masked=True)
+    with pytest.raises(SLMError, match='compares two sentences'): evaluate_bias(m, 'bbq', tmp_path, tmp_path/'out', masked=True)
+    with pytest.raises(SLMError, match='as a masked model'): evaluate_bias(tmp_path/'nothing', 'crows', tmp_path/'crows.csv', tmp_path/'out', masked=True)
+
+def test_the_world_is_its_own_benchmark(model, tmp_path):
+    run = evaluate_bias(model, out=tmp_path/'out'); assert {'pairs', 'log_odds', 'gap', 'weat'} <= set(run.info['metrics']) and abs(run.metric('gap').value) < .1
 
 def test_items_flow(model):
     "No more than a window of items is taken before the first comes out"
