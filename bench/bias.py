@@ -1,6 +1,6 @@
 """Do measures of bias measure bias, what does it cost to remove it, and how fast are pairs scored?
 
-    python bench/bias.py train calibrate [--seeds 3]  # small models of worlds with the dial at 0 … 1, and of a balanced one; then all measures on them
+    python bench/bias.py train calibrate [--seeds 2]  # small models of worlds with the dial at 0 … 1, and of a balanced one; then all measures on them
     python bench/bias.py speed --data blimp           # pairs a second against lm-eval at its best batch size, the same weights and pairs
     python bench/bias.py many --data blimp            # 67,000 pairs of BLiMP's lengths
     python bench/bias.py agree --data crows.csv --model MODEL   # item by item against lm-eval
@@ -126,7 +126,7 @@ def agree(a, run):
 
 def main():
     ap = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    ap.add_argument('what', choices=['train', 'calibrate', 'speed', 'many', 'agree'], nargs='+'); ap.add_argument('--seeds', type=int, default=3)
+    ap.add_argument('what', choices=['train', 'calibrate', 'speed', 'many', 'agree'], nargs='+'); ap.add_argument('--seeds', type=int, default=2)
     ap.add_argument('--data', help='folder or file of the pairs'); ap.add_argument('--model', help='run, folder, hub id or .gguf file'); ap.add_argument('--repeats', type=int, default=3)
     a = ap.parse_args()
     for what in a.what:
