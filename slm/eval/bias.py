@@ -166,7 +166,7 @@ def file_rows(
         raise SLMError(f"cannot read '{path}' behind row {n} ({e}): fetch it again") from None
     if not n: raise SLMError(f"'{path}' has no rows")
 
-# %% ../../nbs/31_eval.bias.ipynb #519337a4
+# %% ../../nbs/31_eval.bias.ipynb #33eaf9cb
 BIAS_TYPES = ('race-color', 'socioeconomic', 'gender', 'disability', 'nationality', 'sexual-orientation', 'physical-appearance',
               'religion', 'age')
 
@@ -194,6 +194,7 @@ def read_winobias(
             if options[0] == options[1]: raise SLMError(f"{where} and its twin in '{twin.name}' are the same: fetch both again")
             yield Item(where, re.search(r'type\d|$', f.name)[0] or f.name, options, [f.name, twin.name])
 
+# %% ../../nbs/31_eval.bias.ipynb #ccde6d7c
 def judge_pair(
     it:Item,
     logp:np.ndarray, # (2,) nats
