@@ -6,9 +6,9 @@
 __all__ = ['app', 'Json', 'MaxBytes', 'Device', 'VocabSize', 'Tok', 'Base', 'Epochs', 'Steps', 'Minutes', 'Context', 'MicroBatch',
            'Rate', 'MaxRows', 'Strict', 'Dtype', 'Model', 'Chats', 'SaveMinutes', 'annotate', 'StoreFile', 'Format',
            'Url', 'Project', 'TokenFile', 'main', 'corpus', 'tokenize', 'runs', 'pretrain', 'resume', 'eval_',
-           'figures', 'sft', 'annotate_add', 'annotate_report', 'annotate_pairs', 'annotate_export', 'annotate_import',
-           'annotate_push', 'annotate_pull', 'dpo', 'reward', 'rlhf', 'qlora', 'merge', 'open_any', 'export', 'serve',
-           'demo', 'generate', 'chat']
+           'figures', 'bias', 'sft', 'annotate_add', 'annotate_report', 'annotate_pairs', 'annotate_export',
+           'annotate_import', 'annotate_push', 'annotate_pull', 'dpo', 'reward', 'rlhf', 'qlora', 'merge', 'open_any',
+           'export', 'serve', 'demo', 'generate', 'chat']
 
 # %% ../nbs/61_cli.ipynb #fff7db54
 import errno, json, os, sys, warnings
@@ -170,6 +170,23 @@ def eval_(
 def figures(run)->str: # a line each
     "All figures of a run, with their intervals."
     return '\n'.join(f'{k:16} {Metric(**m)}' for k,m in run.info['metrics'].items())
+
+# %% ../nbs/61_cli.ipynb #a6f7cc05
+@app.command()
+def bias(
+    run:Model,
+    bench:Annotated[str, typer.Option(help='world, crows, winobias, stereoset, winogender, bbq, honest, bold or weat.')]='world',
+    data:Annotated[Optional[str], typer.Option(help="The benchmark's published files: a folder, a file, or hub.")]=None,
+    out:Annotated[Optional[Path], typer.Option(help='Run directory to write; RUN/bias_BENCH if not given.')]=None,
+    lexicon:Annotated[Optional[Path], typer.Option(help='Hurtful words, one a line or a HurtLex table; for honest.')]=None,
+    masked:Annotated[bool, typer.Option('--masked', help='A masked model of transformers; for crows and winobias.')]=False,
+    device:Device='cpu', json_:Json=False):
+    """Measure what a model believes about people.
+
+    Example: slm bias runs/demo/pretrain --bench crows --data crows_pairs_anonymized.csv"""
+    from slm.eval.bias import bias_table, evaluate_bias
+    ev = evaluate_bias(run, bench, data, out, lexicon, masked, device)
+    print(json.dumps(ev.info, indent=1) if json_ else bias_table(ev))
 
 # %% ../nbs/61_cli.ipynb #4de96de5
 @app.command()
@@ -439,7 +456,8 @@ def serve(
     slots:Annotated[int, typer.Option(help='Requests that are worked on at once.')]=4, context:Context=None,
     threads:Annotated[Optional[int], typer.Option(help='CPU threads; by default as many as this process may use.')]=None,
     int8:Annotated[bool, typer.Option('--int8', help='8 bits a weight in the torch engine.')]=False,
-    compiled:Annotated[Optional[bool], typer.Option('--compile/--eager', help="Compile the torch engine's steps; by default where a C++ compiler is.")]=None,
+    compiled:Annotated[Optional[bool], typer.Option('--compile/--eager',
+        help="Compile the torch engine's steps; by default where a C++ compiler is.")]=None,
     queue:Annotated[int, typer.Option(help='Requests that may wait.')]=32,
     timeout:Annotated[float, typer.Option(help='Seconds that a request may take, its waiting included.')]=120,
     max_tokens:Annotated[int, typer.Option(help='Tokens that an answer may have.')]=1024,

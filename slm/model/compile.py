@@ -27,8 +27,8 @@ def can_compile()->bool: # True on a machine with a C++ compiler that PyTorch ca
     try: return bool(torch.compile(lambda x: x.sin()*2)(torch.zeros(4)).eq(0).all())
     except Exception: return False                                               # each version has its own errors for it
 
-# %% ../../nbs/15_model.compile.ipynb #afaf8f21
-Weight = Tensor|tuple[Tensor,Tensor]                                             # (out,in); or whole numbers (out,in), 8 bits, and their scales (out,)
+# %% ../../nbs/15_model.compile.ipynb #aaf4bc83
+Weight = Tensor|tuple[Tensor,Tensor] # (out,in); or whole numbers (out,in), 8 bits, and their scales (out,)
 
 def dots(
     w:Weight,
@@ -107,7 +107,7 @@ def last_step(
     "From the stream to the scores."
     return dots(w, x*scale)*inverse_rms(x, eps)
 
-# %% ../../nbs/15_model.compile.ipynb #c7f93a43
+# %% ../../nbs/15_model.compile.ipynb #691a82de
 MAX_ROWS = 4 # a compiled step has at most so many rows
 
 def step_rows(
@@ -130,7 +130,8 @@ def compile_(self:GPT,
     self.steps = [BlockWeights(*(o.weight for o in (b.qkv, b.o, b.gate_up, b.down)),
                                *(None if o is None else o.weight for o in (b.q_norm, b.k_norm))) for b in self.model.layers]
     self.warm = set()                                                            # numbers of rows that are compiled
-    self.block_step, self.last_step = (torch.compile(f, fullgraph=True, dynamic=False, options=dict(realize_reads_threshold=1)) for f in (block_step, last_step))
+    options = dict(realize_reads_threshold=1)
+    self.block_step, self.last_step = (torch.compile(f, fullgraph=True, dynamic=False, options=options) for f in (block_step, last_step))
     return self
 
 # %% ../../nbs/15_model.compile.ipynb #e6350f35
