@@ -6,8 +6,8 @@
 __all__ = ['Weight', 'MAX_ROWS', 'can_compile', 'dots', 'DotLinear', 'Int8DotLinear', 'inverse_rms', 'BlockWeights', 'block_step',
            'last_step', 'step_rows']
 
-# %% ../../nbs/15_model.compile.ipynb #1db1ffe2
-import functools, logging
+# %% ../../nbs/15_model.compile.ipynb #dc676293
+import copy, functools, logging, os
 from collections.abc import Callable
 from typing import NamedTuple
 import torch
@@ -19,12 +19,15 @@ from .layers import *
 from .gpt import *
 from .fast import *
 
-# %% ../../nbs/15_model.compile.ipynb #335c6f67
+# %% ../../nbs/15_model.compile.ipynb #0349a378
 @functools.cache
 def can_compile()->bool: # True on a machine with a C++ compiler that PyTorch can use
     "Whether compiled steps work here; the first call compiles a line, some seconds."
     logging.getLogger('torch.utils.cpp_extension').setLevel(logging.ERROR)       # a missing GPU is no news to a CPU
-    try: return bool(torch.compile(lambda x: x.sin()*2)(torch.zeros(4)).eq(0).all())
+    try:
+        from torch._inductor.cpu_vec_isa import pick_vec_isa
+        os.environ.setdefault('TORCHINDUCTOR_CACHE_DIR', str(slm_home()/'compiled'/str(pick_vec_isa())))
+        return bool(torch.compile(lambda x: x.sin()*2)(torch.zeros(4)).eq(0).all())
     except Exception: return False                                               # each version has its own errors for it
 
 # %% ../../nbs/15_model.compile.ipynb #aaf4bc83
@@ -155,3 +158,19 @@ def step(self:GPT,
     cache.lens = at + 1
     self.warm.add(len(idx))
     return self.last_step(x, self.model.norm.weight, self.head.weight, c.norm_eps)
+
+# %% ../../nbs/15_model.compile.ipynb #5075ae43
+@patch
+def warm_up(self:GPT,
+    cache:KVCache, # of an engine; what it holds is lost
+):
+    "Compile the steps of all sizes; raises `SLMError` where one does not say what the model says."
+    def rows(n):
+        c = copy.copy(cache)
+        c.k, c.v, c.lens = cache.k[:, :n], cache.v[:, :n], torch.zeros(n, dtype=torch.long)
+        return c
+    for n in step_rows(cache.k.shape[1]):
+        idx = torch.arange(n) % self.cfg.vocab_size
+        want = self.head(self.model(idx[:, None], cache=rows(n))[:, 0])
+        got = self.step(idx, rows(n))
+        if not (got-want).norm() < .05*want.norm(): raise SLMError(f'the compiled step of {n} rows does not say what the model says: take the eager one')

@@ -6,7 +6,7 @@
 __all__ = ['PAD', 'Job', 'Slot', 'common', 'place', 'part', 'TorchEngine', 'together', 'open_torch_engine', 'gap']
 
 # %% ../../nbs/42_serve.batching.ipynb #8f5af151
-import copy, threading
+import copy, sys, threading
 from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -159,8 +159,9 @@ def run(self:TorchEngine):
     "Work until `close`; on Linux the main thread is the fastest place for it."
     self.ended.clear()
     torch.set_num_threads(self.threads)                                          # counts for this thread only
-    if self.compiled:
-        for n in step_rows(self.slots): self.gpt.step(torch.zeros(n, dtype=torch.long), part(self.cache, 0, n))
+    try:
+        if self.compiled: self.gpt.warm_up(self.cache)
+    except SLMError as e: print(e, file=sys.stderr); self.compiled = False
     while True:
         with self.wake: self.wake.wait_for(lambda: self.waiting or self.closing or any(s.job for s in self.rows))
         if self.closing: break
