@@ -173,7 +173,7 @@ def _config(url, vectors):
     if not vectors: return c
     return c | dict(path=vectors) | (dict(backend='pgvector', pgvector=dict(url=url)) if url else dict(faiss=dict(components='IDMap,Flat')))
 
-# %% ../../nbs/45_serve.rag.ipynb #16ef6b74
+# %% ../../nbs/45_serve.rag.ipynb #631c72bd
 @dataclass
 class Passage(Chunk):
     "A chunk that was found."
@@ -186,7 +186,7 @@ class Index:
         where:str|Path, # a folder, or the address of a PostgreSQL database of its own, postgresql://…
         writable:bool=False, # may it be changed? A new one is made if there is none
     ):
-        self.url = str(where) if str(where).startswith('postgresql:') else None
+        self.url = re.sub('^postgresql:', 'postgresql+psycopg2:', str(where)) if str(where).startswith('postgresql') else None
         self.dir, self.writable, self.lock, self.embeddings = Path(where), writable, threading.RLock(), Embeddings()
         self.held = contextlib.ExitStack(); self.work = Path(self.held.enter_context(tempfile.TemporaryDirectory()))
         try:
@@ -235,7 +235,7 @@ def _load(self:Index):
     write_json(self.work/'config.json', saved | (dict(path=vectors) if 'path' in saved else {}))
     e.load(str(self.work)); self._commit()
 
-# %% ../../nbs/45_serve.rag.ipynb #964b9bb8
+# %% ../../nbs/45_serve.rag.ipynb #81ec9ef4
 @patch
 @contextlib.contextmanager
 def writing(self:Index):
@@ -244,6 +244,12 @@ def writing(self:Index):
     with self.lock, self._turn() if self.url else contextlib.nullcontext():
         try: yield; self._save()
         except BaseException: self._load(); raise
+
+@patch
+def _commit(self:Index):
+    "End what each of the three connections has begun; the passages' own table last, since the others follow it"
+    if self.url:
+        for s in (self.embeddings.scoring, self.embeddings.ann, self.embeddings.database): s and s.save(None)
 
 @patch
 def _save(self:Index):
@@ -348,7 +354,7 @@ def delete(self:Index,
         parts = [f'{i}#{k}' for i,(_,n) in self._known(ids).items() for k in range(n)]
         return self.embeddings.delete([*parts, *ids]) if self.embeddings.database else []
 
-# %% ../../nbs/45_serve.rag.ipynb #ebc92a20
+# %% ../../nbs/45_serve.rag.ipynb #154e36bf
 @patch
 @contextlib.contextmanager
 def _sql(self:Index):
@@ -373,12 +379,6 @@ def _turn(self:Index):
             tables = ['sections', 'scoring']+['vectors']*bool(e.ann)
             e.config['offset'] = 1+db('SELECT greatest('+', '.join(f'(SELECT max(indexid) FROM {t})' for t in tables)+', -1)').scalar()
         yield
-
-@patch
-def _commit(self:Index):
-    "End what each of the three connections has begun; the passages' own table last, since the others follow it"
-    if self.url:
-        for s in (self.embeddings.scoring, self.embeddings.ann, self.embeddings.database): s and s.save(None)
 
 # %% ../../nbs/45_serve.rag.ipynb #0a3fe3d5
 class AnyWord(PGText):
@@ -445,7 +445,7 @@ class RagTokenizer(GetAttr):
             if len(ids)+r.room <= r.max_seq_len: break
         return Prompt(ids, found[:n], found[n:]), None
 
-# %% ../../nbs/45_serve.rag.ipynb #18c09279
+# %% ../../nbs/45_serve.rag.ipynb #610a1a6b
 class RagEngine(GetAttr):
     "An engine that looks up before it answers, and says where it found what it says."
     _default, model = 'engine', 'rag'
@@ -463,7 +463,7 @@ class RagEngine(GetAttr):
         "Queue a request; the last piece of a chat tells its sources."
         p, said = request.ids, []
         if not isinstance(p, Prompt): return self.engine.submit(request, emit)
-        if not p.sources and request.schema is None:
+        if not p.sources+p.left_out and request.schema is None:
             emit(Piece(NO_ANSWER, finish_reason='stop', prompt_tokens=len(p), extra=told(NO_ANSWER, p))); return lambda: None
         def tell(piece):
             said.append(piece.text)
@@ -551,7 +551,7 @@ class TxtaiAPI(API):
         if not self.config['writable']: raise ReadOnlyError('this server was started for reading only')
         return self.rag.index.delete([str(i) for i in ids])
 
-# %% ../../nbs/45_serve.rag.ipynb #998584c3
+# %% ../../nbs/45_serve.rag.ipynb #8cf26203
 def rag_app(
     rag:RagEngine,
     settings:Settings=Settings(),
@@ -563,7 +563,8 @@ def rag_app(
     config = dict(writable=rag.index.writable, embeddings={}, llm={}, rag={}, routes=dict(similarity=False))
     @contextlib.asynccontextmanager
     async def life(app):
-        TxtaiAPI.live = rag, app.state.gate, asyncio.get_running_loop()
+        from slm.serve import rag as found                                      # as txtai does: by its name
+        found.TxtaiAPI.live = rag, app.state.gate, asyncio.get_running_loop()
         old = dict(os.environ); os.environ |= dict(CONFIG=json.dumps(config), API_CLASS='slm.serve.rag.TxtaiAPI')
         with contextlib.contextmanager(application.lifespan)(inner):
             os.environ.clear(); os.environ.update(old)
