@@ -7,11 +7,11 @@ __all__ = ['BREAKS', 'HEADING', 'PARTS', 'KINDS', 'WEIGHTS', 'NO_ANSWER', 'PROMP
            'documents', 'minilm', 'Passage', 'Index', 'AnyWord', 'Prompt', 'words', 'cite', 'RagTokenizer', 'RagEngine',
            'told', 'EngineGeneration', 'Gated', 'TxtaiAPI', 'rag_app']
 
-# %% ../../nbs/45_serve.rag.ipynb #2aabe9aa
-import ast, asyncio, contextlib, functools, hashlib, itertools, json, os, queue, re, shutil, tempfile, threading, warnings
+# %% ../../nbs/45_serve.rag.ipynb #d06af15e
+import ast, asyncio, contextlib, ctypes, functools, hashlib, itertools, json, os, re, shutil, sys, tempfile, threading, warnings
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, replace
 from importlib.util import find_spec
 from pathlib import Path
 from fastapi import FastAPI
@@ -289,7 +289,7 @@ def _ask(self:Index, f):
                 self._load(); return f()
         finally: self._commit()
 
-# %% ../../nbs/45_serve.rag.ipynb #f9d6366f
+# %% ../../nbs/45_serve.rag.ipynb #db30873f
 @patch
 def upsert(self:Index,
     docs:Iterable[Document], # read one after the other, never all at once
@@ -305,7 +305,7 @@ def upsert(self:Index,
                 rows += new; gone += [f'{i}#{k}' for k in range(had)] if mark != _mark(d) else []
             if gone: e.delete(gone)
             if rows: self._insert(rows)
-            n['passages'] += len(rows)
+            n['passages'] += len(rows); _give_back()
     return dict(n)
 
 def _mark(d): return hashlib.blake2b(f'{d.kind}\0{d.heading}\0{d.text}'.encode(), digest_size=16).hexdigest()
@@ -315,6 +315,10 @@ def _passages(d):
     cs = list(chunks(d))
     return [dict(id=f'{d.id}#{k}', text=f'{c.heading}\n{c.text}' if c.heading else c.text, source=d.id, start=c.start, end=c.end,
                  heading=c.heading, of=len(cs), mark=_mark(d)) for k,c in enumerate(cs)]
+
+def _give_back():
+    "Hand freed memory to the system: batches of all shapes leave holes, and the C library of Linux keeps them"
+    if sys.platform == 'linux': ctypes.CDLL(None).malloc_trim(0)
 
 def _batches(docs, chars=2**20, most=2000):
     batch, size = {}, 0
@@ -551,7 +555,7 @@ class TxtaiAPI(API):
         if not self.config['writable']: raise ReadOnlyError('this server was started for reading only')
         return self.rag.index.delete([str(i) for i in ids])
 
-# %% ../../nbs/45_serve.rag.ipynb #8cf26203
+# %% ../../nbs/45_serve.rag.ipynb #57e0ee97
 def rag_app(
     rag:RagEngine,
     settings:Settings=Settings(),
@@ -568,7 +572,7 @@ def rag_app(
         old = dict(os.environ); os.environ |= dict(CONFIG=json.dumps(config), API_CLASS='slm.serve.rag.TxtaiAPI')
         with contextlib.contextmanager(application.lifespan)(inner):
             os.environ.clear(); os.environ.update(old)
-            app.state.gate.paths |= {f'/txtai{r.path}' for r in inner.routes}
+            app.state.gate.paths |= {f'/txtai{r.path}' for n,us in application.apirouters().items() if n in config for r in us.routes}
             yield
     app = create_app({rag.model: rag, rag.engine.model: rag.engine}, settings, lifespan=life)
     app.mount('/txtai', inner)
