@@ -268,7 +268,7 @@ def _save(self:Index):
     self.embeddings.save(str(self.work))
     with atomic_dir(self.dir) as tmp: shutil.copytree(self.work, tmp, dirs_exist_ok=True)
 
-# %% ../../nbs/45_serve.rag.ipynb #a6fa7473
+# %% ../../nbs/45_serve.rag.ipynb #18c2ed49
 WEIGHTS = dict(bm25=0., vectors=1., hybrid=.5) # of the meaning; the rest is for the words
 
 @patch
@@ -293,6 +293,7 @@ def _data(r): return json.loads(r['data']) if isinstance(r['data'], str) else r[
 def _ask(self:Index, f):
     "What `f` finds; a database that has gone in the meantime is opened again, once"
     with self.lock:
+        if self.url and not self.embeddings.database: self._load()
         try:
             try: return f()
             except Exception:
@@ -566,7 +567,14 @@ class TxtaiAPI(API):
         if not self.config['writable']: raise ReadOnlyError('this server was started for reading only')
         return self.rag.index.delete([str(i) for i in ids])
 
-# %% ../../nbs/45_serve.rag.ipynb #57e0ee97
+# %% ../../nbs/45_serve.rag.ipynb #cf4b29b8
+@contextlib.contextmanager
+def _environ(**new):
+    old = {k: os.environ.pop(k, None) for k in new}; os.environ |= new
+    try: yield
+    finally:
+        for k,v in old.items(): os.environ.pop(k) if v is None else os.environ.update({k: v})
+
 def rag_app(
     rag:RagEngine,
     settings:Settings=Settings(),
@@ -580,9 +588,9 @@ def rag_app(
     async def life(app):
         from slm.serve import rag as found                                      # as txtai does: by its name
         found.TxtaiAPI.live = rag, app.state.gate, asyncio.get_running_loop()
-        old = dict(os.environ); os.environ |= dict(CONFIG=json.dumps(config), API_CLASS='slm.serve.rag.TxtaiAPI')
-        with contextlib.contextmanager(application.lifespan)(inner):
-            os.environ.clear(); os.environ.update(old)
+        with contextlib.ExitStack() as stack:
+            with _environ(CONFIG=json.dumps(config), API_CLASS='slm.serve.rag.TxtaiAPI'):
+                stack.enter_context(contextlib.contextmanager(application.lifespan)(inner))
             app.state.gate.paths |= {f'/txtai{r.path}' for n,us in application.apirouters().items() if n in config for r in us.routes}
             yield
     app = create_app({rag.model: rag, rag.engine.model: rag.engine}, settings, lifespan=life)
