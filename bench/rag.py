@@ -1,7 +1,7 @@
 """What looking up is worth: passages found, answers right, time and memory.
 
     python bench/rag.py index --factbook factbook.jsonl --dir runs/rag       # once; memory while indexing
-    python bench/rag.py search --factbook factbook.jsonl --dir runs/rag      # recall of each mode, and time of a search
+    OMP_NUM_THREADS=1 python bench/rag.py search --factbook factbook.jsonl --dir runs/rag      # recall of each mode, and time of a search
     python bench/rag.py answer --factbook factbook.jsonl --dir runs/rag      # answers without passages, with passages, with the right one
 
 The factbook is a file of rows with country, section and text (find it through SLM_DATA/rag/factbook.jsonl if not given); the questions are made from its fields, and each is answered by
@@ -88,7 +88,7 @@ def search(a):
         run = record('world', a, passages=len(passages)); add_ranks(run, ix, [(f.question, f.answer, f'town/{f.passage}') for f in random.Random(0).sample(facts, 500)])
         run.finish(); ix.close()
     ix, asked = Index(a.dir), questions(a.factbook)
-    run = record('factbook', a, questions=dict(Counter(q.split(' of ')[0] for q,_,_ in asked))); add_ranks(run, ix, asked)
+    run = record('factbook', a, threads=os.environ.get('OMP_NUM_THREADS'), questions=dict(Counter(q.split(' of ')[0] for q,_,_ in asked))); add_ranks(run, ix, asked)
     def timed(f): t = time.perf_counter(); f(); return (time.perf_counter()-t)*1000
     for q,_,_ in asked[:20]: ix.search(q)
     whole, embed = [timed(lambda: ix.search(q)) for q,_,_ in asked], [timed(lambda: ix.embeddings.batchtransform([q])) for q,_,_ in asked]
