@@ -268,8 +268,8 @@ def _save(self:Index):
     self.embeddings.save(str(self.work))
     with atomic_dir(self.dir) as tmp: shutil.copytree(self.work, tmp, dirs_exist_ok=True)
 
-# %% ../../nbs/45_serve.rag.ipynb #18c2ed49
-WEIGHTS = dict(bm25=0., vectors=1., hybrid=.5) # of the meaning; the rest is for the words
+# %% ../../nbs/45_serve.rag.ipynb #90241e1c
+WEIGHTS = dict(bm25=0., vectors=1., hybrid=.9) # of the meaning; the rest is for the words
 
 @patch
 def search(self:Index,
