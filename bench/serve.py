@@ -87,9 +87,9 @@ def figures(engine, n, wish):
     res['ttft_p95'] = sorted(late)[int(.95*len(late))]
     return res
 
-def torch_engine(tmp, n, threads, int8=False):
+def torch_engine(tmp, n, threads, int8=False, compiled=True):
     from slm.serve.batching import open_torch_engine
-    return own(open_torch_engine(tmp/'hf', 8, 1024, threads, int8, 'cpu', own_thread=False), n)
+    return own(open_torch_engine(tmp/'hf', 8, 1024, threads, int8, 'cpu', own_thread=False, compiled=compiled), n)
 
 def gguf_engine(tmp, n, threads, kind):
     from slm.serve.engine import GGUFEngine
@@ -107,7 +107,8 @@ def llama(tmp, n, threads, kind):
     run(4)
     return dict(decode=max(run(n) for _ in range(2)))
 
-WHAT = {'transformers': lambda *a: hf(*a), 'torch': lambda *a: torch_engine(*a), 'torch int8': lambda *a: torch_engine(*a, int8=True),
+WHAT = {'transformers': lambda *a: hf(*a), 'torch': lambda *a: torch_engine(*a), 'torch eager': lambda *a: torch_engine(*a, compiled=False),
+        'torch int8': lambda *a: torch_engine(*a, int8=True), 'torch int8 eager': lambda *a: torch_engine(*a, int8=True, compiled=False),
         'llama.cpp f32': lambda *a: llama(*a, 'f32'), 'llama.cpp q8_0': lambda *a: llama(*a, 'q8_0'), 'gguf q8_0': lambda *a: gguf_engine(*a, 'q8_0')}
 
 def main():
@@ -133,7 +134,7 @@ def main():
                 run.add_metrics(**{f'{k} {m}'.replace(' ', '_'): Metric((min if slow else max)(v), min(v), max(v), len(v), 's' if slow else 'tokens/s')})
     run.finish()
     m = lambda k: run.metric(k).value
-    for a_,b in (('torch_decode', 'transformers_decode'), ('torch_decode', 'llama.cpp_f32_decode'), ('torch_int8_decode', 'llama.cpp_q8_0_decode'), ('torch_batch8', 'transformers_batch8'), ('gguf_q8_0_decode', 'llama.cpp_q8_0_decode')):
+    for a_,b in (('torch_decode', 'transformers_decode'), ('torch_eager_decode', 'transformers_decode'), ('torch_decode', 'llama.cpp_f32_decode'), ('torch_int8_decode', 'llama.cpp_q8_0_decode'), ('torch_batch8', 'transformers_batch8'), ('gguf_q8_0_decode', 'llama.cpp_q8_0_decode')):
         print(f'{a_} / {b}: {m(a_)/m(b):.2f}')
 
 if __name__ == '__main__': main()

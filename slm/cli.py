@@ -449,6 +449,7 @@ def serve(
     host:Host='127.0.0.1', port:Port=8000, token_file:Tokens=None, no_token:NoToken=False,
     slots:Slots=4, context:Context=None, threads:Threads=None,
     int8:Annotated[bool, typer.Option('--int8', help='8 bits a weight in the torch engine.')]=False,
+    compiled:Annotated[Optional[bool], typer.Option('--compile/--eager', help="Compile the torch engine's steps; by default where a C++ compiler is.")]=None,
     queue:Annotated[int, typer.Option(help='Requests that may wait.')]=32,
     timeout:Annotated[float, typer.Option(help='Seconds that a request may take, its waiting included.')]=120,
     max_tokens:Annotated[int, typer.Option(help='Tokens that an answer may have.')]=1024,
@@ -466,7 +467,7 @@ def serve(
     settings = api.Settings(tokens, api.check_bind(host, tokens, no_token), queue, timeout, max_tokens, cache=cache,
                             preferences=preferences, output_filter=api.load_filter(filter) if filter else None, threshold=threshold)
     embed = {embeddings.stem: api.gguf_embed(embeddings, threads=threads)} if embeddings else None
-    e = api.open_engine(model, engine, slots, context, threads, int8, own_thread=False)
+    e = api.open_engine(model, engine, slots, context, threads, int8, own_thread=False, compiled=compiled)
     api.serve(api.create_app({e.model: e}, settings, embed), host, port)
     e.close()
 

@@ -104,6 +104,7 @@ def _no_saving(module, prefix, keep_vars):
 @torch.no_grad()
 def fuse_(self:GPT,
     int8:bool=False, # 8 bits a weight instead of 32, on a CPU
+    linear:type|None=None, # class of the products; the fastest here if not given
 )->GPT: # itself, changed
     "Make a model fast for inference, in place; raises `SLMError` where that cannot be."
     if hasattr(self, 'fused'): raise SLMError('this model is fused already')
@@ -111,7 +112,7 @@ def fuse_(self:GPT,
     w = self.get_output_embeddings().weight
     on_cpu = w.device.type == 'cpu' and w.dtype == torch.float32
     if int8 and not (on_cpu and can_int8()): raise SLMError('8-bit weights need a CPU with FBGEMM and a float32 model: leave int8 away')
-    linear = Int8Linear if int8 else PackedLinear if on_cpu and can_pack() else PlainLinear
+    linear = linear or (Int8Linear if int8 else PackedLinear if on_cpu and can_pack() else PlainLinear)
     for i,b in enumerate(self.model.layers): self.model.layers[i] = FastBlock(b, self.cfg, linear)
     self.head = self.fused = linear(w)
     if not self.cfg.tied: self.lm_head = None

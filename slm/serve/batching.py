@@ -19,6 +19,7 @@ from ..model.layers import KVCache
 from ..model.gpt import GPT
 from ..model.generate import SamplingParams, Sampler, TextStream
 from ..model.fast import can_fuse
+from ..model.compile import can_compile, step_rows
 from ..model.pretrained import load_model_and_tokenizer
 from .engine import *
 
@@ -104,6 +105,7 @@ class TorchEngine:
         context:int|None=None, # tokens that one request may have; the model's own, at most 2048, if not given
         threads:int|None=None, # CPU threads; as many as this process may use if not given
         int8:bool=False, # 8 bits a weight
+        compiled:bool=False, # steps that a C++ compiler made: seconds more to start, then faster
         chunk:int=256, # tokens of a prompt that are read before the others make a step
         own_thread:bool=True, # work in a thread of its own; else somebody must call `run`
     ):
@@ -111,7 +113,9 @@ class TorchEngine:
         if not c.causal: raise SLMError('this model looks both ways (causal=False): it fills gaps and cannot generate')
         self.tok, self.model, self.slots, self.chunk = tok, model_name, slots, max(PAD, chunk//PAD*PAD)
         self.max_seq_len, self.threads = min(context or 2048, c.max_seq_len), threads or usable_cpus()
-        self.gpt = model.fuse_(int8) if int8 or can_fuse(c) and not hasattr(model, 'fused') else model.eval()
+        self.compiled = compiled
+        if compiled: self.gpt = model.compile_(int8)
+        else: self.gpt = model.fuse_(int8) if int8 or can_fuse(c) and not hasattr(model, 'fused') else model.eval()
         w = model.get_input_embeddings().weight
         self.device, self.v = w.device, min(tok.vocab_size, c.vocab_size)
         self.cache = KVCache(c.n_layer, slots, c.n_kv_head, self.max_seq_len+PAD, c.head_dim, w.dtype, w.device)
@@ -155,6 +159,8 @@ def run(self:TorchEngine):
     "Work until `close`; on Linux the main thread is the fastest place for it."
     self.ended.clear()
     torch.set_num_threads(self.threads)                                          # counts for this thread only
+    if self.compiled:
+        for n in step_rows(self.slots): self.gpt.step(torch.zeros(n, dtype=torch.long), part(self.cache, 0, n))
     while True:
         with self.wake: self.wake.wait_for(lambda: self.waiting or self.closing or any(s.job for s in self.rows))
         if self.closing: break
@@ -204,33 +210,35 @@ def _admit(self:TorchEngine):
 
 @patch
 def _read(self:TorchEngine):
-    "Read the next chunk of the prompt that came first; its last token's scores give the answer's first token"
-    reading = [s for s in self.rows if s.job and not s.job.n]
+    "Read the next chunk of the prompt that came first, all but its last token: that one is spoken with the others"
+    reading = [s for s in self.rows if len(s.todo) > 1]
     if not reading: return
     s = min(reading, key=lambda s: s.used)
-    new = s.todo[:self.chunk]
+    new = s.todo[:-1][:self.chunk]
     t = -(-len(new)//PAD)*PAD if self.device.type == 'cpu' else len(new)
     x = torch.tensor([new + [0]*(t-len(new))], device=self.device)               # (1,t)
     cache = part(self.cache, s.row, s.row+1)
     cache.lens[:] = len(s.ids)
-    h = self.gpt.model(x, cache=cache, seqlens=torch.tensor([[len(new)]]))       # (1,t,d)
+    self.gpt.model(x, cache=cache, seqlens=torch.tensor([[len(new)]]))
     s.ids += new
-    if not s.todo: self._choose([s], self.gpt.head(h[:, len(new)-1]))
 
 # %% ../../nbs/42_serve.batching.ipynb #101a2cd2
 @patch
 def _speak(self:TorchEngine):
     "One token for each request whose prompt is read"
-    live = [s for s in self.rows if s.job and s.job.n]
+    live = [s for s in self.rows if len(s.todo) == 1]
     if not live: return
     a, b = live[0].row, live[-1].row+1
-    x = torch.zeros(b-a, 1, dtype=torch.long)
-    for s in live: x[s.row-a, 0] = s.todo[0]
+    if step := self.compiled and next((n for n in step_rows(self.slots) if n >= b-a), None):
+        a = min(a, self.slots-step); b = a+step
+    x = torch.zeros(b-a, dtype=torch.long)
+    for s in live: x[s.row-a] = s.todo[0]
     cache = part(self.cache, a, b)
     cache.lens[:] = torch.tensor([len(s.ids) for s in self.rows[a:b]])
-    h = self.gpt.model(x.to(self.device), cache=cache)                           # (b,1,d)
+    if step: logits = self.gpt.step(x, cache)                                    # (b,v)
+    else: logits = self.gpt.head(self.gpt.model(x[:, None].to(self.device), cache=cache)[:, 0])
     for s in live: s.ids += s.todo
-    self._choose(live, self.gpt.head(h[[s.row-a for s in live], 0]))
+    self._choose(live, logits[[s.row-a for s in live]])
 
 @patch
 def _choose(self:TorchEngine,
@@ -286,12 +294,14 @@ def open_torch_engine(
     int8:bool=False, # 8 bits a weight
     device:str='auto', # 'auto', 'cuda', 'mps' or 'cpu'
     own_thread:bool=True, # False: call `run`
+    compiled:bool|None=None, # compile the steps; if not given, on a CPU with a C++ compiler
 )->TorchEngine:
     "Open a model for our own engine; raises `SLMError` for one that cannot be opened."
     device = get_device('cpu' if int8 else device)
     gpt, tok = load_model_and_tokenizer(model, device)
     if device.type == 'cuda': gpt = gpt.to(torch.bfloat16 if torch.cuda.is_bf16_supported() else torch.float16)
-    return TorchEngine(gpt, tok, Path(model).stem or 'slm', slots, context, threads, int8, own_thread=own_thread)
+    if compiled is None: compiled = device.type == 'cpu' and can_fuse(gpt.cfg) and can_compile()
+    return TorchEngine(gpt, tok, Path(model).stem or 'slm', slots, context, threads, int8, compiled, own_thread=own_thread)
 
 # %% ../../nbs/42_serve.batching.ipynb #6951980e
 @torch.inference_mode()

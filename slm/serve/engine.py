@@ -271,6 +271,7 @@ def open_engine(
     threads:int|None=None, # CPU threads; as many as this process may use if not given
     int8:bool=False, # 8 bits a weight in the torch engine
     own_thread:bool=True, # False: the torch engine works where its `run` is called
+    compiled:bool|None=None, # compile the torch engine's steps; where that can be, if not given
 )->Engine:
     "Open a model for serving; raises `SLMError` for one that cannot be opened."
     if engine not in ('auto', 'gguf', 'torch'): raise SLMError(f"unknown engine '{engine}': use auto, gguf or torch")
@@ -280,4 +281,4 @@ def open_engine(
             if engine == 'gguf': raise
             print(f'not with llama.cpp: {e}', file=sys.stderr)
     from slm.serve.batching import open_torch_engine
-    return open_torch_engine(model, slots, context, threads, int8, own_thread=own_thread)
+    return open_torch_engine(model, slots, context, threads, int8, own_thread=own_thread, compiled=compiled)
