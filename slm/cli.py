@@ -5,11 +5,11 @@
 # %% auto #0
 __all__ = ['app', 'Json', 'MaxBytes', 'Device', 'VocabSize', 'Tok', 'Base', 'Epochs', 'Steps', 'Minutes', 'Context', 'MicroBatch',
            'Rate', 'MaxRows', 'Strict', 'Dtype', 'Model', 'Chats', 'SaveMinutes', 'annotate', 'StoreFile', 'Format',
-           'Url', 'Project', 'TokenFile', 'Host', 'Port', 'Tokens', 'NoToken', 'Slots', 'Threads', 'rag', 'Reader',
-           'Where', 'Passages', 'main', 'corpus', 'tokenize', 'runs', 'pretrain', 'resume', 'eval_', 'figures', 'sft',
-           'annotate_add', 'annotate_report', 'annotate_pairs', 'annotate_export', 'annotate_import', 'annotate_push',
-           'annotate_pull', 'dpo', 'reward', 'rlhf', 'qlora', 'merge', 'open_any', 'export', 'serve', 'rag_index',
-           'rag_ask', 'rag_serve', 'demo', 'generate', 'chat']
+           'Url', 'Project', 'TokenFile', 'Host', 'Port', 'Tokens', 'NoToken', 'Slots', 'Threads', 'Queue', 'Timeout',
+           'MaxTokens', 'rag', 'Reader', 'Where', 'Passages', 'main', 'corpus', 'tokenize', 'runs', 'pretrain',
+           'resume', 'eval_', 'figures', 'sft', 'annotate_add', 'annotate_report', 'annotate_pairs', 'annotate_export',
+           'annotate_import', 'annotate_push', 'annotate_pull', 'dpo', 'reward', 'rlhf', 'qlora', 'merge', 'open_any',
+           'export', 'serve', 'rag_index', 'rag_ask', 'rag_serve', 'demo', 'generate', 'chat']
 
 # %% ../nbs/61_cli.ipynb #fff7db54
 import errno, json, os, sys, warnings
@@ -435,6 +435,9 @@ Tokens = Annotated[Optional[Path], typer.Option(help='Tokens, one a line: whoeve
 NoToken = Annotated[bool, typer.Option('--no-token', help='Serve other machines without a token.')]
 Slots = Annotated[int, typer.Option(help='Requests that are worked on at once.')]
 Threads = Annotated[Optional[int], typer.Option(help='CPU threads; by default as many as this process may use.')]
+Queue = Annotated[int, typer.Option(help='Requests that may wait.')]
+Timeout = Annotated[float, typer.Option(help='Seconds that a request may take, its waiting included.')]
+MaxTokens = Annotated[int, typer.Option(help='Tokens that an answer may have.')]
 
 def _tokens(path):
     from slm.serve.gate import read_tokens
@@ -450,9 +453,7 @@ def serve(
     slots:Slots=4, context:Context=None, threads:Threads=None,
     int8:Annotated[bool, typer.Option('--int8', help='8 bits a weight in the torch engine.')]=False,
     compiled:Annotated[Optional[bool], typer.Option('--compile/--eager', help="Compile the torch engine's steps; by default where a C++ compiler is.")]=None,
-    queue:Annotated[int, typer.Option(help='Requests that may wait.')]=32,
-    timeout:Annotated[float, typer.Option(help='Seconds that a request may take, its waiting included.')]=120,
-    max_tokens:Annotated[int, typer.Option(help='Tokens that an answer may have.')]=1024,
+    queue:Queue=32, timeout:Timeout=120, max_tokens:MaxTokens=1024,
     preferences:Annotated[Optional[Path], typer.Option(help='Store for what users of the chat page prefer (see slm annotate).')]=None,
     embeddings:Annotated[Optional[Path], typer.Option(help='A .gguf file for /v1/embeddings.')]=None,
     cache:Annotated[float, typer.Option(help='Megabytes of answers to keep, for requests with temperature 0 or a seed.')]=0,
@@ -531,12 +532,15 @@ def rag_serve(
     model:Reader, index:Where='runs/index', k:Passages=5,
     writable:Annotated[bool, typer.Option('--writable', help='May clients add and delete?')]=False,
     host:Host='127.0.0.1', port:Port=8000, token_file:Tokens=None, no_token:NoToken=False,
-    slots:Slots=4, context:Context=None, threads:Threads=None):
+    slots:Slots=4, context:Context=None, threads:Threads=None,
+    queue:Queue=32, timeout:Timeout=120, max_tokens:MaxTokens=1024):
     """Serve answers from an index: /v1 with the model 'rag', and the API of txtai under /txtai.
 
     Example: slm rag serve smollm2 --index runs/index --token-file tokens"""
-    R, tokens = _rag(), _tokens(token_file); settings = R.Settings(tokens, R.check_bind(host, tokens, no_token))
+    R, tokens = _rag(), _tokens(token_file); settings = R.Settings(tokens, R.check_bind(host, tokens, no_token), queue, timeout, max_tokens)
+    import torch
     from slm.serve.api import serve
+    torch.set_num_threads(1) # for the vector of a question; the model's threads are its own
     rag = _open_rag(model, index, k, writable, slots=slots, context=context, threads=threads)
     serve(R.rag_app(rag, settings), host, port); rag.close(); rag.index.close()
 

@@ -246,6 +246,10 @@ def test_the_gate_counts_and_bounds_what_txtai_asks(server, client):
     r = c.get('/txtai/llm', params=dict(text='Hi', maxlength=2)); assert r.status_code == 429 and r.json()['error']['code'] == 'queue_full' and int(r.headers['retry-after']) > 0
     for t in busy: t.join()
 
+def test_txtai_s_clients_are_told_that_time_is_over(engine, shared):
+    with running(engine, shared, timeout=.05) as (_, c):
+        r = c.get('/txtai/llm', params=dict(text='Hi', maxlength=400)); assert r.status_code == 504 and r.json()['error']['code'] == 'timeout', r.text
+
 def test_txtai_clients_write_if_they_may(engine, index):
     index.upsert(TOWNS[:4])
     with running(engine, index) as (_, c):

@@ -497,6 +497,11 @@ def told(
 # %% ../../nbs/45_serve.rag.ipynb #36fd993b
 _FIELDS = ('temperature', 'top_k', 'top_p', 'min_p', 'repetition_penalty', 'seed')
 
+def _heard(piece):
+    "Its text; raises what a gate refused it with"
+    if refused := piece.extra.get('refused'): raise refused
+    return piece.text
+
 class EngineGeneration(Generation):
     "Our engines in txtai: `LLM(path, method='slm.serve.rag.EngineGeneration')`, where the path is anything that `slm` opens."
     def __init__(self,
@@ -518,7 +523,7 @@ class EngineGeneration(Generation):
         tok, stop = self.engine.tok, [stop] if isinstance(stop, str) else stop or []
         for t in texts:
             ids = tok.encode(t) if isinstance(t, str) else tok.chat(t, True)[0]
-            parts = (p.text for p in pieces(self.engine, Request(ids, maxlength, stop=stop, **dict(temperature=0.) | kwargs)))
+            parts = (_heard(p) for p in pieces(self.engine, Request(ids, maxlength, stop=stop, **dict(temperature=0.) | kwargs)))
             if stream: yield from parts
             else: yield ''.join(parts)
 
@@ -538,7 +543,7 @@ class Gated(GetAttr):
             try:
                 async with job.running(asyncio.Event().wait):
                     async for _,p in job: emit(p)
-            except APIError as e: emit(Piece(finish_reason='error', error=str(e)))
+            except APIError as e: emit(Piece(finish_reason='error', error=str(e), extra=dict(refused=e)))
         job = asyncio.run_coroutine_threadsafe(admit(), self.loop).result()
         return asyncio.run_coroutine_threadsafe(work(job), self.loop).cancel
 
