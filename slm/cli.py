@@ -5,10 +5,11 @@
 # %% auto #0
 __all__ = ['app', 'Json', 'MaxBytes', 'Device', 'VocabSize', 'Tok', 'Base', 'Epochs', 'Steps', 'Minutes', 'Context', 'MicroBatch',
            'Rate', 'MaxRows', 'Strict', 'Dtype', 'Model', 'Chats', 'SaveMinutes', 'annotate', 'StoreFile', 'Format',
-           'Url', 'Project', 'TokenFile', 'main', 'corpus', 'tokenize', 'runs', 'pretrain', 'resume', 'eval_',
-           'figures', 'bias', 'sft', 'annotate_add', 'annotate_report', 'annotate_pairs', 'annotate_export',
-           'annotate_import', 'annotate_push', 'annotate_pull', 'dpo', 'reward', 'rlhf', 'qlora', 'merge', 'open_any',
-           'export', 'serve', 'demo', 'generate', 'chat']
+           'Url', 'Project', 'TokenFile', 'Host', 'Port', 'Tokens', 'NoToken', 'Slots', 'Threads', 'Queue', 'Timeout',
+           'MaxTokens', 'rag', 'Reader', 'Where', 'Passages', 'main', 'corpus', 'tokenize', 'runs', 'pretrain',
+           'resume', 'eval_', 'figures', 'bias', 'sft', 'annotate_add', 'annotate_report', 'annotate_pairs',
+           'annotate_export', 'annotate_import', 'annotate_push', 'annotate_pull', 'dpo', 'reward', 'rlhf', 'qlora',
+           'merge', 'open_any', 'export', 'serve', 'rag_index', 'rag_ask', 'rag_serve', 'demo', 'generate', 'chat']
 
 # %% ../nbs/61_cli.ipynb #fff7db54
 import errno, json, os, sys, warnings
@@ -445,22 +446,32 @@ def export(
     print(f"{out}: done" + (f', {off} checks not made (see above)' if off else ''))
 
 # %% ../nbs/61_cli.ipynb #934ef667
+Host = Annotated[str, typer.Option(help='Address to listen on; 0.0.0.0 for other machines, who need a token then.')]
+Port = Annotated[int, typer.Option(help='Port; 0 for any that is free.')]
+Tokens = Annotated[Optional[Path], typer.Option(help='Tokens, one a line: whoever asks must bring one.')]
+NoToken = Annotated[bool, typer.Option('--no-token', help='Serve other machines without a token.')]
+Slots = Annotated[int, typer.Option(help='Requests that are worked on at once.')]
+Threads = Annotated[Optional[int], typer.Option(help='CPU threads; by default as many as this process may use.')]
+Queue = Annotated[int, typer.Option(help='Requests that may wait.')]
+Timeout = Annotated[float, typer.Option(help='Seconds that a request may take, its waiting included.')]
+MaxTokens = Annotated[int, typer.Option(help='Tokens that an answer may have.')]
+
+def _tokens(path):
+    from slm.serve.gate import read_tokens
+    with warnings.catch_warnings(record=True, action='always') as said: tokens = read_tokens(path) if path else ()
+    for w in said: print(f'slm: warning: {w.message}', file=sys.stderr)
+    return tokens
+
 @app.command()
 def serve(
     model:Model,
     engine:Annotated[str, typer.Option(help='auto, gguf or torch.')]='auto',
-    host:Annotated[str, typer.Option(help='Address to listen on; 0.0.0.0 for other machines, who need a token then.')]='127.0.0.1',
-    port:Annotated[int, typer.Option(help='Port; 0 for any that is free.')]=8000,
-    token_file:Annotated[Optional[Path], typer.Option(help='Tokens, one a line: whoever asks must bring one.')]=None,
-    no_token:Annotated[bool, typer.Option('--no-token', help='Serve other machines without a token.')]=False,
-    slots:Annotated[int, typer.Option(help='Requests that are worked on at once.')]=4, context:Context=None,
-    threads:Annotated[Optional[int], typer.Option(help='CPU threads; by default as many as this process may use.')]=None,
+    host:Host='127.0.0.1', port:Port=8000, token_file:Tokens=None, no_token:NoToken=False,
+    slots:Slots=4, context:Context=None, threads:Threads=None,
     int8:Annotated[bool, typer.Option('--int8', help='8 bits a weight in the torch engine.')]=False,
     compiled:Annotated[Optional[bool], typer.Option('--compile/--eager',
         help="Compile the torch engine's steps; by default where a C++ compiler is.")]=None,
-    queue:Annotated[int, typer.Option(help='Requests that may wait.')]=32,
-    timeout:Annotated[float, typer.Option(help='Seconds that a request may take, its waiting included.')]=120,
-    max_tokens:Annotated[int, typer.Option(help='Tokens that an answer may have.')]=1024,
+    queue:Queue=32, timeout:Timeout=120, max_tokens:MaxTokens=1024,
     preferences:Annotated[Optional[Path], typer.Option(help='Store for what users of the chat page prefer (see slm annotate).')]=None,
     embeddings:Annotated[Optional[Path], typer.Option(help='A .gguf file for /v1/embeddings.')]=None,
     cache:Annotated[float, typer.Option(help='Megabytes of answers to keep, for requests with temperature 0 or a seed.')]=0,
@@ -471,14 +482,85 @@ def serve(
     Example: slm serve runs/chat --preferences prefs.db"""
     try: from slm.serve import api
     except ImportError as e: raise SLMError(f"serving needs {e.name}: pip install -e '.[serve]'") from None
-    with warnings.catch_warnings(record=True, action='always') as said: tokens = api.read_tokens(token_file) if token_file else ()
-    for w in said: print(f'slm: warning: {w.message}', file=sys.stderr)
+    tokens = _tokens(token_file)
     settings = api.Settings(tokens, api.check_bind(host, tokens, no_token), queue, timeout, max_tokens, cache=cache,
                             preferences=preferences, output_filter=api.load_filter(filter) if filter else None, threshold=threshold)
     embed = {embeddings.stem: api.gguf_embed(embeddings, threads=threads)} if embeddings else None
     e = api.open_engine(model, engine, slots, context, threads, int8, own_thread=False, compiled=compiled)
     api.serve(api.create_app({e.model: e}, settings, embed), host, port)
     e.close()
+
+# %% ../nbs/61_cli.ipynb #2f7ea482
+rag = typer.Typer(no_args_is_help=True, help='Answer from documents, and say from which: index them, ask, serve.')
+app.add_typer(rag, name='rag')
+
+Reader = Annotated[str, typer.Argument(help="smollm2, a run directory, a Hugging Face folder or hub id, or a .gguf file.")]
+Where = Annotated[str, typer.Option('--index', envvar='SLM_INDEX', help='Folder of an index, or a database: postgresql://USER@HOST/NAME.')]
+Passages = Annotated[int, typer.Option('--passages', '-k', help='Passages to look up; those without room are left out.')]
+
+def _rag():
+    try: from slm.serve import rag
+    except ImportError as e: raise SLMError(f"retrieval needs {e.name}: pip install -e '.[serve,rag]'") from None
+    return rag
+
+def _open_index(where, writable):
+    with warnings.catch_warnings(record=True, action='always') as said: index = _rag().Index(where, writable)
+    for w in said:
+        if w.category is UserWarning: print(f'slm: warning: {w.message}', file=sys.stderr)
+    return index
+
+def _open_rag(model, index, k, writable=False, **kw):
+    R = _rag(); engine = R.open_engine(R.smollm2() if model == 'smollm2' else model, **kw)
+    return R.RagEngine(engine, _open_index(index, writable), k)
+
+# %% ../nbs/61_cli.ipynb #6af14c2e
+@rag.command('index')
+def rag_index(
+    sources:Annotated[Optional[list[str]], typer.Argument(help="Files, folders, 'book' (this one), 'pydocs' (Python's).")]=None,
+    out:Annotated[str, typer.Option(envvar='SLM_INDEX', help='Folder to make or update, or postgresql://USER@HOST/NAME.')]='runs/index',
+    delete:Annotated[Optional[list[str]], typer.Option(help='Take out this document, or passage (may be repeated).')]=None,
+    json_:Json=False):
+    """Index documents for `rag ask` and `rag serve`; what has not changed since the last time is passed over.
+
+    Example: slm rag index book notes facts.jsonl --out runs/index"""
+    if not sources and not delete: raise SLMError("nothing to do: name files, folders, 'book' or 'pydocs', or --delete a document")
+    index = _open_index(out, True); gone = index.delete(delete) if delete else []
+    n = index.upsert(progress(_rag().documents(sources or []), 'indexing', unit='documents'))
+    res = n | dict(deleted=len(gone), total=len(index)); index.close()
+    print(json.dumps(res) if json_ else f"{portable(out)}: {', '.join(f'{v:,} {k}' for k,v in res.items() if v)}")
+
+@rag.command('ask')
+def rag_ask(
+    model:Reader, question:str, index:Where='runs/index', k:Passages=5,
+    max_tokens:Annotated[int, typer.Option(help='Tokens that the answer may have.')]=200, json_:Json=False):
+    """Answer a question from an index.
+
+    Example: slm rag ask smollm2 "How is a run directory made?" --index runs/index"""
+    R, rag = _rag(), _open_rag(model, index, k, slots=1); ids = rag.tok.chat([dict(role='user', content=question)])[0]
+    (text, last), = R.answer_all(rag, [R.Request(ids, max_new_tokens=max_tokens, temperature=0.)])
+    rag.close(); rag.index.close(); x = last.extra
+    if json_: return print(json.dumps(dict(answer=text) | x, ensure_ascii=False))
+    print(text.strip())
+    if c := x['citation']: print(f"\n{c['source']}:{c['start']}-{c['end']}  {c['text']}")
+    for s in x['sources']: print(f"  {s['score']:.2f}  {s['source']}:{s['start']}-{s['end']}  {s['heading']}")
+    if x['left_out']: print(f"  no room for {', '.join(x['left_out'])}")
+
+@rag.command('serve')
+def rag_serve(
+    model:Reader, index:Where='runs/index', k:Passages=5,
+    writable:Annotated[bool, typer.Option('--writable', help='May clients add and delete?')]=False,
+    host:Host='127.0.0.1', port:Port=8000, token_file:Tokens=None, no_token:NoToken=False,
+    slots:Slots=4, context:Context=None, threads:Threads=None,
+    queue:Queue=32, timeout:Timeout=120, max_tokens:MaxTokens=1024):
+    """Serve answers from an index: /v1 with the model 'rag', and the API of txtai under /txtai.
+
+    Example: slm rag serve smollm2 --index runs/index --token-file tokens"""
+    R, tokens = _rag(), _tokens(token_file); settings = R.Settings(tokens, R.check_bind(host, tokens, no_token), queue, timeout, max_tokens)
+    import torch
+    from slm.serve.api import serve
+    torch.set_num_threads(1) # for the vector of a question; the model's threads are its own
+    rag = _open_rag(model, index, k, writable, slots=slots, context=context, threads=threads)
+    serve(R.rag_app(rag, settings), host, port); rag.close(); rag.index.close()
 
 # %% ../nbs/61_cli.ipynb #03cc335a
 @app.command()

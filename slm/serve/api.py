@@ -190,7 +190,7 @@ async def events(
     async for i,p in stream:
         if first and (cs := form.opening(n)): yield head | dict(choices=cs)
         first = False
-        if p.text or p.finish_reason or p.logprobs: yield head | dict(choices=[choice(form, i, p, True, at[i])])
+        if p.text or p.finish_reason or p.logprobs: yield head | dict(choices=[choice(form, i, p, True, at[i])]) | p.extra
         at[i] += len(p.text)
         if p.finish_reason: ends[i] = p
     if told: yield head | dict(choices=[], usage=usage(ends, body.n))
@@ -220,7 +220,7 @@ async def respond(
             async for i,p in stream: got.setdefault(i, []).append(p)
     except ClientGone: return Response(status_code=499)                                # nobody reads it; the figures show it
     whole = {i: join(ps) for i,ps in sorted(got.items())}
-    answer = _head(form, body, form.object) | dict(choices=[choice(form, i, p) for i,p in whole.items()], usage=usage(whole, body.n))
+    answer = _head(form, body, form.object) | dict(choices=[choice(form, i, p) for i,p in whole.items()], usage=usage(whole, body.n)) | whole[0].extra
     return JSONResponse(answer, headers=headers)
 
 # %% ../../nbs/44_serve.api.ipynb #c0ff76be

@@ -53,6 +53,7 @@ class Piece:
     prompt_tokens:int=0 # length of the prompt
     cached_tokens:int=0 # how many of them were known from an earlier request
     completion_tokens:int=0 # tokens made so far
+    extra:dict=field(default_factory=dict) # what a client is told besides; only in the last piece
 
 # %% ../../nbs/41_serve.engine.ipynb #5855ccf1
 class Engine(Protocol):
