@@ -529,6 +529,7 @@ def rag_index(
     res = n | dict(deleted=len(gone), total=len(index)); index.close()
     print(json.dumps(res) if json_ else f"{portable(out)}: {', '.join(f'{v:,} {k}' for k,v in res.items() if v)}")
 
+# %% ../nbs/61_cli.ipynb #e3e40e0f
 @rag.command('ask')
 def rag_ask(
     model:Reader, question:str, index:Where='runs/index', k:Passages=5,

@@ -220,7 +220,8 @@ async def respond(
             async for i,p in stream: got.setdefault(i, []).append(p)
     except ClientGone: return Response(status_code=499)                                # nobody reads it; the figures show it
     whole = {i: join(ps) for i,ps in sorted(got.items())}
-    answer = _head(form, body, form.object) | dict(choices=[choice(form, i, p) for i,p in whole.items()], usage=usage(whole, body.n)) | whole[0].extra
+    choices = [choice(form, i, p) for i,p in whole.items()]
+    answer = _head(form, body, form.object) | dict(choices=choices, usage=usage(whole, body.n)) | whole[0].extra
     return JSONResponse(answer, headers=headers)
 
 # %% ../../nbs/44_serve.api.ipynb #c0ff76be
