@@ -445,7 +445,7 @@ def cite(
 class RagTokenizer(GetAttr):
     "A tokenizer whose chats hold passages that were looked up."
     _default = 'tok'
-    def __init__(self, rag:'RagEngine'): self.tok, self.rag = rag.engine.tok, rag
+    def __init__(self, rag): self.tok, self.rag = rag.engine.tok, rag
     def encode(self, text:str, **kw): raise SLMError('this model looks things up for chats only: use /v1/chat/completions')
     def chat(self,
         messages:list[dict], # the last one is the question
