@@ -19,16 +19,16 @@ from .layers import *
 from .gpt import *
 from .fast import *
 
-# %% ../../nbs/15_model.compile.ipynb #11c5ea25
+# %% ../../nbs/15_model.compile.ipynb #1ca5ce2a
 @functools.cache
 def can_compile()->bool: # True on a machine with a C++ compiler that PyTorch can use
     "Whether compiled steps work here; the first call compiles a line, some seconds."
     logging.getLogger('torch.utils.cpp_extension').setLevel(logging.ERROR)       # a missing GPU is no news to a CPU
-    mine = 'TORCHINDUCTOR_CACHE_DIR' not in os.environ                           # PyTorch sets it, too, when it looks at the processor
     try:
         from torch._inductor.cpu_vec_isa import pick_vec_isa
-        isa = str(pick_vec_isa()).replace(' ', '-')
-        if mine: os.environ['TORCHINDUCTOR_CACHE_DIR'] = str(slm_home()/'compiled'/isa)
+        from torch._inductor.runtime.cache_dir_utils import default_cache_dir
+        folder = slm_home()/'compiled'/str(pick_vec_isa()).replace(' ', '-')
+        if os.environ.get('TORCHINDUCTOR_CACHE_DIR') in (None, default_cache_dir()): os.environ['TORCHINDUCTOR_CACHE_DIR'] = str(folder)
         return bool(torch.compile(lambda x: x.sin()*2)(torch.zeros(4)).eq(0).all())
     except Exception: return False                                               # each version has its own errors for it
 
