@@ -3,7 +3,7 @@
     python bench/parity.py runs/demo/dpo --name world
     python bench/parity.py smollm2.gguf --name smollm2
 
-The rule: the same tokens, up to the first place where the plain model's two candidates are closer than --tie nats. `torch` and `gguf f32` must keep
+The rule: the same tokens, up to the first place where the plain model's two candidates are closer than --tie nats. `torch`, compiled or not, and `gguf f32` must keep
 it for every prompt; for the 8-bit engines the share of equal texts and the gap at the first difference are drift, and reported.
 Writes results/42_serve.batching/parity-NAME/run.json.
 """
@@ -40,8 +40,9 @@ def main():
     for i in range(0, len(prompts), 8): truth += generate_ids(model, prompts[i:i+8], SamplingParams(temperature=0, max_new_tokens=a.tokens), stop_ids=list(ends))
     with tempfile.TemporaryDirectory() as tmp:
         for k in ('f32', 'q8_0'): export_gguf(model, tok, Path(tmp)/f'{k}.gguf', k)
-        kinds = {'torch': lambda: TorchEngine(*fresh(), slots=8, context=512), 'torch one': lambda: TorchEngine(*fresh(), slots=1, context=512),
-                 'gguf f32': lambda: GGUFEngine(Path(tmp)/'f32.gguf', 8, 512), 'torch int8': lambda: TorchEngine(*fresh(), slots=8, context=512, int8=True),
+        own = lambda slots, **kw: lambda: TorchEngine(*fresh(), slots=slots, context=512, **kw)
+        kinds = {'torch': own(8), 'torch one': own(1), 'torch compiled': own(4, compiled=True), 'torch compiled one': own(1, compiled=True),
+                 'gguf f32': lambda: GGUFEngine(Path(tmp)/'f32.gguf', 8, 512), 'torch int8': own(8, int8=True), 'torch int8 compiled': own(4, int8=True, compiled=True),
                  'gguf q8_0': lambda: GGUFEngine(Path(tmp)/'q8_0.gguf', 8, 512)}
         for name,make in kinds.items():
             t = time.perf_counter(); engine = make()

@@ -8,7 +8,7 @@ Every measurement runs in a process of its own, all of them in turn, `--rounds` 
 --avx2 holds PyTorch and oneDNN to AVX2; llama.cpp has no such switch and uses what the processor has.
 Writes results/42_serve.batching/NAME/run.json.
 """
-import argparse, json, os, subprocess, sys, tempfile, time
+import argparse, http.client, json, os, subprocess, sys, tempfile, time
 from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
@@ -107,9 +107,29 @@ def llama(tmp, n, threads, kind):
     run(4)
     return dict(decode=max(run(n) for _ in range(2)))
 
+def through_http(tmp, n, threads, kind):
+    "The gguf engine behind `slm serve`: whole answers, and streams"
+    from slm.data.tokenizer import Tokenizer
+    ids, slm = ids_of(Tokenizer.load(tmp/'hf'), 32), Path(sys.executable).with_name('slm')
+    with subprocess.Popen([slm, 'serve', tmp/f'{kind}.gguf', '--engine', 'gguf', '--port', '0', '--slots', '1', '--threads', str(threads)], stdout=subprocess.PIPE, text=True) as proc:
+        c = http.client.HTTPConnection(proc.stdout.readline().split('http://')[1].split()[0])
+        def ask(k, stream=False):
+            t = time.perf_counter()
+            c.request('POST', '/v1/completions', json.dumps(dict(model=kind, prompt=ids, max_tokens=k, temperature=0, stream=stream)), {'Content-Type': 'application/json'})
+            body = c.getresponse().read(); secs = time.perf_counter()-t
+            if not stream and (made := json.loads(body)['usage']['completion_tokens']) != k: sys.exit(f'{made} tokens instead of {k}')
+            return secs
+        def ready(): c.request('GET', '/readyz'); r = c.getresponse(); r.read(); return r.status == 200
+        try:
+            while not ready(): time.sleep(.1)
+            ask(8)
+            return {name: (n-1)/(min(ask(n, stream) for _ in range(3))-min(ask(1, stream) for _ in range(3))) for name,stream in (('decode', False), ('streamed', True))}
+        finally: proc.terminate()
+
 WHAT = {'transformers': lambda *a: hf(*a), 'torch': lambda *a: torch_engine(*a), 'torch eager': lambda *a: torch_engine(*a, compiled=False),
         'torch int8': lambda *a: torch_engine(*a, int8=True), 'torch int8 eager': lambda *a: torch_engine(*a, int8=True, compiled=False),
-        'llama.cpp f32': lambda *a: llama(*a, 'f32'), 'llama.cpp q8_0': lambda *a: llama(*a, 'q8_0'), 'gguf q8_0': lambda *a: gguf_engine(*a, 'q8_0')}
+        'llama.cpp f32': lambda *a: llama(*a, 'f32'), 'llama.cpp q8_0': lambda *a: llama(*a, 'q8_0'), 'gguf q8_0': lambda *a: gguf_engine(*a, 'q8_0'),
+        'http q8_0': lambda *a: through_http(*a, 'q8_0')}
 
 def main():
     ap = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter); add = ap.add_argument
@@ -134,7 +154,7 @@ def main():
                 run.add_metrics(**{f'{k} {m}'.replace(' ', '_'): Metric((min if slow else max)(v), min(v), max(v), len(v), 's' if slow else 'tokens/s')})
     run.finish()
     m = lambda k: run.metric(k).value
-    for a_,b in (('torch_decode', 'transformers_decode'), ('torch_eager_decode', 'transformers_decode'), ('torch_decode', 'llama.cpp_f32_decode'), ('torch_int8_decode', 'llama.cpp_q8_0_decode'), ('torch_batch8', 'transformers_batch8'), ('gguf_q8_0_decode', 'llama.cpp_q8_0_decode')):
+    for a_,b in (('torch_decode', 'transformers_decode'), ('torch_eager_decode', 'transformers_decode'), ('torch_decode', 'llama.cpp_f32_decode'), ('torch_int8_decode', 'llama.cpp_q8_0_decode'), ('torch_batch8', 'transformers_batch8'), ('gguf_q8_0_decode', 'llama.cpp_q8_0_decode'), ('http_q8_0_decode', 'llama.cpp_q8_0_decode')):
         print(f'{a_} / {b}: {m(a_)/m(b):.2f}')
 
 if __name__ == '__main__': main()

@@ -462,6 +462,7 @@ def _tokens(path):
     for w in said: print(f'slm: warning: {w.message}', file=sys.stderr)
     return tokens
 
+# %% ../nbs/61_cli.ipynb #dcdc23e3
 @app.command()
 def serve(
     model:Model,

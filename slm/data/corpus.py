@@ -769,12 +769,12 @@ def docs(self:Corpus,
 
 # %% ../../nbs/01_data.corpus.ipynb #93028470
 @contextlib.contextmanager
-def _only_one(name):
-    "Let one process at a time build `name`; others wait (no lock on Windows)"
+def _only_one(name, wait=True):
+    "Let one process at a time build `name`; others wait, or raise `BlockingIOError` (no lock on Windows)"
     try: import fcntl
     except ImportError: yield; return
     (locks := slm_home()/'locks').mkdir(exist_ok=True)
-    with open(locks/name, 'w') as f: fcntl.flock(f, fcntl.LOCK_EX); yield
+    with open(locks/name, 'w') as f: fcntl.flock(f, fcntl.LOCK_EX|(0 if wait else fcntl.LOCK_NB)); yield
 
 def _checked(val_frac, max_bytes, errors):
     if not 0 <= val_frac < 1: raise SLMError(f"val_frac is {val_frac}: it is a share, from 0 to less than 1")

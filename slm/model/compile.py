@@ -32,13 +32,14 @@ def can_compile()->bool: # True on a machine with a C++ compiler that PyTorch ca
         return bool(torch.compile(lambda x: x.sin()*2)(torch.zeros(4)).eq(0).all())
     except Exception: return False                                               # each version has its own errors for it
 
-# %% ../../nbs/15_model.compile.ipynb #0366ccf5
+# %% ../../nbs/15_model.compile.ipynb #15d9b9d7
 Weight = Tensor|tuple[Tensor,Tensor] # (out,in); or words of four 8-bit numbers (out,in/4), and their scales (out,)
 
 def pack_bytes(
     q:Tensor, # int8 (out,in)
 )->Tensor: # int32 (out,in/4): byte j of word i is column j·in/4 + i
-    "Four bytes a word."
+    "Four bytes a word; raises `SLMError` where a row is no whole number of words."
+    if q.shape[1] % 4: raise SLMError(f'rows of {q.shape[1]} weights cannot be packed four to a word: take the eager engine')
     return q.view(len(q), 4, -1).transpose(1, 2).contiguous().view(torch.int32).squeeze(-1)
 
 def dots(
@@ -51,7 +52,7 @@ def dots(
     quarters = [(words << 24-8*j >> 24).float() for j in range(4)]               # the sign comes along
     return torch.stack([sum(q*r for q,r in zip(quarters, row.chunk(4))).sum(-1) for row in x.unbind()])*scale
 
-# %% ../../nbs/15_model.compile.ipynb #59075f85
+# %% ../../nbs/15_model.compile.ipynb #403aa1ab
 class DotLinear(PlainLinear):
     "Float weights twice: as they are for `dots`, and for products of many rows."
     def __init__(self, w):
@@ -63,8 +64,8 @@ class DotLinear(PlainLinear):
 class Int8DotLinear(Int8Linear):
     "The same with 8 bits a weight."
     def __init__(self, w):
-        super().__init__(w)
         q = quantize_rows(w)
+        self.w = torch.ops.quantized.linear_prepack(q, None)
         self.weight = pack_bytes(q.int_repr()), q.q_per_channel_scales().float()
 
 # %% ../../nbs/15_model.compile.ipynb #15be1f41

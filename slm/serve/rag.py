@@ -31,7 +31,7 @@ from txtai.pipeline import LLM
 from txtai.pipeline.llm.generation import Generation
 from txtai.scoring.pgtext import PGText
 from ..core import *
-from ..data.corpus import _bad_utf8, _check_text, _row, _text_column, get_source
+from ..data.corpus import _bad_utf8, _check_text, _only_one, _row, _text_column, get_source
 from .api import _ERRORS, create_app
 from .engine import *
 from .gate import *
@@ -215,12 +215,10 @@ class Index:
 @contextlib.contextmanager
 def _only_writer(path):
     "Hold the one right of this machine to write an index; raises `SLMError` when another has it (no lock on Windows)"
-    try: import fcntl
-    except ImportError: yield; return
-    (locks := slm_home()/'locks').mkdir(exist_ok=True)
-    with open(locks/f'index-{hashlib.sha256(str(path.resolve()).encode()).hexdigest()[:16]}', 'w') as f:
-        try: fcntl.flock(f, fcntl.LOCK_EX|fcntl.LOCK_NB)
-        except OSError: raise SLMError(f"another process writes to '{path}': wait for it, or stop it") from None
+    name = f'index-{hashlib.sha256(str(path.resolve()).encode()).hexdigest()[:16]}'
+    with contextlib.ExitStack() as stack:
+        try: stack.enter_context(_only_one(name, wait=False))
+        except BlockingIOError: raise SLMError(f"another process writes to '{path}': wait for it, or stop it") from None
         yield
 
 @patch
@@ -312,9 +310,10 @@ def upsert(self:Index,
         for batch in _batches(docs):
             known, rows, gone = self._known(batch), [], []
             for i,d in batch.items():
-                mark, had = known.get(i, ('', 0)); new = _passages(d) if mark != _mark(d) else []
-                n['same' if mark == _mark(d) else 'empty' if not new else 'changed' if mark else 'new'] += 1
-                rows += new; gone += [f'{i}#{k}' for k in range(had)] if mark != _mark(d) else []
+                (was, parts), mark = known.get(i, ('', 0)), _mark(d)
+                if mark == was: n['same'] += 1; continue
+                new = _passages(d, mark); rows += new; gone += [f'{i}#{k}' for k in range(parts)]
+                n['empty' if not new else 'changed' if was else 'new'] += 1
             if gone: e.delete(gone)
             if rows: self._insert(rows)
             n['passages'] += len(rows); _give_back()
@@ -322,11 +321,11 @@ def upsert(self:Index,
 
 def _mark(d): return hashlib.blake2b(f'{d.kind}\0{d.heading}\0{d.text}'.encode(), digest_size=16).hexdigest()
 
-def _passages(d):
+def _passages(d, mark):
     "A document as rows for txtai: what is searched is the passage under its headings"
     cs = list(chunks(d))
     return [dict(id=f'{d.id}#{k}', text=f'{c.heading}\n{c.text}' if c.heading else c.text, source=d.id, start=c.start, end=c.end,
-                 heading=c.heading, of=len(cs), mark=_mark(d)) for k,c in enumerate(cs)]
+                 heading=c.heading, of=len(cs), mark=mark) for k,c in enumerate(cs)]
 
 def _give_back():
     "Hand freed memory to the system: batches of all shapes leave holes, and the C library of Linux keeps them"
