@@ -171,6 +171,21 @@ def test_no_chapter_imports_a_later_one(nb):
             assert used in earlier, f'{nb.name} imports slm.{used}, which no earlier chapter exports'
 
 @chapter
+def test_every_figure_in_prose_has_a_source(nb):
+    "The chapter's code or output, a record, a page that is cited, or arithmetic in sight"
+    assert docs.figure_faults(nb) == []
+
+def test_a_figure_without_a_source_is_found(tmp_path):
+    md = lambda s: dict(cell_type='markdown', source=s)
+    prose = ['It makes 93.7 tokens/s.', 'Twice as good: .873 of all.', 'It takes 41 MB.\n\nMore: [here](https://arxiv.org/abs/1706.03762).', 'Wins 1,234 times.']
+    backed = ['It makes 93.5 tokens/s, says `results/x/y/run.json`; results/x.', 'In 8 bits; a 95 % interval; `x = 3 MB`; $12.34$; 2 · 3 MB = 6 MB; Python 3.11 to 3.13.', 'The log says .25, which is 25 %.',
+              'They got 60.5 % ([Nangia et al., 2020](https://aclanthology.org/2020.emnlp-main.154/)).', '```\nslm --rate 99.99 %\n```', 'Trained for 30 seconds.']
+    code = dict(cell_type='code', source='train(seconds=30)', outputs=[dict(output_type='stream', text='0.25 of them, 25 per cent'), dict(output_type='execute_result', data={'text/plain': 'y'})])
+    (tmp_path/'x.ipynb').write_text(json.dumps(dict(cells=[code, *map(md, prose+backed)])))
+    found = docs.figure_faults(tmp_path/'x.ipynb')
+    assert [re.search("'(.*?)'", f)[1] for f in found] == ['93.7 tokens/s', '.873', '41 MB', '1,234 times']
+
+@chapter
 def test_stored_outputs_are_whole_and_name_no_machine(nb):
     shown = [c for c in code(nb) if c['outputs']]
     if any(FLAG.search(docs.src(c)) for c in code(nb)): assert shown, f'{nb.name} shows nothing: make run NB=nbs/{nb.name}'

@@ -145,6 +145,34 @@ def bibliography_faults():
     have = {norm(e['url']) for e in bibliography() if 'url' in e}
     return [f'references.bib lacks {u}, which {ns[0]} cites' for u, ns in cited().items() if u not in have]
 
+# ---- figures in prose
+
+UNIT = (r'%|×|per cent\b|times\b|(?:m|µ|n)?s\b|seconds?\b|minutes?\b|hours?\b|days?\b|[kMGT]i?B(?:/s)?\b|bits?(?:/byte| per byte)?\b|nats?\b|tokens(?:/s| a second)\b|'
+        r'[MGTP]?FLOP(?:/s|s)?\b|W\b|k?Wh\b|perplexity\b|points?\b')
+FIGURE = re.compile(rf'(?<![\w.,/@#–-])(\d[\d,]*(?:\.\d+)?|\.\d+) ?({UNIT})|(?<![\w.,/@#–-])(\d*\.\d{{2,}})(?![\w.])')
+
+def figures(paragraph):
+    "The figures of a paragraph: numbers with a unit, and numbers with two decimals or more; not in code and formulas, not the widths of numbers (8 bits), not 95 % intervals"
+    text = re.sub(r'`[^`]*`|\$[^$]*\$|\]\([^)]*\)|<[^>]*>|Python 3[\d. to]*', ' ', paragraph)
+    for m in FIGURE.finditer(text):
+        number, unit = m[1] or m[3], m[2] or ''
+        if (unit.startswith('bit') and '/' not in unit and 'per' not in unit and re.fullmatch(r'\d+', number)) or (number, unit) == ('95', '%'): continue
+        if not re.search(r'= ?$', text[:m.start()]): yield number, m[0]
+
+def figure_faults(path):
+    """Figures in a chapter's prose that nothing backs. What backs one: the chapter's code or its stored output holds the number; its paragraph names a record (`results/…`) or
+    cites a page of the web; or it is computed before the reader's eyes ("= 42.7 GB/s")."""
+    cs = cells(path); run = '\n'.join(src(c)+'\n'+'\n'.join(''.join(v) for o in c['outputs'] for k, v in {'text': o.get('text', ''), **o.get('data', {})}.items() if k.startswith('text'))
+                                      for c in cs if c['cell_type'] == 'code')
+    held = set(re.findall(r'\d+\.?\d*|\.\d+', run.replace(',', '').replace('_', ''))); held |= {h.removeprefix('0') for h in held}
+    bad = []
+    for c in cs:
+        if c['cell_type'] != 'markdown': continue
+        for par in re.split(r'\n\s*\n', re.sub(r'^```.*?^```', '', src(c), flags=re.S | re.M)):
+            if re.search(r'https?://|results/', par): continue
+            bad += [f"{path.name}: '{said}' in \"{' '.join(par.split())[:90]}…\"" for n, said in figures(par) if n.replace(',', '').removeprefix('0') not in held]
+    return bad
+
 # ---- the site
 
 def process():

@@ -366,10 +366,11 @@ class Job:
         name:str, # of the model
         requests:list[Request], # one for each choice
         joins:bool=True, # may pieces that waited be joined?
+        whole:bool=False, # is nobody to be woken before an answer's end?
     ):
         gate.admit(name, len(requests))
-        self.gate, self.name, self.requests, self.joins, self.why, self.cancels = gate, name, requests, joins, None, []
-        self.loop, self.news, self.waiting = asyncio.get_running_loop(), asyncio.Event(), deque()
+        self.gate, self.name, self.requests, self.joins, self.whole, self.why, self.cancels = gate, name, requests, joins, whole, None, []
+        self.loop, self.news, self.heard, self.waiting = asyncio.get_running_loop(), asyncio.Event(), deque(), deque()
         self.born = time.perf_counter(); self.open = set(range(len(requests)))           # choices that have not ended
         self.last = [None]*len(requests)                                                # when each choice's last piece came, and its tokens
         try:
@@ -378,8 +379,9 @@ class Job:
         except SLMError as e: self.stop('refused'); raise APIError(400, str(e)) from None
 
     def _emit(self, i, piece):                                                          # in the engine's thread
-        self.waiting.append((i, piece))
-        with contextlib.suppress(RuntimeError): self.loop.call_soon_threadsafe(self._arrived, i, piece)  # the loop may have closed
+        self.heard.append((i, piece, time.perf_counter()))
+        if self.whole and not piece.finish_reason: return
+        with contextlib.suppress(RuntimeError): self.loop.call_soon_threadsafe(self._arrived)            # the loop may have closed
 
     def stop(self,
         why:str, # 'gone', 'timeout', 'refused', or 'over'
@@ -390,9 +392,15 @@ class Job:
 
 # %% ../../nbs/43_serve.gate.ipynb #42e29118
 @patch
-def _arrived(self:Job, i, p):
-    "Count a piece (in the event loop's thread), and make room with the last one"
-    m, now, name = self.gate.metrics, time.perf_counter(), self.name
+def _arrived(self:Job):
+    "Take in what was heard (in the event loop's thread)"
+    while self.heard: i, p, when = self.heard.popleft(); self._count(i, p, when); self.waiting.append((i, p))
+    self.news.set()
+
+@patch
+def _count(self:Job, i, p, now):
+    "Count a piece, and make room with the last one"
+    m, name = self.gate.metrics, self.name
     if i not in self.open: return
     if p.completion_tokens:
         before, had = self.last[i] or (None, 0)
@@ -404,7 +412,6 @@ def _arrived(self:Job, i, p):
         self.gate.seconds += (took-self.gate.seconds)/8; m.took.labels(name).observe(took)
         m.ended.labels(name, self.why if p.finish_reason == 'cancelled' and self.why else p.finish_reason).inc()
         for kind in ('prompt', 'cached', 'completion'): m.tokens.labels(name, kind).inc(getattr(p, f'{kind}_tokens'))
-    self.news.set()
 
 # %% ../../nbs/43_serve.gate.ipynb #d55bdd11
 @patch
