@@ -9,7 +9,8 @@ __all__ = ['app', 'Json', 'MaxBytes', 'Device', 'VocabSize', 'Tok', 'Base', 'Epo
            'MaxTokens', 'rag', 'Reader', 'Where', 'Passages', 'main', 'corpus', 'tokenize', 'runs', 'pretrain',
            'resume', 'eval_', 'figures', 'bias', 'sft', 'annotate_add', 'annotate_report', 'annotate_pairs',
            'annotate_export', 'annotate_import', 'annotate_push', 'annotate_pull', 'dpo', 'reward', 'rlhf', 'qlora',
-           'merge', 'open_any', 'export', 'serve', 'rag_index', 'rag_ask', 'rag_serve', 'demo', 'generate', 'chat']
+           'merge', 'open_any', 'export', 'serve', 'rag_index', 'rag_ask', 'rag_serve', 'demo', 'report', 'generate',
+           'chat']
 
 # %% ../nbs/61_cli.ipynb #fff7db54
 import errno, json, os, sys, warnings
@@ -580,6 +581,30 @@ def demo(
     from slm.eval.life import life_table, live
     run = live(out, minutes, say=print)
     print(f'\n{life_table(run)}\n\nreport: {run/"report.md"} · talk with it: slm chat {run/"dpo"}')
+
+# %% ../nbs/61_cli.ipynb #e49d787c
+@app.command()
+def report(
+    runs:Annotated[list[Path], typer.Argument(help='Stages of a life: runs, the folder of a demo, .gguf files; or one ledger, to make its page again.')],
+    out:Annotated[Path, typer.Option(help='Run directory to write, with report.html and report.md.')]=Path('runs/report'),
+    n:Annotated[int, typer.Option(help='Items of each question.')]=500,
+    prompt:Annotated[Optional[list[str]], typer.Option(help='What every stage is asked (may be repeated).')]=None,
+    corpus:Annotated[Optional[str], typer.Option(help="Where the first stage's text is now, if it came from files.")]=None,
+    pairs:Annotated[Optional[list[Path]], typer.Option(help='A file of minimal pairs in BLiMP format (may be repeated).')]=None,
+    crows:Annotated[Optional[str], typer.Option(help='Files of CrowS-Pairs, or hub.')]=None,
+    winobias:Annotated[Optional[str], typer.Option(help='Files of WinoBias.')]=None,
+    toxicity:Annotated[Optional[str], typer.Option(help='A judge of free texts, as in `slm toxicity`.')]=None,
+    watts:Annotated[Optional[float], typer.Option(help='Power that the machine draws in training; assumed from its parts if not given.')]=None,
+    device:Device='cpu', json_:Json=False):
+    """Ask every stage of a model the same, and make one page of its life.
+
+    Example: slm report runs/demo --toxicity profanity"""
+    from slm.report import report
+    judge = None
+    if toxicity: from slm.eval.toxicity import open_toxicity; judge = open_toxicity(toxicity, device=device)
+    bias = {k: v for k,v in dict(crows=crows, winobias=winobias).items() if v}
+    run = report(runs, out, n, prompt or [], corpus, pairs or [], bias, judge, watts, device)
+    print(json.dumps(run.info, indent=1) if json_ else f"{figures(run)}\n\nreport: {run/'report.html'}")
 
 # %% ../nbs/61_cli.ipynb #46829bbf
 @app.command()
