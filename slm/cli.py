@@ -349,7 +349,7 @@ def reward(
 
     Example: slm reward runs/sft --data answers.db --out runs/reward"""
     kw = {k:v for k,v in locals().items() if k not in ('base', 'data', 'out')}
-    from slm.train.rlhf import reward_model
+    from slm.train.reward import reward_model
     _end(reward_model(base, data, out, **kw))
 
 # %% ../nbs/61_cli.ipynb #814f1e70

@@ -11,7 +11,7 @@ __all__ = ['LABELS', 'DOMAINS', 'SETS', 'GH', 'BENCHES', 'interval', 'stereoset_
            'bias_table', 'evaluate_bias', 'open_causal', 'open_masked']
 
 # %% ../../nbs/32_eval.bias.ipynb #cfd9e254
-import itertools, json, math, re
+import itertools, math, re
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
@@ -20,7 +20,7 @@ from pathlib import Path
 import numpy as np, torch
 from ..core import *
 from ..data.tokenizer import Tokenizer
-from ..data.world import World, Tale, FEMALE, MALE, article, wilson
+from ..data.world import World, Tale, FEMALE, MALE, wilson
 from ..model.gpt import GPT
 from ..model.fast import can_fuse
 from ..model.generate import generate
