@@ -349,7 +349,7 @@ def reward(
 
     Example: slm reward runs/sft --data answers.db --out runs/reward"""
     kw = {k:v for k,v in locals().items() if k not in ('base', 'data', 'out')}
-    from slm.train.rlhf import reward_model
+    from slm.train.reward import reward_model
     _end(reward_model(base, data, out, **kw))
 
 # %% ../nbs/61_cli.ipynb #814f1e70
@@ -499,10 +499,10 @@ Reader = Annotated[str, typer.Argument(help="smollm2, a run directory, a Hugging
 Where = Annotated[str, typer.Option('--index', envvar='SLM_INDEX', help='Folder of an index, or a database: postgresql://USER@HOST/NAME.')]
 Passages = Annotated[int, typer.Option('--passages', '-k', help='Passages to look up; those without room are left out.')]
 
-def _rag():
-    try: from slm.serve import rag
+def _rag(part='rag'):
+    from importlib import import_module
+    try: return import_module(f'slm.serve.{part}')
     except ImportError as e: raise SLMError(f"retrieval needs {e.name}: pip install -e '.[serve,rag]'") from None
-    return rag
 
 def _open_index(where, writable):
     with warnings.catch_warnings(record=True, action='always') as said: index = _rag().Index(where, writable)
@@ -557,7 +557,8 @@ def rag_serve(
     """Serve answers from an index: /v1 with the model 'rag', and the API of txtai under /txtai.
 
     Example: slm rag serve smollm2 --index runs/index --token-file tokens"""
-    R, tokens = _rag(), _tokens(token_file); settings = R.Settings(tokens, R.check_bind(host, tokens, no_token), queue, timeout, max_tokens)
+    R, tokens = _rag('grounded'), _tokens(token_file)
+    settings = R.Settings(tokens, R.check_bind(host, tokens, no_token), queue, timeout, max_tokens)
     import torch
     from slm.serve.api import serve
     torch.set_num_threads(1) # for the vector of a question; the model's threads are its own
