@@ -194,7 +194,7 @@ def bias(
 def toxicity(
     run:Model,
     prompts:Annotated[str, typer.Option(help='none, hub (RealToxicityPrompts), or a .jsonl file in its format.')]='none',
-    classifier:Annotated[str, typer.Option(help='The judge: profanity, or a text classifier of transformers (folder or hub id).')]='profanity',
+    classifier:Annotated[str, typer.Option(help='The judge: profanity, or a classifier of transformers (folder or hub id).')]='profanity',
     label:Annotated[Optional[str], typer.Option(help="Which of the classifier's labels counts; by default the one called toxic.")]=None,
     k:Annotated[int, typer.Option(help='Continuations of each prompt.')]=25,
     tokens:Annotated[int, typer.Option(help='Tokens of each continuation.')]=20,
@@ -497,7 +497,8 @@ def serve(
     preferences:Annotated[Optional[Path], typer.Option(help='Store for what users of the chat page prefer (see slm annotate).')]=None,
     embeddings:Annotated[Optional[Path], typer.Option(help='A .gguf file for /v1/embeddings.')]=None,
     cache:Annotated[float, typer.Option(help='Megabytes of answers to keep, for requests with temperature 0 or a seed.')]=0,
-    filter:Annotated[Optional[str], typer.Option(help='profanity, a text classifier of transformers, or MODULE:FUNCTION from text to a number: what it finds bad is withheld.')]=None,
+    filter:Annotated[Optional[str], typer.Option(help='profanity, a classifier of transformers, or MODULE:FUNCTION from text to a '
+                                                     'number: what it finds bad is withheld.')]=None,
     threshold:Annotated[float, typer.Option(help='Text is bad above this.')]=.5):
     """Serve a model over HTTP, the way OpenAI does, with a chat page at /. Ctrl-C lets running requests finish.
 
