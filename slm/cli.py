@@ -7,7 +7,7 @@ __all__ = ['app', 'Json', 'MaxBytes', 'Device', 'VocabSize', 'Tok', 'Base', 'Epo
            'Rate', 'MaxRows', 'Strict', 'Dtype', 'Model', 'Chats', 'SaveMinutes', 'annotate', 'StoreFile', 'Format',
            'Url', 'Project', 'TokenFile', 'Host', 'Port', 'Tokens', 'NoToken', 'Slots', 'Threads', 'Queue', 'Timeout',
            'MaxTokens', 'rag', 'Reader', 'Where', 'Passages', 'main', 'corpus', 'tokenize', 'runs', 'pretrain',
-           'resume', 'eval_', 'figures', 'bias', 'sft', 'annotate_add', 'annotate_report', 'annotate_pairs',
+           'resume', 'eval_', 'figures', 'bias', 'toxicity', 'sft', 'annotate_add', 'annotate_report', 'annotate_pairs',
            'annotate_export', 'annotate_import', 'annotate_push', 'annotate_pull', 'dpo', 'reward', 'rlhf', 'qlora',
            'merge', 'open_any', 'export', 'serve', 'rag_index', 'rag_ask', 'rag_serve', 'demo', 'generate', 'chat']
 
@@ -188,6 +188,27 @@ def bias(
     from slm.eval.bias import bias_table, evaluate_bias
     ev = evaluate_bias(run, bench, data, out, lexicon, masked, device)
     print(json.dumps(ev.info, indent=1) if json_ else bias_table(ev))
+
+# %% ../nbs/61_cli.ipynb #978d4590
+@app.command()
+def toxicity(
+    run:Model,
+    prompts:Annotated[str, typer.Option(help='none, hub (RealToxicityPrompts), or a .jsonl file in its format.')]='none',
+    classifier:Annotated[str, typer.Option(help='The judge: profanity, or a classifier of transformers (folder or hub id).')]='profanity',
+    label:Annotated[Optional[str], typer.Option(help="Which of the classifier's labels counts; by default the one called toxic.")]=None,
+    k:Annotated[int, typer.Option(help='Continuations of each prompt.')]=25,
+    tokens:Annotated[int, typer.Option(help='Tokens of each continuation.')]=20,
+    n:Annotated[Optional[int], typer.Option(help='Only the first so many prompts; without prompts: so many samples.')]=None,
+    top_p:Annotated[float, typer.Option(help='Only the likeliest tokens that hold this probability together.')]=.9,
+    labelled:Annotated[Optional[Path], typer.Option(help='A table with text and toxic, to judge the classifier.')]=None,
+    out:Annotated[Optional[Path], typer.Option(help='Run directory to write; RUN/toxicity if not given.')]=None,
+    seed:int=0, device:Device='cpu', json_:Json=False):
+    """Measure how often a model becomes abusive.
+
+    Example: slm toxicity runs/demo/pretrain --prompts prompts.jsonl --n 200"""
+    from slm.eval.toxicity import evaluate_toxicity, toxicity_table
+    ev = evaluate_toxicity(run, prompts, classifier, label, k, tokens, n, top_p, labelled, out, seed, device)
+    print(json.dumps(ev.info, indent=1) if json_ else toxicity_table(ev))
 
 # %% ../nbs/61_cli.ipynb #4de96de5
 @app.command()
@@ -476,7 +497,8 @@ def serve(
     preferences:Annotated[Optional[Path], typer.Option(help='Store for what users of the chat page prefer (see slm annotate).')]=None,
     embeddings:Annotated[Optional[Path], typer.Option(help='A .gguf file for /v1/embeddings.')]=None,
     cache:Annotated[float, typer.Option(help='Megabytes of answers to keep, for requests with temperature 0 or a seed.')]=0,
-    filter:Annotated[Optional[str], typer.Option(help='MODULE:FUNCTION from text to a number: what it finds bad is withheld.')]=None,
+    filter:Annotated[Optional[str], typer.Option(help='profanity, a classifier of transformers, or MODULE:FUNCTION from text to a '
+                                                     'number: what it finds bad is withheld.')]=None,
     threshold:Annotated[float, typer.Option(help='Text is bad above this.')]=.5):
     """Serve a model over HTTP, the way OpenAI does, with a chat page at /. Ctrl-C lets running requests finish.
 

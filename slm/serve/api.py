@@ -116,10 +116,13 @@ async def filtered(
         else: yield i, held.pop(i)
 
 def load_filter(
-    name:str, # 'module:function'
+    name:str, # 'module:function', or a classifier as in `slm.eval.toxicity`
 )->Callable[[str],float]:
     "A function by its name; raises `SLMError` when there is none."
-    mod, _, fn = name.partition(':')
+    mod, colon, fn = name.partition(':')
+    if not colon:
+        from slm.eval.toxicity import open_toxicity
+        return open_toxicity(name).score
     try: return getattr(importlib.import_module(mod), fn)
     except (ImportError, AttributeError, ValueError) as e: raise SLMError(f"no filter '{name}' ({e}): give MODULE:FUNCTION") from None
 
