@@ -2,6 +2,7 @@
 import contextlib, email.utils, itertools, json, os, signal, socket, subprocess, sys, threading, time
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from types import SimpleNamespace
 import numpy as np, pytest
 from hypothesis import given, strategies as st
 from slm.core import RunDir, SLMError
@@ -235,14 +236,23 @@ def test_an_unknown_model_and_a_server_of_something_else(server):
 
 # ---- the command
 
-def slm(*args, timeout=120, **env): return subprocess.run(SLM+['judge', *map(str, args)], capture_output=True, text=True, timeout=timeout, env=ENV | env, cwd=ROOT)
+@pytest.fixture
+def slm(monkeypatch, capsys):
+    "`slm judge` as the console script calls it: its status, and what it printed"
+    from slm.cli import main
+    monkeypatch.delenv('SLM_JUDGE_KEY', raising=False)
+    def call(*args):
+        monkeypatch.setattr(sys, 'argv', ['slm', 'judge', *map(str, args)])
+        with pytest.raises(SystemExit) as e: main()
+        r = capsys.readouterr(); return SimpleNamespace(returncode=e.value.code or 0, stdout=r.out, stderr=r.err)
+    return call
 
 FAST = ['--n', 6, '--max-new-tokens', 8, '--temperature', 1]
 
 def prompts(tmp_path, n=6):
     p = tmp_path/'prompts.jsonl'; p.write_text(''.join(json.dumps(dict(prompt=f'Tell me of the number {i}.'))+'\n' for i in range(n))); return p
 
-def test_judge_by_the_world_and_by_a_server(models, server, tmp_path):
+def test_judge_by_the_world_and_by_a_server(models, server, tmp_path, slm):
     out = tmp_path/'out'; args = [models/'m0', models/'m1', models/'judge.gguf', *FAST, '--out', out]
     r = slm(*args); assert r.returncode == 0 and 'wins against m0' in r.stdout and r.stderr == '', r.stderr
     with before(server) as b:
@@ -253,7 +263,7 @@ def test_judge_by_the_world_and_by_a_server(models, server, tmp_path):
     text = (out/'report.md').read_text(); assert text.count('\n> ') == 5 and 'Judged by tiny' in text and '| m0 | 0, the baseline |' in text
     assert str(tmp_path) not in (out/'run.json').read_text()
 
-def test_judge_by_persons(models, tmp_path):
+def test_judge_by_persons(models, tmp_path, slm):
     out = tmp_path/'out'; args = [models/'m0', models/'m1', '--prompts', prompts(tmp_path), '--by', 'person', *FAST, '--out', out]
     r = slm(*args); assert r.returncode == 0 and '6 pairs wait for a person' in r.stderr and 'slm annotate export' in r.stderr and r.stdout == ''
     assert RunDir.open(out).info['status'] == 'running'
@@ -263,13 +273,13 @@ def test_judge_by_persons(models, tmp_path):
     store.close(); r = slm(*args, '--json'); m = json.loads(r.stdout)['metrics']; assert r.returncode == 0
     assert m['judged']['value'] == 8 and m['win_rate_m1']['value'] == 6/8 and m['win_rate_m1']['n'] == 6 and 'kappa_ben_ann' in m
 
-def test_a_dead_server_is_one_line_and_the_answers_stay(models, tmp_path):
+def test_a_dead_server_is_one_line(models, tmp_path, slm, monkeypatch):
     with socket.create_server(('127.0.0.1', 0)) as s: port = s.getsockname()[1]
-    p = prompts(tmp_path); out = tmp_path/'out'; t0 = time.time()
+    monkeypatch.setattr(J, 'pause', lambda after, k: 0.); p = prompts(tmp_path); out = tmp_path/'out'
     r = slm(models/'m0', models/'m1', '--prompts', p, *FAST, '--out', out, '--by', f'http://127.0.0.1:{port}')
-    assert r.returncode == 2 and r.stderr.count('\n') == 1 and f'no answer from the judge at http://127.0.0.1:{port}/v1' in r.stderr and time.time()-t0 < 60
+    assert r.returncode == 2 and r.stderr.count('\n') == 1 and f'no answer from the judge at http://127.0.0.1:{port}/v1' in r.stderr
 
-def test_interrupted_and_gone_on_with(models, server, tmp_path):
+def test_interrupted_and_gone_on_with(models, server, tmp_path, slm):
     "SIGINT, then SIGKILL, then to the end: no pair is asked again but those that were under way"
     p = prompts(tmp_path, 12); out = tmp_path/'out'; args = [models/'m0', models/'m1', '--prompts', p, '--n', 12, '--max-new-tokens', 8, '--temperature', 1, '--out', out, '--workers', 2]
     go = threading.Semaphore(0)
@@ -279,15 +289,14 @@ def test_interrupted_and_gone_on_with(models, server, tmp_path):
         seen = lambda: sum(len(s.judgements()) for s in [PreferenceStore(out/'preferences.db')]) if (out/'preferences.db').exists() else 0
         for how,code,until in ((signal.SIGINT, 130, 5), (signal.SIGKILL, -signal.SIGKILL, 12)):
             q = subprocess.Popen(SLM+['judge', *map(str, args), '--by', b.url], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=ENV, cwd=ROOT)
-            go.release(until-seen()); t0 = time.time()
-            while seen() < until: assert time.time()-t0 < 100 and q.poll() is None, q.stderr.read(); time.sleep(.02)
+            t0 = time.time()
+            while seen() < until: go.release(); assert time.time()-t0 < 200 and q.poll() is None, q.stderr.read(); time.sleep(.1)
             q.send_signal(how); out_,err = q.communicate(timeout=30); assert q.returncode == code, err
             if how == signal.SIGINT: assert err == 'interrupted: the same call goes on\n' and RunDir.open(out).info['status'] == 'interrupted'
-            go.release(2); time.sleep(.2)                                                                 # what is left of the dead process' questions
             while go.acquire(blocking=False): pass
-        assert seen() == 12; b.fault = lambda *a: None; n = len(b.chats)
+        had,n,b.fault = seen(),len(b.chats),lambda *a: None; assert 12 <= had < 24
         r = slm(*args, '--by', b.url); assert r.returncode == 0, r.stderr
-        assert len(b.chats)-n == 24-12 and RunDir.open(out).info['status'] == 'done' and seen() == 24
+        assert len(b.chats)-n == 24-had and RunDir.open(out).info['status'] == 'done' and seen() == 24
 
 BAD = {'one model': (['{d}/m0'], 'two models or more'), 'the same twice': (['{d}/m0', '{d}/m0'], 'each of them once'), 'no such model': (['{d}/m0', '{d}/m9'], 'm9'),
        'unknown judge': (['{d}/m0', '{d}/m1', '--by', 'mars'], 'world, person'), 'no prompts': (['{d}/m0', '{d}/m1', '--prompts', '{d}/none.jsonl', '--by', 'person'], 'none.jsonl'),
@@ -295,16 +304,23 @@ BAD = {'one model': (['{d}/m0'], 'two models or more'), 'the same twice': (['{d}
        'a folder of something else': (['{d}/m0', '{d}/m1', '--out', '{o}'], 'holds another run'), 'no prompt': (['{d}/m0', '{d}/m1', '--n', '0'], 'at least one prompt')}
 
 @pytest.mark.parametrize('what', BAD)
-def test_bad_input_is_one_line(models, tmp_path, what, capsys, monkeypatch):
-    from slm.cli import main
+def test_bad_input_is_one_line(models, tmp_path, what, slm):
     RunDir.create(tmp_path/'other', 'sft'); args,says = BAD[what]
-    args = [a.format(d=models, p=prompts(tmp_path), o=tmp_path/'other') for a in args]; args += [] if '--out' in args else ['--out', str(tmp_path/'out')]
-    monkeypatch.setattr(sys, 'argv', ['slm', 'judge', *args])
-    with pytest.raises(SystemExit) as e: main()
-    err = capsys.readouterr().err; assert e.value.code == 2 and err.count('\n') == 1 and says in err, err
+    args = [a.format(d=models, p=prompts(tmp_path), o=tmp_path/'other') for a in args]; r = slm(*args, *([] if '--out' in args else ['--out', tmp_path/'out']))
+    assert r.returncode == 2 and r.stderr.count('\n') == 1 and says in r.stderr, r.stderr
 
-def test_answers_of_other_weights_are_not_mixed(models, tmp_path):
+def test_answers_of_other_weights_are_not_mixed(models, tmp_path, slm):
     import shutil
     shutil.copytree(models/'m0', tmp_path/'m0'); args = [tmp_path/'m0', models/'m1', '--prompts', prompts(tmp_path), '--by', 'person', *FAST, '--out', tmp_path/'out']
     assert slm(*args).returncode == 0; shutil.copy(models/'m1'/'model.safetensors', tmp_path/'m0'/'model.safetensors')
     r = slm(*args); assert r.returncode == 2 and "answers of another 'm0'" in r.stderr
+
+def test_models_that_always_say_the_same_are_tied_without_a_question(models, tmp_path, slm):
+    import shutil
+    shutil.copytree(models/'m0', tmp_path/'twin'); r = slm(models/'m0', tmp_path/'twin', '--prompts', prompts(tmp_path), '--by', 'person', *FAST, '--out', tmp_path/'out', '--json')
+    m = json.loads(r.stdout)['metrics']; assert r.returncode == 0 and m['same']['value'] == 6 and m['judged']['value'] == 0 and m['win_rate_twin']['value'] == .5
+
+def test_half_a_person_s_work_counts_half_of_the_ties(tmp_path):
+    store = a_store(tmp_path/'s.db', 10); items = store.items(); ties = [Battle(f't{i}', 'a', 'b', .5) for i in range(20)]
+    for it in items[:5]: store.judge(it, 0, 'ann')
+    bs = with_ties(battles_of(store, 'ann', items), ties, items); assert len(bs) == 5+10 and win_rate(bs, 'a', 'b').value == pytest.approx(10/15)
