@@ -9,7 +9,7 @@ Whatever was interrupted goes on when it is called again. Writes results/36_eval
 import argparse, contextlib, csv, json, random, subprocess, sys
 from pathlib import Path
 import numpy as np, torch
-from slm.core import Metric, RunDir, SLMError, atomic_file, bootstrap_ratio
+from slm.core import Metric, RunDir, atomic_file, bootstrap_ratio
 from slm.data.world import ASK, World, ask, spoil, wilson
 from slm.eval.judge import ELO, Battle, Endpoint, accuracy, ask_pairs, compare, ratings, share, swap_figures, verdicts_of
 from slm.train.annotate import PreferenceStore
@@ -43,7 +43,7 @@ def served(model, threads):
         finally: p.terminate()
 
 def endpoint(a, run):
-    "Right answers against spoiled ones, in both orders, with JSON by schema and as plain text"
+    "Right answers against spoiled ones, in both orders"
     from slm.serve.rag import smollm2
     world,rng,rows = World(),random.Random(71),[]
     for i,s in enumerate(world.stories(71, a.pairs)):
@@ -52,36 +52,24 @@ def endpoint(a, run):
     store = PreferenceStore(RUNS/'smollm2.db'); store.add_items(rows)
     for it in store.items():
         if it.id not in {j['item'] for j in store.judgements('truth')}: store.judge(it, 0, 'truth')
-    arms = dict(json=store.items(), text=store.items()[:a.pairs//2])
-    with served(smollm2(), torch.get_num_threads()) as url:
-        for name,items in arms.items():
-            judge = Endpoint(url, timeout=600)
-            if name == 'text': judge.wishes = {k: v for k,v in judge.wishes.items() if k != 'response_format'} | dict(max_tokens=32)
-            ask_pairs(store, judge, name, items)
-    fault,rows = {it.id: it.responses[1].run for it in store.items()},[]
-    for name in arms:
-        for way in (1, 2):
-            for j in store.judgements(f'{name} #{way}'):
-                said = j['choice'] if isinstance(j['choice'], str) else 'first' if j['choice'] == j['shown'][0] else 'second'
-                rows.append((name, j['item'], way, fault[j['item']], 'first' if j['shown'][0] == 0 else 'second', said, j['comment']))
+    with served(smollm2(), torch.get_num_threads()) as url: ask_pairs(store, Endpoint(url, timeout=600), 'smollm2', store.items()[:a.pairs])
+    fault,rows,said = {it.id: it.responses[1].run for it in store.items()},[],verdicts_of(store, 'smollm2')
+    for way in (1, 2):
+        for j in store.judgements(f'smollm2 #{way}'):
+            place = j['choice'] if isinstance(j['choice'], str) else 'first' if j['choice'] == j['shown'][0] else 'second'
+            rows.append((j['item'], way, fault[j['item']], 'first' if j['shown'][0] == 0 else 'second', place))
     with atomic_file(run/'verdicts.csv') as f:
-        w = csv.writer(f, lineterminator='\n'); w.writerow(['asked', 'pair', 'way', 'fault', 'right', 'said', 'comment']); w.writerows(rows)
-    run.info['config'] |= dict(pairs=a.pairs, model=Path(smollm2()).name)
-    for name in arms:
-        mine,tag = [r for r in rows if r[0] == name],'' if name == 'json' else 'text_'
-        ended = sorted(j['ended'] for way in (1, 2) for j in store.judgements(f'{name} #{way}'))
-        run.add_metrics(**{tag+'unreadable': wilson(sum(r[5] == 'skip' for r in mine), len(mine), 'of questions'), tag+'seconds': Metric(float(np.median(np.diff(ended))), unit='s a question (median)')})
-        for k,f in (('right_once', lambda: accuracy(store, f'{name} #1', 'truth')), ('right', lambda: accuracy(store, name, 'truth'))):
-            with contextlib.suppress(SLMError): run.add_metrics(**{tag+k: f()})
-        with contextlib.suppress(SLMError): run.add_metrics(**{tag+k: m for k,m in swap_figures(store, name).items()})
-    said = verdicts_of(store, 'json')
+        w = csv.writer(f, lineterminator='\n'); w.writerow(['pair', 'way', 'fault', 'right', 'said']); w.writerows(rows)
+    ended = sorted(j['ended'] for way in (1, 2) for j in store.judgements(f'smollm2 #{way}')); run.info['config'] |= dict(pairs=a.pairs, model=Path(smollm2()).name)
+    run.add_metrics(unreadable=wilson(sum(r[4] == 'skip' for r in rows), len(rows), 'of questions'), seconds=Metric(float(np.median(np.diff(ended))), unit='s a question (median)'),
+                    right_once=accuracy(store, 'smollm2 #1', 'truth'), right=accuracy(store, 'smollm2', 'truth'), **swap_figures(store, 'smollm2'))
     for f in ('wrong', 'chatty', 'evasive'):
         got = [.5 if v == 'tie' else float(v == 0) for i,v in said.items() if fault[i] == f]; run.add_metrics(**{f'right_{f}': share(got, [1]*len(got), 'of pairs')})
 
 def main():
     ap = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     ap.add_argument('what', choices=['coverage', 'endpoint', 'stages']); ap.add_argument('--n', type=int, default=200, help='questions to the stages')
-    ap.add_argument('--demo', type=Path, default=ROOT/'runs'/'demo'); ap.add_argument('--pairs', type=int, default=100); ap.add_argument('--simulations', type=int, default=1000)
+    ap.add_argument('--demo', type=Path, default=ROOT/'runs'/'demo'); ap.add_argument('--pairs', type=int, default=60); ap.add_argument('--simulations', type=int, default=1000)
     a = ap.parse_args(); RUNS.mkdir(parents=True, exist_ok=True)
     run = RunDir.create(ROOT/'results'/'36_eval.judge'/a.what, 'bench', dict(threads=torch.get_num_threads()), seed=0, exist_ok=True)
     globals()[a.what](a, run); run.finish(); print(json.dumps(run.info['metrics'], indent=1))
