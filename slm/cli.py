@@ -192,7 +192,7 @@ def bias(
 # %% ../nbs/61_cli.ipynb #57b28e49
 @app.command()
 def judge(
-    models:Annotated[list[str], typer.Argument(help='Two or more: runs, Hugging Face folders or hub ids, .gguf files. The first is the baseline.')],
+    models:Annotated[list[str], typer.Argument(help='Two or more, as in `slm serve`; the first is the baseline.')],
     prompts:Annotated[str, typer.Option(help='world, or JSON lines with a prompt each.')]='world',
     by:Annotated[str, typer.Option(help='world, person, or the address of an OpenAI-compatible server (its key in $SLM_JUDGE_KEY).')]='world',
     out:Annotated[Path, typer.Option(help='Folder to make, or to go on with.')]=Path('runs/judge'),
