@@ -192,9 +192,9 @@ def bias(
 # %% ../nbs/61_cli.ipynb #57b28e49
 @app.command()
 def judge(
-    models:Annotated[list[str], typer.Argument(help='Two or more, as in `slm serve`; the first is the baseline.')],
+    models:Annotated[list[str], typer.Argument(help='Two or more runs, folders, hub ids or .gguf files; the first is the baseline.')],
     prompts:Annotated[str, typer.Option(help='world, or JSON lines with a prompt each.')]='world',
-    by:Annotated[str, typer.Option(help='world, person, or the address of an OpenAI-compatible server (its key in $SLM_JUDGE_KEY).')]='world',
+    by:Annotated[str, typer.Option(help="world, person, or an OpenAI-compatible server's address (its key: $SLM_JUDGE_KEY).")]='world',
     out:Annotated[Path, typer.Option(help='Folder to make, or to go on with.')]=Path('runs/judge'),
     n:Annotated[int, typer.Option(help='At most so many prompts.')]=200,
     judge_model:Annotated[Optional[str], typer.Option(help="The server's name of the judge; by default its first model.")]=None,
