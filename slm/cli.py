@@ -7,9 +7,10 @@ __all__ = ['app', 'Json', 'MaxBytes', 'Device', 'VocabSize', 'Tok', 'Base', 'Epo
            'Rate', 'MaxRows', 'Strict', 'Dtype', 'Model', 'Chats', 'SaveMinutes', 'annotate', 'StoreFile', 'Format',
            'Url', 'Project', 'TokenFile', 'Host', 'Port', 'Tokens', 'NoToken', 'Slots', 'Threads', 'Queue', 'Timeout',
            'MaxTokens', 'rag', 'Reader', 'Where', 'Passages', 'main', 'corpus', 'tokenize', 'runs', 'pretrain',
-           'resume', 'eval_', 'figures', 'bias', 'toxicity', 'sft', 'annotate_add', 'annotate_report', 'annotate_pairs',
-           'annotate_export', 'annotate_import', 'annotate_push', 'annotate_pull', 'dpo', 'reward', 'rlhf', 'qlora',
-           'merge', 'open_any', 'export', 'serve', 'rag_index', 'rag_ask', 'rag_serve', 'demo', 'generate', 'chat']
+           'resume', 'eval_', 'figures', 'bias', 'judge', 'toxicity', 'sft', 'annotate_add', 'annotate_report',
+           'annotate_pairs', 'annotate_export', 'annotate_import', 'annotate_push', 'annotate_pull', 'dpo', 'reward',
+           'rlhf', 'qlora', 'merge', 'open_any', 'export', 'serve', 'rag_index', 'rag_ask', 'rag_serve', 'demo',
+           'generate', 'chat']
 
 # %% ../nbs/61_cli.ipynb #fff7db54
 import errno, json, os, sys, warnings
@@ -188,6 +189,30 @@ def bias(
     from slm.eval.bias import bias_table, evaluate_bias
     ev = evaluate_bias(run, bench, data, out, lexicon, masked, device)
     print(json.dumps(ev.info, indent=1) if json_ else bias_table(ev))
+
+# %% ../nbs/61_cli.ipynb #57b28e49
+@app.command()
+def judge(
+    models:Annotated[list[str], typer.Argument(help='Two or more runs, folders, hub ids or .gguf files; the first is the baseline.')],
+    prompts:Annotated[str, typer.Option(help='world, or JSON lines with a prompt each.')]='world',
+    by:Annotated[str, typer.Option(help="world, person, or an OpenAI-compatible server's address (its key: $SLM_JUDGE_KEY).")]='world',
+    out:Annotated[Path, typer.Option(help='Folder to make, or to go on with.')]=Path('runs/judge'),
+    n:Annotated[int, typer.Option(help='At most so many prompts.')]=200,
+    judge_model:Annotated[Optional[str], typer.Option(help="The server's name of the judge; by default its first model.")]=None,
+    workers:Annotated[int, typer.Option(help='Questions to the server at once.')]=4,
+    temperature:Annotated[float, typer.Option(help='Of the answers; 0 always takes the likeliest token.')]=0.0,
+    max_new_tokens:Annotated[int, typer.Option(help='At most so many tokens an answer.')]=200,
+    seed:int=0, device:Device='cpu', json_:Json=False):
+    """Which of several models answers better? Win rates and ratings, and what the judge is worth.
+
+    Example: slm judge runs/sft runs/dpo --by http://localhost:8000 --out runs/judge"""
+    from slm.eval.judge import compare, judge_table
+    asked = dict(judge_model=judge_model, workers=workers, temperature=temperature, max_new_tokens=max_new_tokens, seed=seed)
+    say = lambda s: print(s, file=sys.stderr)
+    try: run = compare(models, prompts, by, out, n, open=lambda m: open_any(m, device), say=say, **asked)
+    except KeyboardInterrupt: say('interrupted: the same call goes on'); raise SystemExit(130) from None
+    if json_: return print(json.dumps(run.info, indent=1))
+    if run.info['metrics']: print(f'{judge_table(run)}\n\nreport: {run.path/"report.md"}')
 
 # %% ../nbs/61_cli.ipynb #978d4590
 @app.command()
