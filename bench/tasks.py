@@ -1,6 +1,6 @@
 """What do questions with options measure, do two programs agree on them, and how much does a model know by heart?
 
-    python bench/tasks.py train accuracy          # four sizes that have read the same towns, at 0, 1 and 5 shots
+    python bench/tasks.py train accuracy          # three sizes that have read the same towns, at 0, 1 and 5 shots
     python bench/tasks.py agree                   # item by item against lm-eval: its own model, and ours in its interface
     python bench/tasks.py memory                  # how often must a text be read until it can be recited?
     python bench/tasks.py factbook --data factbook.jsonl --model MODEL   # questions about countries, 0, 1 and 5 shots
@@ -19,7 +19,7 @@ from slm.train.pretrain import pretrain
 
 ROOT = Path(__file__).parents[1]
 RUNS, SEED, N_TOWNS, SHOTS = ROOT/'runs'/'tasks', 7, 150, (0, 1, 5)
-SIZES = dict(tiny=(2, 32), small=(2, 64), middle=(3, 128), large=(3, 192)) # layers and width
+SIZES = dict(tiny=(2, 32), small=(2, 64), middle=(3, 128)) # layers and width
 
 def save_rows(path, rows):
     path.parent.mkdir(parents=True, exist_ok=True)
