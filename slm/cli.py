@@ -174,7 +174,8 @@ def eval_(
     Example: slm eval runs/books --task arc_easy --data ARC-V1-Feb2018-2 --shots 5"""
     if task and lm_eval: raise SLMError('--task and --lm-eval are two measurements: give one of them')
     if task or lm_eval: return _task(run, out, corpus, task, lm_eval, data, shots, limit, include_path, prefix, length, device, json_)
-    if (data, shots, limit, include_path) != (None,)*4: raise SLMError('--data, --shots, --limit and --include-path belong to --task or --lm-eval: give one of these')
+    if (data, shots, limit, include_path) != (None,)*4:
+        raise SLMError('--data, --shots, --limit and --include-path belong to --task or --lm-eval: give one of these')
     from slm.eval.lm import evaluate_run
     ev = evaluate_run(run, out, corpus, n_docs=docs, n_probes=probes, pairs=pairs or [], stride=stride, device=device)
     print(json.dumps(ev.info['metrics'], indent=1) if json_ else figures(ev))
@@ -190,7 +191,8 @@ def _task(run, out, corpus, task, lm_eval, data, shots, limit, include_path, pre
     from slm.eval.bias import bias_table
     for given,name,fits in ((data, '--data', bool(task) and task != 'memorisation'), (include_path, '--include-path', bool(lm_eval)),
                             (shots, '--shots', task != 'memorisation'), (corpus, '--corpus', task == 'memorisation')):
-        if given is not None and not fits: raise SLMError(f"{name} does not go with {'--lm-eval' if lm_eval else f'--task {task}'}: leave it out")
+        if given is not None and not fits:
+            raise SLMError(f"{name} does not go with {'--lm-eval' if lm_eval else f'--task {task}'}: leave it out")
     if lm_eval: ev = T.evaluate_harness(run, lm_eval.split(','), include_path, shots, limit, out, device)
     elif task == 'memorisation': ev = T.evaluate_memory(run, corpus, out, limit or 200, prefix, length, device)
     else: ev = T.evaluate_task(run, task, data, out, shots or 0, limit, device=device)

@@ -58,7 +58,7 @@ class Tree:
 def score_trees(
     model:GPT,
     trees:list[Tree], # of the same room
-)->tuple[np.ndarray,np.ndarray,np.ndarray]: # (e,) number of the text; (e,) log-probability in nats of one of its tokens; (e,) is another likelier?
+)->tuple[np.ndarray,np.ndarray,np.ndarray]: # (e,) number of the text; (e,) nats of one of its tokens; (e,) is another likelier?
     "Log-probabilities along all edges of some trees, in one pass."
     dev, t = next(model.parameters()).device, trees[0].room
     x,pos = (torch.tensor([v+[0]*(t-len(v)) for v in vs], device=dev) for vs in ([r.ids for r in trees], [r.depth for r in trees])) # (b,t)

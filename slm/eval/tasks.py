@@ -8,7 +8,7 @@ __all__ = ['HUB', 'TASKS', 'WORLD_SEEDS', 'judge_choice', 'share_right', 'read_a
            'evaluate_task', 'harness_pair', 'score_pairs', 'score_text', 'continue_until', 'harness_model',
            'harness_figures', 'evaluate_harness', 'Automaton', 'sample_docs', 'recite', 'memorised', 'evaluate_memory']
 
-# %% ../../nbs/35_eval.tasks.ipynb #5b985904
+# %% ../../nbs/35_eval.tasks.ipynb #45e3c961
 from ..core import * # first: it silences a warning of the next ones
 import itertools, json, math, random, re, string
 from collections.abc import Callable, Iterable, Iterator
@@ -23,9 +23,10 @@ from ..model.gpt import GPT
 from ..model.generate import SamplingParams, complete, generate_ids
 from ..model.pretrained import load_model_and_tokenizer
 from .lm import encode_pair, run_corpus, score_ids, windows
-from .bias import Item, beside, bias_table, cell, data_files, file_rows, hub_rows, open_causal, parts, score_greedy, score_items, watch
+from .bias import Item, beside, bias_table, cell, data_files, file_rows, hub_rows
+from .bias import open_causal, parts, score_greedy, score_items, watch
 
-# %% ../../nbs/35_eval.tasks.ipynb #31678d3b
+# %% ../../nbs/35_eval.tasks.ipynb #6d743176
 def judge_choice(
     it:Item, # `about` begins with the number of the right option; each option begins with a space
     logp:np.ndarray, # (options,) nats
@@ -42,7 +43,7 @@ def share_right(
     return ({k: wilson(sum(r for r,_ in v), len(v), 'of questions') for k,v in seen.items()},
             {k: float(np.mean([c for _,c in v])) for k,v in seen.items()})
 
-# %% ../../nbs/35_eval.tasks.ipynb #374f55f9
+# %% ../../nbs/35_eval.tasks.ipynb #2f959321
 def _listed(v, where, column): # a list of at least two texts, none of them empty
     if not isinstance(v, list) or len(v) < 2: raise SLMError(f"{where}, column '{column}': it must be a list of two options or more")
     for i,t in enumerate(v):
@@ -54,21 +55,23 @@ def read_arc(
 )->Iterator[Item]: # `about` is the number of the right option
     "Questions of ARC (Clark et al. 2018), as published or as on the hub."
     for where,r in rows:
-        q = cell(r, where, 'question'); stem,choices = (cell(q, where, 'stem'), cell(q, where, 'choices')) if isinstance(q, dict) else (q, cell(r, where, 'choices'))
+        q = cell(r, where, 'question'); nested = isinstance(q, dict) # as published
+        stem,choices = cell(q, where, 'stem') if nested else q, cell(q if nested else r, where, 'choices')
         if isinstance(choices, list): choices = {k: [cell(c, where, k) for c in choices] for k in ('text', 'label')}
         options,labels = (_listed(cell(choices, where, k), where, f'choices.{k}') for k in ('text', 'label'))
         if len(options) != len(labels): raise SLMError(f"{where}, column 'choices': {len(options)} texts and {len(labels)} labels")
         gold = labels.index(cell(r, where, 'answerKey', labels))
         yield Item(where, 'arc', [' '+o for o in options], [f'choices {l}' for l in labels], f'Question: {stem}\nAnswer:', (gold,))
 
-# %% ../../nbs/35_eval.tasks.ipynb #a6baea27
+# %% ../../nbs/35_eval.tasks.ipynb #ae3403c1
 def arc_rows(
     tasks:Iterable[Task], # with candidates, the answer among them
 )->Iterator[dict]: # columns as allenai/ai2_arc has them
     "Questions of ours in ARC's shape; those with a single candidate are left out."
     for i,t in enumerate(t for t in tasks if len(t.candidates) > 1):
         labels = list(string.ascii_uppercase[:len(t.candidates)])
-        yield dict(id=str(i), question=t.prompt, choices=dict(text=t.candidates, label=labels), answerKey=labels[t.candidates.index(t.answer)])
+        choices = dict(text=t.candidates, label=labels)
+        yield dict(id=str(i), question=t.prompt, choices=choices, answerKey=labels[t.candidates.index(t.answer)])
 
 def town_tasks(
     seed:int, # of the towns
@@ -82,8 +85,12 @@ def town_tasks(
         res.append(Task('town', f.question, f.answer, sorted([f.answer, *rng.sample(others, min(k-1, len(others)))])))
     return res
 
-# %% ../../nbs/35_eval.tasks.ipynb #30ccd6e9
-def _plain(s): return re.sub(r'\[.*?\]', '', s.strip().replace(' [title]', '. ')).replace('  ', ' ') # WikiHow's marks, by the harness's rule
+# %% ../../nbs/35_eval.tasks.ipynb #776d2616
+def _plain(s): # without WikiHow's marks, by the harness's rule
+    return re.sub(r'\[.*?\]', '', s.strip().replace(' [title]', '. ')).replace('  ', ' ')
+
+def _number(r, where, n): # a label from 0 to n-1, written as a number or as text
+    v = r.get('label'); return int(cell(r | dict(label=v if v is None else str(v)), where, 'label', [str(i) for i in range(n)]))
 
 def read_hellaswag(rows:Iterable[tuple[str,dict]])->Iterator[Item]: # `about` is the number of the right ending
     "Beginnings and endings of HellaSwag (Zellers et al. 2019)."
@@ -91,16 +98,16 @@ def read_hellaswag(rows:Iterable[tuple[str,dict]])->Iterator[Item]: # `about` is
         if r.get('ctx_b') is None: cell(r, where, 'ctx_b') # it may be empty, but not missing
         context = _plain(f"{cell(r, where, 'activity_label')}: {cell(r, where, 'ctx_a')} {r['ctx_b'].capitalize()}")
         endings = _listed([_plain(e) for e in _listed(cell(r, where, 'endings'), where, 'endings')], where, 'endings')
-        gold = int(cell(r | dict(label=str(r.get('label', ''))), where, 'label', [str(i) for i in range(len(endings))]))
-        yield Item(where, 'hellaswag', [' '+e for e in endings], [f'endings {i}' for i in range(len(endings))], context, (gold,))
+        gold,columns = _number(r, where, len(endings)),[f'endings {i}' for i in range(len(endings))]
+        yield Item(where, 'hellaswag', [' '+e for e in endings], columns, context, (gold,))
 
 def read_piqa(rows:Iterable[tuple[str,dict]])->Iterator[Item]: # `about` is the number of the right solution
     "Goals and solutions of PIQA (Bisk et al. 2020)."
     for where,r in rows:
-        gold = int(cell(r | (dict(label=str(r['label'])) if 'label' in r else {}), where, 'label', '01')); columns = ['sol1', 'sol2']
-        yield Item(where, 'piqa', [f' {cell(r, where, c)}' for c in columns], columns, f"Question: {cell(r, where, 'goal')}\nAnswer:", (gold,))
+        gold,columns = _number(r, where, 2),['sol1', 'sol2']; context = f"Question: {cell(r, where, 'goal')}\nAnswer:"
+        yield Item(where, 'piqa', [f' {cell(r, where, c)}' for c in columns], columns, context, (gold,))
 
-# %% ../../nbs/35_eval.tasks.ipynb #c8bad5bc
+# %% ../../nbs/35_eval.tasks.ipynb #f42d2b4c
 def with_shots(
     items:Iterable[Item],
     pool:list[Item], # of the training split
@@ -117,7 +124,7 @@ def with_shots(
         before = ''.join(f'{s.context}{s.options[s.about[0]]}\n\n' for s in shots)
         yield replace(it, context=before+it.context, columns=[f'{c} (behind {k} shots)' if k else c for c in it.columns])
 
-# %% ../../nbs/35_eval.tasks.ipynb #e9ecebae
+# %% ../../nbs/35_eval.tasks.ipynb #b5e354bd
 def read_lambada(rows:Iterable[tuple[str,dict]])->Iterator[Item]: # one option: the last word
     "Texts of LAMBADA (Paperno et al. 2016), as OpenAI cut them."
     for where,r in rows:
@@ -138,9 +145,10 @@ def word_figures(
 )->tuple[dict[str,Metric],dict]: # 'acc' and 'ppl'; nothing is known of chance
     "Accuracy with Wilson's interval; perplexity of a word with a bootstrap interval over texts."
     m = bootstrap_ratio(seen['nats'])
-    return dict(acc=wilson(int(sum(seen['acc'])), len(seen['acc']), 'of texts'), ppl=Metric(*map(math.exp, (m.value, m.lo, m.hi)), m.n, 'perplexity')), {}
+    ppl = Metric(*map(math.exp, (m.value, m.lo, m.hi)), m.n, 'perplexity')
+    return dict(acc=wilson(int(sum(seen['acc'])), len(seen['acc']), 'of texts'), ppl=ppl), {}
 
-# %% ../../nbs/35_eval.tasks.ipynb #e2db85c0
+# %% ../../nbs/35_eval.tasks.ipynb #8a00e216
 def labelled(
     path:Path, # rows; PIQA has NAME-labels.lst beside NAME.jsonl
 )->Iterator[tuple[str,dict]]: # where, row
@@ -165,14 +173,18 @@ class Quiz:
     summary:Callable=share_right # name -> what was seen, to figures and what chance gives
     score:Callable|None=None # how rows are scored; `score_rows` if not given
 
-# %% ../../nbs/35_eval.tasks.ipynb #7e782e5b
+# %% ../../nbs/35_eval.tasks.ipynb #abfa0607
 HUB = 'https://huggingface.co/datasets/'
-_arc = lambda kind: Quiz('https://allenai.org/data/arc', read_arc, (f'**/ARC-{kind}-Test.jsonl',), (f'**/ARC-{kind}-Train.jsonl',), ('allenai/ai2_arc', f'ARC-{kind}', 'test', 'train'))
+_arc = lambda kind: Quiz('https://allenai.org/data/arc', read_arc, (f'**/ARC-{kind}-Test.jsonl',), (f'**/ARC-{kind}-Train.jsonl',),
+                         ('allenai/ai2_arc', f'ARC-{kind}', 'test', 'train'))
 TASKS = dict(
     world=Quiz(HUB+'allenai/ai2_arc', read_arc), arc_easy=_arc('Easy'), arc_challenge=_arc('Challenge'),
-    hellaswag=Quiz('https://github.com/rowanz/hellaswag/tree/master/data', read_hellaswag, ('hellaswag_val.jsonl',), ('hellaswag_train.jsonl',), ('Rowan/hellaswag', None, 'validation', 'train'), 1),
-    piqa=Quiz('https://github.com/ybisk/ybisk.github.io/tree/master/piqa/data', read_piqa, ('valid.jsonl',), ('train.jsonl',), ('baber/piqa', None, 'validation', 'train'), 1),
-    lambada=Quiz(HUB+'EleutherAI/lambada_openai', read_lambada, ('*lambada*test*.jsonl',), (), ('EleutherAI/lambada_openai', 'default', 'test'), judge=judge_word, summary=word_figures, score=score_greedy))
+    hellaswag=Quiz('https://github.com/rowanz/hellaswag/tree/master/data', read_hellaswag, ('hellaswag_val.jsonl',),
+                   ('hellaswag_train.jsonl',), ('Rowan/hellaswag', None, 'validation', 'train'), 1),
+    piqa=Quiz('https://github.com/ybisk/ybisk.github.io/tree/master/piqa/data', read_piqa, ('valid.jsonl',), ('train.jsonl',),
+              ('baber/piqa', None, 'validation', 'train'), 1),
+    lambada=Quiz(HUB+'EleutherAI/lambada_openai', read_lambada, ('*lambada*test*.jsonl',), (),
+                 ('EleutherAI/lambada_openai', 'default', 'test'), judge=judge_word, summary=word_figures, score=score_greedy))
 WORLD_SEEDS = (71, 72) # stories that questions are asked about, and those of the shots
 
 def quiz_rows(
@@ -182,12 +194,14 @@ def quiz_rows(
 )->Iterator[tuple[str,dict]]: # where, row
     "Rows of a benchmark; raises `SLMError` for data that is not there."
     q = TASKS[task]
-    if task == 'world': return ((f"'world' row {i}", r) for i,r in enumerate(arc_rows(World().tasks(WORLD_SEEDS[split], 1000, list(ASK))), 1))
+    if task == 'world':
+        return ((f"'world' row {i}", r) for i,r in enumerate(arc_rows(World().tasks(WORLD_SEEDS[split], 1000, list(ASK))), 1))
     if str(data) == 'hub': return hub_rows(*q.hub[:2], q.hub[2+split])
-    if split and Path(data).is_file(): raise SLMError(f"'{data}' is one file: shots come from the training split, so give the folder that holds both")
+    if split and Path(data).is_file():
+        raise SLMError(f"'{data}' is one file: shots come from the training split, so give the folder that holds both")
     return itertools.chain.from_iterable(map(labelled, data_files(data, *(q.train if split else q.test))))
 
-# %% ../../nbs/35_eval.tasks.ipynb #3dc613de
+# %% ../../nbs/35_eval.tasks.ipynb #d251047f
 def evaluate_task(
     path:str|Path, # a run, a Hugging Face folder or hub id, or a .gguf file
     task:str='world', # a key of `TASKS`
@@ -201,8 +215,9 @@ def evaluate_task(
     "Ask a model a benchmark's questions; raises `SLMError` for bad input, after what was seen before it has been kept."
     if task not in TASKS: raise SLMError(f"unknown task '{task}': use one of {', '.join(TASKS)}")
     q = TASKS[task]
-    for wrong,why in ((task != 'world' and not data, f"'{task}' needs its published files ({q.source}): give their folder, or hub, with --data"),
-                      (task == 'world' and data, 'world makes its own questions: leave --data out'), (shots < 0, f'{shots} shots: it must be 0 or more'),
+    lost = f"'{task}' needs its published files ({q.source}): give their folder, or hub, with --data"
+    for wrong,why in ((task != 'world' and not data, lost), (task == 'world' and data, 'world makes its own questions: leave --data out'),
+                      (shots < 0, f'{shots} shots: it must be 0 or more'),
                       (shots and task == 'lambada', 'lambada has no training split to draw shots from: ask without --shots'),
                       (limit is not None and limit < 1, f'a limit of {limit}: it must be 1 or more')):
         if wrong: raise SLMError(why)
@@ -214,7 +229,7 @@ def evaluate_task(
     run = RunDir.create(out or beside(path, f'task_{task}_{shots}shot'), 'task', asked, seed=seed, parent=Path(path).name, exist_ok=True)
     return watch(run, (s for it,x,n in score(items) for s in q.judge(it, x, n)), q.summary)
 
-# %% ../../nbs/35_eval.tasks.ipynb #77f59ef2
+# %% ../../nbs/35_eval.tasks.ipynb #488e7a1d
 def harness_pair(
     tok:Tokenizer,
     context:str, # may be empty
@@ -259,7 +274,7 @@ def continue_until(
             params.append(SamplingParams(max_new_tokens=n, stop=until, temperature=kw.get('temperature', 1.) if sampled else 0., **more))
         yield from (g.text for g in complete(model, prompts, params, tok))
 
-# %% ../../nbs/35_eval.tasks.ipynb #f5b42660
+# %% ../../nbs/35_eval.tasks.ipynb #59f28a49
 def _harness():
     "The evaluation harness, quiet"
     try: import lm_eval, lm_eval.tasks
@@ -289,7 +304,7 @@ def harness_figures(
             res[f'{task}_{name}'+f'_{kind}'*(kind != 'none')] = Metric(float(x), *ends, n=n)
     return res
 
-# %% ../../nbs/35_eval.tasks.ipynb #992c3e65
+# %% ../../nbs/35_eval.tasks.ipynb #b224b948
 def evaluate_harness(
     path:str|Path, # a run, a Hugging Face folder or hub id, or a .gguf file
     tasks:list[str], # of the harness, or of `include_path`
@@ -301,18 +316,23 @@ def evaluate_harness(
 )->RunDir:
     "Any task of the evaluation harness; raises `SLMError` for one that it does not know, or whose data cannot be had."
     lm_eval = _harness(); from lm_eval.tasks import TaskManager
-    if include_path and not Path(include_path).is_dir(): raise SLMError(f"'{include_path}' is no folder: give the one that holds the tasks' .yaml files")
+    if include_path and not Path(include_path).is_dir():
+        raise SLMError(f"'{include_path}' is no folder: give the one that holds the tasks' .yaml files")
     manager = TaskManager(include_path=str(include_path) if include_path else None); known = set(manager.all_tasks)
-    if lost := [t for t in tasks if t not in known]: raise SLMError(f"the evaluation harness knows no task '{lost[0]}': `lm-eval ls tasks` lists them, or give its folder with --include-path")
+    if lost := [t for t in tasks if t not in known]:
+        raise SLMError(f"the evaluation harness knows no task '{lost[0]}': `lm-eval ls tasks` lists them, or name a folder with "
+                       '--include-path')
     model,tok,_ = open_causal(path, device); asked = dict(tasks=tasks, shots=shots, limit=limit, harness=lm_eval.__version__)
-    try: found = lm_eval.simple_evaluate(harness_model(model, tok), tasks=tasks, task_manager=manager, num_fewshot=shots, limit=limit, log_samples=False)
+    try: found = lm_eval.simple_evaluate(harness_model(model, tok), tasks=tasks, task_manager=manager, num_fewshot=shots, limit=limit,
+                                         log_samples=False)
     except SLMError: raise
     except Exception as e: # of many kinds, from several libraries
-        raise SLMError(f"the evaluation harness failed with {', '.join(tasks)} ({type(e).__name__}: {' '.join(str(e).split())[:120]})") from None
+        why = f"{type(e).__name__}: {' '.join(str(e).split())[:120]}"
+        raise SLMError(f"the evaluation harness failed with {', '.join(tasks)} ({why}): is its data here, or the network there?") from None
     run = RunDir.create(out or beside(path, 'harness'), 'task', asked, seed=1234, parent=Path(path).name, exist_ok=True)
     run.info['chance'] = {}; run.add_metrics(**harness_figures(found)); run.finish(); return run
 
-# %% ../../nbs/35_eval.tasks.ipynb #09573118
+# %% ../../nbs/35_eval.tasks.ipynb #d3bd2e61
 class Automaton:
     "Every run of tokens in some texts, as a graph that another text can be read through."
     def __init__(self,
@@ -337,7 +357,7 @@ class Automaton:
             q = clone
         link[new] = q; return new
 
-# %% ../../nbs/35_eval.tasks.ipynb #411f63d0
+# %% ../../nbs/35_eval.tasks.ipynb #a93965ad
 from fastcore.basics import patch
 
 @patch
@@ -361,7 +381,7 @@ def longest(self:Automaton)->list[tuple[int,int]]: # of each text: tokens in the
     for v in order: best[v] = best[v] or best[link[v]]
     return [max(((best[v], j) for j,v in enumerate(ends, 1)), default=(0, 0), key=lambda x: x[0]) for ends in self.ends]
 
-# %% ../../nbs/35_eval.tasks.ipynb #cf573eb8
+# %% ../../nbs/35_eval.tasks.ipynb #4843bc8d
 def sample_docs(
     docs:Iterable[str],
     tok:Tokenizer,
@@ -379,7 +399,7 @@ def sample_docs(
     if not got: raise SLMError(f'no document has {length} tokens: ask for fewer with --prefix and --length')
     return got
 
-# %% ../../nbs/35_eval.tasks.ipynb #9b8ad5d2
+# %% ../../nbs/35_eval.tasks.ipynb #291b3ebe
 def recite(
     model:GPT,
     prompts:list[list[int]], # token ids
@@ -389,7 +409,8 @@ def recite(
 )->list[list[int]]: # m tokens each
     "Continue prompts by exactly `m` tokens."
     params = lambda i: SamplingParams(temperature=temperature, max_new_tokens=m, seed=i)
-    return [ids for k in range(0, len(prompts), bs) for ids in generate_ids(model, prompts[k:k+bs], [params(i) for i in range(k, min(k+bs, len(prompts)))])]
+    ends = [(k, min(k+bs, len(prompts))) for k in range(0, len(prompts), bs)]
+    return [ids for a,b in ends for ids in generate_ids(model, prompts[a:b], [params(i) for i in range(a, b)])]
 
 def memorised(
     model:GPT, tok:Tokenizer,
@@ -401,7 +422,8 @@ def memorised(
 )->tuple[dict[str,Metric],dict[str,float]]: # figures; what they would be without any memory
     "How much of its text a model can recite, and how much would be repeated anyway (Carlini et al. 2022, §3)."
     if k+m > model.cfg.max_seq_len: raise SLMError(f"{k} given tokens and {m} to recite: the model's context holds {model.cfg.max_seq_len}")
-    docs = dict(read=sample_docs(train(), tok, n, k+m), unread=sample_docs(unread, tok, n, k+m)); front = [tok.bos_id]*(k+m < model.cfg.max_seq_len)
+    docs = dict(read=sample_docs(train(), tok, n, k+m), unread=sample_docs(unread, tok, n, k+m))
+    front = [tok.bos_id]*(k+m < model.cfg.max_seq_len)
     said = {name: recite(model, [front+d[:k] for d in ds], m) for name,ds in docs.items()}
     said |= dict(free=recite(model, [[tok.bos_id]]*n, m, 1.), real=[d[k:] for d in docs['unread']])
     auto = Automaton([t for ts in said.values() for t in ts])
@@ -414,7 +436,7 @@ def memorised(
     floor = dict(recited_read=res['recited_unread'].value) | {f'run_{name}': res['run_real'].value for name in ('read', 'unread', 'free')}
     return res, floor
 
-# %% ../../nbs/35_eval.tasks.ipynb #e0e85c0a
+# %% ../../nbs/35_eval.tasks.ipynb #65959284
 def evaluate_memory(
     path:str|Path, # a pretraining run
     corpus:str|None=None, # where its text is now, if it came from files
@@ -425,7 +447,9 @@ def evaluate_memory(
     device:str='cpu',
 )->RunDir: # with `info['chance']`, what the figures would be without memory
     "How much of its training text a run can recite; raises `SLMError` for a text that is not the run's."
-    run = RunDir.open(path); text = run_corpus(run, corpus); model,tok = load_model_and_tokenizer(str(path), device=str(get_device(device)))
+    run = RunDir.open(path); text = run_corpus(run, corpus)
+    model,tok = load_model_and_tokenizer(str(path), device=str(get_device(device)))
     res,floor = memorised(model, tok, partial(text.docs, 'train'), text.docs('valid'), n, k, m)
-    ev = RunDir.create(out or run/'memory', 'task', dict(task='memorisation', n=n, k=k, m=m, epochs=run.info['data'].get('epochs')), seed=0, data=run.info['data'], parent=run.path.name, exist_ok=True)
+    asked = dict(task='memorisation', n=n, k=k, m=m, epochs=run.info['data'].get('epochs'))
+    ev = RunDir.create(out or run/'memory', 'task', asked, seed=0, data=run.info['data'], parent=run.path.name, exist_ok=True)
     ev.info['chance'] = floor; ev.add_metrics(**res); ev.finish(); return ev
