@@ -15,7 +15,7 @@ from slm.data.world import Task, towns, wilson
 from slm.eval.bias import open_causal
 from slm.eval.tasks import arc_rows, evaluate_task, harness_model, memorised, read_arc, town_tasks, with_shots
 from slm.model.pretrained import load_model_and_tokenizer
-from slm.train.pretrain import pretrain
+from slm.train.pretrain import pretrain, resume
 
 ROOT = Path(__file__).parents[1]
 RUNS, SEED, N_TOWNS, SHOTS = ROOT/'runs'/'tasks', 7, 150, (0, 1, 5)
@@ -40,9 +40,10 @@ def sheets(n, seed=0):
 
 def train(a, run):
     "Each size reads the same 1.2M tokens"
-    text = save_rows(RUNS/'sheets.jsonl', (dict(text=t) for t in sheets(12_000)))
+    text = RUNS/'sheets.jsonl'; text.exists() or save_rows(text, (dict(text=t) for t in sheets(12_000)))
     for name,(layers,width) in SIZES.items():
-        if not (RUNS/name/'model.safetensors').exists():
+        if (RUNS/name/'checkpoints').exists(): resume(RUNS/name)
+        elif not (RUNS/name/'model.safetensors').exists():
             pretrain(f'files:{text}', RUNS/name, steps=300, vocab_size=1024, seq_len=256, batch_tokens=4096, evals=2, samples=1, seed=0, device='cpu', model=dict(n_layer=layers, d_model=width))
     arc_folder(RUNS/'arc', town_tasks(SEED, N_TOWNS), 200)
 
@@ -95,7 +96,7 @@ def asked(lm, folder, shots):
 
 def agree(a, run):
     "The same questions asked by lm-eval with its own model, by lm-eval with ours in its interface, and by us"
-    path = RUNS/'middle'; model,tok,score = open_causal(path, 'cpu'); same,diff,secs = {'own': [], 'adapter': []}, {'own': [], 'adapter': []}, []
+    path = RUNS/'small'; model,tok,score = open_causal(path, 'cpu'); same,diff,secs = {'own': [], 'adapter': []}, {'own': [], 'adapter': []}, []
     with tempfile.TemporaryDirectory() as tmp:
         folder = arc_folder(Path(tmp), town_tasks(SEED, N_TOWNS), 200); rows = lambda name: [('', json.loads(l)) for l in open(folder/f'ARC-Easy-{name}.jsonl')]
         hf = peer(path)
@@ -110,7 +111,7 @@ def agree(a, run):
             print(k, {n: (sum(s), len(s), max(diff[n])) for n,s in same.items()}, secs[-1], flush=True)
     for name in same: run.add_metrics(**{f'agreement_{name}': wilson(sum(same[name]), len(same[name]), 'of questions'), f'largest_difference_{name}': Metric(max(diff[name]), n=len(diff[name]), unit='nats')})
     run.add_metrics(**{f'speed_{k}shot_{who}': Metric(len(items)/s, n=len(items), unit='questions/s') for k,x,y in secs for who,s in (('ours', x), ('lm_eval', y))})
-    import lm_eval; run.info['config'] |= dict(harness=lm_eval.__version__, model='middle')
+    import lm_eval; run.info['config'] |= dict(harness=lm_eval.__version__, model='small')
 
 def memory(a, run):
     "One model, 48 documents, read again and again; the held-out ones are of other towns"

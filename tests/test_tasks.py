@@ -65,6 +65,7 @@ BROKEN = [
     ('arc_easy', 'a.jsonl', ARC | dict(question=dict(stem='Who?', choices=[dict(text='a'), dict(text='b')])), "row 2 has no column 'label'"),
     ('arc_easy', 'a.jsonl', ARC | dict(choices=dict(text=['a', ''], label=['A', 'B'])), "column 'choices.text': option 2 is empty"),
     ('arc_easy', 'a.jsonl', ARC | dict(choices=dict(text=['a', 'b', 'c'], label=['A', 'B'])), "column 'choices': 3 texts and 2 labels"),
+    ('arc_easy', 'a.jsonl', ARC | dict(choices='a b'), "column 'choices': it must have texts"), ('arc_easy', 'a.jsonl', ['Who?'], 'row 2 has no columns'),
     ('arc_easy', 'a.jsonl', ARC | dict(question='who '*600), "row 2, column 'choices A': .* context holds 512"),
     ('hellaswag', 'a.jsonl', SWAG | dict(label='4'), "row 2, column 'label': '4' is none of 0, 1, 2, 3"),
     ('hellaswag', 'a.jsonl', SWAG | dict(endings='c'), "row 2, column 'endings'"),

@@ -171,7 +171,9 @@ def file_rows(
             rows = (json.loads(l) for l in f if l.strip()) if path.suffix == '.jsonl' else \
                 csv.DictReader(f, delimiter='\t' if path.suffix == '.tsv' else ',', restval='')
             n = 0
-            for n,row in enumerate(rows, 1): yield f"'{path}' row {n}", row
+            for n,row in enumerate(rows, 1):
+                if not isinstance(row, dict): raise SLMError(f"'{path}' row {n} has no columns: it must be an object with names and values")
+                yield f"'{path}' row {n}", row
     except (OSError, UnicodeDecodeError, json.JSONDecodeError, csv.Error) as e:
         raise SLMError(f"cannot read '{path}' behind row {n} ({e}): fetch it again") from None
     if not n: raise SLMError(f"'{path}' has no rows")

@@ -8,7 +8,7 @@ __all__ = ['HUB', 'TASKS', 'WORLD_SEEDS', 'judge_choice', 'share_right', 'read_a
            'evaluate_task', 'harness_pair', 'score_pairs', 'score_text', 'continue_until', 'harness_model',
            'harness_figures', 'evaluate_harness', 'Automaton', 'sample_docs', 'recite', 'memorised', 'evaluate_memory']
 
-# %% ../../nbs/35_eval.tasks.ipynb #45e3c961
+# %% ../../nbs/35_eval.tasks.ipynb #a229b2bd
 from ..core import * # first: it silences a warning of the next ones
 import itertools, json, math, random, re, string
 from collections.abc import Callable, Iterable, Iterator
@@ -26,7 +26,7 @@ from .lm import encode_pair, run_corpus, score_ids, windows
 from .bias import Item, beside, bias_table, cell, data_files, file_rows, hub_rows
 from .bias import open_causal, parts, score_greedy, score_items, watch
 
-# %% ../../nbs/35_eval.tasks.ipynb #6d743176
+# %% ../../nbs/35_eval.tasks.ipynb #1acda044
 def judge_choice(
     it:Item, # `about` begins with the number of the right option; each option begins with a space
     logp:np.ndarray, # (options,) nats
@@ -43,11 +43,11 @@ def share_right(
     return ({k: wilson(sum(r for r,_ in v), len(v), 'of questions') for k,v in seen.items()},
             {k: float(np.mean([c for _,c in v])) for k,v in seen.items()})
 
-# %% ../../nbs/35_eval.tasks.ipynb #2f959321
+# %% ../../nbs/35_eval.tasks.ipynb #ec5cc89f
 def _listed(v, where, column): # a list of at least two texts, none of them empty
     if not isinstance(v, list) or len(v) < 2: raise SLMError(f"{where}, column '{column}': it must be a list of two options or more")
     for i,t in enumerate(v):
-        if not isinstance(t, str) or not t.strip(): raise SLMError(f"{where}, column '{column}': option {i+1} is empty: leave the row out")
+        if not isinstance(t, str) or not t.strip(): raise SLMError(f"{where}, column '{column}': option {i+1} is empty, or no text: leave the row out")
     return v
 
 def read_arc(
@@ -57,13 +57,15 @@ def read_arc(
     for where,r in rows:
         q = cell(r, where, 'question'); nested = isinstance(q, dict) # as published
         stem,choices = cell(q, where, 'stem') if nested else q, cell(q if nested else r, where, 'choices')
-        if isinstance(choices, list): choices = {k: [cell(c, where, k) for c in choices] for k in ('text', 'label')}
+        if isinstance(choices, list) and all(isinstance(c, dict) for c in choices):
+            choices = {k: [cell(c, where, k) for c in choices] for k in ('text', 'label')}
+        if not isinstance(choices, dict): raise SLMError(f"{where}, column 'choices': it must have texts and labels")
         options,labels = (_listed(cell(choices, where, k), where, f'choices.{k}') for k in ('text', 'label'))
         if len(options) != len(labels): raise SLMError(f"{where}, column 'choices': {len(options)} texts and {len(labels)} labels")
         gold = labels.index(cell(r, where, 'answerKey', labels))
         yield Item(where, 'arc', [' '+o for o in options], [f'choices {l}' for l in labels], f'Question: {stem}\nAnswer:', (gold,))
 
-# %% ../../nbs/35_eval.tasks.ipynb #ae3403c1
+# %% ../../nbs/35_eval.tasks.ipynb #0e478767
 def arc_rows(
     tasks:Iterable[Task], # with candidates, the answer among them
 )->Iterator[dict]: # columns as allenai/ai2_arc has them
@@ -85,7 +87,7 @@ def town_tasks(
         res.append(Task('town', f.question, f.answer, sorted([f.answer, *rng.sample(others, min(k-1, len(others)))])))
     return res
 
-# %% ../../nbs/35_eval.tasks.ipynb #776d2616
+# %% ../../nbs/35_eval.tasks.ipynb #04b146be
 def _plain(s): # without WikiHow's marks, by the harness's rule
     return re.sub(r'\[.*?\]', '', s.strip().replace(' [title]', '. ')).replace('  ', ' ')
 
@@ -96,7 +98,7 @@ def read_hellaswag(rows:Iterable[tuple[str,dict]])->Iterator[Item]: # `about` is
     "Beginnings and endings of HellaSwag (Zellers et al. 2019)."
     for where,r in rows:
         if r.get('ctx_b') is None: cell(r, where, 'ctx_b') # it may be empty, but not missing
-        context = _plain(f"{cell(r, where, 'activity_label')}: {cell(r, where, 'ctx_a')} {r['ctx_b'].capitalize()}")
+        context = _plain(f"{cell(r, where, 'activity_label')}: {cell(r, where, 'ctx_a')} {str(r['ctx_b']).capitalize()}")
         endings = _listed([_plain(e) for e in _listed(cell(r, where, 'endings'), where, 'endings')], where, 'endings')
         gold,columns = _number(r, where, len(endings)),[f'endings {i}' for i in range(len(endings))]
         yield Item(where, 'hellaswag', [' '+e for e in endings], columns, context, (gold,))
@@ -107,7 +109,7 @@ def read_piqa(rows:Iterable[tuple[str,dict]])->Iterator[Item]: # `about` is the 
         gold,columns = _number(r, where, 2),['sol1', 'sol2']; context = f"Question: {cell(r, where, 'goal')}\nAnswer:"
         yield Item(where, 'piqa', [f' {cell(r, where, c)}' for c in columns], columns, context, (gold,))
 
-# %% ../../nbs/35_eval.tasks.ipynb #f42d2b4c
+# %% ../../nbs/35_eval.tasks.ipynb #9ef69312
 def with_shots(
     items:Iterable[Item],
     pool:list[Item], # of the training split
@@ -124,11 +126,11 @@ def with_shots(
         before = ''.join(f'{s.context}{s.options[s.about[0]]}\n\n' for s in shots)
         yield replace(it, context=before+it.context, columns=[f'{c} (behind {k} shots)' if k else c for c in it.columns])
 
-# %% ../../nbs/35_eval.tasks.ipynb #b5e354bd
+# %% ../../nbs/35_eval.tasks.ipynb #737320b1
 def read_lambada(rows:Iterable[tuple[str,dict]])->Iterator[Item]: # one option: the last word
     "Texts of LAMBADA (Paperno et al. 2016), as OpenAI cut them."
     for where,r in rows:
-        before,_,last = cell(r, where, 'text').rpartition(' ')
+        before,_,last = str(cell(r, where, 'text')).rpartition(' ')
         if not before.strip() or not last: raise SLMError(f"{where}, column 'text': it needs a last word with something before it")
         yield Item(where, 'lambada', [' '+last], ['text'], before)
 
@@ -148,7 +150,7 @@ def word_figures(
     ppl = Metric(*map(math.exp, (m.value, m.lo, m.hi)), m.n, 'perplexity')
     return dict(acc=wilson(int(sum(seen['acc'])), len(seen['acc']), 'of texts'), ppl=ppl), {}
 
-# %% ../../nbs/35_eval.tasks.ipynb #8a00e216
+# %% ../../nbs/35_eval.tasks.ipynb #baf420bf
 def labelled(
     path:Path, # rows; PIQA has NAME-labels.lst beside NAME.jsonl
 )->Iterator[tuple[str,dict]]: # where, row
@@ -173,7 +175,7 @@ class Quiz:
     summary:Callable=share_right # name -> what was seen, to figures and what chance gives
     score:Callable|None=None # how rows are scored; `score_rows` if not given
 
-# %% ../../nbs/35_eval.tasks.ipynb #abfa0607
+# %% ../../nbs/35_eval.tasks.ipynb #d1d0f4e3
 HUB = 'https://huggingface.co/datasets/'
 _arc = lambda kind: Quiz('https://allenai.org/data/arc', read_arc, (f'**/ARC-{kind}-Test.jsonl',), (f'**/ARC-{kind}-Train.jsonl',),
                          ('allenai/ai2_arc', f'ARC-{kind}', 'test', 'train'))
@@ -201,7 +203,7 @@ def quiz_rows(
         raise SLMError(f"'{data}' is one file: shots come from the training split, so give the folder that holds both")
     return itertools.chain.from_iterable(map(labelled, data_files(data, *(q.train if split else q.test))))
 
-# %% ../../nbs/35_eval.tasks.ipynb #d251047f
+# %% ../../nbs/35_eval.tasks.ipynb #eb68aa46
 def evaluate_task(
     path:str|Path, # a run, a Hugging Face folder or hub id, or a .gguf file
     task:str='world', # a key of `TASKS`
@@ -229,7 +231,7 @@ def evaluate_task(
     run = RunDir.create(out or beside(path, f'task_{task}_{shots}shot'), 'task', asked, seed=seed, parent=Path(path).name, exist_ok=True)
     return watch(run, (s for it,x,n in score(items) for s in q.judge(it, x, n)), q.summary)
 
-# %% ../../nbs/35_eval.tasks.ipynb #488e7a1d
+# %% ../../nbs/35_eval.tasks.ipynb #9d72b1c1
 def harness_pair(
     tok:Tokenizer,
     context:str, # may be empty
@@ -274,7 +276,7 @@ def continue_until(
             params.append(SamplingParams(max_new_tokens=n, stop=until, temperature=kw.get('temperature', 1.) if sampled else 0., **more))
         yield from (g.text for g in complete(model, prompts, params, tok))
 
-# %% ../../nbs/35_eval.tasks.ipynb #59f28a49
+# %% ../../nbs/35_eval.tasks.ipynb #0adfa170
 def _harness():
     "The evaluation harness, quiet"
     try: import lm_eval, lm_eval.tasks
@@ -304,7 +306,7 @@ def harness_figures(
             res[f'{task}_{name}'+f'_{kind}'*(kind != 'none')] = Metric(float(x), *ends, n=n)
     return res
 
-# %% ../../nbs/35_eval.tasks.ipynb #b224b948
+# %% ../../nbs/35_eval.tasks.ipynb #dd457dd7
 def evaluate_harness(
     path:str|Path, # a run, a Hugging Face folder or hub id, or a .gguf file
     tasks:list[str], # of the harness, or of `include_path`
@@ -332,7 +334,7 @@ def evaluate_harness(
     run = RunDir.create(out or beside(path, 'harness'), 'task', asked, seed=1234, parent=Path(path).name, exist_ok=True)
     run.info['chance'] = {}; run.add_metrics(**harness_figures(found)); run.finish(); return run
 
-# %% ../../nbs/35_eval.tasks.ipynb #d3bd2e61
+# %% ../../nbs/35_eval.tasks.ipynb #567bebcb
 class Automaton:
     "Every run of tokens in some texts, as a graph that another text can be read through."
     def __init__(self,
@@ -357,7 +359,7 @@ class Automaton:
             q = clone
         link[new] = q; return new
 
-# %% ../../nbs/35_eval.tasks.ipynb #a93965ad
+# %% ../../nbs/35_eval.tasks.ipynb #cd4d70e2
 from fastcore.basics import patch
 
 @patch
@@ -381,7 +383,7 @@ def longest(self:Automaton)->list[tuple[int,int]]: # of each text: tokens in the
     for v in order: best[v] = best[v] or best[link[v]]
     return [max(((best[v], j) for j,v in enumerate(ends, 1)), default=(0, 0), key=lambda x: x[0]) for ends in self.ends]
 
-# %% ../../nbs/35_eval.tasks.ipynb #4843bc8d
+# %% ../../nbs/35_eval.tasks.ipynb #e11fdef2
 def sample_docs(
     docs:Iterable[str],
     tok:Tokenizer,
@@ -399,7 +401,7 @@ def sample_docs(
     if not got: raise SLMError(f'no document has {length} tokens: ask for fewer with --prefix and --length')
     return got
 
-# %% ../../nbs/35_eval.tasks.ipynb #291b3ebe
+# %% ../../nbs/35_eval.tasks.ipynb #7d4ecf1e
 def recite(
     model:GPT,
     prompts:list[list[int]], # token ids
@@ -436,7 +438,7 @@ def memorised(
     floor = dict(recited_read=res['recited_unread'].value) | {f'run_{name}': res['run_real'].value for name in ('read', 'unread', 'free')}
     return res, floor
 
-# %% ../../nbs/35_eval.tasks.ipynb #65959284
+# %% ../../nbs/35_eval.tasks.ipynb #3fe20138
 def evaluate_memory(
     path:str|Path, # a pretraining run
     corpus:str|None=None, # where its text is now, if it came from files
