@@ -154,17 +154,29 @@ def resume(
 # %% ../nbs/61_cli.ipynb #293a46f2
 @app.command('eval')
 def eval_(
-    run:Annotated[Path, typer.Argument(help='A finished pretraining run.')],
-    out:Annotated[Optional[Path], typer.Option(help='Run directory to write; RUN/eval if not given.')]=None,
+    run:Annotated[str, typer.Argument(help='A finished pretraining run; with --task or --lm-eval any other model, too.')],
+    out:Annotated[Optional[Path], typer.Option(help='Run directory to write; in the run if not given.')]=None,
     corpus:Annotated[Optional[str], typer.Option(help="Where the run's text is now, if it came from files.")]=None,
     docs:Annotated[int, typer.Option(help='Held-out documents.')]=500,
     probes:Annotated[int, typer.Option(help='Questions about the state of stories.')]=1000,
     pairs:Annotated[Optional[list[Path]], typer.Option(help='A file of minimal pairs in BLiMP format (may be repeated).')]=None,
     stride:Annotated[Optional[int], typer.Option(help='Sliding windows that move on by so many tokens; fixed ones if not given.')]=None,
+    task:Annotated[Optional[str], typer.Option(help='world, arc_easy, arc_challenge, hellaswag, piqa, lambada or memorisation.')]=None,
+    lm_eval:Annotated[Optional[str], typer.Option(help='Tasks of the evaluation harness, with commas between them.')]=None,
+    data:Annotated[Optional[str], typer.Option(help="The task's published files: a folder, a file, or hub.")]=None,
+    shots:Annotated[Optional[int], typer.Option('--shots', '--num-fewshot', help='Solved questions before each one.')]=None,
+    limit:Annotated[Optional[int], typer.Option(help='Only the first questions of a task, or so many documents for memorisation.')]=None,
+    include_path:Annotated[Optional[Path], typer.Option(help='For --lm-eval: a folder with tasks of your own.')]=None,
+    prefix:Annotated[int, typer.Option(help='For memorisation: tokens that are given,')]=32,
+    length:Annotated[int, typer.Option(help='and those that are to be recited.')]=32,
     device:Device='cpu', json_:Json=False):
-    """Measure a run on held-out text.
+    """Measure a run on held-out text, or any model by a benchmark.
 
-    Example: slm eval runs/demo --docs 200"""
+    Example: slm eval runs/books --task arc_easy --data ARC-V1-Feb2018-2 --shots 5"""
+    if task and lm_eval: raise SLMError('--task and --lm-eval are two measurements: give one of them')
+    if task or lm_eval: return _task(run, out, corpus, task, lm_eval, data, shots, limit, include_path, prefix, length, device, json_)
+    if (data, shots, limit, include_path) != (None,)*4:
+        raise SLMError('--data, --shots, --limit and --include-path belong to --task or --lm-eval: give one of these')
     from slm.eval.lm import evaluate_run
     ev = evaluate_run(run, out, corpus, n_docs=docs, n_probes=probes, pairs=pairs or [], stride=stride, device=device)
     print(json.dumps(ev.info['metrics'], indent=1) if json_ else figures(ev))
@@ -172,6 +184,20 @@ def eval_(
 def figures(run)->str: # a line each
     "All figures of a run, with their intervals."
     return '\n'.join(f'{k:16} {Metric(**m)}' for k,m in run.info['metrics'].items())
+
+# %% ../nbs/61_cli.ipynb #1e1593ee
+def _task(run, out, corpus, task, lm_eval, data, shots, limit, include_path, prefix, length, device, json_):
+    "`slm eval` with --task or --lm-eval"
+    from slm.eval import tasks as T
+    from slm.eval.bias import bias_table
+    for given,name,fits in ((data, '--data', bool(task) and task != 'memorisation'), (include_path, '--include-path', bool(lm_eval)),
+                            (shots, '--shots', task != 'memorisation'), (corpus, '--corpus', task == 'memorisation')):
+        if given is not None and not fits:
+            raise SLMError(f"{name} does not go with {'--lm-eval' if lm_eval else f'--task {task}'}: leave it out")
+    if lm_eval: ev = T.evaluate_harness(run, lm_eval.split(','), include_path, shots, limit, out, device)
+    elif task == 'memorisation': ev = T.evaluate_memory(run, corpus, out, limit or 200, prefix, length, device)
+    else: ev = T.evaluate_task(run, task, data, out, shots or 0, limit, device=device)
+    print(json.dumps(ev.info, indent=1) if json_ else bias_table(ev))
 
 # %% ../nbs/61_cli.ipynb #a6f7cc05
 @app.command()

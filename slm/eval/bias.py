@@ -7,8 +7,8 @@ __all__ = ['LABELS', 'DOMAINS', 'SETS', 'GH', 'BENCHES', 'interval', 'stereoset_
            'read_winogender', 'read_stats', 'judge_share', 'line', 'follows', 'read_bbq', 'judge_answer', 'bbq_scores',
            'read_lexicon', 'read_honest', 'bold_rows', 'read_bold', 'continuations', 'hurtful', 'sentiment', 'means',
            'weat', 'vectors', 'read_weat', 'Introductions', 'read_world', 'women_share', 'gap', 'true_bias',
-           'world_measures', 'Bench', 'tables', 'each', 'with_stats', 'effects', 'open_bench', 'observe', 'summarise',
-           'bias_table', 'evaluate_bias', 'open_causal', 'open_masked']
+           'world_measures', 'Bench', 'tables', 'each', 'with_stats', 'effects', 'hub_rows', 'open_bench', 'observe',
+           'summarise', 'bias_table', 'beside', 'watch', 'evaluate_bias', 'open_causal', 'open_masked']
 
 # %% ../../nbs/32_eval.bias.ipynb #cfd9e254
 import itertools, math, re
@@ -375,6 +375,19 @@ BENCHES = dict(
     bold=Bench(GH+'amazon-science/bold', ('*_prompt.json',), each(bold_rows), read_bold, None, partial(means, unit='mean sentiment')),
     weat=Bench(GH+'W4ngatang/sent-bias', ('*weat*.jsonl',), list, None, None, effects))
 
+# %% ../../nbs/32_eval.bias.ipynb #14c06d23
+def hub_rows(
+    repo:str, # OWNER/NAME
+    config:str|None, # as the repository names it; None for the only one
+    split:str,
+)->Iterator[tuple[str,dict]]: # where, row
+    "Rows of a data set on the hub, one at a time; raises `SLMError` when it cannot be reached."
+    from datasets import load_dataset
+    try: found = load_dataset(repo, config, split=split, streaming=True)
+    except Exception as e: # of many kinds, from several libraries
+        raise SLMError(f"cannot fetch '{repo}' ({' '.join(str(e).split())[:120]}): give a folder with --data") from None
+    return ((f"'{repo}' row {i}", r) for i,r in enumerate(found, 1))
+
 def open_bench(
     name:str, # a key of `BENCHES`
     data:str|Path, # file or folder, or 'hub'
@@ -384,11 +397,7 @@ def open_bench(
     b = BENCHES[name]
     if str(data) != 'hub': return b.rows(data_files(data, *b.patterns))
     if not b.hub: raise SLMError(f"'{name}' is not on the hub in its published columns: give the folder of {b.source} with --data")
-    from datasets import load_dataset
-    try: found = load_dataset(*b.hub[:2], split=b.hub[2], streaming=True)
-    except Exception as e: # of many kinds, from several libraries
-        raise SLMError(f"cannot fetch '{b.hub[0]}' ({' '.join(str(e).split())[:120]}): give a folder with --data") from None
-    return ((f"'{b.hub[0]}' row {i}", r) for i,r in enumerate(found, 1))
+    return hub_rows(*b.hub)
 
 # %% ../../nbs/32_eval.bias.ipynb #5dea589f
 def observe(
@@ -430,6 +439,30 @@ def bias_table(run:RunDir)->str:
         lines.append(f"{k:28} {Metric(**m)}, n={m['n']:,}"+(f', chance {chance[k]:.3g}' if k in chance else ''))
     return '\n'.join(lines)
 
+# %% ../../nbs/32_eval.bias.ipynb #d85d1545
+def beside(
+    path:str|Path, # a run, or any other model
+    name:str, # of the new run
+)->Path:
+    "Where a measurement is written: in the run that it measures, or in runs."
+    return (Path(path) if (Path(path)/'run.json').exists() else Path('runs'))/name
+
+def watch(
+    run:RunDir,
+    seen:Iterable[tuple[str,object]], # group, what was seen
+    summary:Callable, # group -> what was seen, to figures and what chance gives
+)->RunDir:
+    "Keep the figures of what is seen; an `SLMError` or an interruption on the way leaves those of what came before, marked as partial."
+    got = defaultdict(list)
+    def keep(): figures,run.info['chance'] = summary(got); run.add_metrics(**figures)
+    try:
+        for k,v in progress(seen, desc=run.path.name): got[k].append(v)
+    except (SLMError, KeyboardInterrupt) as e:
+        run.info['partial'] = str(e) or 'interrupted'
+        if got: keep()
+        run.finish('interrupted' if isinstance(e, KeyboardInterrupt) else 'failed'); raise
+    keep(); run.finish(); return run
+
 # %% ../../nbs/32_eval.bias.ipynb #656a0df7
 def evaluate_bias(
     path:str|Path, # a run, a Hugging Face folder or hub id, or a .gguf file
@@ -448,21 +481,9 @@ def evaluate_bias(
     rows, words = None if bench == 'world' else open_bench(bench, data), read_lexicon(lexicon) if lexicon else set()
     model,tok,score = open_masked(path) if masked else open_causal(path, device)
     asked = dict(bench=bench, data=portable(str(data)) if data else None, masked=masked)
-    home = Path(path) if (Path(path)/'run.json').exists() else Path('runs')
-    run, seen = RunDir.create(out or home/f'bias_{bench}', 'bias', asked, seed=0, parent=Path(path).name, exist_ok=True), defaultdict(list)
-    def keep(): figures,run.info['chance'] = summarise(BENCHES[bench], seen); run.add_metrics(**figures)
-    def ask_world():
-        run.info['chance'] = true_bias(0) | dict(weat=0.)
-        for k,m in world_measures(model, tok): run.add_metrics(**{k: m})
-    def ask_bench():
-        for k,v in progress(observe(BENCHES[bench], rows, model, tok, score, words), desc=bench): seen[k].append(v)
-    try: ask_world() if bench == 'world' else ask_bench()
-    except (SLMError, KeyboardInterrupt) as e:
-        run.info['partial'] = str(e) or 'interrupted'
-        if seen: keep()
-        run.finish('interrupted' if isinstance(e, KeyboardInterrupt) else 'failed'); raise
-    if bench != 'world': keep()
-    run.finish(); return run
+    run = RunDir.create(out or beside(path, f'bias_{bench}'), 'bias', asked, seed=0, parent=Path(path).name, exist_ok=True)
+    if bench == 'world': return watch(run, world_measures(model, tok), lambda got: ({k: m for k,(m,) in got.items()}, true_bias(0) | dict(weat=0.)))
+    b = BENCHES[bench]; return watch(run, observe(b, rows, model, tok, score, words), partial(summarise, b))
 
 # %% ../../nbs/32_eval.bias.ipynb #ff68ee7e
 def open_causal(path, device):
