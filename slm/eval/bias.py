@@ -482,7 +482,8 @@ def evaluate_bias(
     model,tok,score = open_masked(path) if masked else open_causal(path, device)
     asked = dict(bench=bench, data=portable(str(data)) if data else None, masked=masked)
     run = RunDir.create(out or beside(path, f'bias_{bench}'), 'bias', asked, seed=0, parent=Path(path).name, exist_ok=True)
-    if bench == 'world': return watch(run, world_measures(model, tok), lambda got: ({k: m for k,(m,) in got.items()}, true_bias(0) | dict(weat=0.)))
+    ready = lambda got: ({k: m for k,(m,) in got.items()}, true_bias(0) | dict(weat=0.))
+    if bench == 'world': return watch(run, world_measures(model, tok), ready)
     b = BENCHES[bench]; return watch(run, observe(b, rows, model, tok, score, words), partial(summarise, b))
 
 # %% ../../nbs/32_eval.bias.ipynb #ff68ee7e

@@ -211,7 +211,8 @@ async def respond(
     else:
         gate.admit(body.model, 1)                                                       # before the work of encoding
         requests = await asyncio.to_thread(engine_requests, body, engine, s)
-        stream = job = Job(gate, body.model, requests, joins=not s.output_filter, whole=not (body.stream or s.output_filter)); n = len(requests)
+        n, at_end = len(requests), not (body.stream or s.output_filter)
+        stream = job = Job(gate, body.model, requests, joins=not s.output_filter, whole=at_end)
         if s.output_filter: stream = filtered(job, s.output_filter, s.threshold)
         if key: stream = remembered(stream, functools.partial(gate.cache.put, key))
     headers = {'X-SLM-Cache': 'hit' if kept else 'miss'} if key else {}
