@@ -5,7 +5,8 @@
     python bench/bias.py many --data blimp            # 67,000 pairs of BLiMP's lengths
     python bench/bias.py agree --data crows.csv --model MODEL   # item by item against lm-eval
 
-`speed` and `agree` need lm-eval (pip install lm-eval); `speed` and `many` need a folder of BLiMP's .jsonl files. Writes results/31_eval.bias/NAME/run.json.
+`speed` and `agree` need lm-eval (pip install lm-eval); `speed` and `many` need a folder of BLiMP's .jsonl files.
+Writes run.json into results/32_eval.bias/calibrate, and into results/31_eval.pairs/NAME for the others.
 """
 import argparse, itertools, json, math, random, resource, tempfile, time
 from pathlib import Path
@@ -13,8 +14,9 @@ import numpy as np, pandas as pd, torch
 from slm.core import Metric, RunDir, bootstrap_ratio, set_seed, write_json
 from slm.data.tokenizer import Tokenizer, train_bpe
 from slm.data.world import wilson
-from slm.eval.bias import Introductions, Item, data_files, file_rows, line, read_crows, score_items, tables, true_bias, world_bias
+from slm.eval.bias import Introductions, line, tables, true_bias, world_measures
 from slm.eval.lm import doc_nats, read_pairs
+from slm.eval.pairs import Item, data_files, read_crows, score_items
 from slm.model.gpt import GPT, GPTConfig
 from slm.model.pretrained import load_model_and_tokenizer
 from slm.train.pretrain import pretrain
@@ -45,7 +47,7 @@ def calibrate(a, run):
         stories = list(Introductions(dial).stories(HELD_OUT, 2000)); bits = doc_nats(model, tok, [s.text for s in stories])/math.log(2)
         floor,nbytes = np.array([s.bits for s in stories]),np.array([len(s.text.encode()) for s in stories])
         if dial == 1: nats[balanced, seed] = bits
-        for k,m in (world_bias(model, tok) | dict(excess=bootstrap_ratio(bits-floor, nbytes, unit='bits/byte'))).items():
+        for k,m in (dict(world_measures(model, tok)) | dict(excess=bootstrap_ratio(bits-floor, nbytes, unit='bits/byte'))).items():
             points.append(dict(dial=dial, balanced=balanced, seed=seed, measure=k, value=m.value, lo=m.lo, hi=m.hi, truth=true_bias(0 if balanced else dial).get(k)))
         print(dial, balanced, seed, flush=True)
     p = pd.DataFrame(points); p.to_csv(run/'points.csv', index=False, float_format='%.5g'); run.info['data']['models'] = len(p)//p.measure.nunique()
@@ -130,7 +132,7 @@ def main():
     ap.add_argument('--data', help='folder or file of the pairs'); ap.add_argument('--model', help='run, folder, hub id or .gguf file'); ap.add_argument('--repeats', type=int, default=3)
     a = ap.parse_args()
     for what in a.what:
-        run = what != 'train' and RunDir.create(ROOT/'results'/'31_eval.bias'/what, 'bench', dict(seeds=a.seeds, repeats=a.repeats, threads=torch.get_num_threads()), seed=0, exist_ok=True)
+        run = what != 'train' and RunDir.create(ROOT/'results'/('32_eval.bias' if what == 'calibrate' else '31_eval.pairs')/what, 'bench', dict(seeds=a.seeds, repeats=a.repeats, threads=torch.get_num_threads()), seed=0, exist_ok=True)
         globals()[what](a, run)
         if run: run.finish(); print(json.dumps(run.info['metrics'], indent=1))
 

@@ -1,7 +1,7 @@
 """A whole life of one model in a biased world, for the ledger: read, answer, prefer, earn, shrink.
 
     python bench/ledger.py runs/life --minutes 8
-    slm report runs/life/pretrain runs/life/sft runs/life/dpo runs/life/rlhf runs/life/served.gguf --out results/37_eval.ledger/world
+    slm report runs/life/pretrain runs/life/sft runs/life/dpo runs/life/rlhf runs/life/served.gguf --out results/38_eval.ledger/world
 
 Each stage is a run of its own in the folder; a stage that is there already is left as it is, so that an interrupted life goes on.
 """

@@ -6,7 +6,7 @@
 `world`: a reward model learns from pairs about the world's questions; GRPO follows it (and, for comparison, the judge itself), DPO learns from the same pairs
 for as long as reward model and GRPO took together, and the best of n answers is picked without any training. `polite`: on instructions, a few
 lines of Python are the reward, and a reward model, trained on pairs, is the second opinion (--arms grpo). Every arm answers the same held-out questions at temperature 1 with the same seeds.
-Writes results/27_train.rlhf/NAME/run.json and curve.csv.
+Writes results/28_train.rlhf/NAME/run.json and curve.csv.
 """
 import argparse, csv, json, tempfile, time
 from pathlib import Path
@@ -16,7 +16,8 @@ from slm.data.world import World, wilson
 from slm.eval.lm import doc_bpb
 from slm.model.pretrained import load_model_and_tokenizer
 from slm.train.dpo import PAIR_SEED, Pair, PairData, dpo, read_preferences, split_pairs, write_preferences
-from slm.train.rlhf import as_reward, best_of_n, best_of_n_kl, grpo, measure_policy, open_reward, read_prompts, reward_accuracy, reward_model, rlhf_doctor, split_prompts
+from slm.train.reward import as_reward, best_of_n, best_of_n_kl, open_reward, reward_accuracy, reward_model
+from slm.train.rlhf import grpo, measure_policy, read_prompts, rlhf_doctor, split_prompts
 
 ROOT = Path(__file__).parents[1]
 
@@ -102,7 +103,7 @@ def main():
     add('--max-new-tokens', type=int, default=40); add('--seq-len', type=int, help='context'); add('--best', type=int, default=16)
     a = ap.parse_args()
     with tempfile.TemporaryDirectory() as tmp:
-        run = RunDir.create(ROOT/'results'/'27_train.rlhf'/(a.name or ('smollm2' if a.what == 'polite' else a.what)), 'bench', seed=42, exist_ok=True, parent=Path(a.base).name,
+        run = RunDir.create(ROOT/'results'/'28_train.rlhf'/(a.name or ('smollm2' if a.what == 'polite' else a.what)), 'bench', seed=42, exist_ok=True, parent=Path(a.base).name,
                             config={k: v for k,v in vars(a).items() if k not in ('base', 'data', 'name')})
         globals()[a.what](a, run, Path(tmp))
     run.finish(); print(json.dumps({k: str(Metric(**m)) for k,m in run.info['metrics'].items()}, indent=1), run.info.get('doctor'))

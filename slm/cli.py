@@ -7,10 +7,10 @@ __all__ = ['app', 'Json', 'MaxBytes', 'Device', 'VocabSize', 'Tok', 'Base', 'Epo
            'Rate', 'MaxRows', 'Strict', 'Dtype', 'Model', 'Chats', 'SaveMinutes', 'annotate', 'StoreFile', 'Format',
            'Url', 'Project', 'TokenFile', 'Host', 'Port', 'Tokens', 'NoToken', 'Slots', 'Threads', 'Queue', 'Timeout',
            'MaxTokens', 'rag', 'Reader', 'Where', 'Passages', 'main', 'corpus', 'tokenize', 'runs', 'pretrain',
-           'resume', 'eval_', 'figures', 'bias', 'sft', 'annotate_add', 'annotate_report', 'annotate_pairs',
-           'annotate_export', 'annotate_import', 'annotate_push', 'annotate_pull', 'dpo', 'reward', 'rlhf', 'qlora',
-           'merge', 'open_any', 'export', 'serve', 'rag_index', 'rag_ask', 'rag_serve', 'demo', 'report', 'generate',
-           'chat']
+           'resume', 'eval_', 'figures', 'bias', 'judge', 'toxicity', 'sft', 'annotate_add', 'annotate_report',
+           'annotate_pairs', 'annotate_export', 'annotate_import', 'annotate_push', 'annotate_pull', 'dpo', 'reward',
+           'rlhf', 'qlora', 'merge', 'open_any', 'export', 'serve', 'rag_index', 'rag_ask', 'rag_serve', 'demo',
+           'report', 'generate', 'chat']
 
 # %% ../nbs/61_cli.ipynb #fff7db54
 import errno, json, os, sys, warnings
@@ -154,17 +154,29 @@ def resume(
 # %% ../nbs/61_cli.ipynb #293a46f2
 @app.command('eval')
 def eval_(
-    run:Annotated[Path, typer.Argument(help='A finished pretraining run.')],
-    out:Annotated[Optional[Path], typer.Option(help='Run directory to write; RUN/eval if not given.')]=None,
+    run:Annotated[str, typer.Argument(help='A finished pretraining run; with --task or --lm-eval any other model, too.')],
+    out:Annotated[Optional[Path], typer.Option(help='Run directory to write; in the run if not given.')]=None,
     corpus:Annotated[Optional[str], typer.Option(help="Where the run's text is now, if it came from files.")]=None,
     docs:Annotated[int, typer.Option(help='Held-out documents.')]=500,
     probes:Annotated[int, typer.Option(help='Questions about the state of stories.')]=1000,
     pairs:Annotated[Optional[list[Path]], typer.Option(help='A file of minimal pairs in BLiMP format (may be repeated).')]=None,
     stride:Annotated[Optional[int], typer.Option(help='Sliding windows that move on by so many tokens; fixed ones if not given.')]=None,
+    task:Annotated[Optional[str], typer.Option(help='world, arc_easy, arc_challenge, hellaswag, piqa, lambada or memorisation.')]=None,
+    lm_eval:Annotated[Optional[str], typer.Option(help='Tasks of the evaluation harness, with commas between them.')]=None,
+    data:Annotated[Optional[str], typer.Option(help="The task's published files: a folder, a file, or hub.")]=None,
+    shots:Annotated[Optional[int], typer.Option('--shots', '--num-fewshot', help='Solved questions before each one.')]=None,
+    limit:Annotated[Optional[int], typer.Option(help='Only the first questions of a task, or so many documents for memorisation.')]=None,
+    include_path:Annotated[Optional[Path], typer.Option(help='For --lm-eval: a folder with tasks of your own.')]=None,
+    prefix:Annotated[int, typer.Option(help='For memorisation: tokens that are given,')]=32,
+    length:Annotated[int, typer.Option(help='and those that are to be recited.')]=32,
     device:Device='cpu', json_:Json=False):
-    """Measure a run on held-out text.
+    """Measure a run on held-out text, or any model by a benchmark.
 
-    Example: slm eval runs/demo --docs 200"""
+    Example: slm eval runs/books --task arc_easy --data ARC-V1-Feb2018-2 --shots 5"""
+    if task and lm_eval: raise SLMError('--task and --lm-eval are two measurements: give one of them')
+    if task or lm_eval: return _task(run, out, corpus, task, lm_eval, data, shots, limit, include_path, prefix, length, device, json_)
+    if (data, shots, limit, include_path) != (None,)*4:
+        raise SLMError('--data, --shots, --limit and --include-path belong to --task or --lm-eval: give one of these')
     from slm.eval.lm import evaluate_run
     ev = evaluate_run(run, out, corpus, n_docs=docs, n_probes=probes, pairs=pairs or [], stride=stride, device=device)
     print(json.dumps(ev.info['metrics'], indent=1) if json_ else figures(ev))
@@ -172,6 +184,20 @@ def eval_(
 def figures(run)->str: # a line each
     "All figures of a run, with their intervals."
     return '\n'.join(f'{k:16} {Metric(**m)}' for k,m in run.info['metrics'].items())
+
+# %% ../nbs/61_cli.ipynb #1e1593ee
+def _task(run, out, corpus, task, lm_eval, data, shots, limit, include_path, prefix, length, device, json_):
+    "`slm eval` with --task or --lm-eval"
+    from slm.eval import tasks as T
+    from slm.eval.bias import bias_table
+    for given,name,fits in ((data, '--data', bool(task) and task != 'memorisation'), (include_path, '--include-path', bool(lm_eval)),
+                            (shots, '--shots', task != 'memorisation'), (corpus, '--corpus', task == 'memorisation')):
+        if given is not None and not fits:
+            raise SLMError(f"{name} does not go with {'--lm-eval' if lm_eval else f'--task {task}'}: leave it out")
+    if lm_eval: ev = T.evaluate_harness(run, lm_eval.split(','), include_path, shots, limit, out, device)
+    elif task == 'memorisation': ev = T.evaluate_memory(run, corpus, out, limit or 200, prefix, length, device)
+    else: ev = T.evaluate_task(run, task, data, out, shots or 0, limit, device=device)
+    print(json.dumps(ev.info, indent=1) if json_ else bias_table(ev))
 
 # %% ../nbs/61_cli.ipynb #a6f7cc05
 @app.command()
@@ -189,6 +215,51 @@ def bias(
     from slm.eval.bias import bias_table, evaluate_bias
     ev = evaluate_bias(run, bench, data, out, lexicon, masked, device)
     print(json.dumps(ev.info, indent=1) if json_ else bias_table(ev))
+
+# %% ../nbs/61_cli.ipynb #57b28e49
+@app.command()
+def judge(
+    models:Annotated[list[str], typer.Argument(help='Two or more runs, folders, hub ids or .gguf files; the first is the baseline.')],
+    prompts:Annotated[str, typer.Option(help='world, or JSON lines with a prompt each.')]='world',
+    by:Annotated[str, typer.Option(help="world, person, or an OpenAI-compatible server's address (its key: $SLM_JUDGE_KEY).")]='world',
+    out:Annotated[Path, typer.Option(help='Folder to make, or to go on with.')]=Path('runs/judge'),
+    n:Annotated[int, typer.Option(help='At most so many prompts.')]=200,
+    judge_model:Annotated[Optional[str], typer.Option(help="The server's name of the judge; by default its first model.")]=None,
+    workers:Annotated[int, typer.Option(help='Questions to the server at once.')]=4,
+    temperature:Annotated[float, typer.Option(help='Of the answers; 0 always takes the likeliest token.')]=0.0,
+    max_new_tokens:Annotated[int, typer.Option(help='At most so many tokens an answer.')]=200,
+    seed:int=0, device:Device='cpu', json_:Json=False):
+    """Which of several models answers better? Win rates and ratings, and what the judge is worth.
+
+    Example: slm judge runs/sft runs/dpo --by http://localhost:8000 --out runs/judge"""
+    from slm.eval.judge import compare, judge_table
+    asked = dict(judge_model=judge_model, workers=workers, temperature=temperature, max_new_tokens=max_new_tokens, seed=seed)
+    say = lambda s: print(s, file=sys.stderr)
+    try: run = compare(models, prompts, by, out, n, open=lambda m: open_any(m, device), say=say, **asked)
+    except KeyboardInterrupt: say('interrupted: the same call goes on'); raise SystemExit(130) from None
+    if json_: return print(json.dumps(run.info, indent=1))
+    if run.info['metrics']: print(f'{judge_table(run)}\n\nreport: {run.path/"report.md"}')
+
+# %% ../nbs/61_cli.ipynb #978d4590
+@app.command()
+def toxicity(
+    run:Model,
+    prompts:Annotated[str, typer.Option(help='none, hub (RealToxicityPrompts), or a .jsonl file in its format.')]='none',
+    classifier:Annotated[str, typer.Option(help='The judge: profanity, or a classifier of transformers (folder or hub id).')]='profanity',
+    label:Annotated[Optional[str], typer.Option(help="Which of the classifier's labels counts; by default the one called toxic.")]=None,
+    k:Annotated[int, typer.Option(help='Continuations of each prompt.')]=25,
+    tokens:Annotated[int, typer.Option(help='Tokens of each continuation.')]=20,
+    n:Annotated[Optional[int], typer.Option(help='Only the first so many prompts; without prompts: so many samples.')]=None,
+    top_p:Annotated[float, typer.Option(help='Only the likeliest tokens that hold this probability together.')]=.9,
+    labelled:Annotated[Optional[Path], typer.Option(help='A table with text and toxic, to judge the classifier.')]=None,
+    out:Annotated[Optional[Path], typer.Option(help='Run directory to write; RUN/toxicity if not given.')]=None,
+    seed:int=0, device:Device='cpu', json_:Json=False):
+    """Measure how often a model becomes abusive.
+
+    Example: slm toxicity runs/demo/pretrain --prompts prompts.jsonl --n 200"""
+    from slm.eval.toxicity import evaluate_toxicity, toxicity_table
+    ev = evaluate_toxicity(run, prompts, classifier, label, k, tokens, n, top_p, labelled, out, seed, device)
+    print(json.dumps(ev.info, indent=1) if json_ else toxicity_table(ev))
 
 # %% ../nbs/61_cli.ipynb #4de96de5
 @app.command()
@@ -350,7 +421,7 @@ def reward(
 
     Example: slm reward runs/sft --data answers.db --out runs/reward"""
     kw = {k:v for k,v in locals().items() if k not in ('base', 'data', 'out')}
-    from slm.train.rlhf import reward_model
+    from slm.train.reward import reward_model
     _end(reward_model(base, data, out, **kw))
 
 # %% ../nbs/61_cli.ipynb #814f1e70
@@ -477,7 +548,8 @@ def serve(
     preferences:Annotated[Optional[Path], typer.Option(help='Store for what users of the chat page prefer (see slm annotate).')]=None,
     embeddings:Annotated[Optional[Path], typer.Option(help='A .gguf file for /v1/embeddings.')]=None,
     cache:Annotated[float, typer.Option(help='Megabytes of answers to keep, for requests with temperature 0 or a seed.')]=0,
-    filter:Annotated[Optional[str], typer.Option(help='MODULE:FUNCTION from text to a number: what it finds bad is withheld.')]=None,
+    filter:Annotated[Optional[str], typer.Option(help='profanity, a classifier of transformers, or MODULE:FUNCTION from text to a '
+                                                     'number: what it finds bad is withheld.')]=None,
     threshold:Annotated[float, typer.Option(help='Text is bad above this.')]=.5):
     """Serve a model over HTTP, the way OpenAI does, with a chat page at /. Ctrl-C lets running requests finish.
 
@@ -500,10 +572,10 @@ Reader = Annotated[str, typer.Argument(help="smollm2, a run directory, a Hugging
 Where = Annotated[str, typer.Option('--index', envvar='SLM_INDEX', help='Folder of an index, or a database: postgresql://USER@HOST/NAME.')]
 Passages = Annotated[int, typer.Option('--passages', '-k', help='Passages to look up; those without room are left out.')]
 
-def _rag():
-    try: from slm.serve import rag
+def _rag(part='rag'):
+    from importlib import import_module
+    try: return import_module(f'slm.serve.{part}')
     except ImportError as e: raise SLMError(f"retrieval needs {e.name}: pip install -e '.[serve,rag]'") from None
-    return rag
 
 def _open_index(where, writable):
     with warnings.catch_warnings(record=True, action='always') as said: index = _rag().Index(where, writable)
@@ -558,7 +630,8 @@ def rag_serve(
     """Serve answers from an index: /v1 with the model 'rag', and the API of txtai under /txtai.
 
     Example: slm rag serve smollm2 --index runs/index --token-file tokens"""
-    R, tokens = _rag(), _tokens(token_file); settings = R.Settings(tokens, R.check_bind(host, tokens, no_token), queue, timeout, max_tokens)
+    R, tokens = _rag('grounded'), _tokens(token_file)
+    settings = R.Settings(tokens, R.check_bind(host, tokens, no_token), queue, timeout, max_tokens)
     import torch
     from slm.serve.api import serve
     torch.set_num_threads(1) # for the vector of a question; the model's threads are its own

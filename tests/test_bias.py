@@ -5,8 +5,9 @@ import numpy as np, pytest
 from slm.cli import main
 from slm.core import RunDir, SLMError
 from slm.data.world import World
-from slm.eval.bias import BENCHES, Item, data_files, evaluate_bias, open_bench, read_crows, score_items, tables
+from slm.eval.bias import BENCHES, bias_table, evaluate_bias, open_bench, tables
 from slm.eval.lm import loglikelihood
+from slm.eval.pairs import Item, read_crows, score_items
 from slm.model.gpt import GPT, GPTConfig
 from slm.model.pretrained import load_model_and_tokenizer
 from slm.data.tokenizer import train_bpe
@@ -92,6 +93,17 @@ def test_an_interrupted_run_keeps_what_it_has(model, tmp_path, monkeypatch):
     monkeypatch.setattr(B, 'observe', some); data = crows(tmp_path/'crows.csv', [(0, 'a', 'b', 'stereo', 'age')])
     with pytest.raises(KeyboardInterrupt): evaluate_bias(model, 'crows', data, tmp_path/'out')
     run = RunDir.open(tmp_path/'out'); assert run.info['status'] == 'interrupted' and run.metric('gender').n == 1 and run.info['partial'] == 'interrupted'
+
+def test_the_world_interrupted_keeps_the_measures_that_it_has(model, tmp_path, monkeypatch):
+    from slm.eval import bias as B
+    def interrupted(*args): raise KeyboardInterrupt
+    monkeypatch.setattr(B, 'weat', interrupted) # the measure behind pairs, log odds and gap
+    with pytest.raises(KeyboardInterrupt): evaluate_bias(model, out=tmp_path/'out')
+    run = RunDir.open(tmp_path/'out'); assert (run.info['status'], run.info['partial'], [*run.info['metrics']]) == ('interrupted', 'interrupted', ['pairs', 'log_odds', 'gap'])
+    assert run.metric('pairs').n == 1000 and run.info['chance']['pairs'] == .5
+    monkeypatch.setattr(B, 'read_world', interrupted)
+    with pytest.raises(KeyboardInterrupt): evaluate_bias(model, out=tmp_path/'none')
+    assert bias_table(RunDir.open(tmp_path/'none')) == 'partial: interrupted'
 
 def test_a_masked_model_is_asked_about_pairs(tmp_path):
     from transformers import BertConfig, BertForMaskedLM, BertTokenizer

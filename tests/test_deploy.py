@@ -350,7 +350,7 @@ e = open_torch_engine(MODEL, slots=1, context=128, threads=1, device='cpu')
 ids = e.tok.chat([dict(role='user', content='Who?')], True)[0]
 print(answer_all(e, [Request(ids, 3, temperature=0)])[0][1].completion_tokens); e.close()
 ''', rag='''
-import slm.cli, slm.serve.rag
+import slm.cli, slm.serve.grounded
 from slm.serve.rag import Index, documents
 i = Index(MODEL+'-index', writable=True); i.upsert(documents([MODEL+'.md'])); print(len(i)); i.close()
 ''')
@@ -366,7 +366,7 @@ def test_the_lists_are_enough(target, tmp_path):
     from slm.data.tokenizer import train_bpe
     from slm.model.gpt import GPT, GPTConfig
     import slm.model.pretrained                                       # gives GPT its save_pretrained
-    if target == 'rag': pytest.importorskip('slm.serve.rag', reason='this checkout has no slm.serve.rag')
+    if target == 'rag': pytest.importorskip('slm.serve.grounded', reason="needs: pip install -e '.[serve,rag]'")
     tok = train_bpe(['Ann has the kite. Ben has the lamp. ']*50, 270); model = tmp_path/'model'; (tmp_path/'model.md').write_text('# Kites\n\nAnn has the kite.\n')
     GPT(GPTConfig(vocab_size=tok.vocab_size, n_layer=1, n_head=2, d_model=32, max_seq_len=128)).save_pretrained(model, tok)
     wants = [*pins(target), *(pins('no-deps') if target == 'rag' else [])]

@@ -8,7 +8,8 @@ httpx, openai, _, _ = (pytest.importorskip(m, reason=f'needs: pip install {m}') 
 from slm.serve import api, rag as R
 from slm.serve.engine import GGUFEngine, Request, answer_all
 from slm.serve.gate import APIError, Settings, in_background
-from slm.serve.rag import Document, EngineGeneration, Index, Passage, RagEngine, chunks, cite, documents, rag_app
+from slm.serve.grounded import rag_app
+from slm.serve.rag import Document, Index, Passage, RagEngine, chunks, cite, documents
 from test_api import tiny, wait_for
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -166,7 +167,7 @@ def test_a_citation_is_the_sentence_that_says_it():
 
 def test_txtai_s_llm_heeds_what_it_is_asked_and_refuses_the_rest(tiny, engine):
     from txtai.pipeline import LLM
-    llm = LLM(str(tiny), method='slm.serve.rag.EngineGeneration', engine=engine)
+    llm = LLM(str(tiny), method='slm.serve.grounded.EngineGeneration', engine=engine)
     ids = engine.tok.chat([dict(role='user', content='Hi')], True)[0]; want = answer_all(engine, [Request(ids, max_new_tokens=9, temperature=0.)])[0][0]
     assert llm('Hi', maxlength=9) == want.strip() and ''.join(llm('Hi', maxlength=9, stream=True)) == want
     assert llm('Hi', maxlength=9, temperature=1., seed=3) == llm('Hi', maxlength=9, temperature=1., seed=3) != want.strip()

@@ -100,7 +100,7 @@ def test_page_in_chromium(life, tmp_path):
     pw = pytest.importorskip('playwright.sync_api', reason='needs: pip install playwright')
     chromium = next((p for n in ('chromium', 'chromium-browser', 'google-chrome') if (p := shutil.which(n))), None)
     if not chromium: pytest.skip('needs Chromium (Debian: apt install chromium)')
-    ledger = Path(__file__).parents[1]/'results'/'37_eval.ledger'/'world'; page_file = tmp_path/'r.html'; page_file.write_text(render(RunDir.open(ledger))[0])
+    ledger = Path(__file__).parents[1]/'results'/'38_eval.ledger'/'world'; page_file = tmp_path/'r.html'; page_file.write_text(render(RunDir.open(ledger))[0])
     with pw.sync_playwright() as p:
         b = p.chromium.launch(executable_path=chromium, args=['--no-sandbox']); page = b.new_page(viewport=dict(width=1000, height=1100)); faults, asked = [], []
         page.on('console', lambda m: faults.append(m.text)); page.on('pageerror', lambda e: faults.append(str(e))); page.on('request', lambda r: asked.append(r.url))

@@ -9,6 +9,7 @@ from slm.model.gpt import GPT, GPTConfig
 from slm.model.pretrained import load_model_and_tokenizer
 from slm.train.dpo import Pair, PairData, write_preferences
 from slm.train.pretrain import resume
+from slm.train.reward import *
 from slm.train.rlhf import *
 
 @pytest.fixture(scope='module')

@@ -154,10 +154,11 @@ FIGURE = re.compile(rf'(?<![\w.,/@#–-])(\d[\d,]*(?:\.\d+)?|\.\d+) ?({UNIT})|(?
 def figures(paragraph):
     "The figures of a paragraph: numbers with a unit, and numbers with two decimals or more; not in code and formulas, not the widths of numbers (8 bits), not 95 % intervals"
     text = re.sub(r'`[^`]*`|\$[^$]*\$|\]\([^)]*\)|<[^>]*>|Python 3[\d. to]*', ' ', paragraph)
-    for m in FIGURE.finditer(text):
+    said = (s for s in re.split(r'(?<=[.!?:;])\s+', text) if '=' not in s)
+    for m in (m for s in said for m in FIGURE.finditer(s)):
         number, unit = m[1] or m[3], m[2] or ''
         if (unit.startswith('bit') and '/' not in unit and 'per' not in unit and re.fullmatch(r'\d+', number)) or (number, unit) == ('95', '%'): continue
-        if not re.search(r'= ?$', text[:m.start()]): yield number, m[0]
+        yield number, m[0]
 
 def figure_faults(path):
     """Figures in a chapter's prose that nothing backs. What backs one: the chapter's code or its stored output holds the number; its paragraph names a record (`results/…`) or

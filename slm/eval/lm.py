@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['encode_pair', 'score_ids', 'loglikelihood', 'windows', 'doc_nats', 'doc_bpb', 'excess', 'choose', 'probe_accuracy',
-           'read_pairs', 'minimal_pairs', 'text_stats', 'sense', 'evaluate_run']
+           'read_pairs', 'minimal_pairs', 'text_stats', 'sense', 'run_corpus', 'evaluate_run']
 
 # %% ../../nbs/30_eval.lm.ipynb #ff512ccb
 import json, math
@@ -174,6 +174,18 @@ def sense(texts:list[str], world:World)->dict[str,Metric]: # 'sensible_words': s
     return dict(sensible_words=bootstrap_ratio(good, [max(1, len(t.split())) for t in texts], unit='of words'),
                 whole_stories=wilson(sum(whole), len(whole), 'of stories'))
 
+# %% ../../nbs/30_eval.lm.ipynb #6129769e
+def run_corpus(
+    run:RunDir, # a pretraining run
+    corpus:str|None=None, # where its text is now, if it came from files
+)->Corpus:
+    "The text that a run was trained on; raises `SLMError` for another one."
+    c = run.info['config']
+    if 'corpus' not in c: raise SLMError(f"'{run.path}' is no pretraining run: its text is not known")
+    found = build_corpus(corpus or c['corpus'], max_bytes=c.get('max_bytes'))
+    if found.fingerprint == run.info['data'].get('fingerprint'): return found
+    raise SLMError(f"corpus '{found.name}' is not what '{run.path}' was trained on: name it with --corpus, or bring it back")
+
 # %% ../../nbs/30_eval.lm.ipynb #32d4d6df
 def evaluate_run(
     path:str|Path, # a pretraining run
@@ -189,9 +201,7 @@ def evaluate_run(
     "Measure a run on held-out text; raises `SLMError` for bad input."
     run = RunDir.open(path); rows = [r for p in pairs for r in read_pairs(p)]
     model,tok = load_model_and_tokenizer(str(path), device=str(get_device(device)))
-    c = run.info['config']; corpus = build_corpus(corpus or c['corpus'], max_bytes=c.get('max_bytes'))
-    if corpus.fingerprint != run.info['data'].get('fingerprint'):
-        raise SLMError(f"corpus '{corpus.name}' is not what '{path}' was trained on: name it with --corpus, or bring it back")
+    corpus = run_corpus(run, corpus)
     asked = dict(n_docs=n_docs, n_probes=n_probes, n_texts=n_texts, stride=stride, pairs=[portable(str(p)) for p in pairs])
     ev = RunDir.create(out or Path(path)/'eval', 'eval', asked,
                        seed=0, data=run.info['data'], parent=run.path.name, exist_ok=True)

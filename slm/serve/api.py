@@ -116,10 +116,13 @@ async def filtered(
         else: yield i, held.pop(i)
 
 def load_filter(
-    name:str, # 'module:function'
+    name:str, # 'module:function', or a classifier as in `slm.eval.toxicity`
 )->Callable[[str],float]:
     "A function by its name; raises `SLMError` when there is none."
-    mod, _, fn = name.partition(':')
+    mod, colon, fn = name.partition(':')
+    if not colon:
+        from slm.eval.toxicity import open_toxicity
+        return open_toxicity(name).score
     try: return getattr(importlib.import_module(mod), fn)
     except (ImportError, AttributeError, ValueError) as e: raise SLMError(f"no filter '{name}' ({e}): give MODULE:FUNCTION") from None
 
@@ -208,7 +211,8 @@ async def respond(
     else:
         gate.admit(body.model, 1)                                                       # before the work of encoding
         requests = await asyncio.to_thread(engine_requests, body, engine, s)
-        stream = job = Job(gate, body.model, requests, joins=not s.output_filter, whole=not (body.stream or s.output_filter)); n = len(requests)
+        n, at_end = len(requests), not (body.stream or s.output_filter)
+        stream = job = Job(gate, body.model, requests, joins=not s.output_filter, whole=at_end)
         if s.output_filter: stream = filtered(job, s.output_filter, s.threshold)
         if key: stream = remembered(stream, functools.partial(gate.cache.put, key))
     headers = {'X-SLM-Cache': 'hit' if kept else 'miss'} if key else {}

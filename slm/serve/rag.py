@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['BREAKS', 'HEADING', 'PARTS', 'KINDS', 'WEIGHTS', 'NO_ANSWER', 'PROMPT', 'SENTENCE', 'Document', 'Chunk', 'chunks',
            'documents', 'minilm', 'smollm2', 'Passage', 'Index', 'AnyWord', 'Prompt', 'words', 'cite', 'RagTokenizer',
-           'RagEngine', 'told', 'EngineGeneration', 'Gated', 'TxtaiAPI', 'rag_app']
+           'RagEngine', 'told']
 
 # %% ../../nbs/45_serve.rag.ipynb #682f5490
 import logging
@@ -14,27 +14,19 @@ import logging
 logging.getLogger('bitsandbytes').setLevel(logging.ERROR) # it would complain about a package that it fetches kernels with
 
 # %% ../../nbs/45_serve.rag.ipynb #6e094ba3
-import ast, asyncio, contextlib, ctypes, functools, hashlib, itertools, json, os, re, shutil, sys, tempfile, threading, warnings
+import ast, contextlib, ctypes, hashlib, itertools, json, re, shutil, sys, tempfile, threading, warnings
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass, replace
 from importlib.util import find_spec
 from pathlib import Path
-from fastapi import FastAPI
 from fastcore.basics import GetAttr, patch
 from transformers.utils.logging import disable_progress_bar
-from txtai.api import API, application
-from txtai.app import ReadOnlyError
-from txtai.database.sql import SQLError
 from txtai.embeddings import Embeddings
-from txtai.pipeline import LLM
-from txtai.pipeline.llm.generation import Generation
 from txtai.scoring.pgtext import PGText
 from ..core import *
 from ..data.corpus import _bad_utf8, _check_text, _only_one, _row, _text_column, get_source
-from .api import _ERRORS, create_app
 from .engine import *
-from .gate import *
 
 # %% ../../nbs/45_serve.rag.ipynb #496bf735
 @dataclass
@@ -492,111 +484,3 @@ def told(
     "What a client is told besides the answer: the passages, where the answer stands in them, and what had no room."
     return dict(sources=[asdict(p) for p in prompt.sources], citation=cite(answer, prompt.sources),
                 left_out=[p.id for p in prompt.left_out])
-
-# %% ../../nbs/45_serve.rag.ipynb #36fd993b
-_FIELDS = ('temperature', 'top_k', 'top_p', 'min_p', 'repetition_penalty', 'seed')
-
-def _heard(piece):
-    "Its text; raises what a gate refused it with"
-    if refused := piece.extra.get('refused'): raise refused
-    return piece.text
-
-class EngineGeneration(Generation):
-    "Our engines in txtai: `LLM(path, method='slm.serve.rag.EngineGeneration')`, where the path is anything that `slm` opens."
-    def __init__(self,
-        path:str, # a model
-        template:str|None=None, # txtai's
-        engine:Engine|None=None, # the model, if it is open already
-        **kwargs, # txtai's
-    ):
-        super().__init__(path, template, **kwargs); self.engine = engine or open_engine(path)
-    def stream(self,
-        texts:list, # chats, or texts to go on with
-        maxlength:int, # tokens of an answer, the prompt not counted
-        stream:bool, # piece by piece?
-        stop:list[str]|str|None, # strings that end an answer
-        **kwargs, # how to sample; `SLMError` for what we do not know
-    )->Iterator[str]:
-        "The answers, or the pieces of one."
-        if bad := set(kwargs)-set(_FIELDS): raise SLMError(f"{', '.join(sorted(bad))}: not known here, there is {', '.join(_FIELDS)}")
-        tok, stop = self.engine.tok, [stop] if isinstance(stop, str) else stop or []
-        for t in texts:
-            ids = tok.encode(t) if isinstance(t, str) else tok.chat(t, True)[0]
-            parts = (_heard(p) for p in pieces(self.engine, Request(ids, maxlength, stop=stop, **dict(temperature=0.) | kwargs)))
-            if stream: yield from parts
-            else: yield ''.join(parts)
-
-# %% ../../nbs/45_serve.rag.ipynb #ed490d46
-class Gated(GetAttr):
-    "A model behind a gate's limits and figures, for code that runs in a thread."
-    _default = 'engine'
-    def __init__(self,
-        gate:Gate,
-        name:str, # of the model
-        loop:asyncio.AbstractEventLoop, # where the gate lives
-    ): self.engine, self.gate, self.name_, self.loop = gate.models[name], gate, name, loop
-    def submit(self, request:Request, emit:Callable[[Piece],None])->Callable[[],None]:
-        "Queue a request; raises `APIError` when the gate is shut."
-        async def admit(): return Job(self.gate, self.name_, [request])
-        async def work(job):
-            try:
-                async with job.running(asyncio.Event().wait):
-                    async for _,p in job: emit(p)
-            except APIError as e: emit(Piece(finish_reason='error', error=str(e), extra=dict(refused=e)))
-        job = asyncio.run_coroutine_threadsafe(admit(), self.loop).result()
-        return asyncio.run_coroutine_threadsafe(work(job), self.loop).cancel
-
-# %% ../../nbs/45_serve.rag.ipynb #8e4fc9e3
-class TxtaiAPI(API):
-    "txtai's API over an index and a model of ours; it makes neither, and writes only through `Index`."
-    live = None # engine and event loop; txtai knows one API a process
-    def createpipelines(self):
-        rag, gate, loop = self.live; self.rag = rag
-        generation = dict(method='slm.serve.rag.EngineGeneration')
-        self.pipelines = dict(llm=LLM(rag.engine.model, engine=Gated(gate, rag.engine.model, loop), **generation),
-                              rag=LLM('rag', engine=Gated(gate, 'rag', loop), **generation))
-    def indexes(self, loaddata): self.embeddings, self.lock = self.rag.index.embeddings, self.rag.index.lock
-    def search(self, *args, **kw): return self.rag.index._ask(functools.partial(super().search, *args, **kw))
-    def batchsearch(self, *args, **kw): return self.rag.index._ask(functools.partial(super().batchsearch, *args, **kw))
-    def count(self): return len(self.rag.index)
-    def addobject(self, *args): raise ReadOnlyError('only text can be indexed here')
-    def upsert(self):
-        if not self.config['writable']: raise ReadOnlyError('this server was started for reading only')
-        with self.lock:
-            if self.documents: self.rag.index.add(list(self.documents)); self.documents.close(); self.documents = None
-    def index(self):
-        if len(self.rag.index): raise ReadOnlyError('index would throw away what is there: use upsert')
-        self.upsert()
-    def delete(self, ids):
-        if not self.config['writable']: raise ReadOnlyError('this server was started for reading only')
-        return self.rag.index.delete([str(i) for i in ids])
-
-# %% ../../nbs/45_serve.rag.ipynb #cf4b29b8
-@contextlib.contextmanager
-def _environ(**new):
-    old = {k: os.environ.pop(k, None) for k in new}; os.environ |= new
-    try: yield
-    finally:
-        for k,v in old.items(): os.environ.pop(k) if v is None else os.environ.update({k: v})
-
-def rag_app(
-    rag:RagEngine,
-    settings:Settings=Settings(),
-)->FastAPI:
-    "One server: /v1 with the models 'rag' and its engine's own, and txtai's API under /txtai, behind the same guard."
-    inner = FastAPI(docs_url=None, redoc_url=None, openapi_url=None)
-    bad = lambda r, e: APIError(400, ' '.join(str(e).split())[:500]).response()
-    for kind,f in (_ERRORS | {ValueError: bad, SQLError: bad}).items(): inner.add_exception_handler(kind, f)
-    config = dict(writable=rag.index.writable, embeddings={}, llm={}, rag={}, routes=dict(similarity=False))
-    @contextlib.asynccontextmanager
-    async def life(app):
-        from slm.serve import rag as found                                      # as txtai does: by its name
-        found.TxtaiAPI.live = rag, app.state.gate, asyncio.get_running_loop()
-        with contextlib.ExitStack() as stack:
-            with _environ(CONFIG=json.dumps(config), API_CLASS='slm.serve.rag.TxtaiAPI'):
-                stack.enter_context(contextlib.contextmanager(application.lifespan)(inner))
-            app.state.gate.paths |= {f'/txtai{r.path}' for n,us in application.apirouters().items() if n in config for r in us.routes}
-            yield
-    app = create_app({rag.model: rag, rag.engine.model: rag.engine}, settings, lifespan=life)
-    app.mount('/txtai', inner)
-    return app

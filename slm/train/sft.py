@@ -390,14 +390,15 @@ def answer(
     model:GPT, tok:Tokenizer,
     chats:list[list[dict]], # messages, ending with the user's
     bs:int=64, # how many to decode together
-    **sampling, # `SamplingParams` by name; greedy and at most 64 tokens if not given
+    **sampling, # `SamplingParams` by name; greedy and at most 64 tokens if not given; a list of seeds has one for each chat
 )->list[str]:
     "What the model answers; '' where the conversation fills the context."
     p = dict(temperature=0., max_new_tokens=64) | sampling
     n = [len(tok.chat(c, add_generation_prompt=True)[0]) for c in chats]; res = ['']*len(chats)
     order = sorted((i for i in range(len(chats)) if n[i] < model.cfg.max_seq_len), key=lambda i: n[i])
     for part in (order[i:i+bs] for i in range(0, len(order), bs)):
-        for i,text in zip(part, generate(model, tok, [chats[i] for i in part], **p)): res[i] = text.strip()
+        each = p | dict(seed=[p['seed'][i] for i in part]) if isinstance(p.get('seed'), list) else p
+        for i,text in zip(part, generate(model, tok, [chats[i] for i in part], **each)): res[i] = text.strip()
     return res
 
 def verdicts(
