@@ -413,7 +413,8 @@ class Prompt(list):
         ids:list[int], # of the whole prompt
         sources:list[Passage], # what it holds
         left_out:list[Passage], # what was found too, but had no room
-    ): super().__init__(ids); self.sources, self.left_out = sources, left_out
+        question:str='', # what they were looked up for
+    ): super().__init__(ids); self.sources, self.left_out, self.question = sources, left_out, question
 
 # %% ../../nbs/45_serve.rag.ipynb #242eacf7
 SENTENCE = re.compile(r'\S.*?(?:[.!?;]["\')\]]*(?=\s)|$)', re.M)
@@ -423,12 +424,14 @@ def words(text): return set(re.findall(r'\w+', text.lower()))
 def cite(
     answer:str,
     passages:list[Passage], # that it was made from
+    question:str='', # what was asked
 )->dict|None: # source, start, end, text; None when they share no word
-    "The sentence that says most of what the answer says: rare words count more."
+    "The sentence that says most of what the answer says: rare words count more, those of the question only between equals."
     spans = [(p, m) for p in passages for m in SENTENCE.finditer(p.text)]
-    has = [words(m[0]) for _,m in spans]; seen = Counter(w for ws in has for w in ws)
-    score = [sum(1/seen[w] for w in words(answer) & ws) for ws in has]
-    if not any(score): return None
+    has = [words(m[0]) for _,m in spans]; seen = Counter(w for ws in has for w in ws); said, asked = words(answer), words(question)
+    weight = lambda ws: sum(1/seen[w] for w in ws)
+    score = [(weight(said-asked & ws), weight(asked & (ws | words(p.heading)))) for ws,(p,_) in zip(has, spans)]
+    if not any(said & ws for ws in has): return None
     p, m = spans[score.index(max(score))]
     return dict(source=p.source, start=p.start+m.start(), end=p.start+m.end(), text=m[0])
 
@@ -450,7 +453,7 @@ class RagTokenizer(GetAttr):
             asked = PROMPT.format(no=NO_ANSWER, passages=text or 'There is no passage.', question=question)
             ids = self.tok.chat([*messages[:-1], dict(messages[-1], content=asked)], True)[0]
             if len(ids)+r.room <= r.max_seq_len: break
-        return Prompt(ids, found[:n], found[n:]), None
+        return Prompt(ids, found[:n], found[n:], question), None
 
 # %% ../../nbs/45_serve.rag.ipynb #610a1a6b
 class RagEngine(GetAttr):
@@ -482,5 +485,5 @@ def told(
     prompt:Prompt,
 )->dict: # for `Piece.extra`
     "What a client is told besides the answer: the passages, where the answer stands in them, and what had no room."
-    return dict(sources=[asdict(p) for p in prompt.sources], citation=cite(answer, prompt.sources),
+    return dict(sources=[asdict(p) for p in prompt.sources], citation=cite(answer, prompt.sources, prompt.question),
                 left_out=[p.id for p in prompt.left_out])
