@@ -653,7 +653,7 @@ def demo(
         shutil.rmtree(out)
     from slm.eval.life import life_table, live
     run = live(out, minutes, say=print)
-    print(f'\n{life_table(run)}\n\nreport: {run/"report.md"} · talk with it: slm chat {run/"dpo"}')
+    print(f'\n{life_table(run)}\n\nreport: {run/"report.md"} · talk with it: slm chat {run/"dpo"} · all on one page: slm report {run.path}')
 
 # %% ../nbs/61_cli.ipynb #e49d787c
 @app.command()
