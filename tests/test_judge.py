@@ -6,8 +6,8 @@ from types import SimpleNamespace
 import numpy as np, pytest
 from hypothesis import given, strategies as st
 from slm.core import RunDir, SLMError
-from slm.eval import judge as J
 from slm.eval.judge import *
+from slm.eval.rating import *
 from slm.train.annotate import PreferenceStore
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -36,7 +36,7 @@ def test_ratings_are_those_of_scikit_learn_and_of_scipy(seed):
     from scipy.optimize import minimize
     from sklearn.linear_model import LogisticRegression
     names,bs = a_table(seed); x,y,w = rows_of(names, bs); assert not unbounded(bs, names)
-    ours = np.array([ratings(bs, names, prior=0., n_boot=2)[m].value/J.ELO for m in names[1:]])
+    ours = np.array([ratings(bs, names, prior=0., n_boot=2)[m].value/ELO for m in names[1:]])
     sk = LogisticRegression(C=np.inf, fit_intercept=False, solver='newton-cholesky', tol=1e-12, max_iter=1000).fit(x, y, w).coef_[0]
     loss = lambda b: (w*np.logaddexp(0, -(2*y-1)*(x@b))).sum(); grad = lambda b: -x.T@(w*(2*y-1)/(1+np.exp((2*y-1)*(x@b))))
     sp = minimize(loss, np.zeros(len(names)-1), jac=grad, method='BFGS', options=dict(gtol=1e-9)).x
