@@ -6,6 +6,7 @@ from types import SimpleNamespace
 import numpy as np, pytest
 from hypothesis import given, strategies as st
 from slm.core import RunDir, SLMError
+from slm.eval import judge as J
 from slm.eval.judge import *
 from slm.eval.rating import *
 from slm.train.annotate import PreferenceStore
@@ -259,9 +260,11 @@ def test_judge_by_the_world_and_by_a_server(models, server, tmp_path, slm):
         r = slm(*args, '--by', b.url, '--json'); assert r.returncode == 0, r.stderr
         info = json.loads(r.stdout); pairs = int(info['metrics']['judged']['value']); assert pairs+info['metrics']['same']['value'] == 18 and len(b.chats) == 2*pairs
         assert info['status'] == 'done' and info['config']['judge'] == 'tiny' and {'rating_m1', 'win_rate_judge', 'consistent', 'kappa_world', 'equal_length_m1'} <= set(info['metrics'])
-        assert slm(*args, '--by', b.url).returncode == 0 and len(b.chats) == 2*pairs                      # a second call asks nothing
+        secret = b.url.replace('//', '//me:secret@')                                                      # a second call asks nothing
+        assert slm(*args, '--by', secret).returncode == 0 and len(b.chats) == 2*pairs
     text = (out/'report.md').read_text(); assert text.count('\n> ') == 5 and 'Judged by tiny' in text and '| m0 | 0, the baseline |' in text
-    assert str(tmp_path) not in (out/'run.json').read_text()
+    kept = RunDir.open(out).info; assert kept['config']['by'] == b.url and f'--by {b.url}' in kept['command']
+    assert str(tmp_path) not in (out/'run.json').read_text() and 'secret' not in (out/'run.json').read_text()+text
 
 def test_judge_by_persons(models, tmp_path, slm):
     out = tmp_path/'out'; args = [models/'m0', models/'m1', '--prompts', prompts(tmp_path), '--by', 'person', *FAST, '--out', out]
