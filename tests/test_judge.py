@@ -279,7 +279,7 @@ def test_judge_by_persons(models, tmp_path, slm):
 def test_a_dead_server_is_one_line(models, tmp_path, slm, monkeypatch):
     with socket.create_server(('127.0.0.1', 0)) as s: port = s.getsockname()[1]
     monkeypatch.setattr(J, 'pause', lambda after, k: 0.); p = prompts(tmp_path); out = tmp_path/'out'
-    r = slm(models/'m0', models/'m1', '--prompts', p, *FAST, '--out', out, '--by', f'http://127.0.0.1:{port}')
+    r = slm(models/'m0', models/'m1', '--prompts', p, *FAST, '--out', out, '--by', f'http://me:secret@127.0.0.1:{port}')
     assert r.returncode == 2 and r.stderr.count('\n') == 1 and f'no answer from the judge at http://127.0.0.1:{port}/v1' in r.stderr
 
 def test_interrupted_and_gone_on_with(models, server, tmp_path, slm):

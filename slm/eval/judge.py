@@ -168,6 +168,7 @@ class Endpoint:
         except ValueError: ok = False
         if not ok: raise SLMError(f"'{url}' is no address of a judge: give http://HOST:PORT or https://…")
         self.url, self.attempts, self.settled = url.rstrip('/')+'/v1'*(not urlsplit(url).path.strip('/')), attempts, False
+        self.at = portable(self.url) # how errors name it: without a password
         key = key or os.environ.get('SLM_JUDGE_KEY'); headers = {'Authorization': f'Bearer {key}'} if key else {}
         self.faults = httpx.TransportError,httpx.InvalidURL
         self.http = httpx.Client(timeout=httpx.Timeout(timeout, connect=10), headers=headers)
@@ -200,9 +201,9 @@ def send(self:Endpoint,
             why,after = f'HTTP {r.status_code}',r.headers.get('retry-after')
         except self.faults as e: why = f'{type(e).__name__} {e}'.strip()
         wait = pause(after, k)
-        if wait > 120: raise SLMError(f'the judge at {self.url} is busy for {wait:.0f} s: the same call goes on, then')
+        if wait > 120: raise SLMError(f'the judge at {self.at} is busy for {wait:.0f} s: the same call goes on, then')
         if k < self.attempts-1: time.sleep(wait)
-    raise NotJudged(f'no answer from the judge at {self.url} ({why}, {self.attempts} attempts)')
+    raise NotJudged(f'no answer from the judge at {self.at} ({why}, {self.attempts} attempts)')
 
 def _said(r):
     "What is wrong, in the server's words"
@@ -214,10 +215,10 @@ def _said(r):
 def models(self:Endpoint)->list[str]:
     "What the server offers; raises `SLMError` when that cannot be learned."
     r = self.send('GET', '/models')
-    if r.status_code in (401, 403): raise SLMError(f'the judge at {self.url} refuses the key ({_said(r)}): set SLM_JUDGE_KEY')
+    if r.status_code in (401, 403): raise SLMError(f'the judge at {self.at} refuses the key ({_said(r)}): set SLM_JUDGE_KEY')
     try: names = [m['id'] for m in r.json()['data']]
     except (ValueError, LookupError, TypeError): names = []
-    if not names: raise SLMError(f'{self.url}/models names no model ({_said(r)}): name one with --judge-model, or check the address')
+    if not names: raise SLMError(f'{self.at}/models names no model ({_said(r)}): name one with --judge-model, or check the address')
     return names
 
 # %% ../../nbs/37_eval.judge.ipynb #5908d2f1
@@ -232,12 +233,12 @@ def chat(self:Endpoint,
         if r.status_code == 200:
             self.settled = True
             try: return r.json()
-            except ValueError: raise NotJudged(f'{self.url} does not answer in JSON ({r.text[:60]!r}): is it an OpenAI server?') from None
+            except ValueError: raise NotJudged(f'{self.at} does not answer in JSON ({r.text[:60]!r}): is it an OpenAI server?') from None
         why = _said(r)
-        if r.status_code in (401, 403): raise SLMError(f'the judge at {self.url} refuses the key ({why}): set SLM_JUDGE_KEY')
+        if r.status_code in (401, 403): raise SLMError(f'the judge at {self.at} refuses the key ({why}): set SLM_JUDGE_KEY')
         if self.settled and r.status_code < 500: return f'refused: {why}'
         off = next((k for k in wishes if k in why), 'response_format' if 'response_format' in wishes else None)
-        if r.status_code not in (400, 422, 501) or not off: raise SLMError(f'the judge at {self.url} refuses the question ({why})')
+        if r.status_code not in (400, 422, 501) or not off: raise SLMError(f'the judge at {self.at} refuses the question ({why})')
         new = {k: v for k,v in wishes.items() if k != off} | (dict(max_completion_tokens=wishes[off]) if off == 'max_tokens' else {})
         if self.wishes is wishes: self.wishes = new
 
@@ -251,7 +252,7 @@ def __call__(self:Endpoint,
     try:
         c = said['choices'][0]; text,no = c['message'].get('content') or '',c['message'].get('refusal')
         if c.get('finish_reason') == 'content_filter': no = no or 'content filter'
-    except (LookupError, TypeError, AttributeError): raise NotJudged(f'{self.url} sends no chat completion ({str(said)[:60]!r})') from None
+    except (LookupError, TypeError, AttributeError): raise NotJudged(f'{self.at} sends no chat completion ({str(said)[:60]!r})') from None
     if no: return 'skip', f'refused: {str(no)[:200]}'
     v = read_verdict(text) if isinstance(text, str) else None
     return ('skip', f'unreadable: {str(text)[:200]!r}') if v is None else (v, '')
