@@ -90,7 +90,7 @@ def asked(lm, folder, shots):
     inner,took = lm.loglikelihood,[]
     def timed(*args, **kw): t0 = time.perf_counter(); r = inner(*args, **kw); took.append(time.perf_counter()-t0); return r
     lm.loglikelihood = timed
-    r = lm_eval.simple_evaluate(lm, tasks=['towns'], task_manager=TaskManager(include_path=str(folder)), num_fewshot=shots, bootstrap_iters=0); del lm.loglikelihood
+    r = lm_eval.simple_evaluate(lm, tasks=['towns'], task_manager=TaskManager(include_path=str(folder), include_defaults=False), num_fewshot=shots, bootstrap_iters=0); del lm.loglikelihood
     s = sorted(r['samples']['towns'], key=lambda s: s['doc_id'])
     return [np.array([float(x[0][0]) for x in d['resps']]) for d in s], np.array([[d['acc'], d['acc_norm']] for d in s]), sum(took)
 
