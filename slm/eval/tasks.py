@@ -47,7 +47,8 @@ def share_right(
 def _listed(v, where, column): # a list of at least two texts, none of them empty
     if not isinstance(v, list) or len(v) < 2: raise SLMError(f"{where}, column '{column}': it must be a list of two options or more")
     for i,t in enumerate(v):
-        if not isinstance(t, str) or not t.strip(): raise SLMError(f"{where}, column '{column}': option {i+1} is empty, or no text: leave the row out")
+        if not isinstance(t, str) or not t.strip():
+            raise SLMError(f"{where}, column '{column}': option {i+1} is empty, or no text: leave the row out")
     return v
 
 def read_arc(
