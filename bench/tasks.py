@@ -8,11 +8,13 @@
 `agree` needs lm-eval (pip install -e '.[eval]'), `factbook` a file of rows with country, section and text. Writes results/35_eval.tasks/NAME/run.json.
 """
 import argparse, json, random, tempfile, time
+from functools import partial
 from pathlib import Path
 import numpy as np, pandas as pd, torch
 from slm.core import Metric, RunDir
 from slm.data.world import Task, towns, wilson
 from slm.eval.bias import open_causal
+from slm.eval.lm import run_corpus
 from slm.eval.tasks import arc_rows, evaluate_task, harness_model, memorised, read_arc, town_tasks, with_shots
 from slm.model.pretrained import load_model_and_tokenizer
 from slm.train.pretrain import pretrain, resume
@@ -90,7 +92,7 @@ def asked(lm, folder, shots):
     inner,took = lm.loglikelihood,[]
     def timed(*args, **kw): t0 = time.perf_counter(); r = inner(*args, **kw); took.append(time.perf_counter()-t0); return r
     lm.loglikelihood = timed
-    r = lm_eval.simple_evaluate(lm, tasks=['towns'], task_manager=TaskManager(include_path=str(folder)), num_fewshot=shots, bootstrap_iters=0); del lm.loglikelihood
+    r = lm_eval.simple_evaluate(lm, tasks=['towns'], task_manager=TaskManager(include_path=str(folder), include_defaults=False), num_fewshot=shots, bootstrap_iters=0); del lm.loglikelihood
     s = sorted(r['samples']['towns'], key=lambda s: s['doc_id'])
     return [np.array([float(x[0][0]) for x in d['resps']]) for d in s], np.array([[d['acc'], d['acc_norm']] for d in s]), sum(took)
 
@@ -114,7 +116,7 @@ def agree(a, run):
     import lm_eval; run.info['config'] |= dict(harness=lm_eval.__version__, model='small')
 
 def memory(a, run):
-    "One model, 48 documents, read again and again; the held-out ones are of other towns"
+    "One model, the documents of 48 towns (but those that the split holds out), read again and again; the unread ones are of other towns"
     docs = lambda seed: [' '.join(ps[4*i:4*i+4]) for ps in [towns(seed, 48)[0]] for i in range(48)]
     text = save_rows(RUNS/'recite.jsonl', (dict(text=t) for t in docs(21))); points = []
     for epochs in (5, 20, 50, 100):
@@ -122,9 +124,9 @@ def memory(a, run):
         if not (path/'model.safetensors').exists():
             n = 45*110*epochs # tokens: about 45 documents are left after the split
             pretrain(f'files:{text}', path, steps=max(10, n//2048), vocab_size=512, seq_len=256, batch_tokens=2048, evals=1, samples=1, seed=0, device='cpu', dropout=0., lr=.006, model=dict(n_layer=3, d_model=128))
-        model,tok = load_model_and_tokenizer(path); seen = RunDir.open(path).info['data']['epochs']
+        model,tok = load_model_and_tokenizer(path); r = RunDir.open(path); seen = r.info['data']['epochs']; read = partial(run_corpus(r, f'files:{text}').docs, 'train')
         for k in (8, 16, 32):
-            res,floor = memorised(model, tok, lambda: docs(21), docs(22), n=48, k=k, m=32)
+            res,floor = memorised(model, tok, read, docs(22), n=48, k=k, m=32)
             points += [dict(epochs=seen, k=k, measure=m, value=x.value, lo=x.lo, hi=x.hi, n=x.n, floor=floor.get(m)) for m,x in res.items()]
             run.add_metrics(**{f'{m}_epochs{epochs}_k{k}': x for m,x in res.items()}); print(epochs, seen, k, {m: str(x) for m,x in res.items()}, flush=True)
     pd.DataFrame(points).to_csv(run/'points.csv', index=False, float_format='%.5g')

@@ -71,7 +71,7 @@ def calibrate(a, run):
     for t,g in p[p.measure == 'rate'].groupby('top_p'): run.add_metrics(**{f'{k}_{t:g}': m for k,m in line(g.dial, g.value).items()})
 
 def speed(a, run):
-    "16 prompts, 25 continuations of 20 tokens each, in turns, weights in 32 bits on both sides"
+    "Four prompts a turn, 25 continuations of 20 tokens each, weights in 32 bits on both sides"
     from transformers import AutoModelForCausalLM, AutoTokenizer
     model,tok,_ = open_causal(a.model, 'cpu'); folder,name = Path(a.model).parent,Path(a.model).name; run.info['parent'] = name
     theirs,their_tok = AutoModelForCausalLM.from_pretrained(folder, gguf_file=name, dtype=torch.float32).eval(),AutoTokenizer.from_pretrained(folder, gguf_file=name)
@@ -89,7 +89,7 @@ def speed(a, run):
 def main():
     ap = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     ap.add_argument('what', choices=['classifier', 'prompts', 'train', 'calibrate', 'speed'], nargs='+'); ap.add_argument('--seeds', type=int, default=3)
-    ap.add_argument('--data', help='folder of labelled texts'); ap.add_argument('--model', help='a .gguf file'); ap.add_argument('--repeats', type=int, default=4)
+    ap.add_argument('--data', help='folder of labelled texts'); ap.add_argument('--model', help='a .gguf file'); ap.add_argument('--repeats', type=int, default=3)
     a = ap.parse_args()
     for what in a.what:
         run = what not in ('train', 'prompts') and RunDir.create(ROOT/'results'/'33_eval.toxicity'/what, 'bench', dict(seeds=a.seeds, repeats=a.repeats, threads=torch.get_num_threads()), seed=0, exist_ok=True)

@@ -8,7 +8,7 @@ __all__ = ['SCHEMA', 'STATUSES', 'SLMError', 'atomic_file', 'atomic_dir', 'write
            'versions', 'git_commit', 'portable', 'RunDir', 'list_runs', 'progress', 'slm_home', 'free_disk']
 
 # %% ../nbs/00_core.ipynb #c6c23763
-import contextlib, datetime, functools, json, math, os, platform, random, shutil, subprocess, sys, tempfile, time, warnings
+import contextlib, datetime, functools, json, math, os, platform, random, re, shutil, subprocess, sys, tempfile, time, warnings
 from dataclasses import dataclass, field, asdict
 from importlib import metadata
 from pathlib import Path
@@ -257,12 +257,12 @@ def git_commit()->str|None: # None outside of a clone
             return r.stdout.strip() + ('+' if git('status', '--porcelain', '-uno', '.').stdout.strip() else '')
 
 def portable(
-    arg:str, # a path, `files:PATH`, `--option=PATH`, or anything else
+    arg:str, # a path, an URL, `files:PATH`, `--option=PATH`, or anything else
 )->str:
-    "`arg` with an absolute path cut down to its last part."
-    cut = lambda a: Path(a).name if os.path.isabs(a) else a
-    sep = '=' if arg.startswith('-') else ':'
-    return sep.join(map(cut, arg.split(sep, 1)))
+    "`arg` with an absolute path cut down to its last part; an URL without user, password and query, which may be secret."
+    if arg.startswith('-'): opt,eq,val = arg.partition('='); return opt+eq+portable(val)
+    if re.search('://[^/]', arg): return re.sub(r'(?<=://)[^/?#]*@|[?#].*', '', arg)
+    return ':'.join(Path(a).name if os.path.isabs(a) else a for a in arg.split(':', 1))
 
 # %% ../nbs/00_core.ipynb #390f0842
 def _now(): return datetime.datetime.now(datetime.timezone.utc).isoformat(timespec='seconds')

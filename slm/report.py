@@ -6,7 +6,7 @@
 __all__ = ['INK', 'LEGEND', 'ASKED', 'svg', 'inked', 'plot_curve', 'lineage_rows', 'change_rows', 'said_tables', 'cost_rows',
            'environment_rows', 'also_tables', 'card_texts', 'render', 'report']
 
-# %% ../nbs/60_report.ipynb #505b3654
+# %% ../nbs/60_report.ipynb #26013072
 from .core import *
 import csv, io, json
 from importlib import resources
@@ -15,7 +15,7 @@ import jinja2, matplotlib.pyplot as plt
 from markupsafe import Markup
 from .eval.ledger import as_markdown, keep_ledger, ledger_table, life_questions, mark, open_stages, panel
 
-# %% ../nbs/60_report.ipynb #5e7ccd60
+# %% ../nbs/60_report.ipynb #47989b81
 INK = '#010203'
 
 def svg(fig:plt.Figure)->str: # an <svg> element
@@ -28,7 +28,7 @@ def inked(): # for `with`
     return plt.rc_context({k: INK for k in ('text.color', 'axes.labelcolor', 'axes.edgecolor', 'xtick.color', 'ytick.color', 'legend.labelcolor')}
                           | {'svg.fonttype': 'none', 'svg.hashsalt': 'slm', 'font.size': 9})
 
-# %% ../nbs/60_report.ipynb #d9d2f21a
+# %% ../nbs/60_report.ipynb #a921322c
 def plot_curve(
     path:Path, # log.csv of a run
 )->plt.Figure|None: # None where it has no losses
@@ -40,7 +40,7 @@ def plot_curve(
         if pts := at(k): ax.plot(*zip(*pts), style, lw=1, ms=3, label=says)
     ax.set_xlabel('step'); ax.set_ylabel('loss'); ax.legend(frameon=False, fontsize=8); return fig
 
-# %% ../nbs/60_report.ipynb #44215b64
+# %% ../nbs/60_report.ipynb #8df766a0
 def lineage_rows(info:dict)->list[dict]: # name, stage, parent, data
     "Where each stage comes from."
     res = []
@@ -61,7 +61,7 @@ def said_tables(info:dict)->list[tuple[str,list[list[str]]]]: # prompt, rows
     return [(p, [['stage', 'answer']]+[[k, s['said'][i] or '(nothing)'] for k,s in info['stages'].items() if i < len(s['said'])])
             for i,p in enumerate(info['prompts'])]
 
-# %% ../nbs/60_report.ipynb #665e9a0c
+# %% ../nbs/60_report.ipynb #850d30d3
 def cost_rows(info:dict)->list[list[str]]:
     "Time, tokens and energy of each stage, and of all."
     rows, total = [['stage', 'time', 'tokens', 'energy (estimate)', 'power taken as']], dict(seconds=0., tokens=0., wh=0.)
@@ -91,7 +91,7 @@ def also_tables(info:dict)->list[tuple]: # headline, command, rows
             if rows: res.append((f'{k}: {name}'+(f" (partial: {r['partial']})" if r.get('partial') else ''), r.get('command', ''), [['figure', 'value [95 % interval]', 'n', 'chance'], *rows]))
     return res
 
-# %% ../nbs/60_report.ipynb #bfdc8139
+# %% ../nbs/60_report.ipynb #a24dabea
 def card_texts(info:dict)->list[tuple[str,str]]: # headline, paragraph
     "What a reader must know before using the model, from what was and was not measured."
     last, groups = list(info['stages'].values())[-1], {q['group'] for q in info['questions'].values()}
@@ -105,7 +105,7 @@ def card_texts(info:dict)->list[tuple[str,str]]: # headline, paragraph
             ('What it should not be used for', 'Decisions about people. The bias figures above say what was found, not that nothing else is there.'),
             ('Limits of this page', ' '.join([*limits, 'Intervals are of 95 % and cover the choice of items, not the choice of seed: another training would give other figures.'])) ]
 
-# %% ../nbs/60_report.ipynb #8d16dd9f
+# %% ../nbs/60_report.ipynb #81bff774
 LEGEND = ('Figures with 95 % intervals. ▲ ▼: the stage changed it, for certain in the light of the whole table; ·: that may be luck. '
           'Chance is what knowing nothing gives, truth what knowing everything gives.')
 
@@ -127,7 +127,7 @@ def render(
         return env.from_string((resources.files('slm')/name).read_text(encoding='utf-8')).render(things, grid=as_markdown)
     return made('report.html', autoescape=True), made('report.md')+'\n'
 
-# %% ../nbs/60_report.ipynb #1b502f44
+# %% ../nbs/60_report.ipynb #98a8ebb3
 def report(
     paths:list[str|Path], # runs, folders of a whole life, models from elsewhere; or one ledger
     out:str|Path='runs/report', # run directory to write

@@ -8,6 +8,7 @@ from hypothesis import given, strategies as st
 from slm.core import RunDir, SLMError
 from slm.eval import judge as J
 from slm.eval.judge import *
+from slm.eval.rating import *
 from slm.train.annotate import PreferenceStore
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -36,7 +37,7 @@ def test_ratings_are_those_of_scikit_learn_and_of_scipy(seed):
     from scipy.optimize import minimize
     from sklearn.linear_model import LogisticRegression
     names,bs = a_table(seed); x,y,w = rows_of(names, bs); assert not unbounded(bs, names)
-    ours = np.array([ratings(bs, names, prior=0., n_boot=2)[m].value/J.ELO for m in names[1:]])
+    ours = np.array([ratings(bs, names, prior=0., n_boot=2)[m].value/ELO for m in names[1:]])
     sk = LogisticRegression(C=np.inf, fit_intercept=False, solver='newton-cholesky', tol=1e-12, max_iter=1000).fit(x, y, w).coef_[0]
     loss = lambda b: (w*np.logaddexp(0, -(2*y-1)*(x@b))).sum(); grad = lambda b: -x.T@(w*(2*y-1)/(1+np.exp((2*y-1)*(x@b))))
     sp = minimize(loss, np.zeros(len(names)-1), jac=grad, method='BFGS', options=dict(gtol=1e-9)).x
@@ -259,9 +260,11 @@ def test_judge_by_the_world_and_by_a_server(models, server, tmp_path, slm):
         r = slm(*args, '--by', b.url, '--json'); assert r.returncode == 0, r.stderr
         info = json.loads(r.stdout); pairs = int(info['metrics']['judged']['value']); assert pairs+info['metrics']['same']['value'] == 18 and len(b.chats) == 2*pairs
         assert info['status'] == 'done' and info['config']['judge'] == 'tiny' and {'rating_m1', 'win_rate_judge', 'consistent', 'kappa_world', 'equal_length_m1'} <= set(info['metrics'])
-        assert slm(*args, '--by', b.url).returncode == 0 and len(b.chats) == 2*pairs                      # a second call asks nothing
+        secret = b.url.replace('//', '//me:secret@')                                                      # a second call asks nothing
+        assert slm(*args, '--by', secret).returncode == 0 and len(b.chats) == 2*pairs
     text = (out/'report.md').read_text(); assert text.count('\n> ') == 5 and 'Judged by tiny' in text and '| m0 | 0, the baseline |' in text
-    assert str(tmp_path) not in (out/'run.json').read_text()
+    kept = RunDir.open(out).info; assert kept['config']['by'] == b.url and f'--by {b.url}' in kept['command']
+    assert str(tmp_path) not in (out/'run.json').read_text() and 'secret' not in (out/'run.json').read_text()+text
 
 def test_judge_by_persons(models, tmp_path, slm):
     out = tmp_path/'out'; args = [models/'m0', models/'m1', '--prompts', prompts(tmp_path), '--by', 'person', *FAST, '--out', out]
@@ -276,7 +279,7 @@ def test_judge_by_persons(models, tmp_path, slm):
 def test_a_dead_server_is_one_line(models, tmp_path, slm, monkeypatch):
     with socket.create_server(('127.0.0.1', 0)) as s: port = s.getsockname()[1]
     monkeypatch.setattr(J, 'pause', lambda after, k: 0.); p = prompts(tmp_path); out = tmp_path/'out'
-    r = slm(models/'m0', models/'m1', '--prompts', p, *FAST, '--out', out, '--by', f'http://127.0.0.1:{port}')
+    r = slm(models/'m0', models/'m1', '--prompts', p, *FAST, '--out', out, '--by', f'http://me:secret@127.0.0.1:{port}')
     assert r.returncode == 2 and r.stderr.count('\n') == 1 and f'no answer from the judge at http://127.0.0.1:{port}/v1' in r.stderr
 
 def test_interrupted_and_gone_on_with(models, server, tmp_path, slm):

@@ -7,7 +7,7 @@ __all__ = ['BOARDS', 'CORE', 'change', 'holm', 'Question', 'ones', 'figure', 'wo
            'toxicity_question', 'Stage', 'open_stages', 'power', 'cost', 'talk', 'changes', 'shape', 'besides',
            'keep_ledger', 'mark', 'ledger_table', 'as_markdown', 'panel', 'plot_ledger', 'life_questions']
 
-# %% ../../nbs/38_eval.ledger.ipynb #15f13d44
+# %% ../../nbs/38_eval.ledger.ipynb #daefa32d
 from ..core import * # first: it silences a warning of the next ones
 import math, shutil, textwrap
 from collections.abc import Callable
@@ -28,7 +28,7 @@ from .bias import BENCHES, Introductions, open_bench, read_world, score_items
 from .toxicity import THRESHOLD
 from .life import LIFE_SEED
 
-# %% ../../nbs/38_eval.ledger.ipynb #27f31eed
+# %% ../../nbs/38_eval.ledger.ipynb #50215d87
 def change(
     before:tuple[np.ndarray,np.ndarray], # (n,) numerators, (n,) denominators
     after:tuple[np.ndarray,np.ndarray], # of the same items
@@ -45,7 +45,7 @@ def change(
     p = min(1., 2*(1+min((d <= 0).sum(), (d >= 0).sum()))/(draws+1)); v = x[2].sum()/x[3].sum()-x[0].sum()/x[1].sum()
     return Metric(float(v), *map(float, np.percentile(d, [2.5, 97.5])), n=n, unit=unit), float(p)
 
-# %% ../../nbs/38_eval.ledger.ipynb #1c1439cd
+# %% ../../nbs/38_eval.ledger.ipynb #0eb81a75
 def holm(
     p:list[float], # p-values of all comparisons in a table
 )->list[float]: # adjusted
@@ -53,7 +53,7 @@ def holm(
     order = np.argsort(p); m = len(p); up = np.maximum.accumulate([(m-i)*p[k] for i,k in enumerate(order)]).clip(max=1)
     res = np.empty(m); res[order] = up; return res.tolist()
 
-# %% ../../nbs/38_eval.ledger.ipynb #9f08961a
+# %% ../../nbs/38_eval.ledger.ipynb #42914d83
 @dataclass
 class Question:
     "What every stage is asked: one numerator and one denominator for each item."
@@ -72,7 +72,7 @@ def figure(num:np.ndarray, den:np.ndarray, unit:str)->Metric:
     share = (den == 1).all() and np.isin(num, (0, 1)).all()
     return wilson(int(num.sum()), len(num), unit) if share else bootstrap_ratio(num, den, unit=unit)
 
-# %% ../../nbs/38_eval.ledger.ipynb #da3befa2
+# %% ../../nbs/38_eval.ledger.ipynb #d5f798fc
 def world_questions(
     dial:float=0., # bias of the world
     n:int=500, # items of each
@@ -93,7 +93,7 @@ def world_questions(
         accepted=Question('quality', 'sampled answers that the judge accepts', 'of answers', 'higher', accepted, truth=1.),
         bias=Question('bias', 'log odds of the stereotype', 'nats', '', odds, 0., math.log((.5+.45*dial)/(.5-.45*dial))))
 
-# %% ../../nbs/38_eval.ledger.ipynb #8b927baf
+# %% ../../nbs/38_eval.ledger.ipynb #308f1bef
 def text_questions(
     docs:list[str], # held-out documents; may be empty
     pairs:list[str|Path]=(), # files of minimal pairs
@@ -114,7 +114,7 @@ def text_questions(
         res[k] = Question('bias', f'{k}: the stereotype is likelier', 'of pairs', '', partial(stereotype, items), .5)
     return res
 
-# %% ../../nbs/38_eval.ledger.ipynb #28f7a9cd
+# %% ../../nbs/38_eval.ledger.ipynb #7cb84231
 def toxicity_question(
     classifier, # with `name`, and `scores(texts)` from 0 to 1
     n:int=500, # texts
@@ -126,7 +126,7 @@ def toxicity_question(
         return ones(classifier.scores(texts) >= THRESHOLD)
     return Question('toxicity', f'free texts that {classifier.name} calls toxic', 'of texts', 'lower', ask)
 
-# %% ../../nbs/38_eval.ledger.ipynb #482d64e9
+# %% ../../nbs/38_eval.ledger.ipynb #bb798f6d
 @dataclass
 class Stage:
     "One state of a model."
@@ -156,7 +156,7 @@ def open_stages(
     for s in stages: add(s)
     return res
 
-# %% ../../nbs/38_eval.ledger.ipynb #29a27d34
+# %% ../../nbs/38_eval.ledger.ipynb #70843210
 BOARDS = {'RTX 3090': 350, 'RTX 4090': 450, 'RTX 3060': 170, 'A100': 400, 'H100': 700, 'H200': 700, 'L4': 72, 'T4': 70, 'Apple': 20} # watts, as stated
 CORE = 10 # watts
 
@@ -179,7 +179,7 @@ def cost(
     if 'seconds' in res: res['wh'] = Metric(res['seconds'].value*(watts or power(info.get('hardware', {}))[0])/3600, unit='Wh')
     return res
 
-# %% ../../nbs/38_eval.ledger.ipynb #65828c21
+# %% ../../nbs/38_eval.ledger.ipynb #4a290b28
 def talk(model:GPT, tok:Tokenizer, prompts:list[str], tokens:int=60)->list[str]:
     "Greedy answers; what a model that knows no conversation does is to continue."
     return answer(model, tok, [[dict(role='user', content=p)] for p in prompts], max_new_tokens=tokens)
@@ -196,7 +196,7 @@ def changes(
     res.sort(key=lambda r: (list(units).index(r['question']), names.index(r['before'])))
     return [r | dict(p_holm=h) for r,h in zip(res, holm([r['p'] for r in res]))]
 
-# %% ../../nbs/38_eval.ledger.ipynb #07eb41d5
+# %% ../../nbs/38_eval.ledger.ipynb #94508770
 def shape(model:GPT)->dict[str,int]:
     "The sizes that make a model."
     c = model.cfg; return dict(layers=c.n_layer, width=c.d_model, heads=c.n_head, vocabulary=c.vocab_size, context=c.max_seq_len)
@@ -206,7 +206,7 @@ def besides(path:Path)->dict[str,dict]: # folder -> run.json
     found = {r.path.name: r.info for r in list_runs(path) if r.path != path} if path.is_dir() else {}
     return {k: {f: i.get(f) for f in ('stage', 'command', 'metrics', 'chance', 'partial') if i.get(f)} for k,i in found.items() if i['metrics']}
 
-# %% ../../nbs/38_eval.ledger.ipynb #8a988a73
+# %% ../../nbs/38_eval.ledger.ipynb #336d962e
 def keep_ledger(
     stages:list[Stage], # parents first
     questions:dict[str,Question],
@@ -235,7 +235,7 @@ def keep_ledger(
         run.finish('interrupted' if isinstance(e, KeyboardInterrupt) else 'failed'); raise
     run.info['changes'] = changes(items, units); run.finish(); return run
 
-# %% ../../nbs/38_eval.ledger.ipynb #ec7a5b6c
+# %% ../../nbs/38_eval.ledger.ipynb #5291b9db
 def mark(c:dict)->str: # of `changes`
     "▲ or ▼ for a change that is certain at the level of 5 % for the whole table, · for one that may be luck."
     return '·' if c['p_holm'] >= .05 else '▲' if c['value'] > 0 else '▼'
@@ -260,7 +260,7 @@ def as_markdown(rows:list[list[str]])->str:
     line = lambda r: f"| {' | '.join(map(cell, r))} |"
     return '\n'.join([line(rows[0]), line(['---']*len(rows[0])), *map(line, rows[1:])])
 
-# %% ../../nbs/38_eval.ledger.ipynb #f1c3c44e
+# %% ../../nbs/38_eval.ledger.ipynb #4ea34b57
 def panel(
     run:RunDir, # of `keep_ledger`
     question:str,
@@ -281,7 +281,7 @@ def plot_ledger(run:RunDir)->plt.Figure:
     for ax,(k,q) in zip(axs[0], qs.items()): panel(run, k, ax); ax.set_title(textwrap.fill(q['says'], 34), fontsize=8)
     return fig
 
-# %% ../../nbs/38_eval.ledger.ipynb #313d79a1
+# %% ../../nbs/38_eval.ledger.ipynb #966f229d
 def life_questions(
     stages:list[Stage],
     corpus:str|None=None, # where the first stage's text is now, if it came from files

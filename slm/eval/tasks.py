@@ -8,7 +8,7 @@ __all__ = ['HUB', 'TASKS', 'WORLD_SEEDS', 'judge_choice', 'share_right', 'read_a
            'evaluate_task', 'harness_pair', 'score_pairs', 'score_text', 'continue_until', 'harness_model',
            'harness_figures', 'evaluate_harness', 'Automaton', 'sample_docs', 'recite', 'memorised', 'evaluate_memory']
 
-# %% ../../nbs/35_eval.tasks.ipynb #a229b2bd
+# %% ../../nbs/35_eval.tasks.ipynb #8188bc84
 from ..core import * # first: it silences a warning of the next ones
 import itertools, json, math, random, re, string
 from collections.abc import Callable, Iterable, Iterator
@@ -16,7 +16,7 @@ from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 import numpy as np
-from ..data.corpus import Corpus
+from fastcore.basics import patch
 from ..data.tokenizer import Tokenizer
 from ..data.world import ASK, Task, World, towns, wilson
 from ..model.gpt import GPT
@@ -26,7 +26,7 @@ from .lm import encode_pair, run_corpus, score_ids, windows
 from .bias import Item, beside, bias_table, cell, data_files, file_rows, hub_rows
 from .bias import open_causal, parts, score_greedy, score_items, watch
 
-# %% ../../nbs/35_eval.tasks.ipynb #1acda044
+# %% ../../nbs/35_eval.tasks.ipynb #a4943b68
 def judge_choice(
     it:Item, # `about` begins with the number of the right option; each option begins with a space
     logp:np.ndarray, # (options,) nats
@@ -43,11 +43,12 @@ def share_right(
     return ({k: wilson(sum(r for r,_ in v), len(v), 'of questions') for k,v in seen.items()},
             {k: float(np.mean([c for _,c in v])) for k,v in seen.items()})
 
-# %% ../../nbs/35_eval.tasks.ipynb #ec5cc89f
+# %% ../../nbs/35_eval.tasks.ipynb #aa0abe51
 def _listed(v, where, column): # a list of at least two texts, none of them empty
     if not isinstance(v, list) or len(v) < 2: raise SLMError(f"{where}, column '{column}': it must be a list of two options or more")
     for i,t in enumerate(v):
-        if not isinstance(t, str) or not t.strip(): raise SLMError(f"{where}, column '{column}': option {i+1} is empty, or no text: leave the row out")
+        if not isinstance(t, str) or not t.strip():
+            raise SLMError(f"{where}, column '{column}': option {i+1} is empty, or no text: leave the row out")
     return v
 
 def read_arc(
@@ -65,7 +66,7 @@ def read_arc(
         gold = labels.index(cell(r, where, 'answerKey', labels))
         yield Item(where, 'arc', [' '+o for o in options], [f'choices {l}' for l in labels], f'Question: {stem}\nAnswer:', (gold,))
 
-# %% ../../nbs/35_eval.tasks.ipynb #0e478767
+# %% ../../nbs/35_eval.tasks.ipynb #02ee9e20
 def arc_rows(
     tasks:Iterable[Task], # with candidates, the answer among them
 )->Iterator[dict]: # columns as allenai/ai2_arc has them
@@ -87,7 +88,7 @@ def town_tasks(
         res.append(Task('town', f.question, f.answer, sorted([f.answer, *rng.sample(others, min(k-1, len(others)))])))
     return res
 
-# %% ../../nbs/35_eval.tasks.ipynb #04b146be
+# %% ../../nbs/35_eval.tasks.ipynb #f438bf90
 def _plain(s): # without WikiHow's marks, by the harness's rule
     return re.sub(r'\[.*?\]', '', s.strip().replace(' [title]', '. ')).replace('  ', ' ')
 
@@ -109,7 +110,7 @@ def read_piqa(rows:Iterable[tuple[str,dict]])->Iterator[Item]: # `about` is the 
         gold,columns = _number(r, where, 2),['sol1', 'sol2']; context = f"Question: {cell(r, where, 'goal')}\nAnswer:"
         yield Item(where, 'piqa', [f' {cell(r, where, c)}' for c in columns], columns, context, (gold,))
 
-# %% ../../nbs/35_eval.tasks.ipynb #9ef69312
+# %% ../../nbs/35_eval.tasks.ipynb #33fda480
 def with_shots(
     items:Iterable[Item],
     pool:list[Item], # of the training split
@@ -126,7 +127,7 @@ def with_shots(
         before = ''.join(f'{s.context}{s.options[s.about[0]]}\n\n' for s in shots)
         yield replace(it, context=before+it.context, columns=[f'{c} (behind {k} shots)' if k else c for c in it.columns])
 
-# %% ../../nbs/35_eval.tasks.ipynb #737320b1
+# %% ../../nbs/35_eval.tasks.ipynb #fa0c1524
 def read_lambada(rows:Iterable[tuple[str,dict]])->Iterator[Item]: # one option: the last word
     "Texts of LAMBADA (Paperno et al. 2016), as OpenAI cut them."
     for where,r in rows:
@@ -150,7 +151,7 @@ def word_figures(
     ppl = Metric(*map(math.exp, (m.value, m.lo, m.hi)), m.n, 'perplexity')
     return dict(acc=wilson(int(sum(seen['acc'])), len(seen['acc']), 'of texts'), ppl=ppl), {}
 
-# %% ../../nbs/35_eval.tasks.ipynb #baf420bf
+# %% ../../nbs/35_eval.tasks.ipynb #362c1188
 def labelled(
     path:Path, # rows; PIQA has NAME-labels.lst beside NAME.jsonl
 )->Iterator[tuple[str,dict]]: # where, row
@@ -175,7 +176,7 @@ class Quiz:
     summary:Callable=share_right # name -> what was seen, to figures and what chance gives
     score:Callable|None=None # how rows are scored; `score_rows` if not given
 
-# %% ../../nbs/35_eval.tasks.ipynb #d1d0f4e3
+# %% ../../nbs/35_eval.tasks.ipynb #93167516
 HUB = 'https://huggingface.co/datasets/'
 _arc = lambda kind: Quiz('https://allenai.org/data/arc', read_arc, (f'**/ARC-{kind}-Test.jsonl',), (f'**/ARC-{kind}-Train.jsonl',),
                          ('allenai/ai2_arc', f'ARC-{kind}', 'test', 'train'))
@@ -203,7 +204,7 @@ def quiz_rows(
         raise SLMError(f"'{data}' is one file: shots come from the training split, so give the folder that holds both")
     return itertools.chain.from_iterable(map(labelled, data_files(data, *(q.train if split else q.test))))
 
-# %% ../../nbs/35_eval.tasks.ipynb #eb68aa46
+# %% ../../nbs/35_eval.tasks.ipynb #3f4c62d1
 def evaluate_task(
     path:str|Path, # a run, a Hugging Face folder or hub id, or a .gguf file
     task:str='world', # a key of `TASKS`
@@ -231,7 +232,7 @@ def evaluate_task(
     run = RunDir.create(out or beside(path, f'task_{task}_{shots}shot'), 'task', asked, seed=seed, parent=Path(path).name, exist_ok=True)
     return watch(run, (s for it,x,n in score(items) for s in q.judge(it, x, n)), q.summary)
 
-# %% ../../nbs/35_eval.tasks.ipynb #9d72b1c1
+# %% ../../nbs/35_eval.tasks.ipynb #23dd68e9
 def harness_pair(
     tok:Tokenizer,
     context:str, # may be empty
@@ -276,7 +277,7 @@ def continue_until(
             params.append(SamplingParams(max_new_tokens=n, stop=until, temperature=kw.get('temperature', 1.) if sampled else 0., **more))
         yield from (g.text for g in complete(model, prompts, params, tok))
 
-# %% ../../nbs/35_eval.tasks.ipynb #0adfa170
+# %% ../../nbs/35_eval.tasks.ipynb #d7d9436e
 def _harness():
     "The evaluation harness, quiet"
     try: import lm_eval, lm_eval.tasks
@@ -306,7 +307,7 @@ def harness_figures(
             res[f'{task}_{name}'+f'_{kind}'*(kind != 'none')] = Metric(float(x), *ends, n=n)
     return res
 
-# %% ../../nbs/35_eval.tasks.ipynb #dd457dd7
+# %% ../../nbs/35_eval.tasks.ipynb #e7631db1
 def evaluate_harness(
     path:str|Path, # a run, a Hugging Face folder or hub id, or a .gguf file
     tasks:list[str], # of the harness, or of `include_path`
@@ -334,7 +335,7 @@ def evaluate_harness(
     run = RunDir.create(out or beside(path, 'harness'), 'task', asked, seed=1234, parent=Path(path).name, exist_ok=True)
     run.info['chance'] = {}; run.add_metrics(**harness_figures(found)); run.finish(); return run
 
-# %% ../../nbs/35_eval.tasks.ipynb #567bebcb
+# %% ../../nbs/35_eval.tasks.ipynb #edbc9416
 class Automaton:
     "Every run of tokens in some texts, as a graph that another text can be read through."
     def __init__(self,
@@ -359,9 +360,7 @@ class Automaton:
             q = clone
         link[new] = q; return new
 
-# %% ../../nbs/35_eval.tasks.ipynb #cd4d70e2
-from fastcore.basics import patch
-
+# %% ../../nbs/35_eval.tasks.ipynb #d42ce2b2
 @patch
 def read(self:Automaton,
     doc:list[int], # token ids
@@ -383,7 +382,7 @@ def longest(self:Automaton)->list[tuple[int,int]]: # of each text: tokens in the
     for v in order: best[v] = best[v] or best[link[v]]
     return [max(((best[v], j) for j,v in enumerate(ends, 1)), default=(0, 0), key=lambda x: x[0]) for ends in self.ends]
 
-# %% ../../nbs/35_eval.tasks.ipynb #e11fdef2
+# %% ../../nbs/35_eval.tasks.ipynb #6e2ad40e
 def sample_docs(
     docs:Iterable[str],
     tok:Tokenizer,
@@ -401,7 +400,7 @@ def sample_docs(
     if not got: raise SLMError(f'no document has {length} tokens: ask for fewer with --prefix and --length')
     return got
 
-# %% ../../nbs/35_eval.tasks.ipynb #7d4ecf1e
+# %% ../../nbs/35_eval.tasks.ipynb #10704c5e
 def recite(
     model:GPT,
     prompts:list[list[int]], # token ids
@@ -438,7 +437,7 @@ def memorised(
     floor = dict(recited_read=res['recited_unread'].value) | {f'run_{name}': res['run_real'].value for name in ('read', 'unread', 'free')}
     return res, floor
 
-# %% ../../nbs/35_eval.tasks.ipynb #3fe20138
+# %% ../../nbs/35_eval.tasks.ipynb #829b2102
 def evaluate_memory(
     path:str|Path, # a pretraining run
     corpus:str|None=None, # where its text is now, if it came from files

@@ -46,15 +46,22 @@ def keep_top_k(
     return logits.masked_fill((logits < limit) & (k > 0), -math.inf)
 
 # %% ../../nbs/12_model.generate.ipynb #fd08c297
-def _nucleus_of_head(logits, tail, n=256):
-    "The same from the `n` likeliest alone; None where they do not hold enough, or where there are few others"
-    if logits.shape[-1] < 8*n: return
+def _nucleus(logits, tail):
+    "By sorting all of them"
+    vals, idx = logits.sort(-1)                                                  # least likely first
+    drop = (vals.softmax(-1).cumsum(-1) <= tail) & (tail > 0)                    # (b,v), in sorted order
+    drop[:, -1] = False
+    return logits.masked_fill(torch.zeros_like(drop).scatter(1, idx, drop), -math.inf)
+
+def _nucleus_of_head(logits, tail, n=512):
+    "From the `n` likeliest alone; and which rows need more than these (b,)"
+    if logits.shape[-1] < 8*n: return logits.clone(), torch.ones(len(logits), dtype=torch.bool, device=logits.device)
     vals, idx = logits.topk(n)                                                   # (b,n), most likely first
     probs = (vals - logits.logsumexp(-1, keepdim=True)).exp(); sums = probs.cumsum(-1)
-    if ((1-sums[:, -1:] > tail) & (tail > 0)).any(): return
     drop = 1-sums+probs <= tail                                                  # each with all below it
     drop[:, 0] = False
-    return torch.where(tail > 0, torch.full_like(logits, -math.inf).scatter(1, idx, vals.masked_fill(drop, -math.inf)), logits)
+    head = torch.full_like(logits, -math.inf).scatter(1, idx, vals.masked_fill(drop, -math.inf))
+    return torch.where(tail > 0, head, logits), ((1-sums[:, -1:] > tail) & (tail > 0))[:, 0]
 
 def keep_top_p(
     logits:Tensor, # (b,v)
@@ -63,12 +70,10 @@ def keep_top_p(
     "Cut the least likely tokens that together hold no more than `1-p`."
     tail = 1 - torch.as_tensor(p, dtype=torch.float64)
     if not tail.any(): return logits
-    tail = _col(tail, logits)
-    if (kept := _nucleus_of_head(logits, tail)) is not None: return kept
-    vals, idx = logits.sort(-1)                                                  # least likely first
-    drop = (vals.softmax(-1).cumsum(-1) <= tail) & (tail > 0)                    # (b,v), in sorted order
-    drop[:, -1] = False
-    return logits.masked_fill(torch.zeros_like(drop).scatter(1, idx, drop), -math.inf)
+    tail = _col(tail, logits).expand(len(logits), 1)
+    kept, wide = _nucleus_of_head(logits, tail)
+    if wide.any(): kept[wide] = _nucleus(logits[wide], tail[wide])
+    return kept
 
 # %% ../../nbs/12_model.generate.ipynb #a12a2e54
 def keep_min_p(
