@@ -658,7 +658,7 @@ def demo(
 # %% ../nbs/61_cli.ipynb #e49d787c
 @app.command()
 def report(
-    runs:Annotated[list[Path], typer.Argument(help='Stages of a life: runs, the folder of a demo, .gguf files; or one ledger, to make its page again.')],
+    runs:Annotated[list[Path], typer.Argument(help='Runs, the folder of a demo, .gguf files; or one ledger, to make its page again.')],
     out:Annotated[Path, typer.Option(help='Run directory to write, with report.html and report.md.')]=Path('runs/report'),
     n:Annotated[int, typer.Option(help='Items of each question.')]=500,
     prompt:Annotated[Optional[list[str]], typer.Option(help='What every stage is asked (may be repeated).')]=None,
@@ -667,7 +667,7 @@ def report(
     crows:Annotated[Optional[str], typer.Option(help='Files of CrowS-Pairs, or hub.')]=None,
     winobias:Annotated[Optional[str], typer.Option(help='Files of WinoBias.')]=None,
     toxicity:Annotated[Optional[str], typer.Option(help='A judge of free texts, as in `slm toxicity`.')]=None,
-    watts:Annotated[Optional[float], typer.Option(help='Power that the machine draws in training; assumed from its parts if not given.')]=None,
+    watts:Annotated[Optional[float], typer.Option(help='Power that the machine draws in training; assumed if not given.')]=None,
     device:Device='cpu', json_:Json=False):
     """Ask every stage of a model the same, and make one page of its life.
 

@@ -81,7 +81,8 @@ def world_questions(
     world = World(dial); told, tasks = list(world.stories(LIFE_SEED+1, n)), list(world.tasks(LIFE_SEED, n, list(ASK)))
     states, intros = probes(world.stories(LIFE_SEED+3), n), list(read_world(Introductions(1.), LIFE_SEED+4, n))
     def above(model, tok):
-        return doc_nats(model, tok, [s.text for s in told])/math.log(2)-[s.bits for s in told], np.array([len(s.text.encode()) for s in told])
+        bits = doc_nats(model, tok, [s.text for s in told])/math.log(2)-[s.bits for s in told]
+        return bits, np.array([len(s.text.encode()) for s in told])
     def right(model, tok):
         got = choose(model, tok, [p.prefix for p in states], [[' '+c for c in p.candidates] for p in states])
         return ones([i >= 0 and p.candidates[i] == p.answer for i,p in zip(got, states)])
@@ -140,14 +141,16 @@ def open_stages(
     "The stages of a life; raises `SLMError` for two of the same name, and for a run that has no weights."
     stages = []
     for p in map(Path, paths):
-        if not p.exists() and (p.is_absolute() or Path(p.parts[0]).exists()): raise SLMError(f"'{p}' does not exist: `slm runs` lists what there is")
+        if not p.exists() and (p.is_absolute() or Path(p.parts[0]).exists()):
+            raise SLMError(f"'{p}' does not exist: `slm runs` lists what there is")
         info = RunDir.open(p).info if (p/'run.json').exists() else {}
-        inside = [q.parent for q in sorted(p.glob('*/model.safetensors')) if (q.parent/'run.json').exists()] if info.get('stage') == 'demo' else []
-        if inside: stages += [Stage(q.name, q, RunDir.open(q).info) for q in inside]; continue
+        if info.get('stage') == 'demo':
+            stages += [Stage(q.name, q, RunDir.open(q).info) for q in (w.parent for w in sorted(p.glob('*/model.safetensors')))]; continue
         if info and info['status'] != 'done': raise SLMError(f"'{p}' is not finished ({info['status']}): `slm resume {p}`, or leave it out")
         stages.append(Stage(p.stem if p.is_file() else p.name, p, info))
     names = [s.name for s in stages]
-    if twice := {n for n in names if names.count(n) > 1}: raise SLMError(f"two stages are called {', '.join(sorted(twice))}: rename one of the folders")
+    if twice := {n for n in names if names.count(n) > 1}:
+        raise SLMError(f"two stages are called {', '.join(sorted(twice))}: rename one of the folders")
     res = []
     def add(s):
         for parent in stages:
@@ -157,7 +160,8 @@ def open_stages(
     return res
 
 # %% ../../nbs/38_eval.ledger.ipynb #70843210
-BOARDS = {'RTX 3090': 350, 'RTX 4090': 450, 'RTX 3060': 170, 'A100': 400, 'H100': 700, 'H200': 700, 'L4': 72, 'T4': 70, 'Apple': 20} # watts, as stated
+BOARDS = {'RTX 3090': 350, 'RTX 4090': 450, 'RTX 3060': 170, 'A100': 400, 'H100': 700, 'H200': 700,
+          'L4': 72, 'T4': 70, 'Apple': 20} # watts, as stated
 CORE = 10 # watts
 
 def power(
@@ -204,7 +208,8 @@ def shape(model:GPT)->dict[str,int]:
 def besides(path:Path)->dict[str,dict]: # folder -> run.json
     "Evaluations that lie in a run's folder: of `slm eval`, `slm bias` and the like."
     found = {r.path.name: r.info for r in list_runs(path) if r.path != path} if path.is_dir() else {}
-    return {k: {f: i.get(f) for f in ('stage', 'command', 'metrics', 'chance', 'partial') if i.get(f)} for k,i in found.items() if i['metrics']}
+    kept = ('stage', 'command', 'metrics', 'chance', 'partial')
+    return {k: {f: i[f] for f in kept if i.get(f)} for k,i in found.items() if i['metrics']}
 
 # %% ../../nbs/38_eval.ledger.ipynb #336d962e
 def keep_ledger(
@@ -216,8 +221,10 @@ def keep_ledger(
     device:str='cpu',
 )->RunDir:
     "Ask every stage everything; raises `SLMError` for bad input, after what was measured before it has been kept."
-    run = RunDir.create(out, 'ledger', dict(stages=[s.name for s in stages], questions=list(questions)), seed=0, parent=stages[-1].name, exist_ok=True)
-    run.info |= dict(questions={k: {f: v for f,v in asdict(q).items() if f != 'ask'} for k,q in questions.items()}, stages={}, prompts=list(prompts))
+    asked = dict(stages=[s.name for s in stages], questions=list(questions))
+    run = RunDir.create(out, 'ledger', asked, seed=0, parent=stages[-1].name, exist_ok=True)
+    told = {k: {f: v for f,v in asdict(q).items() if f != 'ask'} for k,q in questions.items()}
+    run.info |= dict(questions=told, stages={}, prompts=list(prompts))
     items, units = {}, {k: q.unit for k,q in questions.items()}
     bar = progress(total=len(stages)*len(questions), desc='ledger')
     try:
@@ -225,8 +232,9 @@ def keep_ledger(
             model,tok = load_model_and_tokenizer(str(s.path), device=str(get_device(device))); items[s.name] = {}
             log = s.path/'log.csv' if s.path.is_dir() else None
             if log and log.exists(): shutil.copyfile(log, run/f'{s.name}.csv')
-            run.info['stages'][s.name] = dict(run=s.info, parameters=model.num_params(), shape=shape(model), also=besides(s.path), cost={k: asdict(m) for k,m in cost(s.info, watts).items()},
-                power=f'{watts:g} W, as given' if watts else power(s.info['hardware'])[1] if s.info else '', said=talk(model, tok, prompts))
+            run.info['stages'][s.name] = dict(run=s.info, parameters=model.num_params(), shape=shape(model), also=besides(s.path),
+                cost={k: asdict(m) for k,m in cost(s.info, watts).items()}, said=talk(model, tok, prompts),
+                power=f'{watts:g} W, as given' if watts else power(s.info['hardware'])[1] if s.info else '')
             for k,q in questions.items():
                 items[s.name][k] = q.ask(model, tok); bar.update()
                 run.add_metrics(**{f'{s.name}/{k}': figure(*items[s.name][k], q.unit)})
@@ -248,7 +256,9 @@ def ledger_table(
     rows = [['what', *stages, 'unit', 'better', 'chance', 'truth']]
     for k,q in run.info['questions'].items():
         f = lambda v: '' if v is None else f'{v:.3g}'
-        cell = lambda s: '' if f'{s}/{k}' not in run.info['metrics'] else ' '.join(filter(None, (mark(cs[k,s]) if (k, s) in cs else '', _short(run.metric(f'{s}/{k}')))))
+        def cell(s):
+            if f'{s}/{k}' not in run.info['metrics']: return ''
+            return (f'{mark(cs[k,s])} ' if (k, s) in cs else '')+_short(run.metric(f'{s}/{k}'))
         rows.append([q['says'], *map(cell, stages), q['unit'], q['better'], f(q['chance']), f(q['truth'])])
     return rows
 
