@@ -10,7 +10,7 @@ from slm.data.tokenizer import train_bpe
 from slm.data.world import World, towns
 from slm.eval import tasks as T
 from slm.eval.bias import open_causal
-from slm.eval.tasks import TASKS, Automaton, arc_rows, evaluate_harness, evaluate_memory, evaluate_task, harness_model, memorised, quiz_rows, sample_docs, town_tasks, with_shots
+from slm.eval.tasks import TASKS, Automaton, arc_rows, evaluate_harness, evaluate_memory, evaluate_task, harness_model, memorised, quiz_rows, town_tasks, with_shots
 from slm.model.gpt import GPT, GPTConfig
 from slm.model.pretrained import load_model_and_tokenizer
 

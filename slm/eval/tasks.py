@@ -10,7 +10,7 @@ __all__ = ['HUB', 'TASKS', 'WORLD_SEEDS', 'judge_choice', 'share_right', 'read_a
 
 # %% ../../nbs/35_eval.tasks.ipynb #8188bc84
 from ..core import * # first: it silences a warning of the next ones
-import itertools, json, math, random, re, string
+import itertools, math, random, re, string
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
 from functools import partial
@@ -23,8 +23,7 @@ from ..model.gpt import GPT
 from ..model.generate import SamplingParams, complete, generate_ids
 from ..model.pretrained import load_model_and_tokenizer
 from .lm import encode_pair, run_corpus, score_ids, windows
-from .bias import Item, beside, bias_table, cell, data_files, file_rows, hub_rows
-from .bias import open_causal, parts, score_greedy, score_items, watch
+from .bias import Item, beside, cell, data_files, file_rows, hub_rows, open_causal, parts, score_greedy, watch
 
 # %% ../../nbs/35_eval.tasks.ipynb #a4943b68
 def judge_choice(
