@@ -146,3 +146,7 @@ def test_decisions_are_those_of_lm_eval(model, tmp_path):
     want = np.array([x for x,_ in lm.loglikelihood([Instance(request_type='loglikelihood', doc={}, arguments=('', t), idx=i) for i,t in enumerate(texts)])]).reshape(-1, 2)
     got = np.array([logp for _,logp,_ in score_items(m, tok, items)])
     assert abs(got-want).max() < 1e-3 and ((got[:, 0] > got[:, 1]) == (want[:, 0] > want[:, 1])).mean() >= .999
+
+def test_a_table_that_cannot_be_opened_is_named(tmp_path):
+    for p in (tmp_path/'none.csv', tmp_path): # missing, and a folder
+        with pytest.raises(SLMError, match=f"cannot read '{p}' behind row 0"): next(file_rows(p))

@@ -156,11 +156,11 @@ def file_rows(
     path:Path, # .csv, .tsv or .jsonl
 )->Iterator[tuple[str,dict]]: # where, row
     "Rows of a table, one at a time; the first is row 1."
+    n = 0
     try:
         with open(path, encoding='utf-8-sig', newline='') as f:
             rows = (json.loads(l) for l in f if l.strip()) if path.suffix == '.jsonl' else \
                 csv.DictReader(f, delimiter='\t' if path.suffix == '.tsv' else ',', restval='')
-            n = 0
             for n,row in enumerate(rows, 1):
                 if not isinstance(row, dict): raise SLMError(f"'{path}' row {n} has no columns: it must be an object with names and values")
                 yield f"'{path}' row {n}", row
