@@ -7,7 +7,7 @@ from slm.core import RunDir, SLMError
 from slm.data.world import World
 from slm.eval.bias import BENCHES, bias_table, evaluate_bias, open_bench, tables
 from slm.eval.lm import loglikelihood
-from slm.eval.pairs import Item, read_crows, score_items
+from slm.eval.pairs import Item, file_rows, read_crows, score_items
 from slm.model.gpt import GPT, GPTConfig
 from slm.model.pretrained import load_model_and_tokenizer
 from slm.data.tokenizer import train_bpe
