@@ -65,9 +65,17 @@ class Question:
     chance:float|None=None # what knowing nothing gives
     truth:float|None=None # what knowing the world gives
 
-def ones(v)->tuple[np.ndarray,np.ndarray]: v = np.asarray(v, np.float64); return v, np.ones_like(v)
+def ones(
+    v, # (n,) numbers, or truth values
+)->tuple[np.ndarray,np.ndarray]: # as numerators, and a denominator of one for each
+    "Items that count alike."
+    v = np.asarray(v, np.float64); return v, np.ones_like(v)
 
-def figure(num:np.ndarray, den:np.ndarray, unit:str)->Metric:
+def figure(
+    num:np.ndarray, # (n,) numerators
+    den:np.ndarray, # (n,) denominators
+    unit:str,
+)->Metric: # ratio of their sums
     "The figure of some items: Wilson's interval for a share, the bootstrap's for all else."
     share = (den == 1).all() and np.isin(num, (0, 1)).all()
     return wilson(int(num.sum()), len(num), unit) if share else bootstrap_ratio(num, den, unit=unit)
