@@ -164,6 +164,7 @@ def test_a_citation_is_the_sentence_that_says_it():
     a = Passage('The mill is old. Ann owns 3.5 acres; Ben owns none.', 'doc', 100, 151, id='doc#0'); b = Passage('Ann is a girl.', 'other', 0, 14, id='other#0')
     assert cite('Ann owns 3.5', [b, a]) == dict(source='doc', start=117, end=136, text='Ann owns 3.5 acres;')
     c = Passage('Who runs it? Ben Hur runs the mill.', 'third', 0, 35, id='third#0'); assert cite('Ann runs the mill.', [a, c], 'Who runs the mill?')['text'] == 'Ann owns 3.5 acres;' != cite('Ann runs the mill.', [a, c])['text']
+    d = Passage('It rains a lot.', 'wet', 0, 15, heading='Climate of Wickham', id='wet#0'); assert cite('a lot', [b, d], 'How is the climate of Wickham?')['source'] == 'wet'      # words of a heading only
     assert cite('Nothing here', [a, b]) is None and cite('Ben', [a, b])['text'] == 'Ben owns none.'
 
 def test_txtai_s_llm_heeds_what_it_is_asked_and_refuses_the_rest(tiny, engine):

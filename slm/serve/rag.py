@@ -428,9 +428,10 @@ def cite(
 )->dict|None: # source, start, end, text; None when they share no word
     "The sentence that says most of what the answer says: rare words count more, those of the question only between equals."
     spans = [(p, m) for p in passages for m in SENTENCE.finditer(p.text)]
-    has = [words(m[0]) for _,m in spans]; seen = Counter(w for ws in has for w in ws); said, asked = words(answer), words(question)
+    has, said, asked = [words(m[0]) for _,m in spans], words(answer), words(question)
+    around = [ws | words(p.heading) for ws,(p,_) in zip(has, spans)]; seen = Counter(w for ws in around for w in ws)
     weight = lambda ws: sum(1/seen[w] for w in ws)
-    score = [(weight(said-asked & ws), weight(asked & (ws | words(p.heading)))) for ws,(p,_) in zip(has, spans)]
+    score = [(weight((said-asked) & ws), weight(asked & more)) for ws,more in zip(has, around)]
     if not any(said & ws for ws in has): return None
     p, m = spans[score.index(max(score))]
     return dict(source=p.source, start=p.start+m.start(), end=p.start+m.end(), text=m[0])
