@@ -2,6 +2,7 @@
 
     python bench/rag.py index --factbook factbook.jsonl --dir runs/rag       # once; memory while indexing
     OMP_NUM_THREADS=1 python bench/rag.py search --factbook factbook.jsonl --dir runs/rag      # recall of each mode, and time of a search
+    python bench/rag.py weight --factbook factbook.jsonl --dir runs/rag      # how much of the meaning, how much of the words
     python bench/rag.py answer --factbook factbook.jsonl --dir runs/rag      # answers without passages, with passages, with the right one
     python bench/rag.py citations --factbook factbook.jsonl --dir runs/rag   # where the answers of that record have it from, by the present rule
 
@@ -98,6 +99,19 @@ def search(a):
                        'passages': Metric(len(ix), unit='passages')})
     run.finish(); ix.close()
 
+def weight(a):
+    "How much of the meaning, how much of the words? On 200 questions that no other record uses, and on other towns"
+    import tempfile
+    passages, facts = towns(1, 288); asked = dict(factbook=questions(a.factbook, 700)[500:], world=[(f.question, f.answer, f'town/{f.passage}') for f in random.Random(1).sample(facts, 200)])
+    run, least = record('weight', a, questions={k: len(v) for k,v in asked.items()}), WEIGHTS['hybrid']
+    with tempfile.TemporaryDirectory() as tmp:
+        ix = Index(Path(tmp)/'towns', writable=True); ix.upsert(Document(f'town/{i}', p) for i,p in enumerate(passages)); both = dict(factbook=Index(a.dir), world=ix)
+        for w in (0., .1, .3, .5, .7, .8, .9, .95, 1.):
+            WEIGHTS['hybrid'] = w
+            for k,ix in both.items(): r = ranks(ix, asked[k], 'hybrid'); run.add_metrics(**{f'{k} {w:g}': bootstrap_ratio(np.divide(1, r, out=np.zeros(len(r)), where=r > 0), unit='MRR@5')}); print(k, w, run.metric(f'{k} {w:g}'), flush=True)
+        WEIGHTS['hybrid'] = least; run.finish()
+        for ix in both.values(): ix.close()
+
 def right(text, answer): return bool(re.search(rf'(?<!\w){re.escape(answer)}(?!\w)', text, re.I))
 def declines(text): return bool(re.search(r"(not|n't) (know|sure)", text))
 
@@ -158,7 +172,7 @@ def citations(a):
 
 if __name__ == '__main__':
     ap = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    ap.add_argument('what', choices=['index', 'search', 'answer', 'citations']); ap.add_argument('--dir', default='runs/rag'); ap.add_argument('--factbook', default=Path(os.environ.get('SLM_DATA', 'data'))/'rag'/'factbook.jsonl')
+    ap.add_argument('what', choices=['index', 'search', 'weight', 'answer', 'citations']); ap.add_argument('--dir', default='runs/rag'); ap.add_argument('--factbook', default=Path(os.environ.get('SLM_DATA', 'data'))/'rag'/'factbook.jsonl')
     ap.add_argument('--model'); ap.add_argument('--n', type=int, default=200); ap.add_argument('--k', type=int, default=3); ap.add_argument('--threads', type=int); ap.add_argument('--name', default='answers')
-    a = ap.parse_args(); dict(index=index, search=search, answer=answer, citations=citations)[a.what](a)
+    a = ap.parse_args(); dict(index=index, search=search, weight=weight, answer=answer, citations=citations)[a.what](a)
     sys.exit(0)
