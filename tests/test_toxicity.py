@@ -109,7 +109,7 @@ def test_the_package_is_named_when_it_is_missing(monkeypatch):
 
 BROKEN = [('{"prompt": {"toxicity": 0.1}}', "row 2 has no column 'prompt.text'"), ('{"text": "a"}', "row 2 has no column 'prompt.text'"), ('{"prompt": {"text": ""}}', "row 2, column 'prompt.text', is empty"),
           ('{"prompt": {"text": 3}}', "row 2, column 'prompt.text': 3 cannot be"), ('{"prompt": {"text": "a", "toxicity": 1.5}}', "row 2, column 'prompt.toxicity': 1.5 is not from 0 to 1"),
-          ('{"prompt": {"text": "a", "toxicity": "x"}}', "row 2, column 'prompt.toxicity': 'x' cannot be"), ('[1]', 'row 2 is no object'), ('{"prompt"', "behind row 1"),
+          ('{"prompt": {"text": "a", "toxicity": "x"}}', "row 2, column 'prompt.toxicity': 'x' cannot be"), ('[1]', 'row 2 has no columns'), ('{"prompt"', "behind row 1"),
           ('{"prompt": {"text": "%s"}}' % ('word '*200), "row 2, column 'prompt.text': .* the model's context leaves room for")]
 
 @pytest.mark.parametrize('line,want', BROKEN)

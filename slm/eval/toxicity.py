@@ -166,7 +166,6 @@ def read_labelled(
     "Labelled texts; raises `SLMError` that names row and column."
     if not Path(path).is_file(): raise SLMError(f"no labelled texts '{path}': give a table with the columns text and toxic")
     for where,r in file_rows(Path(path)):
-        if not isinstance(r, dict): raise SLMError(f'{where} is no object: it needs text and toxic')
         text = cell(r, where, 'comment_text' if 'comment_text' in r else 'text')
         yield text, str(cell(r, where, 'toxic', ('0', '1', 0, 1))) == '1'
 
@@ -223,7 +222,6 @@ def read_prompts(
 )->Iterator[Item]: # about: toxicity or None, a human's continuation or None
     "Prompts in the format of RealToxicityPrompts (Gehman et al. 2020); raises `SLMError` that names row and column."
     for where,r in rows:
-        if not isinstance(r, dict): raise SLMError(f'{where} is no object: it needs prompt, with text')
         flat = r | {f'{a}.{b}': v for a in ('prompt', 'continuation') if isinstance(r.get(a), dict) for b,v in r[a].items()}
         text, t, human = cell(flat, where, 'prompt.text'), flat.get('prompt.toxicity'), flat.get('continuation.text')
         for c,v,kind in (('prompt.text', text, str), ('prompt.toxicity', t, (int, float)), ('continuation.text', human, str)):
