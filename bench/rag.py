@@ -103,13 +103,13 @@ def weight(a):
     "How much of the meaning, how much of the words? On 200 questions that no other record uses, and on other towns"
     import tempfile
     passages, facts = towns(1, 288); asked = dict(factbook=questions(a.factbook, 700)[500:], world=[(f.question, f.answer, f'town/{f.passage}') for f in random.Random(1).sample(facts, 200)])
-    run, least = record('weight', a, questions={k: len(v) for k,v in asked.items()}), WEIGHTS['hybrid']
+    run, was = record('weight', a, questions={k: len(v) for k,v in asked.items()}), WEIGHTS['hybrid']
     with tempfile.TemporaryDirectory() as tmp:
         ix = Index(Path(tmp)/'towns', writable=True); ix.upsert(Document(f'town/{i}', p) for i,p in enumerate(passages)); both = dict(factbook=Index(a.dir), world=ix)
         for w in (0., .1, .3, .5, .7, .8, .9, .95, 1.):
             WEIGHTS['hybrid'] = w
             for k,ix in both.items(): r = ranks(ix, asked[k], 'hybrid'); run.add_metrics(**{f'{k} {w:g}': bootstrap_ratio(np.divide(1, r, out=np.zeros(len(r)), where=r > 0), unit='MRR@5')}); print(k, w, run.metric(f'{k} {w:g}'), flush=True)
-        WEIGHTS['hybrid'] = least; run.finish()
+        WEIGHTS['hybrid'] = was; run.finish()
         for ix in both.values(): ix.close()
 
 def right(text, answer): return bool(re.search(rf'(?<!\w){re.escape(answer)}(?!\w)', text, re.I))

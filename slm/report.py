@@ -52,7 +52,7 @@ def lineage_rows(info:dict)->list[dict]: # name, stage, parent, data
     return res
 
 def change_rows(info:dict)->list[list[str]]:
-    "What each stage changed, the certain changes first."
+    "What each stage changed, the surest changes first."
     cs = sorted(info.get('changes', []), key=lambda c: (c['p_holm'], c['p'])); f = ('value', 'lo', 'hi', 'n', 'unit')
     row = lambda c: [info['questions'][c['question']]['says'], f"{c['before']} → {c['after']}", str(Metric(*(c[k] for k in f))),
                      f"{c['p']:.4f}", f"{c['p_holm']:.3f}", mark(c)]
@@ -116,7 +116,7 @@ def card_texts(info:dict)->list[tuple[str,str]]: # headline, paragraph
             ('Limits of this page', ' '.join([*limits, CHOSEN]))]
 
 # %% ../nbs/60_report.ipynb #81bff774
-LEGEND = ('Figures with 95 % intervals. ▲ ▼: the stage changed it, for certain in the light of the whole table; ·: that may be luck. '
+LEGEND = ('Figures with 95 % intervals. ▲ ▼: the stage changed it (significant at 5 %, all comparisons counted); ·: that may be luck. '
           'Chance is what knowing nothing gives, truth what knowing everything gives.')
 
 def render(

@@ -24,3 +24,14 @@ def _own_home(tmp_path_factory):
     yield
     if old is None: del os.environ['SLM_HOME']
     else: os.environ['SLM_HOME'] = old
+
+@pytest.fixture(scope='session')
+def random_model(tmp_path_factory):
+    "Makes a folder with random weights: enough wherever only the numbers' agreement counts"
+    def make(max_seq_len):
+        from slm.data.tokenizer import train_bpe
+        from slm.data.world import World
+        from slm.model.gpt import GPT, GPTConfig
+        path = tmp_path_factory.mktemp('model')/'m'; tok = train_bpe((s.text for s in World().stories(1, 300)), 700)
+        GPT(GPTConfig(vocab_size=tok.vocab_size, n_layer=2, d_model=64, n_head=2, n_kv_head=1, max_seq_len=max_seq_len)).save_pretrained(path, tok); return path
+    return make

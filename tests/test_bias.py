@@ -8,15 +8,10 @@ from slm.data.world import World
 from slm.eval.bias import BENCHES, bias_table, evaluate_bias, open_bench, tables
 from slm.eval.lm import loglikelihood
 from slm.eval.pairs import Item, file_rows, read_crows, score_items
-from slm.model.gpt import GPT, GPTConfig
 from slm.model.pretrained import load_model_and_tokenizer
-from slm.data.tokenizer import train_bpe
 
 @pytest.fixture(scope='module')
-def model(tmp_path_factory):
-    "A folder with random weights: enough wherever only the numbers' agreement counts"
-    path = tmp_path_factory.mktemp('model')/'m'; tok = train_bpe((s.text for s in World().stories(1, 300)), 700)
-    GPT(GPTConfig(vocab_size=tok.vocab_size, n_layer=2, d_model=64, n_head=2, n_kv_head=1, max_seq_len=128)).save_pretrained(path, tok); return path
+def model(random_model): return random_model(128)
 
 def pairs(n):
     "Sentences that differ in one or two words, some of them in the first"

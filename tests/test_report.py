@@ -19,7 +19,7 @@ def stage(path, tok, parent=None, name='pretrain', data='world:0.5', status='don
 @pytest.fixture(scope='module')
 def life(tmp_path_factory):
     root, tok = tmp_path_factory.mktemp('life'), train_bpe((s.text for s in World().stories(1, 300)), 700)
-    stage(root/'pretrain', tok); stage(root/'sft', tok, 'pretrain', 'sft', n_layer=2); stage(root/'half', tok, status='interrupted')
+    stage(root/'pretrain', tok); stage(root/'sft', tok, 'pretrain', 'sft', n_layer=2); stage(root/'half', tok, status='interrupted'); RunDir.create(root/'empty', 'demo').finish()
     ev = RunDir.create(root/'pretrain'/'bias_crows', 'bias', {}, parent='pretrain'); ev.info['chance'] = dict(all=.5); ev.add_metrics(all=Metric(.61, .5, .7, 100, 'of pairs')); ev.finish(); return root
 
 def slm(monkeypatch, *args):
@@ -56,11 +56,12 @@ def test_real_text_and_pairs(life, tmp_path, monkeypatch, capsys):
     (tmp_path/'text.txt').write_text('\n\n'.join(f'The old house number {i} stood in the street, and nobody knew who had built it.' for i in range(400)))
     r = report([life/'sft'], tmp_path/'page', 5, corpus=f"files:{tmp_path/'text.txt'}", pairs=[tmp_path/'p.jsonl'], bias=dict(crows=str(tmp_path/'crows.csv')))
     n = {k.split('/')[1]: m['n'] for k,m in r.info['metrics'].items()}; assert 0 < n.pop('bpb') <= 5 and n == dict(p=5, crows=4) and r.info['changes'] == []
+    with pytest.raises(SLMError, match='is not what .* was trained on'): report([life/'pretrain'], tmp_path/'other', 5, corpus=f"files:{tmp_path/'text.txt'}")
     assert slm(monkeypatch, 'report', life/'sft', '--crows', tmp_path/'none.csv', '--out', tmp_path/'x') == 2 and 'holds no' in capsys.readouterr().err
 
-@pytest.mark.parametrize('args,says', [(['nowhere'], 'nowhere'), (['half'], 'slm resume'), (['sft', 'sft'], 'two stages are called sft'), (['pretrain', '--toxicity', 'sft'], 'no text classifier'), (['pretrain', '--device', 'tpu'], 'tpu')])
+@pytest.mark.parametrize('args,says', [(['nowhere'], 'nowhere'), (['half'], 'slm resume'), (['sft', 'sft'], 'two stages are called sft'), (['empty'], 'holds no stage with weights'), (['pretrain', '--toxicity', 'sft'], 'no text classifier'), (['pretrain', '--device', 'tpu'], 'tpu')])
 def test_bad_input(life, tmp_path, monkeypatch, capsys, args, says):
-    paths = [life/a if a in ('nowhere', 'half', 'sft', 'pretrain') else a for a in args]
+    paths = [life/a if a in ('nowhere', 'half', 'empty', 'sft', 'pretrain') else a for a in args]
     assert slm(monkeypatch, 'report', *paths, '--n', 2, '--out', tmp_path/'x') == 2; err = capsys.readouterr().err
     last = err.splitlines()[-1]; assert last.startswith('slm: error: ') and says in last and 'Traceback' not in err        # transformers may say more before it
 

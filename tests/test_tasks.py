@@ -6,19 +6,14 @@ import numpy as np, pytest
 from hypothesis import given, strategies as st
 from slm.cli import main
 from slm.core import RunDir, SLMError
-from slm.data.tokenizer import train_bpe
 from slm.data.world import World, towns
 from slm.eval import tasks as T
 from slm.eval.bias import open_causal
 from slm.eval.tasks import TASKS, Automaton, arc_rows, evaluate_harness, evaluate_memory, evaluate_task, harness_model, memorised, quiz_rows, town_tasks, with_shots
-from slm.model.gpt import GPT, GPTConfig
 from slm.model.pretrained import load_model_and_tokenizer
 
 @pytest.fixture(scope='module')
-def model(tmp_path_factory):
-    "A folder with random weights: enough wherever only the numbers' agreement counts"
-    path = tmp_path_factory.mktemp('model')/'m'; tok = train_bpe((s.text for s in World().stories(1, 300)), 700)
-    GPT(GPTConfig(vocab_size=tok.vocab_size, n_layer=2, d_model=64, n_head=2, n_kv_head=1, max_seq_len=512)).save_pretrained(path, tok); return path
+def model(random_model): return random_model(512)
 
 def lines(path, rows): path.parent.mkdir(parents=True, exist_ok=True); path.write_text(''.join(json.dumps(r)+'\n' for r in rows)); return path
 

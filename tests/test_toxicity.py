@@ -142,7 +142,7 @@ def test_the_hub_is_named_when_it_cannot_be_reached(monkeypatch):
     with pytest.raises(SLMError, match="cannot fetch 'allenai/real-toxicity-prompts' .*no route.*--prompts"): open_prompts('hub')
 
 def test_rows_of_the_hub_are_read_like_those_of_a_file(monkeypatch):
-    monkeypatch.setattr('datasets.load_dataset', lambda repo, split, streaming: iter([dict(prompt=dict(text='a', toxicity=None), continuation=dict(text='b'))]))
+    monkeypatch.setattr('datasets.load_dataset', lambda repo, config, split, streaming: iter([dict(prompt=dict(text='a', toxicity=None), continuation=dict(text='b'))]))
     (it,) = open_prompts('hub'); assert it.options == ['a'] and it.about == (None, 'b') and it.where == "'allenai/real-toxicity-prompts' row 1"
 
 def call(monkeypatch, capsys, *args):

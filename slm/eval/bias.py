@@ -380,12 +380,13 @@ def hub_rows(
     repo:str, # OWNER/NAME
     config:str|None, # as the repository names it; None for the only one
     split:str,
+    instead:str='give a folder with --data', # what else can be done
 )->Iterator[tuple[str,dict]]: # where, row
     "Rows of a data set on the hub, one at a time; raises `SLMError` when it cannot be reached."
     from datasets import load_dataset
     try: found = load_dataset(repo, config, split=split, streaming=True)
     except Exception as e: # of many kinds, from several libraries
-        raise SLMError(f"cannot fetch '{repo}' ({' '.join(str(e).split())[:120]}): give a folder with --data") from None
+        raise SLMError(f"cannot fetch '{repo}' ({' '.join(str(e).split())[:120]}): {instead}") from None
     return ((f"'{repo}' row {i}", r) for i,r in enumerate(found, 1))
 
 def open_bench(

@@ -23,8 +23,8 @@ from ..model.gpt import GPT
 from ..model.generate import generate
 from ..model.pretrained import load_model_and_tokenizer
 from ..train.sft import answer, verdicts
-from .lm import choose, doc_nats, read_pairs, loglikelihood
-from .bias import BENCHES, Introductions, open_bench, read_world, score_items
+from .lm import choose, doc_nats, read_pairs, run_corpus
+from .bias import BENCHES, Introductions, Item, open_bench, read_world, score_items
 from .toxicity import THRESHOLD
 from .life import LIFE_SEED
 
@@ -111,16 +111,16 @@ def text_questions(
     "What can be asked about real text; raises `SLMError` for files that cannot be read."
     res, rows = {}, {Path(p).stem: read_pairs(p) for p in pairs}
     def price(model, tok): return doc_nats(model, tok, docs)/math.log(2), np.array([len(d.encode()) for d in docs])
-    def good(rows, model, tok):
-        ll = np.array(loglikelihood(model, tok, [('', r[k]) for r in rows for k in ('sentence_good', 'sentence_bad')])).reshape(-1, 2)
-        return ones(ll[:, 0] > ll[:, 1])
-    def stereotype(items, model, tok): return ones([logp[0] > logp[1] for _,logp,_ in score_items(model, tok, items)])
+    def first(items, model, tok): return ones([logp[0] > logp[1] for _,logp,_ in score_items(model, tok, items)])
     if docs: res['bpb'] = Question('quality', 'price of held-out text', 'bits/byte', 'lower', price)
-    for k,v in rows.items(): res[k] = Question('quality', f'{k}: the good sentence is likelier', 'of pairs', 'higher', partial(good, v), .5)
+    columns = ['sentence_good', 'sentence_bad']
+    for k,v in rows.items():
+        items = [Item(f'{k} row {i}', k, [r[c] for c in columns], columns) for i,r in enumerate(v, 1)]
+        res[k] = Question('quality', f'{k}: the good sentence is likelier', 'of pairs', 'higher', partial(first, items), .5)
     for k,data in bias.items():
         if k not in ('crows', 'winobias'): raise SLMError(f"'{k}' has no pairs to compare: use crows or winobias")
         items = list(BENCHES[k].read(open_bench(k, data)))
-        res[k] = Question('bias', f'{k}: the stereotype is likelier', 'of pairs', '', partial(stereotype, items), .5)
+        res[k] = Question('bias', f'{k}: the stereotype is likelier', 'of pairs', '', partial(first, items), .5)
     return res
 
 # %% ../../nbs/38_eval.ledger.ipynb #7cb84231
@@ -153,7 +153,9 @@ def open_stages(
             raise SLMError(f"'{p}' does not exist: `slm runs` lists what there is")
         info = RunDir.open(p).info if (p/'run.json').exists() else {}
         if info.get('stage') == 'demo':
-            stages += [Stage(q.name, q, RunDir.open(q).info) for q in (w.parent for w in sorted(p.glob('*/model.safetensors')))]; continue
+            inside = [w.parent for w in sorted(p.glob('*/model.safetensors'))]
+            if not inside: raise SLMError(f"'{p}' holds no stage with weights: give the folder that `slm demo` made")
+            stages += [Stage(q.name, q, RunDir.open(q).info) for q in inside]; continue
         if info and info['status'] != 'done': raise SLMError(f"'{p}' is not finished ({info['status']}): `slm resume {p}`, or leave it out")
         stages.append(Stage(p.stem if p.is_file() else p.name, p, info))
     names = [s.name for s in stages]
@@ -253,7 +255,7 @@ def keep_ledger(
 
 # %% ../../nbs/38_eval.ledger.ipynb #5291b9db
 def mark(c:dict)->str: # of `changes`
-    "▲ or ▼ for a change that is certain at the level of 5 % for the whole table, · for one that may be luck."
+    "▲ or ▼ for a change that is significant at the level of 5 % for the whole table, · for one that may be luck."
     return '·' if c['p_holm'] >= .05 else '▲' if c['value'] > 0 else '▼'
 
 def ledger_table(
@@ -309,11 +311,12 @@ def life_questions(
     classifier=None, # of toxicity
 )->dict[str,Question]:
     "The questions that fit a life: the world's for those who were born there, held-out text for others."
-    born = next((s.info['config'] for s in stages if s.info.get('stage') == 'pretrain'), {}); spec = corpus or born.get('corpus')
+    born = next((RunDir.open(s.path) for s in stages if s.info.get('stage') == 'pretrain'), None)
+    spec = corpus or (born and born.info['config'].get('corpus'))
     if spec and spec.split(':')[0] == 'world': qs = world_questions(float(spec.partition(':')[2] or 0), n) | text_questions([], pairs, bias)
     else:
-        docs = [] if not spec else [d for d,_ in zip(build_corpus(spec, max_bytes=born.get('max_bytes')).docs('valid'), range(n))]
-        qs = text_questions(docs, pairs, bias)
+        text = run_corpus(born, corpus) if born else build_corpus(spec) if spec else None
+        qs = text_questions([d for d,_ in zip(text.docs('valid'), range(n))] if text else [], pairs, bias)
     if classifier: qs['toxic'] = toxicity_question(classifier, n)
     if not qs: raise SLMError('nothing to ask: name a text with --corpus, or pairs with --pairs')
     return qs

@@ -63,6 +63,7 @@ def score_trees(
     at,y = torch.from_numpy(at).to(dev),torch.from_numpy(y).to(dev)
     return owner, (z[at, y]-z.logsumexp(-1)[at]).cpu().double().numpy(), (z.argmax(-1)[at] != y).cpu().numpy()
 
+# %% ../../nbs/31_eval.pairs.ipynb #cea42f29
 def score_greedy(
     model:GPT,
     rows:list[tuple[list[int],list[int]]], # (given, to be predicted) token ids; together at most max_seq_len + 1
@@ -110,6 +111,7 @@ def parts(
         if part and (end or len(part) == n): yield part; part = []
     if isinstance(end, SLMError): raise end
 
+# %% ../../nbs/31_eval.pairs.ipynb #3fca99c5
 def score_items(
     model:GPT, tok:Tokenizer,
     items:Iterable[Item],

@@ -251,6 +251,7 @@ def score_pairs(
         rows, t = [harness_pair(tok, *p) for p in part], model.cfg.max_seq_len
         for nats,greedy in score_greedy(model, [(a[-max(1, t+1-len(b)):], b) for a,b in rows]): yield float(nats), bool(greedy)
 
+# %% ../../nbs/35_eval.tasks.ipynb #c9cb5bc3
 def score_text(
     model:GPT, tok:Tokenizer,
     text:str, # of any length

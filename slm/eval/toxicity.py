@@ -21,7 +21,8 @@ from ..data.world import wilson
 from ..model.gpt import GPT
 from ..model.generate import DecodeBatch, Sampler, SamplingParams, TextStream, _prompt_ids
 from .lm import encode_pair
-from .bias import Introductions, Item, cell, file_rows, interval, open_causal, parts, score_rows
+from .bias import (Introductions, Item, beside, cell, file_rows, hub_rows, interval, open_causal, parts, score_rows,
+                           watch)
 
 # %% ../../nbs/33_eval.toxicity.ipynb #156549ec
 THRESHOLD = .5
@@ -237,11 +238,7 @@ def open_prompts(
     "Prompts to be continued; 'none' gives empty ones for ever; raises `SLMError` for what is not there."
     if str(prompts) == 'none': return (Item(f'sample {i}', '', [''], ['start'], about=(None, None)) for i in itertools.count(1))
     if str(prompts) == 'hub':
-        from datasets import load_dataset
-        try: rows = load_dataset(HUB, split='train', streaming=True)
-        except Exception as e: # of many kinds, from several libraries
-            raise SLMError(f"cannot fetch '{HUB}' ({' '.join(str(e).split())[:120]}): give a file with --prompts") from None
-        return read_prompts((f"'{HUB}' row {i}", r) for i,r in enumerate(rows, 1))
+        return read_prompts(hub_rows(HUB, None, 'train', 'give a file with --prompts'))
     if not Path(prompts).is_file(): raise SLMError(f"no prompts '{prompts}': give a .jsonl file, hub, or none, with --prompts")
     return read_prompts(file_rows(Path(prompts)))
 
@@ -323,23 +320,21 @@ def evaluate_toxicity(
     items, clf = open_prompts(prompts), open_toxicity(classifier, label, device)
     ys = list(read_labelled(labelled)) if labelled else []; model,tok,_ = open_causal(path, device)
     asked = dict(prompts=portable(str(prompts)), k=k, tokens=tokens, n=n, top_p=top_p, threshold=THRESHOLD, label=label)
-    home = Path(path) if (Path(path)/'run.json').exists() else Path('runs')
     by = dict(classifier=f'{clf.name} ({clf.version})')
-    run = RunDir.create(out or home/'toxicity', 'toxicity', asked, seed, by, Path(path).name, exist_ok=True)
+    run = RunDir.create(out or beside(path, 'toxicity'), 'toxicity', asked, seed, by, Path(path).name, exist_ok=True)
     if ys: run.add_metrics(**{f'classifier_{a}': m for a,m in judge_classifier([y for _,y in ys], clf.scores([x for x,_ in ys])).items()})
-    seen = []
-    def keep(): run.add_metrics(**(growing(np.concatenate([r['scores'] for r in seen])[:n]) if none else prompt_figures(seen)))
-    flow = itertools.islice(items, -(-n//k) if none else n)
-    try:
+    def kept(flow): # all of it goes to the file, and what the figures need to memory
         with open(run/'samples.jsonl', 'w', encoding='utf-8') as f:
-            for r in progress(observe_toxicity(model, tok, flow, clf, k, tokens, top_p, seed), desc='toxicity'):
-                seen.append({a: v for a,v in r.items() if a != 'texts'}); print(json.dumps(r, ensure_ascii=False, default=float), file=f)
-    except (SLMError, KeyboardInterrupt) as e:
-        run.info['partial'] = str(e) or 'interrupted'
-        if seen: keep()
-        run.finish('interrupted' if isinstance(e, KeyboardInterrupt) else 'failed'); raise
-    keep(); run.finish(); return run
+            for r in flow:
+                print(json.dumps(r, ensure_ascii=False, default=float), file=f)
+                yield 'rows', {a: v for a,v in r.items() if a != 'texts'}
+    def figures(got):
+        rows = got['rows']
+        return growing(np.concatenate([r['scores'] for r in rows])[:n]) if none else prompt_figures(rows), {}
+    flow = itertools.islice(items, -(-n//k) if none else n)
+    return watch(run, kept(observe_toxicity(model, tok, flow, clf, k, tokens, top_p, seed)), figures)
 
+# %% ../../nbs/33_eval.toxicity.ipynb #c75e78ac
 def toxicity_table(run:RunDir)->str:
     "The figures of a run of `evaluate_toxicity`, with the judge's name."
     lines = ([f'partial: {why}'] if (why := run.info.get('partial')) else [])+[f"judge: {run.info['data']['classifier']}"]
