@@ -218,7 +218,7 @@ def test_a_folder_is_opened_by_either_engine(tmp_path, monkeypatch):
     t = [answer_all(e, [Request(p, 8, temperature=0)])[0][0] for e in (own, made)]
     own.close(); made.close()
     assert (own.name, made.name) == ('torch', 'gguf') and len(list((tmp_path/'home'/'gguf').glob('*/*.gguf'))) == 1
-    assert t[0][:3] == t[1][:3]
+    assert t[0][:3] == t[1][:3] and own.compiled == can_compile()                # however many were compiled before
 
 @pytest.mark.parametrize('model,engine,part', [('none.gguf', 'gguf', 'none.gguf'), ('nowhere/at-all', 'torch', 'nowhere/at-all'), ('x', 'vllm', 'auto, gguf or torch')])
 def test_what_cannot_be_opened(model, engine, part):
