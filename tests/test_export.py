@@ -53,6 +53,37 @@ def test_every_kind_opens_and_its_tensors_are_near(tmp_path, kind):
     assert check_weights(m, tmp_path/'m.gguf', kind).passed
     assert ('F16' in kinds) == (kind[0] == 'q' or kind == 'f16') and len(LlamaCpp(tmp_path/'m.gguf').nats([0, 5, 9], 400)) == 2
 
+REFERENCE = '''import ctypes as C, sys
+from pathlib import Path
+lib, source, target, ftype = Path(sys.argv[1]), *sys.argv[2:]
+class Params(C.Structure):
+    _fields_ = [(n, C.c_int) for n in ('nthread', 'ftype', 'output', 'embedding')]+[('switches', C.c_bool*8), ('pointers', C.c_void_p*8)]
+ggml = C.CDLL(str(next(lib.parent.glob('libggml.*so*'))), C.RTLD_GLOBAL)
+ggml.ggml_backend_load_all_from_path(str(lib.parent).encode())
+llama = C.CDLL(str(lib)); llama.llama_model_quantize_default_params.restype = Params
+p = llama.llama_model_quantize_default_params(); p.ftype, p.nthread = int(ftype), 1
+llama.llama_model_quantize.argtypes = [C.c_char_p, C.c_char_p, C.POINTER(Params)]
+sys.exit(llama.llama_model_quantize(source.encode(), target.encode(), C.byref(p)))
+'''
+
+@pytest.mark.slow
+@pytest.mark.parametrize('kind', ['q8_0', 'q6_k', 'q5_k_m', 'q4_k_m'])
+@pytest.mark.parametrize('over', [dict(d_model=512, d_ff=768, n_layer=17), dict(d_model=576, d_ff=768, n_layer=9, tied=False)], ids=['tied', 'untied'])
+def test_llama_cpp_s_own_quantiser_writes_the_same_bytes(tmp_path, over, kind):
+    "The recipe of the mixtures, what takes the place of a K-quant, and each block"
+    if not (lib := os.environ.get('SLM_LIBLLAMA')): pytest.skip('needs SLM_LIBLLAMA=/path/to/libllama.so of a llama.cpp, such as that in npm\'s @node-llama-cpp/linux-x64')
+    m = shaken(**over); kinds = export_gguf(m, TOK, tmp_path/'ours.gguf', kind); export_gguf(m, TOK, tmp_path/'f32.gguf', 'f32')
+    subprocess.run([sys.executable, '-c', REFERENCE, lib, tmp_path/'f32.gguf', tmp_path/'theirs.gguf', str(E._FILE_TYPES[kind])], check=True, capture_output=True)
+    ours, theirs = ({t.name: t for t in GGUFReader(tmp_path/f'{n}.gguf').tensors} for n in ('ours', 'theirs'))
+    assert {n: t.tensor_type.name for n,t in ours.items()} == {n: t.tensor_type.name for n,t in theirs.items()} and len(kinds) > 1
+    assert [n for n,t in ours.items() if not np.array_equal(t.data, theirs[n].data)] == []
+
+def test_no_k_quant_without_ggml(tmp_path, monkeypatch):
+    E._ggml_quantizer.cache_clear(); monkeypatch.setitem(sys.modules, 'xllamacpp', None)
+    says(lambda: export_gguf(shaken(d_model=256), TOK, tmp_path/'m.gguf', 'q4_k_m'), '.[serve]', 'q4_0'); assert not list(tmp_path.iterdir())
+    export_gguf(shaken(), TOK, tmp_path/'m.gguf', 'q4_k_m')                      # too narrow for it: plain formats
+    monkeypatch.undo(); E._ggml_quantizer.cache_clear(); assert 'Q4_K' in export_gguf(shaken(d_model=256), TOK, tmp_path/'k.gguf', 'q4_k_m')
+
 def test_metadata_of_the_file(tmp_path):
     export_gguf(shaken(vocab_size=410), TOK, tmp_path/'m.gguf', 'f16', 'mine')
     f = {k: v.contents() for k,v in GGUFReader(tmp_path/'m.gguf').fields.items()}
@@ -131,12 +162,12 @@ def test_a_judge_that_is_missing_is_named(tmp_path, run, monkeypatch):
 
 def test_bad_input_is_one_line(tmp_path, run):
     (tmp_path/'a').mkdir(); (tmp_path/'a'/'adapter_config.json').touch(); out = tmp_path/'out'
-    for kinds,parts in ((('q4_k_m',), ["'q4_k_m'", 'q4_0']), ((), ['nothing to export'])): says(lambda: export(run, out, kinds), *parts)
+    for kinds,parts in ((('iq2_s',), ["'iq2_s'", 'q4_0']), ((), ['nothing to export'])): says(lambda: export(run, out, kinds), *parts)
     says(lambda: export(tmp_path/'a', out), 'slm merge'); says(lambda: export(run, tmp_path/'a'), 'something else')
     says(lambda: export(run, out, text=tmp_path/'none.txt'), 'none.txt'); says(lambda: export(run, out, push='name'), 'OWNER/NAME')
 
 def test_pushing_without_hub_or_login_is_one_line(tmp_path, monkeypatch):
-    import huggingface_hub as hub
+    import huggingface_hub as hub, huggingface_hub.constants
     for v in ('HF_TOKEN', 'HUGGING_FACE_HUB_TOKEN'): monkeypatch.delenv(v, raising=False)
     monkeypatch.setattr(hub.constants, 'HF_TOKEN_PATH', str(tmp_path/'none')); says(lambda: push_ready('me/model'), 'hf auth login')
     monkeypatch.setenv('HF_TOKEN', 'hf_x'); (tmp_path/'f').mkdir(); (tmp_path/'f'/'README.md').touch()
