@@ -1,5 +1,5 @@
 "The export gate: what is written opens elsewhere, what is broken is refused, nothing is left half-written."
-import json, math, os, shutil, struct, subprocess, sys
+import json, math, os, re, shutil, struct, subprocess, sys
 from dataclasses import replace
 import numpy as np, pytest, tokenizers, torch
 from gguf import GGUFReader
@@ -174,3 +174,30 @@ def test_pushing_without_hub_or_login_is_one_line(tmp_path, monkeypatch):
     code = "import sys; from slm.serve.export import *; from slm.core import SLMError\ntry: push_folder(sys.argv[1], 'me/model')\nexcept SLMError as e: print(e)"
     r = subprocess.run([sys.executable, '-c', code, str(tmp_path/'f')], capture_output=True, text=True, env=dict(os.environ, HF_ENDPOINT='http://127.0.0.1:9'))
     assert 'is complete, but could not be pushed' in r.stdout and r.stdout.count('\n') == 1 and (tmp_path/'f'/'README.md').exists(), r.stdout+r.stderr
+
+GO = '''package main
+import ("encoding/json"; "os"; "text/template")
+type Message struct { Role, Content string }
+func main() {
+    var in struct { Template string; Chats [][]Message }
+    if err := json.NewDecoder(os.Stdin).Decode(&in); err != nil { panic(err) }
+    t := template.Must(template.New("").Parse(in.Template))
+    for _, c := range in.Chats {
+        if err := t.Execute(os.Stdout, map[string]any{"Messages": c}); err != nil { panic(err) }
+        os.Stdout.Write([]byte{0})
+    }
+}
+'''
+HELPFUL = """{% if messages[0]['role'] != 'system' %}<|system|>Help "them".<|end|>\n{% endif %}{% for m in messages %}<|{{ m['role'] }}|>{{ m['content'] }}<|end|>
+{% endfor %}{% if add_generation_prompt %}<|assistant|>{% endif %}"""
+
+@pytest.mark.slow
+@pytest.mark.parametrize('template', [TOK.chat_template, HELPFUL], ids=['ours', 'with a default system message'])
+def test_go_reads_the_modelfile_s_template_as_meant(tmp_path, template):
+    "Ollama's templates are those of Go's text/template"
+    if not shutil.which('go'): pytest.skip('needs Go')
+    tok = Tokenizer(TOK.tok, template); text = modelfile(tok, 'm.gguf', 128); (tmp_path/'main.go').write_text(GO)
+    chats = [[dict(role=r, content=c) for r,c in chat] for chat in E.CHATS]
+    said = dict(template=re.search('TEMPLATE """(.*?)"""', text, re.S)[1], chats=chats)
+    out = subprocess.run(['go', 'run', 'main.go'], input=json.dumps(said), cwd=tmp_path, capture_output=True, text=True, check=True, env=os.environ | dict(GOFLAGS='-mod=mod', GO111MODULE='off', GOCACHE=str(tmp_path/'go')))
+    assert out.stdout.split('\0')[:-1] == [tok.render_chat(c, True) for c in chats]

@@ -7,7 +7,7 @@ __all__ = ['Request', 'TokenLogprob', 'Piece', 'Engine', 'pieces', 'answer_all',
            'gguf_of', 'open_engine']
 
 # %% ../../nbs/41_serve.engine.ipynb #667d4514
-import functools, hashlib, json, os, queue, secrets, subprocess, sys, threading
+import ctypes, functools, hashlib, json, os, queue, secrets, subprocess, sys, threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
@@ -131,6 +131,12 @@ def _gguf_facts(path):
     trained = next((int(f.contents()) for k,f in fields.items() if k.endswith('.context_length')), 2048)
     return trained, (kind := fields.get('general.file_type')) is not None and kind.contents() == 0
 
+# %% ../../nbs/41_serve.engine.ipynb #62cd94ad
+def _few_heaps():
+    "Let glibc keep two heaps only, and give large blocks back to the system"
+    mallopt = getattr(ctypes.CDLL(None), 'mallopt', None) if sys.platform == 'linux' and 'torch' not in sys.modules else None
+    for what,value in ((-8, 2), (-3, 1<<17), (-1, 1<<17)): mallopt and mallopt(what, value) # M_ARENA_MAX, M_MMAP_THRESHOLD, M_TRIM_THRESHOLD
+
 # %% ../../nbs/41_serve.engine.ipynb #0ae7a53c
 class GGUFEngine:
     "llama.cpp in this process, on a .gguf file; PyTorch is not needed."
@@ -143,6 +149,7 @@ class GGUFEngine:
     ):
         try: import xllamacpp
         except ImportError: raise SLMError("the gguf engine needs xllamacpp: pip install -e '.[serve]', or take --engine torch") from None
+        _few_heaps()
         self.tok, self.model, self.slots = Tokenizer.from_gguf(path), Path(path).stem, slots
         trained, exact = _gguf_facts(path)
         self.max_seq_len = min(context or 2048, trained)
