@@ -504,7 +504,8 @@ def open_any(run:str, device:str):
 def export(
     run:Model,
     out:Annotated[Path, typer.Option(help='Folder to make; an earlier export there is replaced.')]=Path('runs/export'),
-    to:Annotated[str, typer.Option(help='Some of hf, f32, f16, bf16, q8_0, q6_k, q5_k_m, q5_1, q5_0, q4_k_m, q4_1, q4_0, with commas.')]='hf,q8_0',
+    to:Annotated[str, typer.Option(help='Some of hf, f32, f16, bf16, q8_0, q6_k, q5_k_m, q5_1, q5_0, q4_k_m, '
+                                        'q4_1, q4_0, with commas.')]='hf,q8_0',
     text:Annotated[Optional[Path], typer.Option(help='Held-out text to measure the perplexity on.')]=None,
     push:Annotated[Optional[str], typer.Option(help='OWNER/NAME: upload to the Hugging Face hub when all is well.')]=None,
     json_:Json=False):

@@ -134,8 +134,9 @@ def _gguf_facts(path):
 # %% ../../nbs/41_serve.engine.ipynb #62cd94ad
 def _few_heaps():
     "Let glibc keep two heaps only, and give large blocks back to the system"
-    mallopt = getattr(ctypes.CDLL(None), 'mallopt', None) if sys.platform == 'linux' and 'torch' not in sys.modules else None
-    for what,value in ((-8, 2), (-3, 1<<17), (-1, 1<<17)): mallopt and mallopt(what, value) # M_ARENA_MAX, M_MMAP_THRESHOLD, M_TRIM_THRESHOLD
+    if sys.platform != 'linux' or 'torch' in sys.modules or not hasattr(libc := ctypes.CDLL(None), 'mallopt'): return
+    for what,value in ((-8, 2), (-3, 1<<17), (-1, 1<<17)):                       # M_ARENA_MAX, M_MMAP_THRESHOLD, M_TRIM_THRESHOLD
+        libc.mallopt(what, value)
 
 # %% ../../nbs/41_serve.engine.ipynb #0ae7a53c
 class GGUFEngine:
@@ -243,6 +244,7 @@ def _work(self:GGUFEngine, r, wish, emit, gone):
     if not last.finish_reason: emit(replace(last, text='', logprobs=[], finish_reason='cancelled' if gone.is_set() else 'error',
                                             error=None if gone.is_set() else 'llama.cpp ended without a reason'))
 
+# %% ../../nbs/41_serve.engine.ipynb #443dc4c9
 @patch
 def close(self:GGUFEngine):
     "Cancel what runs and give the memory back; closing twice is fine."

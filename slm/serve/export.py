@@ -97,7 +97,8 @@ def _ggml_quantizer():
         import xllamacpp
         f = ctypes.CDLL(sys.modules[xllamacpp.Server.__module__].__file__).ggml_quantize_chunk
     except (ImportError, OSError, AttributeError, KeyError):
-        raise SLMError("K-quants are written by ggml, which comes with xllamacpp: pip install -e '.[serve]', or take q8_0, q5_1 or q4_0") from None
+        raise SLMError("K-quants are written by ggml, which comes with xllamacpp: pip install -e '.[serve]', "
+                       'or take q8_0, q5_1 or q4_0') from None
     f.restype, f.argtypes = ctypes.c_size_t, [ctypes.c_int, *[ctypes.c_void_p]*2, *[ctypes.c_int64]*3, ctypes.c_void_p]
     return f
 
@@ -116,7 +117,8 @@ def blocks(
 KINDS = dict(f32=Q.F32, f16=Q.F16, bf16=Q.BF16, q8_0=Q.Q8_0, q6_k=Q.Q6_K, q5_k_m=Q.Q5_K, q5_1=Q.Q5_1, q5_0=Q.Q5_0,
              q4_k_m=Q.Q4_K, q4_1=Q.Q4_1, q4_0=Q.Q4_0) # kinds of file, and the format of most of their matrices
 
-_FILE_TYPES = dict(f32=0, f16=1, bf16=32, q8_0=7, q6_k=18, q5_k_m=17, q5_1=9, q5_0=8, q4_k_m=15, q4_1=3, q4_0=2) # llama.cpp's numbers, shown to users only
+_FILE_TYPES = dict(f32=0, f16=1, bf16=32, q8_0=7, q6_k=18, q5_k_m=17, q5_1=9, q5_0=8,
+                   q4_k_m=15, q4_1=3, q4_0=2) # llama.cpp's numbers for them, shown to users only
 
 NARROW = 512 # summands below which a head of 8 bits costs too much
 
@@ -450,7 +452,8 @@ def check_hf(
     return res + [_check(names[2], max(diff), LOGITS['hf'], sum(map(len, docs)), 'nats, greatest')]
 
 # %% ../../nbs/40_serve.export.ipynb #8d8673cb
-WEIGHTS = dict(f32=0., f16=1e-3, bf16=5e-3, q8_0=.01, q6_k=.04, q5_k_m=.08, q5_1=.08, q5_0=.08, q4_k_m=.16, q4_1=.16, q4_0=.16) # relative error of a tensor
+WEIGHTS = dict(f32=0., f16=1e-3, bf16=5e-3, q8_0=.01, q6_k=.04, q5_k_m=.08, q5_1=.08, q5_0=.08,
+               q4_k_m=.16, q4_1=.16, q4_0=.16) # relative error of a tensor
 PERPLEXITY = dict.fromkeys(('f32', 'f16', 'bf16', 'q8_0'), .1) # per cent
 
 @torch.no_grad()
