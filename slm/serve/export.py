@@ -13,6 +13,7 @@ __all__ = ['KINDS', 'NARROW', 'PLAIN', 'ROLES', 'CHATS', 'LOGITS', 'WEIGHTS', 'P
 import ctypes, functools, json, math, os, random, re, sys, time, urllib.error, urllib.request
 from dataclasses import asdict, dataclass
 from importlib.util import find_spec
+from itertools import islice
 from pathlib import Path
 import numpy as np, tokenizers, torch
 from fastcore.basics import patch
@@ -351,10 +352,10 @@ def nasty_texts(
     "Texts that tokenizers disagree about, without those that the vocabulary has no bytes for."
     rng = random.Random(seed); word = lambda: ''.join(map(chr, rng.choices(rng.choice(_POOLS), k=rng.randint(1, 6))))
     special = [s for name in tok.special_ids for s in (name, f'a{name} b', name[:-1])]
-    texts = _HAND + special + [''.join(word() for _ in range(rng.randint(1, 6))) for _ in range(n)]
-    if not tok.byte_level: return texts
-    lost = set(range(256)) - {b[0] for b in tok.id_bytes if len(b) == 1}         # bytes without a token
-    return [t for t in texts if lost.isdisjoint(t.encode())]
+    lost = set(range(256)) - {b[0] for b in tok.id_bytes if len(b) == 1} if tok.byte_level else set() # bytes without a token
+    fine = lambda t: lost.isdisjoint(t.encode())
+    drawn = (''.join(word() for _ in range(rng.randint(1, 6))) for _ in range(10*n))
+    return [*filter(fine, _HAND + special), *islice(filter(fine, drawn), n)]
 
 # %% ../../nbs/40_serve.export.ipynb #2ac2a837
 @patch
