@@ -99,17 +99,6 @@ class PreferenceStore:
                 for p in (f'user_version={SCHEMA_VERSION}', f'application_id={APPLICATION_ID}'): self.db.execute(f'PRAGMA {p}')
         self.seed = self.db.execute("SELECT value FROM meta WHERE key='seed'").fetchone()[0]
 
-    def _check_ours(self):
-        "Raise `SLMError`, before anything is written, when the file is another program's database"
-        app, version = [self.db.execute(f'PRAGMA {p}').fetchone()[0] for p in ('application_id', 'user_version')]
-        there = {(r['type'], r['name']) for r in self.db.execute('SELECT type, name FROM sqlite_master WHERE sql IS NOT NULL')}
-        ours = {(t.split()[1].lower(), re.split(r'[ (]', t)[2]) for t in TABLES}
-        if not (there or version or app): return
-        if app not in (0, APPLICATION_ID) or (version <= SCHEMA_VERSION and there != ours):
-            self.db.close(); raise SLMError(f"'{self.path}' is a database of something else: give the store another name")
-        if version > SCHEMA_VERSION:
-            self.db.close(); raise SLMError(f"'{self.path}' is of a newer version ({version}, here {SCHEMA_VERSION}): update slm")
-
     @contextlib.contextmanager
     def _errors(self):
         try: yield
@@ -126,6 +115,19 @@ class PreferenceStore:
                 raise
 
     def close(self): self.db.close()
+
+# %% ../../nbs/24_train.annotate.ipynb #b71e02b1
+@patch
+def _check_ours(self:PreferenceStore):
+    "Raise `SLMError`, before anything is written, when the file is another program's database"
+    app, version = [self.db.execute(f'PRAGMA {p}').fetchone()[0] for p in ('application_id', 'user_version')]
+    there = {(r['type'], r['name']) for r in self.db.execute('SELECT type, name FROM sqlite_master WHERE sql IS NOT NULL')}
+    ours = {(t.split()[1].lower(), re.split(r'[ (]', t)[2]) for t in TABLES}
+    if not (there or version or app): return
+    if app not in (0, APPLICATION_ID) or (version <= SCHEMA_VERSION and there != ours):
+        self.db.close(); raise SLMError(f"'{self.path}' is a database of something else: give the store another name")
+    if version > SCHEMA_VERSION:
+        self.db.close(); raise SLMError(f"'{self.path}' is of a newer version ({version}, here {SCHEMA_VERSION}): update slm")
 
 # %% ../../nbs/24_train.annotate.ipynb #5ebad9fe
 @patch
