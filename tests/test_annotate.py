@@ -126,8 +126,8 @@ def fixture_store(tmp_path):
 
 def test_a_real_export_of_label_studio(tmp_path):
     s = fixture_store(tmp_path)
-    assert import_judgements(s, DATA/'label-studio.json', 'label-studio') == dict(new=6, known=0, cancelled=1, unclear=2)
-    assert import_judgements(s, DATA/'label-studio.json', 'label-studio') == dict(new=0, known=6, cancelled=1, unclear=2)
+    assert import_judgements(s, DATA/'label-studio.json', 'label-studio') == dict(new=6, known=0, unclear=2, cancelled=1, foreign=0)
+    assert import_judgements(s, DATA/'label-studio.json', 'label-studio') == dict(new=0, known=6, unclear=2, cancelled=1, foreign=0)
     tasks = {t['data']['slm_item']: t for t in json.loads((DATA/'label-studio.json').read_text())}; by = {i.id: i.source for i in s.items()}
     for j in s.judgements(): assert j['shown'] == tasks[by[j['item']]]['data']['slm_order'] == s.order(s.item(j['item']), 'label-studio')
     assert len(s.annotators()) == 2 and sum(j['choice'] == 'tie' for j in s.judgements()) == 1 and len(s.pairs()) == 5
@@ -135,7 +135,7 @@ def test_a_real_export_of_label_studio(tmp_path):
 
 def test_a_real_export_of_doccano(tmp_path):
     s = fixture_store(tmp_path)
-    assert import_judgements(s, DATA/'doccano.zip', 'doccano') == dict(new=8, known=0, cancelled=0, unclear=0)
+    assert import_judgements(s, DATA/'doccano.zip', 'doccano') == dict(new=8, known=0, unclear=0, cancelled=0, foreign=0)
     assert s.annotators() == ['doccano:ann', 'doccano:ben'] and [j['comment'] for j in s.judgements() if j['comment']] == ['hard to say']
     with zipfile.ZipFile(DATA/'doccano.zip') as z: z.extract('ben.jsonl', tmp_path) # one member's file, under a better name
     t = PreferenceStore(tmp_path/'t.db', seed=3); t.add_items([dict(prompt=i.prompt, responses=[r.text for r in i.responses], source=i.source) for i in s.items()])
@@ -156,8 +156,8 @@ def damaged():
     def but(f): t = json.loads(json.dumps(real)); f(t[n]); return json.dumps(t)
     first = lambda t: next(a for a in t['annotations'] if a['result'])
     return [(json.dumps(real)[:-40], 'not valid JSON'), ('{"a": 1}', 'must be a list of tasks'), (but(lambda t: t.pop('annotations')), f'task {n+1} has no annotations'), (but(lambda t: t.pop('data')), f'task {n+1} has no data'),
-            (but(lambda t: t['data'].update(slm_item=['x'])), f'task {n+1}: item'), (but(lambda t: t['data'].update(slm_order='01')), f'task {n+1}: slm_order'), (but(lambda t: first(t).pop('completed_by')), f'task {n+1}: an annotation is damaged'),
-            (but(lambda t: first(t).update(result=None)), f'task {n+1}: an annotation is damaged'), (but(lambda t: first(t).update(lead_time=-1)), f'task {n+1}: an annotation is damaged'), (but(lambda t: first(t).update(lead_time='long')), f'task {n+1}: an annotation is damaged'), (but(lambda t: t.update(annotations=['x'])), f'task {n+1}: an annotation is damaged')]
+            (but(lambda t: t['data'].update(slm_item=['x'])), f'task {n+1}: item'), (but(lambda t: t['data'].update(slm_order='01')), f'task {n+1}: slm_order'), (but(lambda t: first(t).update(completed_by=[])), f'task {n+1}: an annotation is damaged'),
+            (but(lambda t: first(t).update(result='left')), f'task {n+1}: an annotation is damaged'), (but(lambda t: first(t).update(lead_time=-1)), f'task {n+1}: an annotation is damaged'), (but(lambda t: first(t).update(lead_time='long')), f'task {n+1}: an annotation is damaged'), (but(lambda t: t.update(annotations=['x'])), f'task {n+1}: an annotation is damaged')]
 
 @pytest.mark.parametrize('i', range(11))
 def test_a_damaged_export_adds_nothing(i, tmp_path):
@@ -170,6 +170,25 @@ def test_an_import_that_the_database_refuses_half_way_adds_nothing(tmp_path):
     s.db.execute("CREATE TEMP TRIGGER full BEFORE INSERT ON main.judgements WHEN (SELECT count(*) FROM main.judgements) >= 3 BEGIN SELECT RAISE(ABORT, 'no more'); END")
     with pytest.raises(SLMError, match='no more; nothing was written'): import_judgements(s, DATA/'label-studio.json', 'label-studio')
     assert s.judgements(history=True) == []
+
+def test_a_doccano_zip_that_unpacks_to_gigabytes_is_refused_unread(tmp_path):
+    s = fixture_store(tmp_path)
+    with zipfile.ZipFile(tmp_path/'bomb.zip', 'w', zipfile.ZIP_DEFLATED) as z:
+        with z.open('ann.jsonl', 'w', force_zip64=True) as f:
+            for _ in range(1025): f.write(bytes(2**20))
+    with pytest.raises(SLMError, match='unpacks to 1,025 MB'): import_judgements(s, tmp_path/'bomb.zip', 'doccano')
+
+def test_another_program_s_database_stays_as_it_is(tmp_path):
+    import sqlite3
+    db = sqlite3.connect(tmp_path/'history.db')
+    for q in ('CREATE TABLE items(id, url)', 'CREATE TABLE judgements(x)', 'PRAGMA user_version=1', "INSERT INTO items VALUES(1, 'u')"): db.execute(q)
+    db.commit(); db.close(); before = (tmp_path/'history.db').read_bytes()
+    for f in (lambda: PreferenceStore(tmp_path/'history.db'), lambda: slm('add', tmp_path/'history.db', DATA/'items.jsonl')):
+        with pytest.raises(SLMError, match='database of something else'): f()
+    assert (tmp_path/'history.db').read_bytes() == before and [p.name for p in tmp_path.iterdir()] == ['history.db']
+
+def test_a_store_made_before_application_ids_opens(store):
+    store.db.execute('PRAGMA application_id=0'); store.close(); assert len(PreferenceStore(store.path).items()) == 20
 
 # ---- the command line
 

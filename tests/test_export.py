@@ -12,6 +12,8 @@ from slm.serve import export as E
 from slm.serve.export import *
 
 pytest.importorskip('xllamacpp', reason="needs: pip install -e '.[serve]'")
+YARN = dict(rope_type='yarn', factor=4., original_max_position_embeddings=16)
+DYNAMIC = dict(rope_type='dynamic', factor=2., original_max_position_embeddings=64)
 LLAMA3 = dict(rope_type='llama3', factor=8., low_freq_factor=1., high_freq_factor=4., original_max_position_embeddings=16)
 TEXTS = [s.text for s in World().stories(1, 40)]
 TOK = train_bpe(TEXTS, 400)
@@ -42,10 +44,15 @@ def run(tmp_path_factory):
 # ---- every model that can be said
 
 @pytest.mark.parametrize('over', [{}, dict(qk_norm=True), dict(tied=False), dict(bias=True), dict(n_kv_head=2), dict(head_dim=64), dict(rope_theta=5e5), dict(rope_scaling=LLAMA3),
-    dict(rope_scaling=dict(rope_type='linear', factor=4.)), dict(norm_eps=1e-2), dict(vocab_size=416)], ids=lambda o: '-'.join(o) or 'plain')
+    dict(rope_scaling=dict(rope_type='linear', factor=4.)), dict(rope_scaling=YARN), dict(rope_scaling=YARN, qk_norm=True), dict(rope_scaling=DYNAMIC), dict(norm_eps=1e-2), dict(vocab_size=416)], ids=lambda o: '-'.join(o) or 'plain')
 def test_llama_cpp_computes_the_same(tmp_path, over):
     m = shaken(**over); export_gguf(m, TOK, tmp_path/'m.gguf', 'f32')
     assert failed(check_gguf(m, TOK, tmp_path/'m.gguf', 'f32', few())) == []
+
+@pytest.mark.parametrize('more', [dict(attention_factor=1.5), dict(beta_fast=16), dict(truncate=False), dict(mscale=1., mscale_all_dim=.5)], ids=lambda m: next(iter(m)))
+def test_a_yarn_that_llama_cpp_cannot_be_told_is_refused(tmp_path, more):
+    with pytest.raises(SLMError, match='settings besides: export it with --to hf'): export_gguf(shaken(rope_scaling=YARN | more), TOK, tmp_path/'m.gguf', 'f32')
+    assert not (tmp_path/'m.gguf').exists()
 
 @pytest.mark.parametrize('kind', KINDS)
 def test_every_kind_opens_and_its_tensors_are_near(tmp_path, kind):

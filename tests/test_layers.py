@@ -34,20 +34,35 @@ def test_rms_norm_is_llamas(dtype, tol):
     torch.testing.assert_close(a, b, rtol=tol, atol=tol)
 
 
-@pytest.mark.parametrize('kind', ['default', 'linear', 'llama3'])
+@pytest.mark.parametrize('kind', ['default', 'linear', 'llama3', 'yarn', 'yarn-more', 'yarn-mscale'])
 @pytest.mark.parametrize('theta', [10_000., 500_000.])
 def test_rope_speeds_are_transformers(kind, theta):
     p = dict(rope_type=kind, rope_theta=theta) | {
         'default': {}, 'linear': dict(factor=4.),
-        'llama3': dict(factor=8., low_freq_factor=1., high_freq_factor=4., original_max_position_embeddings=256)}[kind]
+        'llama3': dict(factor=8., low_freq_factor=1., high_freq_factor=4., original_max_position_embeddings=256),
+        'yarn': dict(factor=8., original_max_position_embeddings=256),
+        'yarn-more': dict(factor=3., original_max_position_embeddings=600, beta_fast=16, beta_slow=2, attention_factor=1.5, truncate=False),
+        'yarn-mscale': dict(factor=40., original_max_position_embeddings=51, mscale=1., mscale_all_dim=.7)}[kind]
+    kind = p['rope_type'] = kind.partition('-')[0]
     c = LlamaConfig(hidden_size=256, num_attention_heads=4, max_position_embeddings=2048, rope_parameters=p)
-    theirs = ROPE_INIT_FUNCTIONS[kind](c, 'cpu')[0] if kind != 'default' else 1/theta**(torch.arange(0, 64, 2).float()/64)
+    theirs, scale = ROPE_INIT_FUNCTIONS[kind](c, 'cpu') if kind != 'default' else (1/theta**(torch.arange(0, 64, 2).float()/64), 1.)
+    assert yarn_scale(p) == pytest.approx(scale, abs=1e-12)
     torch.testing.assert_close(rope_inv_freq(64, theta, p), theirs, rtol=1e-6, atol=0)
+
+
+@pytest.mark.parametrize('n', [1, 16, 17, 40, 64])
+def test_dynamic_speeds_are_transformers(n):
+    p = dict(rope_type='dynamic', rope_theta=10_000., factor=4., original_max_position_embeddings=16)
+    c = LlamaConfig(hidden_size=128, num_attention_heads=4, max_position_embeddings=16, rope_parameters=p)
+    theirs = ROPE_INIT_FUNCTIONS['dynamic'](c, 'cpu', seq_len=n)[0]
+    torch.testing.assert_close(dynamic_speeds(rope_inv_freq(32), torch.tensor(n), p), theirs, rtol=1e-5, atol=0)
 
 
 def test_old_name_of_rope_type_and_what_is_unknown():
     torch.testing.assert_close(rope_inv_freq(8, scaling=dict(type='linear', factor=2.)), rope_inv_freq(8)/2)
-    with pytest.raises(SLMError, match="unknown rope_type 'yarn'"): rope_inv_freq(8, scaling=dict(rope_type='yarn', factor=2.))
+    with pytest.raises(SLMError, match="unknown rope_type 'longrope'"): rope_inv_freq(8, scaling=dict(rope_type='longrope', factor=2.))
+    for kind in ('yarn', 'dynamic'):
+        with pytest.raises(SLMError, match="lacks 'original_max_position_embeddings'"): rope_inv_freq(8, scaling=dict(rope_type=kind, factor=2.))
     with pytest.raises(SLMError, match="lacks 'low_freq_factor'"): rope_inv_freq(8, scaling=dict(rope_type='llama3', factor=2., original_max_position_embeddings=8))
 
 

@@ -13,7 +13,7 @@ from transformers.utils import logging as hf_logging
 from slm.core import SLMError, write_json
 from slm.data.tokenizer import Tokenizer, train_bpe
 from slm.model.gpt import GPT, GPTConfig
-from slm.model.layers import rope_inv_freq
+from slm.model.layers import KVCache, rope_inv_freq
 from slm.model.pretrained import (GGUF_LAYER, GGUF_TOP, check_tokenizer, from_gpt2, gguf_name, hf_family, llama3_scaling,
                                   load_model_and_tokenizer, rope_from_gguf, rope_to_gguf, to_gpt2)
 
@@ -109,7 +109,7 @@ def test_published_configs_are_read(name):
     ('attn_logit_softcapping', dict(attn_logit_softcapping=50.)), ('attention_bias', dict(attention_bias=True, mlp_bias=False)), ('attention_bias', dict(mlp_bias=True)),
     ('attention_bias', dict(model_type='qwen3', attention_bias=True)), ('attention_bias', dict(model_type='qwen2')), ('layer_types', dict(layer_types=['sliding_attention', 'full_attention'])),
     ('partial_rotary_factor', dict(partial_rotary_factor=.5)), ('partial_rotary_factor', dict(rope_parameters=dict(rope_type='default', rope_theta=1e4, partial_rotary_factor=.25))),
-    ('rope_type', dict(rope_parameters=dict(rope_type='yarn', factor=4.))), ('factor', dict(rope_parameters=dict(rope_type='linear'))), ('hidden_act', dict(hidden_act='gelu_pytorch_tanh')),
+    ('rope_type', dict(rope_parameters=dict(rope_type='longrope', factor=4.))), ('factor', dict(rope_parameters=dict(rope_type='linear'))), ('hidden_act', dict(hidden_act='gelu_pytorch_tanh')),
     ('quantization_config', dict(quantization_config=dict(quant_method='gptq'))), ('model_type', dict(model_type='mamba')), ('model_type', dict(model_type=None))])
 def test_what_cannot_be_expressed_is_refused_by_name(key, over):
     with pytest.raises(SLMError, match=key) as e: GPTConfig.from_hf(BASE.to_hf() | over)
@@ -145,6 +145,37 @@ def test_logits_equal_transformers_both_ways(tmp_path, kind, over):
     assert type(hf) is (LlamaForCausalLM if kind == 'mistral' else type(theirs))
     assert rel(logits(hf.eval()), logits(mine)) < TOL
     assert rel(logits(mine), logits(ours)) > .01 # the second half did not compare the first half's weights
+
+YARN = dict(rope_type='yarn', rope_theta=1e4, factor=4.)
+STRETCHED = [('llama', dict(rope_parameters=YARN | dict(original_max_position_embeddings=16))),
+             ('llama', dict(rope_parameters=YARN | dict(original_max_position_embeddings=16, attention_factor=1.3, beta_fast=8, truncate=False))),
+             ('llama', dict(rope_parameters=YARN | dict(original_max_position_embeddings=16, mscale=1., mscale_all_dim=.8))),
+             ('llama', dict(rope_parameters=YARN)), ('qwen3', dict(head_dim=16, rope_parameters=YARN | dict(original_max_position_embeddings=16))),
+             ('llama', dict(max_position_embeddings=16, rope_parameters=dict(rope_type='dynamic', rope_theta=1e4, factor=4.)))]
+
+@pytest.mark.parametrize('kind,over', STRETCHED, ids=['yarn', 'more', 'mscale', 'no-old-context', 'qwen3', 'dynamic'])
+@pytest.mark.parametrize('t', [9, 60], ids=['short', 'past-the-old-context'])
+def test_stretched_contexts_equal_transformers_both_ways(tmp_path, kind, over, t):
+    theirs = hf_model(kind, **over); theirs.save_pretrained(tmp_path/'in')
+    ours, x = GPT.from_pretrained(tmp_path/'in'), torch.randint(0, theirs.config.vocab_size, (2, t), generator=torch.Generator().manual_seed(3))
+    assert ours.cfg.max_seq_len == 64
+    ours.save_pretrained(tmp_path/'out'); again = AutoModelForCausalLM.from_pretrained(tmp_path/'out').eval()
+    with torch.no_grad(): want, got, back = theirs(x).logits, ours(x), again(x).logits
+    assert rel(got, want) < TOL and rel(back, want) < TOL
+    plain = GPT(replace(ours.cfg, rope_scaling=None)).eval(); plain.load_state_dict(ours.state_dict())
+    with torch.no_grad(): moved = rel(plain(x), want) > 1e-3
+    assert moved == (t > 16 or over['rope_parameters']['rope_type'] == 'yarn')        # the comparison sees the stretch
+
+def test_decoding_in_a_stretched_context_equals_transformers(tmp_path):
+    "Token by token with a cache, past the old context: keys keep the rotation of when they were made"
+    theirs = hf_model('llama', max_position_embeddings=16, rope_parameters=dict(rope_type='dynamic', rope_theta=1e4, factor=4.))
+    theirs.save_pretrained(tmp_path); ours = GPT.from_pretrained(tmp_path)
+    x = torch.randint(0, theirs.config.vocab_size, (1, 8), generator=torch.Generator().manual_seed(4))
+    want = theirs.generate(x, max_new_tokens=40, do_sample=False, pad_token_id=0)[0].tolist()
+    c = ours.cfg; cache, ids, step = KVCache(c.n_layer, 1, c.n_kv_head, 48, c.head_dim), x[0].tolist(), x
+    with torch.no_grad():
+        while len(ids) < len(want): ids.append(ours(step, cache=cache)[0, -1].argmax().item()); step = torch.tensor([ids[-1:]])
+    assert ids == want
 
 @pytest.mark.parametrize('kind', ['llama', 'qwen3', 'gpt2'])
 def test_greedy_continuation_equals_transformers(tmp_path, kind):

@@ -36,7 +36,7 @@ class GPTConfig:
     norm_pos:str = 'pre' # 'pre': before each part and before the head; 'post': after each part and after the embedding (BERT)
     pos:str = 'rope' # 'rope', 'learned', 'sinusoidal', 'alibi' or 'none'
     rope_theta:float = 10_000. # base of the rotary speeds
-    rope_scaling:dict|None = None # as in a Hugging Face config: its rope_type 'linear' or 'llama3'
+    rope_scaling:dict|None = None # as in a Hugging Face config: see `rope_inv_freq`
     act:str = 'swiglu' # with a gate: 'swiglu', 'geglu', 'reglu'; without: 'gelu', 'gelu_tanh', 'relu', 'relu2', 'silu'
     bias:bool = False # biases in linear layers and LayerNorm
     qk_norm:bool = False # RMSNorm on queries and keys (Qwen 3)
@@ -167,7 +167,7 @@ def context(self:Backbone,
     ctx = AttnContext(causal=c.causal, cache=cache)
     if c.pos == 'alibi' or not plain: ctx.bias = attn_bias(at, s, c.causal, doc, self.constants(dev) if c.pos == 'alibi' else None, dtype)
     if c.pos == 'rope':                                                          # (t,·), or (b,1,t,·): the same for all heads
-        ctx.cos,ctx.sin = (o if o.ndim == 2 else o[:, None] for o in rope_cos_sin(pos, self.constants(dev), dtype))
+        ctx.cos,ctx.sin = (o if o.ndim == 2 else o[:, None] for o in rope_cos_sin(pos, self.constants(dev), dtype, c.rope_scaling))
     return ctx, pos
 
 # %% ../../nbs/11_model.gpt.ipynb #78df2099

@@ -4,10 +4,10 @@
 
 # %% auto #0
 __all__ = ['KINDS', 'NARROW', 'PLAIN', 'ROLES', 'CHATS', 'LOGITS', 'WEIGHTS', 'PERPLEXITY', 'HUB_ERRORS', 'gguf_arch',
-           'pre_tokenizer', 'plain_template', 'blocks', 'tensor_kind', 'export_gguf', 'LlamaCpp', 'torch_logprobs',
-           'lineage', 'model_card', 'export_hf', 'chat_parts', 'join_chat', 'modelfile', 'nasty_texts', 'Check',
-           'Material', 'material', 'check_hf', 'check_weights', 'check_gguf', 'check_export', 'export', 'push_ready',
-           'push_folder']
+           'gguf_context', 'pre_tokenizer', 'plain_template', 'blocks', 'tensor_kind', 'export_gguf', 'LlamaCpp',
+           'torch_logprobs', 'lineage', 'model_card', 'export_hf', 'chat_parts', 'join_chat', 'modelfile',
+           'nasty_texts', 'Check', 'Material', 'material', 'check_hf', 'check_weights', 'check_gguf', 'check_export',
+           'export', 'push_ready', 'push_folder']
 
 # %% ../../nbs/40_serve.export.ipynb #b4d72bd1
 import ctypes, functools, json, math, os, random, re, sys, time, urllib.error, urllib.request
@@ -23,10 +23,17 @@ from ..core import *
 from ..data.tokenizer import PRE_TOKENIZERS, Tokenizer
 from ..data.world import World
 from ..model.gpt import GPT, GPTConfig
-from ..model.layers import rope_inv_freq
+from ..model.layers import rope_inv_freq, rope_kind, yarn_scale
 from ..model.pretrained import GGUF_LAYER, GGUF_TOP, gguf_name, hf_family, load_model_and_tokenizer, open_gguf, rope_to_gguf
 
 # %% ../../nbs/40_serve.export.ipynb #8d204d5a
+def _plain_yarn(scaling):
+    "Are speeds and scale those that factor and old context alone would give?"
+    plain = {k: scaling[k] for k in ('rope_type', 'factor', 'original_max_position_embeddings')}
+    same = lambda k, usual: (scaling.get(k) or usual) == usual
+    ramp = same('beta_fast', 32) and same('beta_slow', 1) and scaling.get('truncate', True)
+    return ramp and abs(yarn_scale(scaling)-yarn_scale(plain)) < 1e-4
+
 def gguf_arch(
     cfg:GPTConfig,
 )->str: # 'llama' or, with query and key norms, 'qwen3'
@@ -39,16 +46,23 @@ def gguf_arch(
     if cfg.act != 'swiglu': raise SLMError(f"llama.cpp has no {arch} with {cfg.act}, only with swiglu: export it with --to hf")
     if arch == 'qwen3' and (cfg.rope_scaling or {}).get('rope_type') == 'llama3':
         raise SLMError("llama.cpp's qwen3 (query and key norms) has no rope_scaling 'llama3': export it with --to hf")
+    if rope_kind(cfg.rope_scaling) == 'yarn' and not _plain_yarn(cfg.rope_scaling):
+        raise SLMError("llama.cpp knows YaRN's factor and old context, and this model has settings besides: export it with --to hf")
     return arch
 
 # %% ../../nbs/40_serve.export.ipynb #522ca4c2
+def gguf_context(c:GPTConfig)->int: # tokens
+    "Context that llama.cpp is told: of a dynamic stretch, which it does not have, only what needs none."
+    return c.rope_scaling['original_max_position_embeddings'] if rope_kind(c.rope_scaling) == 'dynamic' else c.max_seq_len
+
 def _gguf_shape(w, c):
     "Write the shape of the model"
-    w.add_vocab_size(c.vocab_size); w.add_block_count(c.n_layer); w.add_context_length(c.max_seq_len); w.add_embedding_length(c.d_model)
+    w.add_vocab_size(c.vocab_size); w.add_block_count(c.n_layer); w.add_context_length(gguf_context(c)); w.add_embedding_length(c.d_model)
     w.add_feed_forward_length(c.d_ff); w.add_head_count(c.n_head); w.add_head_count_kv(c.n_kv_head); w.add_layer_norm_rms_eps(c.norm_eps)
     w.add_key_length(c.head_dim); w.add_value_length(c.head_dim); w.add_rope_dimension_count(c.head_dim); w.add_rope_freq_base(c.rope_theta)
-    if (c.rope_scaling or {}).get('rope_type') == 'linear':
-        w.add_rope_scaling_type(RopeScalingType.LINEAR); w.add_rope_scaling_factor(c.rope_scaling['factor'])
+    scaling, kind = c.rope_scaling or {}, rope_kind(c.rope_scaling)
+    if kind in ('linear', 'yarn'): w.add_rope_scaling_type(RopeScalingType[kind.upper()]); w.add_rope_scaling_factor(scaling['factor'])
+    if kind == 'yarn': w.add_rope_scaling_orig_ctx_len(scaling['original_max_position_embeddings'])
 
 def _rope_factors(c):
     "Llama 3's divisor of each rotary frequency, or None"

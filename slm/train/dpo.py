@@ -7,7 +7,7 @@ __all__ = ['LOSSES', 'PAIR_SEED', 'completion_logps', 'dpo_loss', 'check_loss', 
            'read_preferences', 'write_preferences', 'split_pairs', 'EncodedPair', 'encode_preference', 'PairData',
            'PairLoader', 'PairValidLoader', 'pad_rows', 'over_answers', 'answer_logps', 'DPO', 'preference_accuracy',
            'win_rate', 'sampled_kl', 'PairEval', 'plot_preferences', 'doctor', 'DPOConfig', 'pair_dls', 'dpo',
-           'load_pairs']
+           'load_pairs', 'to_show']
 
 # %% ../../nbs/25_train.dpo.ipynb #331e0fdf
 from ..core import * # first: it silences a warning of the next ones
@@ -209,13 +209,17 @@ class PairData:
         pairs:list[Pair],
         max_len:int, # context, in tokens
     ):
-        self.rows, self.rejects, self.ref = [], [], None # ref: (n,2) nats, of chosen and rejected
+        self.rows, self.pairs, self.rejects, self.ref = [], [], [], None # ref: (n,2) nats, of chosen and rejected
         for i,p in enumerate(pairs, 1):
-            try: self.rows.append(encode_preference(tok, p, max_len))
+            try: self.rows.append(encode_preference(tok, p, max_len)); self.pairs.append(p)
             except ValueError as e: self.rejects.append((f'pair {i}', str(e)))
         if not self.rows: raise SLMError(f'no pair fits the context of {max_len} tokens ({self.rejects[0][1]}): use a longer one')
         self.pad_id = tok.pad_id
     def __len__(self): return len(self.rows)
+    def part(self, pairs:list[Pair])->'PairData': # some of `self.pairs`
+        "Only these pairs, without a reference."
+        res,some = copy.copy(self),set(map(id, pairs)); res.rejects,res.ref = [],None
+        res.rows,res.pairs = map(list, zip(*((r, p) for r,p in zip(self.rows, self.pairs) if id(p) in some))); return res
     def head(self, n:int)->'PairData': res = copy.copy(self); res.rows,res.ref = self.rows[:n],self.ref[:n]; return res # the first n
     @property
     def n_tokens(self)->int: return sum(2*len(r.prompt)+len(r.chosen)+len(r.rejected) for r in self.rows)
@@ -476,23 +480,36 @@ def dpo(
                  rejected=len(prefs.rejects), rejects=[list(r) for r in prefs.rejects[:20]],
                  too_long=len(train.rejects)+len(valid.rejects), prompts_cut=train.n_cut+valid.n_cut)
     run = RunDir.create(out, 'dpo', config=kept, seed=c.seed, parent=Path(base).name, data=about)
-    run.info['prompts'] = [p.prompt for p in split_pairs(prefs.pairs, c.val_frac)[1][:3]]
+    run.info['prompts'] = to_show(tok, valid.pairs, model.cfg.max_seq_len)
     run.add_metrics(likelier_before=preference_accuracy(valid.ref, None, valid))
     save_file(dict(train=train.ref.contiguous(), valid=valid.ref.contiguous()), run/'reference.safetensors')
     tok.save(run.path); return _dpo(run, c, model, tok, train, valid, cbs)
 
+# %% ../../nbs/25_train.dpo.ipynb #d1f0b001
 def load_pairs(
     c:DPOConfig, # resolved
     tok:Tokenizer,
 )->tuple[Preferences,PairData,PairData]: # all, to train on, held out
     "Read, split and encode the pairs, and say on standard error what was left out or cut."
-    prefs = read_preferences(c.data, c.strict, c.max_rows)
-    train,valid = (PairData(tok, p, c.seq_len) for p in split_pairs(prefs.pairs, c.val_frac))
-    for k,what in ((len(prefs.rejects), f'rows of {prefs.name} left out, the first: '+': '.join(prefs.rejects[0]) if prefs.rejects else ''),
-                   (len(train.rejects)+len(valid.rejects), f'pairs left out: an answer alone fills the context of {c.seq_len} tokens'),
-                   (train.n_cut+valid.n_cut, f'prompts cut at their beginning to fit the context of {c.seq_len} tokens')):
-        if k: print(f'{k:,} {what}', file=sys.stderr)
+    with text_encoding(c.encoding): prefs = read_preferences(c.data, c.strict, c.max_rows)
+    usable = PairData(tok, prefs.pairs, c.seq_len); train,valid = map(usable.part, split_pairs(usable.pairs, c.val_frac))
+    train.rejects = usable.rejects
+    for text in (left_out(prefs.name, prefs.rejects), left_out(f'{prefs.name} that are pairs', usable.rejects),
+                 f'{usable.n_cut:,} prompts shortened to fit the context of {c.seq_len} tokens' if usable.n_cut else ''):
+        if text: print(text, file=sys.stderr)
     return prefs,train,valid
+
+def to_show(
+    tok:Tokenizer,
+    pairs:list[Pair],
+    context:int, # tokens that the model can see
+    n:int=3, # at most so many
+)->list[list[dict]]: # messages
+    "Prompts to answer while training, short enough to be answered."
+    res = []
+    for p in pairs[:10*n]:
+        with contextlib.suppress(ValueError): res.append(shorten(tok, p.prompt, context-min(64, context//2)))
+    return res[:n]
 
 # %% ../../nbs/25_train.dpo.ipynb #34ebaa12
 def _dpo(run, c, model, tok, train, valid, cbs=(), checkpoint=None):
