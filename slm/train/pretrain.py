@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['SCHEDULES', 'STAGES', 'PretrainConfig', 'default_vocab', 'resolve', 'check_config', 'get_tokenizer', 'prepare',
            'steps_in', 'step_seconds', 'eval_batches', 'default_dropout', 'prompts_from', 'build_learner', 'pretrain',
-           'fit_run', 'interval', 'sources', 'valid_figures', 'peak_memory', 'write_report', 'resume']
+           'fit_run', 'end_run', 'interval', 'sources', 'valid_figures', 'peak_memory', 'write_report', 'resume']
 
 # %% ../../nbs/22_train.pretrain.ipynb #a9d48a37
 import dataclasses, json, math, os, shutil, sys, time
@@ -256,8 +256,11 @@ def fit_run(
     run.add_metrics(**measure(learn), params=n, steps=c.steps, tokens=learn.tokens, tokens_per_s=speed, mfu=speed.value*6*n/peak,
                     seconds=Metric(seconds, unit='s'), peak_memory=Metric(peak_memory(c.device)/2**20, unit='MB'))
     plot_training(run/'log.csv', run/'training.png', floor=math.log(tok.vocab_size))
-    shutil.rmtree(run/'checkpoints', ignore_errors=True)
-    run.finish(); write_report(run); return run
+    return end_run(run)
+
+def end_run(run:RunDir)->RunDir:
+    "Write the report, mark the run as done, and only then delete its checkpoints."
+    write_report(run); run.finish(); shutil.rmtree(run/'checkpoints', ignore_errors=True); return run
 
 def interval(steps:int, n:int)->int: # in how many steps something is due that shall happen `n` times
     "The distance between `n` events in `steps`."
