@@ -274,7 +274,7 @@ def open_folder(
     folder = Path(folder)
     if not (folder/'config.json').exists():
         raise SLMError(f"'{folder}' has no config.json: it is not a run directory or a Hugging Face model folder")
-    d = read_json(folder/'config.json')
+    check_hashes(folder); d = read_json(folder/'config.json')
     cfg, files = GPTConfig.from_hf(d), _weight_files(folder)
     tensors = (kv for f in files for kv in read_safetensors(f))
     return cfg, from_gpt2(tensors) if d['model_type'] == 'gpt2' else tensors

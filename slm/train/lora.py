@@ -343,6 +343,7 @@ class LoRAConfig(FinetuneConfig):
     rslora:bool = False # scale by alpha/√rank
     dora:bool = False # train the length of each row apart from its direction
     frugal:bool = False # least memory, more time: `give_back` and `recompute`
+    allowed = FinetuneConfig.allowed | dict(rank=Span(1, 2**16), alpha=Span(0, ends='(]'), dropout=Span(0, 1, '[)'))
 
 # %% ../../nbs/26_train.lora.ipynb #501d313c
 def open_adapted(
@@ -388,7 +389,7 @@ def _adapt(run, c, model, tok, chats, cbs=(), checkpoint=None):
 
 def _adapt_again(run, config, cbs, checkpoint):
     "Go on with an adapter"
-    c = LoRAConfig(**config); model,tok = open_adapted(c); chats = load_chats(c.data, tok, c.seq_len, c.max_rows, c.strict)
+    c = LoRAConfig.again(config); model,tok = open_adapted(c); chats = load_chats(c.data, tok, c.seq_len, c.max_rows, c.strict)
     for what,name,is_new in (('rows', c.data, chats.fingerprint != run.info['data']['fingerprint']),
                              ('weights', c.base, base_fingerprint(model) != run.info['base_fingerprint'])):
         if is_new: raise SLMError(f"'{name}' has changed since '{run.path}' was started: bring the old {what} back, or start a new run")
