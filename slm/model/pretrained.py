@@ -17,7 +17,7 @@ import numpy as np, torch
 from torch import Tensor
 from safetensors import SafetensorError, safe_open
 from fastcore.basics import patch
-from ..core import SLMError, atomic_file, get_device, progress, read_json, write_json
+from ..core import SLMError, atomic_file, check_hashes, get_device, progress, read_json, write_json
 from .layers import rope_inv_freq
 from .gpt import GPT, GPTConfig
 from ..data.tokenizer import Tokenizer

@@ -379,7 +379,8 @@ def read_state(path:str|Path)->dict: # the content of `state.json`
     kinds = dict(step=int, tokens=int, loader=dict, rng=dict, optim=dict, sources=dict, seconds=(int, float))
     if lost := {'step', 'tokens', 'loader', 'rng', 'optim'} - set(state):
         raise SLMError(f"'{Path(path)/'state.json'}' lacks {', '.join(sorted(lost))}: {again}")
-    if bad := [k for k,kind in kinds.items() if k in state and not isinstance(state[k], kind)]:
+    bad = [k for k,kind in kinds.items() if k in state and not isinstance(state[k], kind)]
+    if bad := bad or ['loader']*(not all(type(state['loader'].get(k)) is int for k in ('epoch', 'pos'))):
         raise SLMError(f"'{Path(path)/'state.json'}' is damaged, '{bad[0]}' is of the wrong kind: {again}")
     return state
 
