@@ -27,6 +27,8 @@ app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_
 def main():
     "Entry point of the command `slm`."
     warnings.filterwarnings('ignore', category=FutureWarning) # of the libraries; our users can do nothing about them
+    for f,errors in ((sys.stdin, 'replace'), (sys.stdout, 'backslashreplace'), (sys.stderr, 'backslashreplace')):
+        if hasattr(f, 'reconfigure'): f.reconfigure(errors=errors) # a terminal that lacks a character shows its number
     try: app()
     except SLMError as e: _fail(e)
     except KeyboardInterrupt: print('slm: interrupted', file=sys.stderr); raise SystemExit(130)
@@ -143,13 +145,19 @@ def _end(run):
 @app.command()
 def resume(
     run:Annotated[Path, typer.Argument(help='A run directory that was interrupted.')],
-    lr:Annotated[Optional[float], typer.Option(help='Another peak learning rate from here on.')]=None):
+    lr:Annotated[Optional[float], typer.Option(help='Another peak learning rate from here on.')]=None,
+    corpus:Annotated[Optional[str], typer.Option(help='Where its text is now, if it has moved;')]=None,
+    data:Annotated[Optional[str], typer.Option(help='where its rows, prompts or pairs are now;')]=None,
+    base:Annotated[Optional[str], typer.Option(help='where its base is now.')]=None,
+    reward:Annotated[Optional[str], typer.Option(help="The reward of slm rlhf. A function is run only if it is named here.")]=None,
+    judge:Annotated[Optional[str], typer.Option(help='The judge of slm rlhf, likewise.')]=None):
     """Go on with an interrupted run.
 
     Example: slm resume runs/books"""
+    given = dict(corpus=corpus, data=data, base=base, reward=reward, judge=judge)
     import slm.train.sft, slm.train.dpo, slm.train.lora, slm.train.rlhf # they say how their stages go on
     from slm.train import pretrain as P
-    _end(P.resume(run, lr))
+    _end(P.resume(run, lr, **given))
 
 # %% ../nbs/61_cli.ipynb #293a46f2
 @app.command('eval')
@@ -701,9 +709,10 @@ def generate(
                   repetition_penalty=repetition_penalty, stop=stop or [], seed=seed)
     from slm.model import generate as G
     model,tok = open_any(run, device)
-    if json_: return print(json.dumps(dict(prompt=prompt, text=G.generate(model, tok, prompt, **params), **params), ensure_ascii=False))
+    if json_: return print(json.dumps(dict(prompt=prompt, text=G.generate(model, tok, prompt, **params), **params)))
+    pieces = G.stream(model, tok, prompt, **params)                              # which refuses what cannot be
     print(prompt, end='', flush=True)
-    for s in G.stream(model, tok, prompt, **params): print(s, end='', flush=True)
+    for s in pieces: print(s, end='', flush=True)
     print()
 
 # %% ../nbs/61_cli.ipynb #7958b829
@@ -721,11 +730,16 @@ def chat(
     Example: slm chat runs/assistant --message "Name a colour." """
     from slm.model.generate import stream
     model,tok = open_any(run, device)
-    before,turns = [dict(role='system', content=system)] if system else [], []
+    before,turns,room = [dict(role='system', content=system)] if system else [],[],model.cfg.max_seq_len
+    size = lambda turns: len(tok.chat(before+turns, add_generation_prompt=True)[0])
     while said := message if message is not None else _ask():
-        turns.append(dict(role='user', content=said)); dropped = 0
-        while len(turns) > 1 and len(tok.chat(before+turns, add_generation_prompt=True)[0]) > model.cfg.max_seq_len-min(64, max_new_tokens):
-            turns = turns[2:]; dropped += 1
+        asked = dict(role='user', content=said); dropped = 0
+        if (n := size([asked])) >= room:
+            why = f'this message makes {n} tokens, the context holds {room}: shorten it'
+            if message is not None: raise SLMError(why)
+            print(f'({why})', file=sys.stderr); continue
+        turns.append(asked)
+        while len(turns) > 1 and size(turns) > room-min(64, max_new_tokens): turns = turns[2:]; dropped += 1
         if dropped: print(f'(the oldest {dropped} of the turns no longer fit into the context)', file=sys.stderr)
         answer = ''
         for s in stream(model, tok, before+turns, max_new_tokens=max_new_tokens, temperature=temperature, top_p=top_p, seed=seed):

@@ -1,7 +1,8 @@
 "The command line as a user meets it: real processes, real signals, real faults."
-import json, os, random, shutil, signal, subprocess, sys, time
+import json, os, random, shutil, signal, subprocess, sys, time, typing
 from pathlib import Path
 import pytest
+from hypothesis import given, settings, strategies as st
 from typer.testing import CliRunner
 from slm.cli import app, main
 from slm.core import SLMError
@@ -18,7 +19,8 @@ def home(tmp_path_factory):
     os.environ.pop('SLM_HOME') if old is None else os.environ.__setitem__('SLM_HOME', old)
 
 def run(*args, **env):
-    return subprocess.run(SLM+[str(a) for a in args], capture_output=True, text=True, timeout=240, env={**os.environ, **env})
+    return subprocess.run(SLM+[str(a) for a in args], capture_output=True, text=True, errors='replace', timeout=240,
+                          env={**os.environ, **env})
 
 def fails(capsys, monkeypatch, *args):
     "Call `main` as the console script does; return its one line of standard error"
@@ -172,6 +174,122 @@ def test_checkpoint_of_another_tokenizer(whole, tmp_path, capsys, monkeypatch):
     bad = shutil.copytree(whole, tmp_path/'other')
     train_bpe(['some other text, long enough to merge, long enough to merge']*50, 280).save(bad/'tokenizer.json')
     assert 'tokenizer' in fails(capsys, monkeypatch, 'generate', bad, '--prompt', 'a').lower()
+
+# ---- numbers that no training can use
+
+BASES = dict(sft=['x'], dpo=['x'], reward=['x'], rlhf=['x'], qlora=['x'], pretrain=['--corpus', 'pydocs'])
+NUMBERS = [('--seed', '-1'), ('--seed', 2**64), ('--minutes', 'nan'), ('--minutes', 'inf'), ('--steps', 0), ('--micro-batch', '-1'), ('--lr', 'nan'),
+           ('--lr', 'inf'), ('--epochs', 'inf'), ('--epochs', 'nan'), ('--bs', 0), ('--max-rows', '-5'), ('--seq-len', '-1')]
+
+@pytest.mark.parametrize('option,value', NUMBERS)
+def test_numbers_are_refused_before_a_folder_exists(option, value, tmp_path, capsys, monkeypatch):
+    for verb,args in BASES.items():
+        if verb == 'pretrain' and option in ('--epochs', '--bs', '--max-rows'): continue
+        err = fails(capsys, monkeypatch, verb, *args, option, value, '--out', tmp_path/'out')
+        assert f'{option} must be' in err or 'exactly one of' in err, (verb, err)
+        assert not (tmp_path/'out').exists()
+
+def configs():
+    from slm.train.dpo import DPOConfig
+    from slm.train.lora import LoRAConfig
+    from slm.train.pretrain import PretrainConfig
+    from slm.train.reward import RewardConfig
+    from slm.train.rlhf import GRPOConfig
+    from slm.train.sft import FinetuneConfig, SFTConfig
+    return PretrainConfig, FinetuneConfig, SFTConfig, DPOConfig, LoRAConfig, RewardConfig, GRPOConfig
+
+def kinds(cls): return {k: typing.get_args(v) or (v,) for k,v in typing.get_type_hints(cls).items()}
+def numeric(cls): return [k for k,v in kinds(cls).items() if int in v or float in v]
+
+def test_every_number_has_its_range():
+    for cls in configs(): assert set(numeric(cls)) - {'vocab_size'} <= set(cls.allowed), cls
+
+ODD = st.integers(-2**70, 2**70) | st.floats() | st.none() | st.text(max_size=3) | st.booleans() | st.lists(st.integers(), max_size=1)
+
+@settings(max_examples=300, deadline=None)
+@given(st.data())
+def test_whatever_is_asked_of_a_stage_is_sound_or_refused_by_name(data):
+    cls = data.draw(st.sampled_from(configs())); kind = kinds(cls); name = data.draw(st.sampled_from(sorted(kind))); value = data.draw(ODD)
+    needed = dict(base='b', data='d') if 'base' in kind else {}
+    try: cls(**needed | {name: value})
+    except SLMError as e: assert str(e).startswith(f"--{name.replace('_', '-')} must be"); return
+    assert type(value) in kind[name] or type(value) is int and float in kind[name] or type(value) is list
+    if name in numeric(cls) and value is not None: assert 0 <= value < 2**63
+
+def test_a_home_that_cannot_be_made_is_one_line(tmp_path, capsys, monkeypatch):
+    (tmp_path/'file').write_text(''); monkeypatch.setenv('SLM_HOME', str(tmp_path/'file'/'home'))
+    err = fails(capsys, monkeypatch, 'pretrain', '--steps', 3, '--max-bytes', 500_000, '--out', tmp_path/'out')
+    assert 'SLM_HOME' in err and not (tmp_path/'out').exists()
+
+# ---- what is killed between the training and the mark
+
+class Killed(BaseException): "Nothing catches it"
+
+SMALL = dict(max_bytes=600_000, vocab_size=512, seq_len=64, batch_tokens=1024, steps=2, evals=1, samples=1, model=dict(n_layer=1, d_model=64))
+
+@pytest.mark.parametrize('at', ['report', 'mark', 'deletion'])
+def test_killed_after_the_training_it_is_a_finished_run(at, home, tmp_path, monkeypatch):
+    from slm.core import RunDir
+    from slm.model.pretrained import load_model_and_tokenizer
+    from slm.train import pretrain as P
+    def die(*args, **kwargs): raise Killed
+    with monkeypatch.context() as m:
+        m.setattr(*dict(report=(P, 'write_report'), mark=(RunDir, 'finish'), deletion=(shutil, 'rmtree'))[at], die)
+        with pytest.raises(Killed): P.pretrain('pydocs', tmp_path/'run', save_minutes=1e-9, **SMALL)
+    assert RunDir.open(tmp_path/'run').info['status'] == ('done' if at == 'deletion' else 'running')
+    assert len(list((tmp_path/'run'/'checkpoints').iterdir())) == 2
+    if at == 'deletion':
+        with pytest.raises(SLMError, match='finished'): P.resume(tmp_path/'run')
+    else: assert P.resume(tmp_path/'run').info['status'] == 'done'
+    assert (tmp_path/'run'/'report.md').exists() and not (tmp_path/'run'/'checkpoints').exists()
+    load_model_and_tokenizer(tmp_path/'run')
+
+def test_killed_after_the_checkpoint_of_the_last_step(home, tmp_path, monkeypatch):
+    from slm.model.gpt import GPT
+    from slm.train import pretrain as P
+    def die(*args, **kwargs): raise Killed
+    with monkeypatch.context() as m:
+        m.setattr(GPT, 'save_pretrained', die)
+        with pytest.raises(Killed): P.pretrain('pydocs', tmp_path/'run', save_minutes=1e-9, **SMALL)
+    assert P.resume(tmp_path/'run').info['status'] == 'done'
+
+def test_a_prompt_longer_than_the_context_does_not_end_a_pretraining(home, tmp_path):
+    from slm.train import pretrain as P
+    run = P.pretrain('pydocs', tmp_path/'run', prompts=['Return the '*300, 'Return'], **SMALL)
+    assert run.info['status'] == 'done' and (run/'samples.md').read_text().count('> **') == 1
+
+def test_a_flipped_bit_of_a_run_and_the_way_around(whole, tmp_path, capsys, monkeypatch):
+    bad = shutil.copytree(whole, tmp_path/'bad'); f = bad/'model.safetensors'
+    b = bytearray(f.read_bytes()); b[-101] ^= 16; f.write_bytes(b)
+    assert 'SHA-256' in fails(capsys, monkeypatch, 'generate', bad, '--prompt', 'a')
+    assert run('generate', bad, '--prompt', 'a', '--max-new-tokens', 2, SLM_SKIP_HASHES='1').returncode == 0
+    info = json.loads((bad/'run.json').read_text()); del info['hashes']; (bad/'run.json').write_text(json.dumps(info))
+    assert run('generate', bad, '--prompt', 'a', '--max-new-tokens', 2).returncode == 0, 'a run of before there were hashes'
+
+# ---- terminals and talks
+
+@pytest.mark.parametrize('verb', ['corpus', 'runs', 'generate', 'chat'])
+def test_a_terminal_of_few_characters(verb, whole, tmp_path):
+    odd = shutil.copytree(whole, tmp_path/'runs'/'odd'); info = json.loads((odd/'run.json').read_text())
+    (odd/'run.json').write_text(json.dumps(info | dict(stage='\u4e2d\u2192')))
+    args = dict(corpus=[], runs=[tmp_path/'runs'], generate=[whole, '--prompt', '\u4e2d \u2192', '--max-new-tokens', 4],
+                chat=[whole, '--message', '\u4e2d \u2192', '--max-new-tokens', 4])[verb]
+    r = run(verb, *args, PYTHONIOENCODING='cp1252', PYTHONUTF8='0')
+    assert r.returncode == 0 and 'Traceback' not in r.stderr, r.stderr
+    assert verb not in ('runs', 'generate') or '\\u4e2d' in r.stdout, r.stdout
+
+def test_nothing_is_printed_before_a_refusal(whole):
+    for bad in (['--prompt', 'Return the '*300], ['--prompt', 'a', '--temperature', '-1']):
+        r = CliRunner().invoke(app, ['generate', str(whole), *bad])
+        assert isinstance(r.exception, SLMError) and r.stdout == '', r.stdout
+
+def test_one_overlong_message_does_not_end_a_talk(whole):
+    r = CliRunner().invoke(app, ['chat', str(whole), '--max-new-tokens', '4', '--seed', '1'], input='Return the '*300+'\nReturn\n\n')
+    alone = CliRunner().invoke(app, ['chat', str(whole), '--max-new-tokens', '4', '--seed', '1'], input='Return\n\n')
+    assert r.exit_code == 0 and 'the context holds 64: shorten it' in r.output, r.output
+    assert r.stdout == alone.stdout and alone.stdout.strip(), r.stdout
+    r = CliRunner().invoke(app, ['chat', str(whole), '--message', 'Return the '*300])
+    assert isinstance(r.exception, SLMError) and 'shorten it' in str(r.exception)
 
 @pytest.fixture
 def small_disk(tmp_path):

@@ -65,6 +65,15 @@ def test_generates_with_cache_what_it_generates_without(pair, device):
             assert logits[t] >= logits.max()-1e-3*logits.abs().max()                 # equal, or a tie within the device's rounding
             p = p+[t]
 
+def test_what_fits_depends_on_the_number_format(monkeypatch):
+    "125m with 49k tokens on a card of 24 GB: not in float32, but in bfloat16"
+    from slm.core import SLMError
+    from slm.model import gpt
+    monkeypatch.setattr(gpt, 'get_device', lambda name: torch.device('cuda'))
+    c,card = GPTConfig.preset('125m', vocab_size=49152),24*2**30
+    assert gpt.check_fits(c, 16, 1024, 'cuda', dtype='bfloat16', memory=card)['total']/2**30 == pytest.approx(15.3, abs=.05)
+    with pytest.raises(SLMError, match=r'needs about 25\.8 GiB'): gpt.check_fits(c, 16, 1024, 'cuda', memory=card)
+
 def test_resumes_where_it_was_interrupted(device, tmp_path):
     from fastai.callback.core import Callback
     from slm.train.pretrain import pretrain, resume

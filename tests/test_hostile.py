@@ -1,9 +1,12 @@
 """Files, folders and requests from people who mean harm: each is one line of refusal, in bounded time and memory.
 
 Every hostile act runs in a process of its own with a limit on address space and processor time."""
-import os, resource, subprocess, sys, textwrap
+import json, os, re, resource, subprocess, sys, tempfile, textwrap
+from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
+from hypothesis import given, settings, strategies as st
 
 GB = 2**30
 
@@ -16,6 +19,173 @@ def bounded(code, cwd, memory=4*GB, cpu=60, wall=300):
     return r.returncode, r.stdout, r.stderr
 
 # ---- runs and checkpoints
+
+RUN = dict(schema=1, stage='pretrain', status='interrupted', config={}, metrics={}, data=dict(fingerprint='f'), started='2026')
+
+def run_folder(path, state=None, **info):
+    "A run with one checkpoint"
+    (path/'checkpoints'/'00000001').mkdir(parents=True); (path/'run.json').write_text(json.dumps(RUN | info))
+    state = dict(step=1, tokens=1, loader=dict(epoch=0, pos=0), rng={}, optim={}) | (state or {})
+    (path/'checkpoints'/'00000001'/'state.json').write_text(json.dumps(state)); return path
+
+def said(code, cwd, **limits):
+    "The one line of a verb that refuses"
+    rc,out,err = bounded(code, cwd, **limits)
+    assert rc == 2 and err.startswith('slm: error: ') and err.count('\n') == 1, (rc, out, err[-2000:])
+    return err
+
+SLM = "import sys; from slm.cli import main; sys.argv = ['slm', *{args!r}]; main()"
+def slm(*args): return SLM.format(args=args)
+
+@pytest.mark.parametrize('key', ['reward', 'judge'])
+@pytest.mark.parametrize('kept', ['state.json', 'run.json'])
+def test_code_that_a_run_names_is_not_run(key, kept, tmp_path):
+    named = dict(base='.', data='world', reward='judge', judge=None) | {key: 'evil:reward'}
+    (tmp_path/'evil.py').write_text("open('done', 'w').write('harm')\ndef reward(prompts, answers): return [0.]*len(answers)")
+    info = dict(stage='rlhf', config=named if kept == 'run.json' else dict(named, **{key: 'judge'}))
+    run_folder(tmp_path/'run', dict(sources=named if kept == 'state.json' else {}), **info)
+    for name in ('run.json', 'checkpoints'): os.rename(tmp_path/'run'/name, tmp_path/name)
+    assert f'--{key} evil:reward' in said(slm('resume', '.'), tmp_path)
+    assert not (tmp_path/'done').exists()
+
+def bad_json(path, kind):
+    "Something else than a good file"
+    if kind == 'fifo': return os.mkfifo(path)
+    if kind == 'folder': return path.mkdir()
+    if kind == 'endless': return path.symlink_to('/dev/zero')
+    if kind == 'huge':
+        with path.open('wb') as f: f.truncate(20*GB)
+        return
+    text = dict(digits='{"schema": 1, "stage": "a", "status": "done", "config": {}, "metrics": {}, "seed": %s}' % ('9'*5000),
+                deep='['*100_000, deep_objects='{"a":'*100_000, no_object='[1, 2]', null='null', half='{"schema": 1', latin='{"a": "\xe9"}',
+                figure=json.dumps(RUN | dict(metrics=dict(bpb=3))), kinds=json.dumps(RUN | dict(stage=['a'])), started=json.dumps(RUN | dict(started=3)),
+                figures=json.dumps(RUN | dict(metrics=dict(bpb=dict(value=10**400)))))[kind]
+    path.write_bytes(text.encode('latin-1'))
+
+BAD = 'fifo folder endless huge digits deep deep_objects no_object null half latin figure kinds started figures'.split()
+
+def test_one_bad_run_does_not_hide_the_others(tmp_path):
+    run_folder(tmp_path/'runs'/'good')
+    for kind in BAD: (tmp_path/'runs'/kind).mkdir(); bad_json(tmp_path/'runs'/kind/'run.json', kind)
+    rc,out,err = bounded(slm('runs'), tmp_path, memory=2*GB, cpu=20)
+    assert rc == 0, err
+    state = {l.split()[0]: l.split()[2] for l in out.splitlines()}
+    assert state == {f'runs/{k}': 'damaged' for k in BAD} | {'runs/good': 'interrupted'}
+
+@pytest.mark.parametrize('kind', BAD)
+def test_a_bad_state_of_a_checkpoint_is_one_line(kind, tmp_path):
+    at = run_folder(tmp_path/'run')/'checkpoints'/'00000001'/'state.json'; at.unlink(); bad_json(at, kind)
+    code = "from slm.core import *\nfrom slm.train.learner import read_state\ntry: read_state({at!r})\nexcept SLMError as e: print(e)"
+    rc,out,err = bounded(code.format(at=str(at.parent)), tmp_path, memory=16*GB, cpu=60)
+    assert rc == 0 and out.count('\n') == 1 and 'state.json' in out, (out, err[-2000:])
+
+def test_options_of_a_run_are_checked_before_they_are_used(tmp_path):
+    good = dict(corpus='pydocs', steps=5)
+    for i,(bad,why) in enumerate(((dict(steps='many'), '--steps'), (dict(schedule='zigzag'), '--schedule'), (dict(lr=-1), '--lr'),
+                                  (dict(depth=3), "no option 'depth'"), (dict(seed=-1), '--seed'), (dict(model=[]), '--model'))):
+        run_folder(tmp_path/str(i), config=good | bad); (tmp_path/str(i)/'tokenizer.json').write_text('{}')
+    code = '''
+        from slm.core import SLMError
+        from slm.train.pretrain import resume
+        for i in range(6):
+            try: resume(str(i))
+            except SLMError as e: print(e)'''
+    rc,out,err = bounded(code, tmp_path, memory=16*GB)
+    whys = ('--steps', '--schedule', '--lr', "no option 'depth'", '--seed', '--model')
+    assert rc == 0 and all(w in l for w,l in zip(whys, out.splitlines(), strict=True)), (out, err[-2000:])
+
+KILL = '''
+    import os, sys
+    from pathlib import Path
+    from slm import core
+    if not {exchange}: core._exchange = lambda a, b: False
+    def write(n): # by a process that is killed at the line `n` of what it does
+        pid = os.fork()
+        if pid: return os.waitpid(pid, 0)[1]
+        def trace(frame, event, arg):
+            nonlocal n
+            if frame.f_code.co_name not in ('atomic_dir', '_exchange', 'rmtree', '_rmtree_safe_fd'): return
+            n -= event == 'line'
+            if n < 0: os.kill(os.getpid(), 9)
+            return trace
+        sys.settrace(trace)
+        with core.atomic_dir('d') as d: (d/'a').write_text('new'); (d/'b').write_text('new')
+        os._exit(0)
+    old,new = dict(a='old', b='old'),dict(a='new', b='new'); seen = []
+    while True:
+        Path('d').mkdir(exist_ok=True); [Path('d', k).write_text(v) for k,v in old.items()]
+        killed = write(len(seen)); core.recover('.')
+        seen.append({{p.name: p.read_text() for p in Path('d').iterdir()}})
+        assert seen[-1] in (old, new), (len(seen), seen[-1])
+        if not killed: break
+    assert seen[0] == old and seen[-1] == new
+    print(len(seen))
+'''
+
+@pytest.mark.parametrize('exchange', [True, False])
+def test_a_folder_is_whole_wherever_its_writer_is_killed(exchange, tmp_path):
+    rc,out,err = bounded(KILL.format(exchange=exchange), tmp_path)
+    assert rc == 0 and int(out) > 20, (out, err[-2000:])
+
+def test_a_run_that_was_moved_aside_is_opened(tmp_path):
+    from slm.core import RunDir
+    run_folder(tmp_path/'.run.0a_b1c2d.old')
+    assert RunDir.open(tmp_path/'run').info['stage'] == 'pretrain'
+    assert not (tmp_path/'.run.0a_b1c2d.old').exists()
+
+@settings(max_examples=40, deadline=None)
+@given(st.sampled_from(['model.safetensors', 'tokenizer.json', 'adapter_model.safetensors']), st.integers(0, 399), st.integers(0, 7))
+def test_a_flipped_bit_is_noticed(name, at, bit):
+    from slm.core import SLMError, RunDir, check_hashes
+    with tempfile.TemporaryDirectory() as d:
+        run = RunDir.create(Path(d)/'run', 'sft'); (run/name).write_bytes(bytes(range(200))*2); run.finish()
+        check_hashes(run.path)
+        b = bytearray((run/name).read_bytes()); b[at] ^= 1<<bit; (run/name).write_bytes(b)
+        with pytest.raises(SLMError, match=re.escape(name)): check_hashes(run.path)
+
+def test_hashes_name_no_file_elsewhere(tmp_path):
+    from slm.core import check_hashes
+    (tmp_path/'run.json').write_text(json.dumps(dict(hashes={'../../dev/zero': 'x', '/dev/zero': 'x'}))); check_hashes(tmp_path)
+    for odd in ('[]', '{"hashes": 3}', '{}'): (tmp_path/'run.json').write_text(odd); check_hashes(tmp_path)
+
+JSON = st.recursive(st.none() | st.booleans() | st.integers(-2**70, 2**70) | st.floats() | st.text(max_size=8),
+                    lambda x: st.lists(x, max_size=3) | st.dictionaries(st.text(max_size=6), x, max_size=3), max_leaves=8)
+FIGURE = st.fixed_dictionaries(dict(value=JSON), optional=dict(lo=JSON, hi=JSON, n=JSON, unit=JSON))
+INFO = st.fixed_dictionaries(dict(schema=st.just(1) | JSON, stage=st.just('sft') | JSON, status=st.just('done') | JSON, config=st.just({}) | JSON,
+                                  metrics=JSON | st.dictionaries(st.text(max_size=4), FIGURE | JSON, max_size=2)),
+                             optional=dict(data=JSON, started=JSON, command=JSON, hardware=JSON, seed=JSON, prompts=JSON, hashes=JSON))
+
+@settings(max_examples=60, deadline=None)
+@given(INFO | JSON)
+def test_whatever_a_run_json_holds_it_is_listed(info):
+    from slm.core import RunDir, SLMError, check_hashes
+    from slm.train.pretrain import write_report
+    from typer.testing import CliRunner
+    from slm.cli import app
+    with tempfile.TemporaryDirectory() as d:
+        (Path(d)/'run').mkdir(); (Path(d)/'run'/'run.json').write_text(json.dumps(info)); check_hashes(Path(d)/'run')
+        r = CliRunner().invoke(app, ['runs', d]); assert r.exit_code == 0 and r.exception is None, r.exception
+        try: write_report(RunDir.open(Path(d)/'run'))
+        except SLMError: assert 'damaged' in r.output or info['schema'] > 1
+        r = CliRunner().invoke(app, ['resume', str(Path(d)/'run')]); assert isinstance(r.exception, SLMError), r.exception
+
+STATE = st.fixed_dictionaries({}, optional=dict(step=JSON, tokens=JSON, loader=JSON, rng=JSON, optim=JSON, sources=JSON, seconds=JSON, hashes=JSON))
+
+@settings(max_examples=50, deadline=None)
+@given(STATE | JSON)
+def test_whatever_a_state_json_holds_it_is_one_line(state):
+    import torch
+    from safetensors.torch import save_file
+    from slm.core import SLMError
+    from slm.data.loaders import LMDataLoader
+    from slm.train.learner import LMLearner
+    from fastai.data.core import DataLoaders
+    data,net = SimpleNamespace(n_tokens=64),torch.nn.Linear(2, 2); dl = LMDataLoader(data, 2, 4, 0, 'cpu')
+    whole = dict(step=1, tokens=1, loader=dl.state_dict(), rng={}, optim=dict(state={}, param_groups=[]))
+    with tempfile.TemporaryDirectory() as d:
+        save_file(net.state_dict(), Path(d)/'model.safetensors'); save_file({}, Path(d)/'optim.safetensors')
+        (Path(d)/'state.json').write_text(json.dumps(whole | state if isinstance(state, dict) else state))
+        with pytest.raises(SLMError): LMLearner(DataLoaders(dl, dl), net).load_checkpoint(d)
 
 # ---- models and tokenizers
 

@@ -24,6 +24,16 @@ def reference(q, k, v, bias=None, causal=True):
     return s.softmax(-1)@v
 
 
+def test_one_query_of_grouped_heads_whatever_the_layout_of_the_answer(monkeypatch):
+    "On cuda in float32 attention gives back a transposed tensor, whose dimensions no view can join"
+    plain = F.scaled_dot_product_attention
+    def transposed(*args, **kwargs): return plain(*args, **kwargs).transpose(1, 2).contiguous().transpose(1, 2)
+    monkeypatch.setattr(F, 'scaled_dot_product_attention', transposed); torch.manual_seed(0)
+    q, k, v = torch.randn(2, 6, 1, 16), torch.randn(2, 3, 40, 16), torch.randn(2, 3, 40, 16)
+    for bias in (None, torch.randn(2, 1, 1, 40), torch.randn(1, 6, 1, 40)):
+        torch.testing.assert_close(attend(q, k, v, bias).double(), reference(q, k, v, bias, causal=False), rtol=1e-5, atol=1e-5)
+
+
 @pytest.mark.parametrize('dtype, tol', [(torch.float32, 1e-6), (torch.bfloat16, 2**-7)])
 def test_rms_norm_is_llamas(dtype, tol):
     torch.manual_seed(0)

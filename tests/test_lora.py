@@ -265,6 +265,23 @@ def test_an_adapter_s_run_and_another_base(base, tmp_path):
     says(lambda: merge_run(tmp_path/'other', tmp_path/'m'), 'not a run directory')
     (tmp_path/'m').mkdir(); (tmp_path/'m'/'run.json').write_text('{}'); says(lambda: merge_run(run.path, tmp_path/'m', base/'base'), 'already holds a run')
 
+def test_a_run_goes_on_when_its_base_has_moved(base, tmp_path):
+    import shutil
+    from fastai.callback.core import Callback
+    from slm.train.pretrain import resume
+    class StopAfter(Callback):
+        order = 85
+        def after_batch(self): self.learn.interrupted = self.opt_steps == 3
+    shutil.copytree(base/'base', tmp_path/'here'); lora(tmp_path/'here', base/'rows.jsonl', tmp_path/'cut', cbs=[StopAfter()], **KW)
+    (tmp_path/'here').rename(tmp_path/'there'); says(lambda: resume(tmp_path/'cut'), 'here', 'does not exist')
+    says(lambda: resume(tmp_path/'cut', corpus='pydocs'), '--corpus means nothing')
+    assert resume(tmp_path/'cut', base=tmp_path/'there').info['status'] == 'done'
+
+def test_a_flipped_bit_of_an_adapter_is_noticed(base, tmp_path):
+    run = lora(base/'base', base/'rows.jsonl', tmp_path/'a', **KW); f = run/'adapter_model.safetensors'
+    b = bytearray(f.read_bytes()); b[-50] ^= 1; f.write_bytes(b)
+    says(lambda: open_adapter_run(run.path, base/'base'), 'adapter_model.safetensors', 'SHA-256')
+
 def test_a_4_bit_model_is_not_saved_as_if_it_were_plain(tmp_path):
     says(lambda: quantize_4bit(tiny()).save_pretrained(tmp_path/'x'), 'no adapter to save'); assert not (tmp_path/'x').exists()
     dequantize_4bit(quantize_4bit(tiny())).save_pretrained(tmp_path/'y'); GPT.from_pretrained(tmp_path/'y')

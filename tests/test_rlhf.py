@@ -106,7 +106,8 @@ def test_a_training_by_reward_goes_on_in_the_middle_of_a_rollout(base, tmp_path)
     "Two steps with the same answers: the answers are in the checkpoint"
     opts = OPTS | dict(base=base, data=base/'pairs.jsonl', reward=base/'reward', judge=longer, steps=5, bs=4, group=3, iterations=2, micro_batch=2, max_new_tokens=8)
     cut = grpo(out=tmp_path/'cut', cbs=[StopAfter(3)], **opts); assert cut.info['status'] == 'interrupted'
-    cut,whole = resume(tmp_path/'cut'),grpo(out=tmp_path/'whole', **opts); assert cut.info['status'] == whole.info['status'] == 'done'
+    with pytest.raises(SLMError, match='names code as its judge, .*test_rlhf:longer'): resume(tmp_path/'cut')
+    cut,whole = resume(tmp_path/'cut', judge=longer),grpo(out=tmp_path/'whole', **opts); assert cut.info['status'] == whole.info['status'] == 'done'
     same_weights(*(load_model_and_tokenizer(r.path)[0] for r in (cut, whole)))
     for k in ('valid_reward', 'valid_judge', 'kl', 'answer_tokens'): assert cut.metric(k).value == whole.metric(k).value, k
     assert whole.metric('kl').value > 0 and (whole/'rewards.png').exists() and '# Rewards' in (whole/'report.md').read_text()
@@ -123,8 +124,29 @@ def test_changed_data_and_lost_rewards_are_not_resumed(base, pairs, tmp_path):
     p = tmp_path/'p.jsonl'; write_preferences(p, pairs[:40]); few = dict(steps=4, bs=2, group=2, max_new_tokens=8, cbs=[StopAfter(1)], **OPTS)
     grpo(base, p, longer, tmp_path/'a', **few); reward_model(base, p, tmp_path/'b', steps=4, cbs=[StopAfter(1)], **OPTS)
     grpo(base, base/'pairs.jsonl', lambda prompts, answers: [0.]*len(answers), tmp_path/'c', **few); write_preferences(p, pairs[1:41])
-    for run,why in (('a', 'has changed since'), ('b', 'has changed since'), ('c', 'cannot find the reward')):
-        with pytest.raises(SLMError, match=why): resume(tmp_path/run)
+    for run,why,named in (('a', 'has changed since', dict(reward=longer)), ('b', 'has changed since', {}), ('c', 'names code as its reward', {}),
+                          ('c', 'cannot find the reward', dict(reward='no_such_module:f')), ('b', '--reward means nothing', dict(reward='judge'))):
+        with pytest.raises(SLMError, match=why): resume(tmp_path/run, **named)
+
+class Asked(Exception): "With which number format"
+
+def test_every_stage_asks_for_memory_in_its_number_format(base, tmp_path, monkeypatch):
+    import slm.train.dpo as D, slm.train.pretrain as P, slm.train.reward as W, slm.train.rlhf as R, slm.train.sft as S
+    def ask(*args, dtype='float32', **kwargs): raise Asked(dtype)
+    opts = dict(out=tmp_path/'x', steps=1, device='cpu', dtype='bfloat16')
+    for module,stage in ((S, lambda: S.sft(base, 'world', max_rows=60, **opts)), (D, lambda: D.dpo(base, base/'pairs.jsonl', **opts)),
+                         (W, lambda: W.reward_model(base, base/'pairs.jsonl', **opts)),
+                         (R, lambda: R.grpo(base, base/'pairs.jsonl', longer, max_new_tokens=8, **opts)),
+                         (P, lambda: P.pretrain('pydocs', max_bytes=500_000, vocab_size=512, seq_len=64, **opts))):
+        monkeypatch.setattr(module, 'check_fits', ask)
+        with pytest.raises(Asked, match='bfloat16'): stage()
+
+@pytest.mark.parametrize('stage', ['dpo', 'reward'])
+def test_prompts_longer_than_the_context_do_not_end_a_stage(stage, base, tmp_path):
+    from slm.train.dpo import dpo
+    long = [Pair([dict(role='user', content=f'{i} '+'and then '*400)], 'yes, it is.', 'no.') for i in range(20)]
+    write_preferences(tmp_path/'long.jsonl', long)
+    assert dict(dpo=dpo, reward=reward_model)[stage](base, tmp_path/'long.jsonl', tmp_path/'run', steps=1, bs=2, **OPTS).info['status'] == 'done'
 
 def test_a_reward_model_need_not_share_the_tokenizer(base, tmp_path, pairs):
     other = train_bpe((s.text for s in World(limit=20).stories(1, 300)), 380); rm = RewardModel.on(tiny(other)); rm.save_pretrained(tmp_path/'rm', other)

@@ -98,7 +98,7 @@ def attend(
     if q.device.type == 'cpu' and 1 < t == s <= 2048: return attend_blocks(q, k, v, bias, causal)
     if t == 1 and m < h:                                                         # the heads of a group become queries of one head
         if bias is not None and bias.shape[1] > 1: bias = bias.view(len(bias), m, -1, s)
-        return F.scaled_dot_product_attention(q.reshape(b, m, h//m, hd), k, v, attn_mask=bias).view(b, h, 1, hd)
+        return F.scaled_dot_product_attention(q.reshape(b, m, h//m, hd), k, v, attn_mask=bias).reshape(b, h, 1, hd)
     return F.scaled_dot_product_attention(q, k, v, attn_mask=bias, is_causal=causal and bias is None and t > 1, enable_gqa=m < h)
 
 # %% ../../nbs/10_model.layers.ipynb #08adf2dd

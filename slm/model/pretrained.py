@@ -17,7 +17,7 @@ import numpy as np, torch
 from torch import Tensor
 from safetensors import SafetensorError, safe_open
 from fastcore.basics import patch
-from ..core import SLMError, atomic_file, get_device, progress, read_json, write_json
+from ..core import atomic_file, check_hashes, get_device, progress, read_json, SLMError, write_json
 from .layers import rope_inv_freq, rope_kind, yarn_scale
 from .gpt import GPT, GPTConfig
 from ..data.tokenizer import Tokenizer
@@ -281,7 +281,7 @@ def open_folder(
     folder = Path(folder)
     if not (folder/'config.json').exists():
         raise SLMError(f"'{folder}' has no config.json: it is not a run directory or a Hugging Face model folder")
-    d = read_json(folder/'config.json')
+    check_hashes(folder); d = read_json(folder/'config.json')
     cfg, files = GPTConfig.from_hf(d), _weight_files(folder)
     tensors = (kv for f in files for kv in read_safetensors(f))
     return cfg, from_gpt2(tensors) if d['model_type'] == 'gpt2' else tensors

@@ -447,6 +447,7 @@ class DPOConfig(FinetuneConfig):
     loss:str = 'sigmoid' # a name in `LOSSES`
     label_smoothing:float = 0. # share of pairs that the judge got wrong
     val_frac:float = 0.1 # share of the prompts held out
+    allowed = FinetuneConfig.allowed | dict(beta=Span(0, ends='(]'), loss=LOSSES, label_smoothing=Span(0, .5, '[)'), val_frac=Span(0, 1, '()'))
 
 def pair_dls(
     train:PairData,
@@ -471,7 +472,7 @@ def dpo(
     c = DPOConfig(base=str(base), data=str(data), **options); check_loss(c.beta, c.loss, c.label_smoothing)
     model,tok = open_base(c); c = resolve_finetune(c, model.cfg, lr=dict(adamw=5e-5, muon=5e-5))
     prefs,train,valid = load_pairs(c, tok)
-    amp = autocast(c.device, c.dtype); check_fits(model.cfg, 2*c.micro_batch, c.seq_len, c.device)
+    amp = autocast(c.device, c.dtype); check_fits(model.cfg, 2*c.micro_batch, c.seq_len, c.device, dtype=c.dtype)
     for d in (train, valid): d.ref = answer_logps(model, d, amp)
     dls = pair_dls(train, valid, c.micro_batch, c.seed, c.device)
     c = plan_steps(c, finetune_learner(c, model, dls, cbs=[DPO(c.beta, c.loss, c.label_smoothing)]), len(train))
@@ -532,7 +533,7 @@ def _dpo(run, c, model, tok, train, valid, cbs=(), checkpoint=None):
 
 def _dpo_again(run, config, cbs, checkpoint):
     "Go on with a preference training"
-    c = DPOConfig(**config); model,tok = open_base(c); prefs,train,valid = load_pairs(c, tok)
+    c = DPOConfig.again(config); model,tok = open_base(c); prefs,train,valid = load_pairs(c, tok)
     if prefs.fingerprint != run.info['data']['fingerprint']:
         raise SLMError(f"'{c.data}' has changed since '{run.path}' was started: bring the old pairs back, or start a new run")
     refs = load_file(run/'reference.safetensors'); train.ref,valid.ref = refs['train'],refs['valid']

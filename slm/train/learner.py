@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['LMLearner', 'Counter', 'StopAt', 'decay_groups', 'adamw', 'NoEpochValidation', 'trapezoid', 'cosine', 'Schedule',
            'autocast', 'AutoCast', 'TokenAccumulation', 'GradClip', 'evaluate', 'TrainLog', 'Evaluate', 'CSVLog', 'Bar',
-           'TensorBoardLog', 'WandbLog', 'Samples', 'quote', 'flatten_state', 'unflatten_state', 'checkpoints',
-           'Checkpoint', 'GracefulStop', 'plot_training']
+           'TensorBoardLog', 'WandbLog', 'Samples', 'quote', 'flatten_state', 'unflatten_state', 'read_state',
+           'checkpoints', 'Checkpoint', 'GracefulStop', 'plot_training']
 
 # %% ../../nbs/20_train.learner.ipynb #5ca36f3c
 from ..core import * # first: it silences a warning of the next ones
@@ -23,7 +23,7 @@ from fastai.callback.core import Callback, CancelBatchException, CancelFitExcept
 from fastcore.basics import patch, noop
 from fastcore.foundation import L
 from ..model.gpt import GPT, GPTConfig, lm_loss
-from ..model.generate import generate
+from ..model.generate import generate, _prompt_ids
 
 # %% ../../nbs/20_train.learner.ipynb #71ed3be3
 class LMLearner(Learner):
@@ -306,11 +306,13 @@ class WandbLog(Callback):
 
 # %% ../../nbs/20_train.learner.ipynb #3a058c09
 class Samples(Callback):
-    "Every `every` steps, and at the end, complete each prompt and append the texts to `path`."
+    "Every `every` steps, and at the end, complete each prompt that the context holds and append the texts to `path`."
     order,run_valid = 80,False
     def __init__(self, tok, prompts:list, every:int=500, path:str|Path|None=None, show=noop, **params):
         self.tok,self.prompts,self.every,self.show,self.path = tok,prompts,every,show,Path(path) if path else None
         self.params = dict(max_new_tokens=100, temperature=.8, top_p=.95, seed=42) | params
+    def before_fit(self):
+        if self.prompts: room = self.model.cfg.max_seq_len; self.prompts = [p for p in self.prompts if len(_prompt_ids(self.tok, p)) < room]
     def after_batch(self):
         if not self.stepped or (self.opt_steps%self.every and self.opt_steps!=getattr(self.learn, 'n_steps', None)): return
         with self.learn.pause(): texts = self.sample()
@@ -363,16 +365,28 @@ def save_checkpoint(self:LMLearner,
     try:
         with atomic_dir(path) as d:
             save_file(self.model.state_dict(), d/'model.safetensors', metadata={'format': 'pt'})
-            save_file(tensors, d/'optim.safetensors'); write_json(d/'state.json', state)
+            save_file(tensors, d/'optim.safetensors'); write_json(d/'state.json', state | dict(hashes=file_hashes(d)))
     except Exception as e:
         if not isinstance(e, OSError) and 'space' not in str(e): raise
         raise SLMError(f"cannot write checkpoint '{path.name}' ({e}): free some disk space, then resume from the previous one") from None
     for old in checkpoints(root)[:-keep]: shutil.rmtree(old)
     return path
 
+def read_state(path:str|Path)->dict: # the content of `state.json`
+    "What a checkpoint knows beside its tensors; raises `SLMError` when it is damaged."
+    state = read_json(Path(path)/'state.json'); again = 'remove this checkpoint to go on from the one before'
+    if not isinstance(state, dict): raise SLMError(f"'{Path(path)/'state.json'}' is no object with keys: {again}")
+    kinds = dict(step=int, tokens=int, loader=dict, rng=dict, optim=dict, sources=dict, seconds=(int, float))
+    if lost := {'step', 'tokens', 'loader', 'rng', 'optim'} - set(state):
+        raise SLMError(f"'{Path(path)/'state.json'}' lacks {', '.join(sorted(lost))}: {again}")
+    bad = [k for k,kind in kinds.items() if k in state and not isinstance(state[k], kind)]
+    if bad := bad or ['loader']*(not all(type(state['loader'].get(k)) is int for k in ('epoch', 'pos'))):
+        raise SLMError(f"'{Path(path)/'state.json'}' is damaged, '{bad[0]}' is of the wrong kind: {again}")
+    return state
+
 def checkpoints(root:str|Path)->list[Path]: # oldest first
     "The whole checkpoints under `root`."
-    return sorted(p for p in Path(root).glob('[0-9]*') if p.is_dir())
+    recover(root); return sorted(p for p in Path(root).glob('[0-9]*') if p.is_dir())
 
 # %% ../../nbs/20_train.learner.ipynb #fdf20fa0
 @patch
@@ -380,20 +394,21 @@ def load_checkpoint(self:LMLearner,
     path:str|Path, # one checkpoint folder
 )->dict: # its `state.json`
     "Put model, optimiser, counts, loader and generators back; raises `SLMError` that names a damaged or foreign file."
-    path = Path(path); state,again = read_json(path/'state.json'),'remove this checkpoint to go on from the one before'
+    path = Path(path); state,again = read_state(path),'remove this checkpoint to go on from the one before'
+    check_hashes(path, state.get('hashes', {}))
     def load(name):
         try: return load_file(path/name)
         except Exception as e: raise SLMError(f"'{path/name}' is damaged ({e}): {again}") from None
     tensors,optim = load('model.safetensors'),load('optim.safetensors')
-    lost = {'step','tokens','loader','rng','optim'} - set(state)
-    if lost: raise SLMError(f"'{path/'state.json'}' lacks {', '.join(sorted(lost))}: {again}")
     try: self.model.load_state_dict(tensors)
     except RuntimeError as e: raise SLMError(f"'{path}' does not fit the model: {' '.join(str(e).split())[:200]}") from None
     if self.opt is None: self.create_opt()
-    self.opt.opt.load_state_dict(unflatten_state(optim, state['optim']))
-    self.dls.train.load_state_dict(state['loader'])
-    self.opt_steps,self.tokens = state['step'],state['tokens']
-    set_rng_state(state['rng']); return state
+    try:
+        self.opt.opt.load_state_dict(unflatten_state(optim, state['optim']))
+        self.dls.train.load_state_dict(state['loader']); set_rng_state(state['rng'])
+    except (LookupError, TypeError, ValueError, AttributeError, ArithmeticError, RuntimeError) as e:
+        raise SLMError(f"'{path/'state.json'}' is damaged ({type(e).__name__}: {e}): {again}") from None
+    self.opt_steps,self.tokens = state['step'],state['tokens']; return state
 
 # %% ../../nbs/20_train.learner.ipynb #1b5efa01
 class Checkpoint(Callback):

@@ -140,7 +140,7 @@ def save_adapter(
 # %% ../../nbs/26_train.lora.ipynb #c3cda214
 def _read_adapter(folder):
     "Configuration, tensors by our names, and the fingerprint of the base if it is known"
-    d,path = read_json(folder/'adapter_config.json'),folder/'adapter_model.safetensors'
+    check_hashes(folder); d,path = read_json(folder/'adapter_config.json'),folder/'adapter_model.safetensors'
     if d.get('peft_type') != 'LORA': raise SLMError(f"'{folder}' holds an adapter of type {d.get('peft_type')}: only LORA can be opened")
     for k in ('modules_to_save', 'layer_replication', 'trainable_token_indices', 'target_parameters', 'alora_invocation_tokens'):
         if d.get(k): raise SLMError(f"'{folder}': adapter_config.json has {k} = {str(d[k])[:60]}, which cannot be applied here")
@@ -343,6 +343,7 @@ class LoRAConfig(FinetuneConfig):
     rslora:bool = False # scale by alpha/√rank
     dora:bool = False # train the length of each row apart from its direction
     frugal:bool = False # least memory, more time: `give_back` and `recompute`
+    allowed = FinetuneConfig.allowed | dict(rank=Span(1, 2**16), alpha=Span(0, ends='(]'), dropout=Span(0, 1, '[)'))
 
 # %% ../../nbs/26_train.lora.ipynb #501d313c
 def open_adapted(
@@ -388,7 +389,7 @@ def _adapt(run, c, model, tok, chats, cbs=(), checkpoint=None):
 
 def _adapt_again(run, config, cbs, checkpoint):
     "Go on with an adapter"
-    c = LoRAConfig(**config); model,tok = open_adapted(c); chats = load_chats(c.data, tok, c.seq_len, c.max_rows, c.strict)
+    c = LoRAConfig.again(config); model,tok = open_adapted(c); chats = load_chats(c.data, tok, c.seq_len, c.max_rows, c.strict)
     for what,name,is_new in (('rows', c.data, chats.fingerprint != run.info['data']['fingerprint']),
                              ('weights', c.base, base_fingerprint(model) != run.info['base_fingerprint'])):
         if is_new: raise SLMError(f"'{name}' has changed since '{run.path}' was started: bring the old {what} back, or start a new run")
@@ -403,13 +404,13 @@ def open_adapter_run(
     device:str='cpu',
 )->tuple[GPT,Tokenizer]: # base and adapter, in evaluation mode
     "The model that an adapter's run was made of; raises `SLMError` when it is none, or its base is not there."
-    run = RunDir.open(path); c = run.info['config']
+    run = RunDir.open(path)
     if run.info['stage'] not in ('lora', 'qlora'):
         raise SLMError(f"'{path}' is a run of stage {run.info['stage']}: only lora and qlora have an adapter")
     if run.info['status'] != 'done': raise SLMError(f"'{path}' is {run.info['status']}, not done: go on with slm resume {path}")
-    beside = run.path.parent/c['base']
-    base = base or (beside if not Path(c['base']).exists() and beside.exists() else c['base'])
-    try: model,tok = load_4bit(base, device=device) if c['four_bit'] else load_model_and_tokenizer(base, device)
+    c = LoRAConfig.again(run.info['config']); beside = run.path.parent/c.base
+    base = base or (beside if not Path(c.base).exists() and beside.exists() else c.base)
+    try: model,tok = load_4bit(base, device=device) if c.four_bit else load_model_and_tokenizer(base, device)
     except SLMError as e: raise SLMError(f"the base of '{path}' cannot be opened: {e}; or name it with --base") from None
     return load_adapter(model, path).eval(), tok
 

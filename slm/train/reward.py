@@ -173,6 +173,7 @@ class RewardConfig(FinetuneConfig):
     opt:str = 'adamw' # or 'muon'
     center:float = 0. # weight that holds the scores' mean near zero
     val_frac:float = 0.1 # share of the prompts held out
+    allowed = FinetuneConfig.allowed | dict(center=Span(), val_frac=Span(0, 1, '()'))
 
 def reward_model(
     base:str|Path, # a run, a Hugging Face folder or hub id, or a .gguf file: the body, and the tokenizer
@@ -183,9 +184,8 @@ def reward_model(
 )->RunDir: # finished, or interrupted and ready for `resume`
     "Train a model of the judge; raises `SLMError` for bad input."
     check_new(out); c = RewardConfig(base=str(base), data=str(data), **options)
-    if c.center < 0: raise SLMError(f'--center must be at least 0, not {c.center}')
     gpt,tok = open_base(c); c = resolve_finetune(c, gpt.cfg, lr=dict(adamw=2e-4, muon=1e-3)); set_seed(c.seed); model = RewardModel.on(gpt)
-    prefs,train,valid = load_pairs(c, tok); check_fits(gpt.cfg, 2*c.micro_batch, c.seq_len, c.device)
+    prefs,train,valid = load_pairs(c, tok); check_fits(gpt.cfg, 2*c.micro_batch, c.seq_len, c.device, dtype=c.dtype)
     c = plan_steps(c, finetune_learner(c, model, reward_dls(c, train, valid), cbs=[RewardLog(c.center)]), len(train))
     run = RunDir.create(out, 'reward', config=dataclasses.asdict(c) | {k: portable(v) for k,v in _sources(c).items()}, seed=c.seed,
         parent=Path(base).name, data=dict(name=prefs.name, fingerprint=prefs.fingerprint, train_pairs=len(train), valid_pairs=len(valid),
@@ -210,7 +210,7 @@ def _sources(c): # the fields that may be paths
 
 def _reward_again(run, config, cbs, checkpoint):
     "Go on with a reward model"
-    c = RewardConfig(**config); gpt,tok = open_base(c); prefs,train,valid = load_pairs(c, tok); _same(c.data, prefs.fingerprint, run)
+    c = RewardConfig.again(config); gpt,tok = open_base(c); prefs,train,valid = load_pairs(c, tok); _same(c.data, prefs.fingerprint, run)
     set_seed(c.seed); return _reward(run, c, RewardModel.on(gpt), tok, train, valid, cbs, checkpoint)
 
 def _same(data, fingerprint, run):

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['PROMPT_SEED', 'group_advantages', 'grpo_loss', 'Prompts', 'read_prompts', 'split_prompts', 'Rollout', 'token_logps',
            'answer_rows', 'RolloutLoader', 'GRPO', 'measure_policy', 'PolicyEval', 'rlhf_doctor', 'plot_rlhf',
-           'GRPOConfig', 'check_grpo', 'grpo', 'grpo_dls']
+           'GRPOConfig', 'grpo', 'grpo_dls']
 
 # %% ../../nbs/28_train.rlhf.ipynb #953d83e7
 from ..core import * # first: it silences a warning of the next ones
@@ -24,7 +24,7 @@ from ..data.world import World, Task
 from ..model.gpt import GPT, check_fits
 from .dpo import _prompt, over_answers, pad_rows, read_preferences
 from .learner import *
-from .pretrain import STAGES, interval, fit_run
+from .pretrain import CODE, STAGES, interval, fit_run
 from .reward import *
 from .reward import _same, _sources
 from .sft import (FinetuneConfig, check_new, fill_up, finetune_learner, open_base, plan_steps, read_rows, resolve_finetune,
@@ -329,14 +329,8 @@ class GRPOConfig(FinetuneConfig):
     epsilon:float = 0.2 # how far the ratio may go
     max_new_tokens:int = 64 # longest answer
     val_frac:float = 0.1 # share of the prompts held out
-
-def check_grpo(c:GRPOConfig):
-    "Raise `SLMError` for what can be seen to be wrong."
-    for k,ok,want in (('group', c.group >= 2, 'at least 2: an answer is compared with the others of its group'),
-                      ('iterations', c.iterations >= 1, 'at least 1'), ('beta', c.beta >= 0, 'at least 0'),
-                      ('epsilon', 0 < c.epsilon < 1, 'between 0 and 1'),
-                      ('max_new_tokens', c.max_new_tokens >= 1, 'at least 1'), ('val_frac', 0 < c.val_frac < 1, 'between 0 and 1')):
-        if not ok: raise SLMError(f"--{k.replace('_', '-')} must be {want}, not {getattr(c, k)}")
+    allowed = FinetuneConfig.allowed | dict(group=Span(2), iterations=Span(1), beta=Span(), epsilon=Span(0, 1, '()'), # in a group of one, nothing is better
+                                            max_new_tokens=Span(1), val_frac=Span(0, 1, '()'))
 
 # %% ../../nbs/28_train.rlhf.ipynb #df149943
 def grpo(
@@ -350,10 +344,10 @@ def grpo(
 )->RunDir: # finished, or interrupted and ready for `resume`
     "Teach a model to earn rewards; raises `SLMError` for bad input."
     check_new(out); judge = judge or ('judge' if str(data).split(':')[0] == 'world' else None)
-    c = GRPOConfig(base=str(base), data=str(data), reward=name_of(reward), judge=name_of(judge), **options); check_grpo(c)
+    c = GRPOConfig(base=str(base), data=str(data), reward=name_of(reward), judge=name_of(judge), **options)
     model,tok,c,prompts,use = _open_grpo(c, reward, judge); train,valid = split_prompts(prompts.chats, c.val_frac)
     c.bs = min(c.bs, len(train)); c.micro_batch = next(m for m in range(min(c.bs, c.micro_batch), 0, -1) if c.bs%m == 0)
-    check_fits(model.cfg, c.group*c.micro_batch, c.seq_len, c.device)
+    check_fits(model.cfg, c.group*c.micro_batch, c.seq_len, c.device, dtype=c.dtype)
     c = plan_steps(c, finetune_learner(c, model, grpo_dls(c, model, tok, train, use['reward'], model), cbs=[GRPO(c.beta, c.epsilon)]),
                    len(train)*c.iterations)
     run = RunDir.create(out, 'rlhf', config=dataclasses.asdict(c) | {k: portable(v) for k,v in _sources(c).items()}, seed=c.seed,
@@ -400,7 +394,8 @@ def _grpo(run, c, model, tok, train, valid, use, cbs=(), checkpoint=None):
 
 def _grpo_again(run, config, cbs, checkpoint):
     "Go on with a training by reward"
-    c = GRPOConfig(**config); model,tok,c,prompts,use = _open_grpo(c, c.reward, c.judge); _same(c.data, prompts.fingerprint, run)
+    c = GRPOConfig.again(config | {k: name_of(config.get(k)) for k in ('reward', 'judge')})
+    model,tok,c,prompts,use = _open_grpo(c, config['reward'], config['judge']); _same(c.data, prompts.fingerprint, run)
     return _grpo(run, c, model, tok, *split_prompts(prompts.chats, c.val_frac), use, cbs, checkpoint)
 
-STAGES['rlhf'] = _grpo_again
+STAGES['rlhf'],CODE['rlhf'] = _grpo_again,('reward', 'judge')

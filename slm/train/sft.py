@@ -296,7 +296,7 @@ class AnswersOnly(Callback):
 
 # %% ../../nbs/23_train.sft.ipynb #f4216a13
 @dataclass
-class FinetuneConfig:
+class FinetuneConfig(Options):
     "What decides a fine-tuning; `None` means: chosen from model and data."
     base:str # what to start from: a run, a Hugging Face folder or hub id, or a .gguf file
     data:str # what to learn from
@@ -322,6 +322,7 @@ class FinetuneConfig:
     evals:int = 10 # how many validations during the run
     samples:int = 2 # how many times samples are written
     save_minutes:float = 2.0 # minutes between checkpoints
+    allowed = Options.allowed | dict(opt=OPTIMS, schedule=SCHEDULES, row_len=Span(8))
 
 @dataclass
 class SFTConfig(FinetuneConfig):
@@ -335,13 +336,7 @@ def resolve_finetune(
 ):
     "Check what was given and choose what was left open; raises `SLMError` for what cannot be."
     c = dataclasses.replace(c, opt=c.opt or base_opt(c.base))
-    for k,ok,want in (('steps', c.steps is None or c.steps > 0, 'above 0'), ('minutes', c.minutes is None or c.minutes > 0, 'above 0'),
-                      ('epochs', c.epochs > 0, 'above 0'), ('lr', c.lr is None or 0 < c.lr < 1, 'between 0 and 1'),
-                      ('seq_len', c.seq_len is None or 8 <= c.seq_len <= cfg.max_seq_len, f"from 8 to the base's {cfg.max_seq_len}"),
-                      ('bs', c.bs >= 1, 'at least 1'), ('opt', c.opt in OPTIMS, f"one of {', '.join(OPTIMS)}"),
-                      ('schedule', c.schedule in SCHEDULES, f"one of {', '.join(SCHEDULES)}"),
-                      ('dtype', c.dtype in ('auto', 'float32', 'bfloat16'), 'auto, float32 or bfloat16')):
-        if not ok: raise SLMError(f"--{k.replace('_', '-')} must be {want}, not {getattr(c, k)}")
+    if c.seq_len and c.seq_len > cfg.max_seq_len: raise SLMError(f"--seq-len must be from 8 to the base's {cfg.max_seq_len}, not {c.seq_len}")
     c.seq_len = c.seq_len or min(1024, cfg.max_seq_len)
     c.row_len = max(c.seq_len, c.row_len or min(2*c.seq_len, 768))
     c.lr = c.lr or round(lr.get(c.opt, lr['adamw'])*(256/cfg.d_model)**.5, 7)
@@ -459,7 +454,7 @@ def begin_chats(
     c = resolve_finetune(c, model.cfg); chats = load_chats(c.data, tok, c.seq_len, c.max_rows, c.strict)
     if chats.rejects: print(chats.says(), file=sys.stderr)
     dls = chat_dls(chats, c.micro_batch, c.row_len, c.seed, c.device, tok.pad_id)
-    if all(p.requires_grad for p in model.parameters()): check_fits(model.cfg, c.micro_batch, c.row_len, c.device)
+    if all(p.requires_grad for p in model.parameters()): check_fits(model.cfg, c.micro_batch, c.row_len, c.device, dtype=c.dtype)
     c = plan_steps(c, finetune_learner(c, model, dls, cbs=[AnswersOnly()]), len(dls.train)*dls.train.bs)
     kept = dataclasses.asdict(c) | {k: portable(v) for k,v in sft_sources(c).items()}
     run = RunDir.create(out, stage, config=kept, seed=c.seed, parent=Path(c.base).name,
@@ -513,7 +508,7 @@ def _sft(run, c, model, tok, chats, cbs=(), checkpoint=None):
 
 def _sft_again(run, config, cbs, checkpoint):
     "Go on with a fine-tuning"
-    c = SFTConfig(**config); model,tok = open_base(c); chats = load_chats(c.data, tok, c.seq_len, c.max_rows, c.strict)
+    c = SFTConfig.again(config); model,tok = open_base(c); chats = load_chats(c.data, tok, c.seq_len, c.max_rows, c.strict)
     if chats.fingerprint != run.info['data']['fingerprint']:
         raise SLMError(f"'{c.data}' has changed since '{run.path}' was started: bring the old rows back, or start a new run")
     return _sft(run, c, model, tok, chats, cbs, checkpoint)
