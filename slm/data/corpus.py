@@ -165,6 +165,8 @@ def split_valid(
     return valid if not valid.all() else keys != keys.max()
 
 # %% ../../nbs/01_data.corpus.ipynb #1a56e5a9
+def _brief(e): return ' '.join(str(e).split())[:200] or type(e).__name__
+
 def _open(path):
     "Open a plain or gzipped file for bytes; raises `SLMError` when it cannot be read"
     try:
@@ -654,8 +656,6 @@ SOURCES['world'] = Source(
     gaps='a small world: no dialogue, no causes, no past', split='where', val_frac=0., max_bytes=20_000_000)
 
 # %% ../../nbs/01_data.corpus.ipynb #d385f816
-def _brief(e): return ' '.join(str(e).split())[:200] or type(e).__name__
-
 def _hub_info(repo, revision=None, timeout=10):
     "What the hub says about a data set; raises `SLMError` when it is not there or the hub cannot be reached"
     from huggingface_hub import HfApi
