@@ -298,6 +298,14 @@ def test_brackets_of_a_folder_are_no_pattern(here):
     assert a.fingerprint == b.fingerprint == build_corpus(f'files:{here}/Letters [1890]/**/*.txt', out='c').fingerprint
     Path('x1.txt').write_text('x'); assert C._glob('x[12].txt') == ['x1.txt']
 
+@pytest.mark.parametrize('size', [10_000, 1_000_000, 3_000_000])
+def test_a_small_world_has_both_sides(here, size):
+    c = build_corpus('world', out='w', max_bytes=size)
+    assert c.n_docs['train'] > 5 and c.n_docs['valid'] >= 1 and sum(c.n_bytes.values()) <= size
+    assert c.n_bytes['valid'] <= size/10
+
+def test_a_world_too_small_says_the_least(here): fails('world', 'within 900 bytes', 'give 10,000 or more', max_bytes=900)
+
 def test_bad_specs(here):
     Path('a.txt').write_text('x')
     fails('tinystorys', "did you mean 'tinystories'"); fails('zzz', 'there are', 'files:GLOB', 'pydocs'); fails('a.txt', "did you mean 'files:a.txt'")

@@ -939,6 +939,9 @@ def _build(src, path, val_frac, max_bytes, dedup, near_dedup)->dict:
         if src.split == 'contiguous': valid[1] = True
         elif src.split == 'where': valid = stage.where == stage.places.get('valid')
         else: valid[kept] = split_valid(stage.keys[kept], val_frac)
+        if len(sides := np.unique(valid[kept])) < 2 and (val_frac or src.split == 'where'):
+            raise SLMError(f"corpus '{src.name}' has nothing to {'train on' if sides[0] else 'validate with'} within {max_bytes:,} bytes: "
+                           'give 10,000 or more')
         examples = _pass2(stage, fate, valid, group, shards)
     finally:
         for f in (stage, *shards.values()): f.abandon()
@@ -1037,7 +1040,7 @@ def build_corpus(
 def _build_corpus(spec, out, val_frac, max_bytes, dedup, near_dedup, errors, rebuild):
     src = get_source(spec); src.errors = errors
     val_frac = src.val_frac if val_frac is None else val_frac; max_bytes = src.max_bytes if max_bytes is None else max_bytes
-    _checked(val_frac, max_bytes, errors)
+    _checked(val_frac, max_bytes, errors); src.max_bytes = max_bytes
     dedup = dedup and src.split == 'hash'
     opts = dict(val_frac=val_frac, max_bytes=max_bytes, dedup=dedup, near_dedup=dedup and near_dedup, errors=errors)
     if _ENCODING.get() != 'utf-8': opts['encoding'] = _ENCODING.get()
