@@ -180,7 +180,7 @@ def test_bad_files(here):
     Path('e.txt').write_text(' \n\n\t'); fails('files:e.txt', 'is empty')
     Path('one.txt').write_text('alone'); fails('files:one.txt', 'only one document left')
     Path('b.bin').write_bytes(bytes(range(256))*9); fails('files:b.bin', "'b.bin' is a binary file", 'offset 0')
-    Path('u.txt').write_bytes('hello'.encode('utf-16')); fails('files:u.txt', 'UTF-16', 'iconv')
+    Path('u.txt').write_bytes('hello'.encode('utf-16')); fails('files:u.txt', 'UTF-16', '--encoding utf-16')
     os.mkfifo('pipe'); fails('files:pipe', 'not a regular file')
     os.symlink('nowhere', 'dangling.txt'); fails('files:dangling.txt', "cannot read 'dangling.txt'", 'No such file')
     Path('cut.txt.gz').write_bytes(gzip.compress(os.urandom(99_999).hex().encode())[:5000]); fails('files:cut.txt.gz', 'cut.txt.gz', 'damaged')
@@ -212,12 +212,99 @@ def test_broken_utf8_elsewhere(here):
     assert any(t.startswith('caf\ufffd one') for t in texts(c))
 
 def test_bad_jsonl(here):
-    Path('l.jsonl').write_text('{"text": "ok"}\n\n{"text": "ok2"}\nnot json\n'); fails('files:l.jsonl', "'l.jsonl' line 4 is not JSON")
-    Path('l.jsonl').write_text('["text"]\n'); fails('files:l.jsonl', 'line 1 is not a JSON object')
+    Path('l.jsonl').write_text('{"text": "ok"}\n\n{"text": "ok2"}\nnot json\n'); fails('files:l.jsonl', "'l.jsonl' line 4: it is not JSON")
+    Path('l.jsonl').write_text('["text"]\n'); fails('files:l.jsonl', 'row 1: it is not a JSON object')
     Path('l.jsonl').write_text('{"text": "ok"}\n{"text": 5}\n'); fails('files:l.jsonl', "line 2: 'text' is not text but int")
-    Path('l.jsonl').write_text('{"n": 5}\n'); fails('files:l.jsonl', 'line 1', 'no text columns')
-    Path('l.jsonl').write_text('{"text": "half \\ud83d emoji"}\n{"text": "fine"}\n{"text": null}\n')
-    assert 'half \ufffd emoji' in texts(build_corpus('files:l.jsonl', out='r'))
+    Path('l.jsonl').write_text('{"n": 5}\n'); fails('files:l.jsonl', "'l.jsonl' has no column 'text'", 'no text columns')
+
+def test_half_an_emoji_leaves_one_row_out_named_and_counted(here, capsys):
+    rows = '\n'.join(json.dumps(dict(text=t)) for t in ['half \ud83d emoji', 'a whole \U0001f600 emoji', 'fine'])
+    Path('l.jsonl').write_text(rows); c = build_corpus('files:l.jsonl', out='r')
+    assert sorted(texts(c)) == ['a whole \U0001f600 emoji', 'fine']
+    assert c.info['left_out']['rows'] == 1
+    assert "'l.jsonl' line 1: it holds half a character" in capsys.readouterr().err
+    assert 'left out: unusable rows | 1' in c.card()
+
+# ---------------------------------------------------------------- rows of other people's files
+
+STORIES = [dict(title='Untitled', text=None)] + [dict(title=f'Title {i}', text=f'Story {i} of the otter, {i*i} words.') for i in range(60)]
+
+@pytest.mark.parametrize('only', [False, True], ids=['titles too', 'text alone'])
+@pytest.mark.parametrize('kind', ['jsonl', 'json', 'parquet'])
+def test_a_first_row_without_text_does_not_choose_the_titles(here, kind, only):
+    rows = [dict(text=r['text']) if only else r for r in STORIES]
+    if kind == 'parquet': pq.write_table(pa.Table.from_pylist(rows), 'a.parquet')
+    else: Path(f'a.{kind}').write_text(json.dumps(rows) if kind == 'json' else '\n'.join(map(json.dumps, rows)))
+    c = build_corpus(f'files:a.{kind}', out='out')
+    assert sorted(texts(c)) == sorted(r['text'] for r in STORIES[1:])
+    assert c.info['columns'] == dict(text=1) and '| text column | text |' in c.card()
+
+def test_a_column_of_nulls_is_not_replaced_by_another(here):
+    pq.write_table(pa.table(dict(title=['a', 'b'], text=pa.nulls(2))), 'n.parquet')
+    fails('files:n.parquet', 'there is no text in it')
+    Path('n.jsonl').write_text('\n'.join(json.dumps(dict(title=f't{i}', text=None)) for i in range(9)))
+    fails('files:n.jsonl', 'there is no text in it')
+
+def test_texts_in_a_dictionary_of_parquet_are_texts(here):
+    ps = prose(30); pq.write_table(pa.table(dict(text=pa.array(ps+ps[:3]).dictionary_encode())), 'd.parquet')
+    assert sorted(texts(build_corpus('files:d.parquet', out='out'))) == sorted(ps)
+
+@pytest.mark.parametrize('name', ['a.jsonl', 'a.json', 'a.jsonl.gz', 'a.json.gz', 'a.JSON', 'array.json', 'array.json.gz', 'array.jsonl'])
+@pytest.mark.parametrize('mark', [b'', b'\xef\xbb\xbf'], ids=['plain', 'byte order mark'])
+def test_rows_are_the_same_in_every_spelling(here, name, mark):
+    rows = [dict(text='one, "two" [3]', n=[1, {}]), dict(text='\u732b \U0001f600'), dict(text=None)]
+    said = mark + (json.dumps(rows, indent=1) if 'array' in name else '\n'.join(map(json.dumps, rows))).encode()
+    Path(name).write_bytes(gzip.compress(said) if name.endswith('gz') else said)
+    assert [r for _,r in read_rows(name)] == rows
+
+@pytest.mark.parametrize('block', [1, 7, 1000])
+def test_an_array_is_read_in_pieces_of_any_size(here, monkeypatch, block):
+    real = C._blocks; monkeypatch.setattr(C, '_blocks', lambda path, errors='strict', n=0: real(path, errors, block))
+    rows = [dict(text='x'*n, deep=[[n, -1.5e-3, True, None, '\u20ac\\"]']]) for n in range(40)]
+    Path('a.json').write_text(json.dumps(rows, indent=2)); assert [r for _,r in read_rows('a.json')] == rows
+    for bad,why in (('[{"a": 1}, {"b": tru}]', 'behind row 1 (it is not JSON'), ('[{"a": 1} {"b": 2}]', "no ',' but '{'"),
+                    ('[{"a": 1}', 'has no end'), ('[{"a": 1}]\n[2]', 'goes on behind the end'), ('[{"a": 1},]', 'behind row 1')):
+        Path('b.json').write_text(bad)
+        with pytest.raises(SLMError, match=re.escape(why)): list(read_rows('b.json'))
+    Path('b.json').write_text(' [ ] '); assert list(read_rows('b.json')) == []
+
+def test_a_table_gives_its_text_column(here):
+    Path('a.csv').write_text('\ufeffid,text\n1,"one, and\nmore"\n2,two\n'); Path('b.tsv').write_text('id\ttext\n1\tthree, four\n2\tfive\n')
+    assert sorted(texts(build_corpus('files:*.?sv', out='out'))) == ['five', 'one, and\nmore', 'three, four', 'two']
+
+TEXT = '\n\n'.join(f'“Well,” said the heron, “it’s {i} – or not…”'*30 for i in range(30))
+
+@pytest.mark.parametrize('encoding', ['utf-16', 'utf-16-le', 'windows-1252', 'UTF8', 'utf-8-sig'])
+def test_an_encoding_that_is_named_is_read(here, encoding):
+    Path('u.txt').write_text(TEXT, encoding='utf-8'); Path('a.txt').write_text(TEXT, encoding=encoding)
+    a,u = build_corpus('files:a.txt', out='a', encoding=encoding),build_corpus('files:u.txt', out='u')
+    assert ''.join(texts(a)).count('“Well,”') == ''.join(texts(u)).count('“Well,”') == 900
+    Path('r.jsonl').write_text('\n'.join(json.dumps(dict(text=t), ensure_ascii=False) for t in TEXT.split('\n\n')), encoding=encoding)
+    with text_encoding(encoding): assert [r['text'] for _,r in read_rows('r.jsonl')] == TEXT.split('\n\n')
+
+@pytest.mark.parametrize('name,said', [('utf-16', 'utf-16'), ('windows-1252', 'windows-1252')])
+def test_the_hint_of_an_encoding_is_true(here, name, said):
+    Path('a.txt').write_text(TEXT, encoding=name); hint = re.search(r'--encoding (\S+)', fails('files:a.txt', '--encoding'))[1]
+    assert hint == said and '“Well,”' in texts(build_corpus('files:a.txt', out='out', encoding=hint))[0]
+
+def test_wrong_encodings(here):
+    Path('a.txt').write_bytes(b'caf\x81 '*200)
+    fails('files:a.txt', "'a.txt' is not cp1252", 'another --encoding', encoding='windows-1252')
+    for bad in ('utf-99', 'zlib', 'rot13', '', 'a\0b'): fails('files:a.txt', 'unknown encoding', encoding=bad)
+
+def test_brackets_of_a_folder_are_no_pattern(here):
+    Path('Letters [1890]').mkdir(); Path('Letters [1890]/a [1].txt').write_text('\n\n'.join(prose(60)))
+    a = build_corpus('files:Letters [1890]/*.txt', out='a'); b = build_corpus('files:Letters [1890]/a [1].txt', out='b')
+    assert a.fingerprint == b.fingerprint == build_corpus(f'files:{here}/Letters [1890]/**/*.txt', out='c').fingerprint
+    Path('x1.txt').write_text('x'); assert C._glob('x[12].txt') == ['x1.txt']
+
+@pytest.mark.parametrize('size', [10_000, 1_000_000, 3_000_000])
+def test_a_small_world_has_both_sides(here, size):
+    c = build_corpus('world', out='w', max_bytes=size)
+    assert c.n_docs['train'] > 5 and c.n_docs['valid'] >= 1 and sum(c.n_bytes.values()) <= size
+    assert c.n_bytes['valid'] <= size/10
+
+def test_a_world_too_small_says_the_least(here): fails('world', 'within 900 bytes', 'give 10,000 or more', max_bytes=900)
 
 def test_bad_specs(here):
     Path('a.txt').write_text('x')

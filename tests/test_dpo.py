@@ -117,6 +117,58 @@ def test_an_annotation_store_is_read(tmp_path):
     A.PreferenceStore(tmp_path/'empty.db').close()
     with pytest.raises(SLMError, match='it is empty'): read_preferences(tmp_path/'empty.db')
 
+# ---- files of other people
+
+GOOD = [dict(prompt=f'Q{i}: which one?', chosen=f'The red one, number {i}.', rejected='None.') for i in range(12)]
+ODD = {'a role': dict(GOOD[0], prompt=[dict(role='user', content='Weather?'), dict(role='tool', content='{"t": 7}')]),
+       'a system': dict(GOOD[0], system=dict(text='be brief')), 'half an emoji': dict(GOOD[0], chosen='cut \ud83d'), 'a null': dict(GOOD[0], chosen=None)}
+
+def rows_file(path, rows, **kw): path.write_text('\n'.join(map(json.dumps, rows))+'\n', **kw); return path
+
+@pytest.mark.parametrize('odd', ODD)
+def test_one_odd_row_is_left_out_with_its_reason(odd, base, tok, tmp_path, capsys):
+    from slm.train.dpo import load_pairs
+    source = rows_file(tmp_path/'a.jsonl', [*GOOD[:3], ODD[odd], *GOOD[3:]])
+    c = DPOConfig(base=str(base), data=str(source), seq_len=256); prefs,train,valid = load_pairs(c, tok)
+    assert [w for w,_ in prefs.rejects] == ['line 4'] and len(train)+len(valid) == len(GOOD)
+    assert '1 rows of a.jsonl left out:\n  line 4: ' in capsys.readouterr().err
+    with pytest.raises(SLMError, match='line 4'): read_preferences(source, strict=True)
+
+def test_pairs_as_sharegpt_writes_them_and_other_people_s_roles(tmp_path):
+    said = lambda who, text: {'from': who, 'value': text}
+    rows = [dict(conversations=[said('human', r['prompt'])], chosen=said('gpt', r['chosen']), rejected=said('gpt', r['rejected'])) for r in GOOD]
+    rows[1]['prompt'] = rows[1]['system'] = None
+    rows[2] = dict(GOOD[2], prompt=[dict(role='human', content=GOOD[2]['prompt'])], chosen=[dict(role='gpt', content=GOOD[2]['chosen'])])
+    assert read_preferences(rows_file(tmp_path/'a.jsonl', rows), strict=True).pairs == [as_pair(r) for r in GOOD]
+
+@pytest.mark.parametrize('encoding', ['utf-8-sig', 'utf-16', 'windows-1252'])
+def test_pairs_in_any_encoding_that_is_named(tmp_path, tok, encoding):
+    from slm.data.corpus import text_encoding
+    rows = [dict(r, chosen='“Red”') for r in GOOD]
+    (tmp_path/'a.json').write_text(json.dumps(rows, ensure_ascii=False), encoding=encoding)
+    with text_encoding(encoding): assert [p.chosen for p in read_preferences(tmp_path/'a.json').pairs] == ['“Red”']*12
+
+def test_a_shortened_prompt_keeps_its_template(tok):
+    user = lambda s: dict(role='user', content=s); says = dict(role='assistant', content='Yes.')
+    for chat in ([user('who '*300)], [dict(role='system', content='Be brief.'), user('one '*90), says, user('two '*90), says, user('And now?')]):
+        whole = tok.chat(chat, add_generation_prompt=True)[0]; e = encode_preference(tok, Pair(chat, 'Mara.', 'Tom.'), 64)
+        head = '<|system|>Be brief.<|end|>'*(chat[0]['role'] == 'system')+'<|user|>'
+        for ids in (whole, e.prompt): assert tok.decode(ids, False).replace('\n', '').startswith(head)
+        assert e.prompt[-2:] == whole[-2:] and e.cut == len(whole)-len(e.prompt) > 0
+        assert len(e.prompt)+len(e.chosen) <= 64
+    assert tok.decode(e.prompt, False).count('<|user|>') == 1 # the older turns went as a whole
+
+def test_a_pair_that_fits_nowhere_does_not_empty_the_held_out_side(tok):
+    data = PairData(tok, [*map(as_pair, GOOD), as_pair(dict(GOOD[0], prompt='?', chosen='word '*400))], 128)
+    assert len(data) == len(data.pairs) == 12 and len(data.rejects) == 1
+    train,valid = map(data.part, split_pairs(data.pairs, .1)); assert (len(train), len(valid)) == (11, 1)
+
+def test_prompts_longer_than_the_context_do_not_end_the_stage(base, tok, tmp_path):
+    rows = [dict(r, prompt=f"{r['prompt']} "+'who has the kite? '*200) for r in GOOD]
+    assert min(len(tok.chat([dict(role='user', content=r['prompt'])])[0]) for r in rows) > 512
+    run = dpo(base, rows_file(tmp_path/'a.jsonl', rows), tmp_path/'run', steps=2, bs=4, **OPTS)
+    assert run.info['status'] == 'done' and run.info['data']['prompts_cut'] == 12 and (run/'samples.md').exists()
+
 @pytest.mark.slow
 def test_trl_s_trainer_lands_where_ours_does(tok, pairs, tmp_path):
     "An SFT'd model, exported: the same pairs, rate, steps and batch give the same held-out accuracy, within its interval"

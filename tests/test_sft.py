@@ -120,7 +120,7 @@ def test_two_epochs_differ_and_repeat(base, tmp_path):
 # ------------------------------------------------------------------ data at fault
 
 @pytest.mark.parametrize('line, why', [
-    ('{"prompt": "a"', 'line 2: it is not JSON'), ('[1]', 'line 2: it is not an object'), ('{"text": "a"}', 'line 2: it has text: expected messages'),
+    ('{"prompt": "a"', 'line 2: it is not JSON'), ('[1]', 'line 2: it is not a JSON object'), ('{"text": "a"}', 'line 2: it has text: expected messages'),
     ('{"prompt": "a", "completion": ""}', 'line 2: a message is empty'), ('{"messages": []}', "line 2: 'messages' must be a list"),
     ('{"messages": [{"role": "user", "content": null}]}', "line 2: message 1 has no text"), ('{"conversations": [{"from": "cat", "value": "m"}]}', "'cat'"),
     (json.dumps(dict(prompt='a', completion='b '*400)), 'the context holds 64')])
@@ -134,15 +134,55 @@ def test_a_bad_row_is_named(base, tmp_path, line, why):
 
 
 def test_sources_that_cannot_be_read(base, tmp_path):
-    for source,why in ((tmp_path/'none.jsonl', 'no file'), (tmp_path, 'no file'), ('hf:nobody', 'write hf:OWNER/NAME')):
+    for source,why in ((tmp_path/'none.jsonl', 'no file'), (tmp_path, 'not a regular file'), ('hf:nobody', 'write hf:OWNER/NAME')):
         with pytest.raises(SLMError, match=why): load_chats(source, base[1], 64)
     (tmp_path/'e.jsonl').write_text('\n')
     with pytest.raises(SLMError, match='no usable conversation .it is empty.'): load_chats(tmp_path/'e.jsonl', base[1], 64)
     (tmp_path/'b.json').write_text('{"a": 1}')
-    with pytest.raises(SLMError, match='is not a list of rows'): load_chats(tmp_path/'b.json', base[1], 64)
+    with pytest.raises(SLMError, match='line 1: it has a: expected'): load_chats(tmp_path/'b.json', base[1], 64)
     (tmp_path/'c.parquet').write_bytes(b'PAR1 nothing'); (tmp_path/'d.jsonl').write_bytes(b'{"prompt": "\xff"}')
-    for name in ('c.parquet', 'd.jsonl'):
-        with pytest.raises(SLMError, match='cannot read'): load_chats(tmp_path/name, base[1], 64)
+    for name,why in (('c.parquet', 'not a readable parquet file'), ('d.jsonl', 'not valid UTF-8.*--encoding')):
+        with pytest.raises(SLMError, match=why): load_chats(tmp_path/name, base[1], 64)
+
+
+def test_null_is_absent_where_two_data_sets_were_merged(base, tmp_path):
+    import pyarrow as pa, pyarrow.parquet as pq
+    rows = [dict(messages=to_messages(r), prompt=None, completion=None) for r in ASKED]
+    rows += [dict(messages=None, system=None, prompt=f"{r['prompt']} Please.", completion=r['completion']) for r in ASKED]
+    pq.write_table(pa.Table.from_pylist(rows), tmp_path/'a.parquet')
+    for source in (tmp_path/'a.parquet', rows_file(tmp_path/'a.jsonl', rows)):
+        data = load_chats(source, base[1], 64)
+        assert not data.rejects and len(data.train)+len(data.valid) == len(rows)
+
+
+@pytest.mark.parametrize('n', [2, 3, 10, 48])
+@pytest.mark.parametrize('same', [False, True], ids=['questions', 'one question'])
+def test_two_rows_are_enough_to_hold_one_out(base, tmp_path, n, same):
+    rows = rows_file(tmp_path/'a.jsonl', [dict(prompt='Same?' if same else f'Say {i}.', completion=f'It is {i}') for i in range(n)])
+    a,b = (load_chats(rows, base[1], 64, val_frac=1e-9) for _ in 'ab') # by chance none is held out
+    assert (len(a.train), len(a.valid)) == (n-1, 1) and a.fingerprint == b.fingerprint
+    assert len(a.asked) == 1 and base[1].chat(a.asked[0])[0] == a.valid[0][0].tolist()
+    c = load_chats(rows, base[1], 64, val_frac=1.) # or all of them are
+    assert len(c.train) == n-1 and len(c.valid) == 1
+
+
+def test_one_row_is_not_enough(base, tmp_path):
+    with pytest.raises(SLMError, match='only one usable conversation'): load_chats(rows_file(tmp_path/'a.jsonl', ASKED[:1]), base[1], 64)
+
+
+@pytest.mark.parametrize('spoil', ['{"prompt": "Ha \\ud83d", "completion": "cut \\ud83d"}', '{"messages": [{"role": "tool", "content": "7"}]}',
+                                   '{"prompt": "a", "completion": "b", "system": 7}'], ids=['half an emoji', 'role', 'system'])
+def test_one_odd_row_is_left_out(base, tmp_path, spoil):
+    path = rows_file(tmp_path/'a.jsonl', ASKED); path.write_text(path.read_text()+spoil+'\n')
+    data = load_chats(path, base[1], 64)
+    assert [w for w,_ in data.rejects] == [f'line {len(ASKED)+1}'] and len(data.train)+len(data.valid) == len(ASKED)
+
+
+def test_an_encoding_is_kept_for_going_on(base, tmp_path):
+    rows = tmp_path/'rows.jsonl'; rows.write_text('\n'.join(json.dumps(r) for r in ASKED), encoding='utf-16')
+    with pytest.raises(SLMError, match='is UTF-16: give --encoding utf-16'): sft(base[2], rows, tmp_path/'no', steps=2)
+    cut = sft(base[2], rows, tmp_path/'cut', cbs=[StopAfter(1)], steps=2, bs=4, evals=1, samples=1, encoding='utf-16')
+    assert cut.info['status'] == 'interrupted' and resume(cut.path).info['status'] == 'done'
 
 
 def test_the_same_question_is_on_one_side(base, tmp_path):

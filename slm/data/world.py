@@ -896,6 +896,9 @@ def identity(src)->dict: # what decides the stories of a corpus `world[:DIAL]`
 
 def read_world(src)->Iterator[tuple[str,str]]: # split, story
     "The stories of a corpus `world[:DIAL]`: validation first, then training without end."
-    w = World(float(src.arg or 0))
-    for s in w.stories(VALID_SEED, 2000): yield 'valid', s.text
+    w, left = World(float(src.arg or 0)), (src.max_bytes or 1<<40)//10 # of a small corpus a tenth is for validation
+    for s in w.stories(VALID_SEED, 2000):
+        left -= len(s.text.encode())
+        if left < 0: break
+        yield 'valid', s.text
     for s in w.stories(TRAIN_SEED): yield 'train', s.text

@@ -4,14 +4,14 @@
 
 # %% auto #0
 __all__ = ['LOSSES', 'PAIR_SEED', 'completion_logps', 'dpo_loss', 'check_loss', 'Pair', 'as_pair', 'Preferences',
-           'read_preferences', 'write_preferences', 'split_pairs', 'EncodedPair', 'encode_preference', 'PairData',
-           'PairLoader', 'PairValidLoader', 'pad_rows', 'over_answers', 'answer_logps', 'DPO', 'preference_accuracy',
-           'win_rate', 'sampled_kl', 'PairEval', 'plot_preferences', 'doctor', 'DPOConfig', 'pair_dls', 'dpo',
-           'load_pairs', 'to_show']
+           'read_preferences', 'write_preferences', 'split_pairs', 'EncodedPair', 'shorten', 'encode_preference',
+           'PairData', 'PairLoader', 'PairValidLoader', 'pad_rows', 'over_answers', 'answer_logps', 'DPO',
+           'preference_accuracy', 'win_rate', 'sampled_kl', 'PairEval', 'plot_preferences', 'doctor', 'DPOConfig',
+           'pair_dls', 'dpo', 'load_pairs', 'to_show']
 
 # %% ../../nbs/25_train.dpo.ipynb #331e0fdf
 from ..core import * # first: it silences a warning of the next ones
-import contextlib, copy, dataclasses, hashlib, itertools, json, math, sys
+import bisect, contextlib, copy, dataclasses, hashlib, itertools, json, math, sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,6 +20,7 @@ from torch import nn, Tensor
 from safetensors.torch import load_file, save_file
 from fastai.callback.core import Callback
 from fastai.data.core import DataLoaders
+from ..data.corpus import left_out, read_rows, text_encoding
 from ..data.loaders import LMDataLoader
 from ..data.tokenizer import Tokenizer
 from ..data.world import World, Task, wilson
@@ -28,7 +29,7 @@ from ..model.generate import SamplingParams, complete
 from .learner import *
 from .pretrain import STAGES, interval, fit_run
 from .sft import (FinetuneConfig, answer, check_new, fill_up, finetune_learner, open_base,
-                           plan_steps, read_rows, resolve_finetune, sft_sources)
+                           plan_steps, resolve_finetune, sft_sources, system_turns, to_turns)
 
 # %% ../../nbs/25_train.dpo.ipynb #d4a6cf9a
 def completion_logps(
@@ -80,8 +81,9 @@ def as_pair(
 )->Pair: # raises `ValueError` with the reason if it is none
     "Understand one row."
     if not isinstance(row, dict): raise ValueError('not an object with keys')
-    if lost := [k for k in ('chosen', 'rejected') if row.get(k) is None]: raise ValueError(f"no '{lost[0]}'")
-    chosen,rejected = (_messages(row[k], 'assistant') for k in ('chosen', 'rejected'))
+    row = {k: v for k,v in row.items() if v is not None} # null is absent
+    if lost := [k for k in ('chosen', 'rejected') if k not in row]: raise ValueError(f"no '{lost[0]}'")
+    chosen,rejected = (_messages(row[k], 'assistant', k) for k in ('chosen', 'rejected'))
     if len(chosen) == len(rejected) == 1: prompt = _prompt(row)
     elif chosen[:-1] == rejected[:-1]: prompt = chosen[:-1]
     else: raise ValueError('the conversations differ before their last message')
@@ -93,21 +95,20 @@ def as_pair(
     return Pair(prompt, chosen[-1]['content'], rejected[-1]['content'])
 
 # %% ../../nbs/25_train.dpo.ipynb #8c034ba4
-def _messages(x, role):
+def _messages(x, role, where):
     "Text, a message or a list of messages, as a list of messages"
-    res = [dict(role=role, content=x)] if isinstance(x, str) else [x] if isinstance(x, dict) else x
-    ok = lambda m: isinstance(m, dict) and all(isinstance(m.get(k), str) for k in ('role', 'content'))
-    if not (isinstance(res, list) and res and all(map(ok, res))): raise ValueError("neither text nor messages with 'role' and 'content'")
-    return [dict(role=m['role'], content=m['content']) for m in res]
+    if isinstance(x, str): return [dict(role=role, content=x)]
+    return to_turns([x] if isinstance(x, dict) else x, where)
 
 def _prompt(row):
     "The messages before the answers"
-    said = next((row[k] for k in ('prompt', 'question', 'instruction') if row.get(k) is not None), None)
-    if said is None: raise ValueError("no 'prompt'")
-    if row.get('input') and isinstance(said, str) and 'prompt' not in row: said = f"{said}\n\n{row['input']}"
-    msgs = _messages(said, 'user')
+    name = next((k for k in ('prompt', 'conversations', 'question', 'instruction') if row.get(k) is not None), None)
+    if name is None: raise ValueError("no 'prompt'")
+    said = row[name]
+    if row.get('input') and isinstance(said, str) and name != 'prompt': said = f"{said}\n\n{row['input']}"
+    msgs = _messages(said, 'user', name)
     if not msgs[-1]['content'].strip(): raise ValueError('the prompt is empty')
-    return ([dict(role='system', content=row['system'])] if row.get('system') else []) + msgs
+    return system_turns(row) + msgs
 
 # %% ../../nbs/25_train.dpo.ipynb #5b31de06
 @dataclass
@@ -184,7 +185,23 @@ class EncodedPair:
     prompt:list[int]
     chosen:list[int] # with its end mark
     rejected:list[int]
-    cut:int=0 # tokens that were cut off at the prompt's beginning
+    cut:int=0 # tokens that were cut out of the prompt
+
+def shorten(
+    tok:Tokenizer,
+    chat:list[dict], # messages, the last one not the assistant's
+    room:int, # tokens that they may have in the template, with the mark that makes the assistant speak
+)->list[dict]: # raises `ValueError` when the template and the system message alone have more
+    "Leave out the oldest turns, then the beginning of the last message, so that the template stays whole."
+    size = lambda c: len(tok.chat(c, add_generation_prompt=True)[0])
+    k = chat[0]['role'] == 'system'; head,turns = chat[:k],chat[k:]
+    while len(turns) > 1 and (turns[0]['role'] == 'assistant' or size(head+turns) > room): turns = turns[1:]
+    if size(head+turns) <= room: return head+turns
+    last = turns[-1]; text = last['content'][-16*room:]
+    end = lambda n: [*head, dict(last, content=text[len(text)-n:])]
+    n = bisect.bisect_right(range(len(text)+1), room, key=lambda n: size(end(n)))-1
+    if n < 1: raise ValueError(f'the prompt leaves no room for a word of its last message in {room} tokens')
+    return end(n)
 
 def encode_preference(
     tok:Tokenizer,
@@ -199,7 +216,9 @@ def encode_preference(
         return ids[len(prompt):len(mask)-mask[::-1].index(True)]
     a,b = answer(pair.chosen), answer(pair.rejected); room = max_len-max(len(a), len(b))
     if room < 1: raise ValueError(f'an answer of {max(len(a), len(b))} tokens leaves no room for its prompt in a context of {max_len}')
-    return EncodedPair(prompt[-room:], a, b, max(0, len(prompt)-room))
+    if len(prompt) <= room: return EncodedPair(prompt, a, b)
+    kept = tok.chat(shorten(tok, pair.prompt, room), add_generation_prompt=True)[0]
+    return EncodedPair(kept, a, b, len(prompt)-len(kept))
 
 # %% ../../nbs/25_train.dpo.ipynb #a776d5f3
 class PairData:
@@ -212,8 +231,8 @@ class PairData:
         self.rows, self.pairs, self.rejects, self.ref = [], [], [], None # ref: (n,2) nats, of chosen and rejected
         for i,p in enumerate(pairs, 1):
             try: self.rows.append(encode_preference(tok, p, max_len)); self.pairs.append(p)
-            except ValueError as e: self.rejects.append((f'pair {i}', str(e)))
-        if not self.rows: raise SLMError(f'no pair fits the context of {max_len} tokens ({self.rejects[0][1]}): use a longer one')
+            except (ValueError, SLMError) as e: self.rejects.append((f'pair {i}', str(e)))
+        if not self.rows: raise SLMError(f'no pair can be used in a context of {max_len} tokens ({self.rejects[0][1]})')
         self.pad_id = tok.pad_id
     def __len__(self): return len(self.rows)
     def part(self, pairs:list[Pair])->'PairData': # some of `self.pairs`
@@ -224,7 +243,7 @@ class PairData:
     @property
     def n_tokens(self)->int: return sum(2*len(r.prompt)+len(r.chosen)+len(r.rejected) for r in self.rows)
     @property
-    def n_cut(self)->int: return sum(r.cut > 0 for r in self.rows) # pairs whose prompt lost its beginning
+    def n_cut(self)->int: return sum(r.cut > 0 for r in self.rows) # pairs whose prompt was shortened
     def __repr__(self):
         return f'PairData({len(self)} pairs, {self.n_tokens:,} tokens, {self.n_cut} prompts cut, {len(self.rejects)} pairs too long)'
 

@@ -25,7 +25,7 @@ from ..model.pretrained import _build, check_tokenizer, load_model_and_tokenizer
 from .learner import decay_groups
 from .optim import OPTIMS
 from .pretrain import STAGES
-from .sft import FinetuneConfig, begin_chats, check_new, load_chats, open_base, _sft
+from .sft import FinetuneConfig, begin_chats, chats_of, check_new, open_base, _sft
 
 # %% ../../nbs/26_train.lora.ipynb #1888df5f
 def need(
@@ -389,7 +389,7 @@ def _adapt(run, c, model, tok, chats, cbs=(), checkpoint=None):
 
 def _adapt_again(run, config, cbs, checkpoint):
     "Go on with an adapter"
-    c = LoRAConfig.again(config); model,tok = open_adapted(c); chats = load_chats(c.data, tok, c.seq_len, c.max_rows, c.strict)
+    c = LoRAConfig.again(config); model,tok = open_adapted(c); chats = chats_of(c, tok)
     for what,name,is_new in (('rows', c.data, chats.fingerprint != run.info['data']['fingerprint']),
                              ('weights', c.base, base_fingerprint(model) != run.info['base_fingerprint'])):
         if is_new: raise SLMError(f"'{name}' has changed since '{run.path}' was started: bring the old {what} back, or start a new run")
