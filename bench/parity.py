@@ -35,7 +35,7 @@ def main():
     if a.name == 'world': prompts = [tok.chat([dict(role='user', content=t.prompt)], True)[0] for t in World().tasks(seed=9, n=a.prompts)]
     else: text = '\n'.join(topics.values()); prompts = [tok.encode(text[i*997:][:40+i]) for i in range(a.prompts)]
     run = RunDir.create(ROOT/'results'/'42_serve.batching'/f'parity-{a.name}', 'bench', dict(model=a.name, prompts=a.prompts, tokens=a.tokens, tie=a.tie), seed=9, exist_ok=True)
-    ends = {i for i in (tok.eot_id, tok.end_id) if i is not None}
+    ends = set(tok.stop_ids)
     truth = []
     for i in range(0, len(prompts), 8): truth += generate_ids(model, prompts[i:i+8], SamplingParams(temperature=0, max_new_tokens=a.tokens), stop_ids=list(ends))
     with tempfile.TemporaryDirectory() as tmp:

@@ -178,7 +178,7 @@ def test_no_prompts_no_texts(model, tok): assert generate_ids(model, [], Samplin
 
 class Pieces:
     "A tokenizer whose token i is the i-th piece of bytes"
-    eot_id = end_id = None
+    eot_id = end_id = None; stop_ids = ()
     def __init__(self, pieces): self.pieces = pieces
     def decode_bytes(self, ids): return b''.join(self.pieces[i] for i in ids)
 

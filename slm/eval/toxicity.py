@@ -195,7 +195,7 @@ def fan_out(
 )->list[list[str]]: # k for each prompt
     "Continue each prompt `k` times."
     seeds = params.pop('seed'); asked = [SamplingParams(seed=s, **params) for s in seeds]
-    stop, live, ids = {tok.eot_id, tok.end_id}, list(range(len(asked))), [[] for _ in asked]
+    stop, live, ids = set(tok.stop_ids), list(range(len(asked))), [[] for _ in asked]
     batch = Fan(model, [_prompt_ids(tok, p) for p in prompts], asked, k, min(tok.vocab_size, model.cfg.vocab_size))
     for _ in range(asked[0].max_new_tokens):
         new = batch.step()[0]; stay = [j for j,t in enumerate(new) if t not in stop]

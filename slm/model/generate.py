@@ -282,7 +282,7 @@ def _check(model, prompts, params, tok, stop_ids):
             bad = max(p) if min(p) >= 0 else min(p)
             raise SLMError(f'prompt {i} has token {bad}, the model knows 0 to {c.vocab_size-1}: use the tokenizer of its training')
     if tok is None and any(p.stop for p in params): raise SLMError('stop strings need a tokenizer: pass it, or stop at token ids')
-    if stop_ids is None: stop_ids = () if tok is None else [i for i in (tok.eot_id, tok.end_id) if i is not None]
+    if stop_ids is None: stop_ids = () if tok is None else tok.stop_ids
     return params, set(stop_ids)
 
 def decode(
@@ -290,7 +290,7 @@ def decode(
     prompts:list[list[int]], # token ids
     params:SamplingParams|list[SamplingParams], # for all, or one a prompt
     tok=None, # `Tokenizer`: needed for text and for stop strings
-    stop_ids:list[int]|None=None, # tokens that end a text; by default the tokenizer's end of text and end of turn
+    stop_ids:list[int]|None=None, # tokens that end a text; by default the tokenizer's `stop_ids`
 )->Iterator[tuple[int, str, Generation]]: # after every token: index of the prompt, new text, and all of it so far
     "Decode prompts together and report every token; raises `SLMError` for a prompt that cannot be."
     return _decode(model, prompts, *_check(model, prompts, params, tok, stop_ids), tok)
@@ -327,7 +327,7 @@ def complete(
     prompts:list[list[int]], # token ids
     params:SamplingParams|list[SamplingParams], # for all, or one a prompt
     tok=None, # `Tokenizer`: needed for text and for stop strings
-    stop_ids:list[int]|None=None, # tokens that end a text; by default the tokenizer's end of text and end of turn
+    stop_ids:list[int]|None=None, # tokens that end a text; by default the tokenizer's `stop_ids`
 )->list[Generation]: # one a prompt
     "Decode prompts together to their ends."
     gens = {i: g for i,_,g in decode(model, prompts, params, tok, stop_ids)}
@@ -354,7 +354,7 @@ def _prompt_ids(tok, s):
     "Token ids of a conversation to be answered, or of a text, after its family's mark for the beginning of one"
     if not isinstance(s, str): return tok.chat(s, add_generation_prompt=True)[0]
     ids = tok.encode(s)
-    return [tok.bos_id] + ids if tok.bos_id != tok.eot_id or not ids else ids
+    return [tok.bos_id] + ids if tok.bos_id is not None and (tok.bos_id != tok.eot_id or not ids) else ids
 
 def generate(
     model:GPT,

@@ -292,16 +292,18 @@ def save_pretrained(self:GPT,
     folder:str|Path, # folder to write into; made if need be, other files in it are left alone
     tok:Tokenizer|None=None, # saved along as tokenizer.json, if given
 ):
-    "Write config.json and model.safetensors so that `GPT.from_pretrained` and transformers' `AutoModelForCausalLM` open the folder."
+    "Write config.json and model.safetensors (with `tok` also generation_config.json) so that `GPT.from_pretrained` and transformers' `AutoModelForCausalLM` open the folder."
     folder, d = Path(folder), self.cfg.to_hf()
     sd = self.state_dict()
     if d['model_type'] == 'gpt2': sd = to_gpt2(sd)
     d['dtype'] = d['torch_dtype'] = str(next(iter(sd.values())).dtype).removeprefix('torch.')
-    if tok: d |= dict(bos_token_id=tok.eot_id, eos_token_id=tok.eot_id, pad_token_id=tok.pad_id, tokenizer_fingerprint=tok.fingerprint)
+    ends = tok.generation_config() if tok else {}
+    if tok: d |= ends | dict(eos_token_id=next(iter(tok.eos_ids), None), tokenizer_fingerprint=tok.fingerprint)
     try:
         with atomic_file(folder/'model.safetensors', 'wb') as f: write_safetensors(f, sd)
         if tok: tok.save(folder/'tokenizer.json')
         write_json(folder/'config.json', d)
+        if tok: write_json(folder/'generation_config.json', ends)
     except OSError as e: raise SLMError(f"cannot write the model to '{folder}' ({e}): free some space, or choose another folder") from None
 
 # %% ../../nbs/13_model.pretrained.ipynb #6d5033f9

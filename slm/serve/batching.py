@@ -120,7 +120,7 @@ class TorchEngine:
         self.device, self.v = w.device, min(tok.vocab_size, c.vocab_size)
         self.cache = KVCache(c.n_layer, slots, c.n_kv_head, self.max_seq_len+PAD, c.head_dim, w.dtype, w.device)
         self.rows, self.seen = [Slot(i) for i in range(slots)], torch.zeros(slots, self.v, dtype=torch.bool, device=w.device)
-        self.ends = {i for i in (tok.eot_id, tok.end_id) if i is not None}
+        self.ends = set(tok.stop_ids)
         self.waiting, self.wake, self.closing, self.clock = deque(), threading.Condition(), False, 0
         self.thread, self.ended = None, threading.Event()
         if own_thread: self.thread = threading.Thread(target=self.run, name='torch-engine', daemon=True); self.thread.start()

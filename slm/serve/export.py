@@ -101,7 +101,10 @@ def _gguf_words(w, cfg, tok):
     w.add_tokenizer_model('gpt2'); w.add_tokenizer_pre(pre_tokenizer(tok)); w.add_token_list(names)
     w.add_token_types([kind(i) if k else TokenType.UNUSED for i,k in enumerate(known)])
     w.add_token_merges([m if isinstance(m, str) else ' '.join(m) for m in tok.spec['model']['merges']])
-    w.add_bos_token_id(tok.bos_id); w.add_eos_token_id(tok.eot_id); w.add_eot_token_id(tok.end_id); w.add_pad_token_id(tok.pad_id)
+    eos = tok.special_ids.get(tok.names.get('eos_token'), tok.eot_id); more = [i for i in tok.stop_ids if i not in (eos, tok.end_id)]
+    ids = tok.generation_config() | dict(eos_token_id=eos, eot_token_id=tok.end_id, eom_token_id=next(iter(more), None))
+    for k,i in ids.items():
+        if i is not None: getattr(w, f"add_{k.replace('_token_id', '')}_token_id")(i)
     w.add_add_bos_token(bool(tok.tok.encode('').ids)); w.add_chat_template(plain_template(tok))
 
 # %% ../../nbs/40_serve.export.ipynb #202a7b6f
@@ -306,10 +309,8 @@ def export_hf(
     "Write a folder that transformers opens; raises `SLMError` for a model that it cannot express."
     if hf_family(model.cfg) == 'slm':
         raise SLMError('transformers has no model with these switches (see config.json): use the run directory itself, with slm')
-    folder, ids = Path(folder), list(dict.fromkeys([tok.eot_id, tok.end_id]))
-    model.save_pretrained(folder, tok); Tokenizer(tok.tok, plain_template(tok)).save(folder)
+    folder = Path(folder); model.save_pretrained(folder, tok); Tokenizer(tok.tok, plain_template(tok), tok.told).save(folder)
     conf = folder/'tokenizer_config.json'; write_json(conf, read_json(conf) | dict(model_max_length=model.cfg.max_seq_len))
-    write_json(folder/'generation_config.json', dict(bos_token_id=tok.bos_id, eos_token_id=ids, pad_token_id=tok.pad_id))
     with atomic_file(folder/'README.md') as f: f.write(model_card(name, model.cfg, list(runs)))
 
 # %% ../../nbs/40_serve.export.ipynb #05459e59
@@ -344,7 +345,7 @@ def modelfile(
         raise SLMError("this chat template holds quotes or braces that Go's would read")
     said = ''.join(f'{{{{ {w} eq .Role "{r}" }}}}{p[r][0]}{{{{ .Content }}}}{p[r][1]}' for r,w in zip(ROLES, ('if', 'else if', 'else if')))
     head = f'{{{{ if ne (index .Messages 0).Role "system" }}}}{p["default"]}{{{{ end }}}}' if p['default'] else ''
-    stops = [n for n,i in tok.special_ids.items() if i in (tok.eot_id, tok.end_id)]
+    stops = [n for n,i in tok.special_ids.items() if i in tok.stop_ids]
     return '\n'.join([f'FROM ./{gguf}', f'TEMPLATE """{head}{{{{ range .Messages }}}}{said}{{{{ end }}}}{{{{ end }}}}{p["prompt"]}"""',
                       *(f'PARAMETER stop "{s}"' for s in stops), f'PARAMETER num_ctx {n_ctx}'])+'\n'
 

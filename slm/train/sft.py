@@ -420,6 +420,8 @@ def open_base(
     "The base in training mode, on its device; raises `SLMError` when it cannot learn to answer."
     model,tok = load_model_and_tokenizer(c.base, device=str(get_device(c.device)))
     if not model.cfg.causal: raise SLMError(f"'{c.base}' looks both ways: only a model that generates can learn to answer")
+    if tok.end_id is None:
+        raise SLMError(f"'{c.base}' has no token that ends a text, so its answers would never end: take a base whose tokenizer has one")
     return model.train(), tok
 
 def _figures(model, tok, data, amp, dl, tag=''):
