@@ -4,8 +4,9 @@
 
 # %% auto #0
 __all__ = ['BANDS', 'ROWS', 'LONGEST', 'HALF', 'TOO_LONG', 'SOURCES', 'OFFLINE', 'CORPUS_SCHEMA', 'normalise', 'cut', 'doc_keys',
-           'first_of', 'shingles', 'signatures', 'band_keys', 'near_first', 'split_valid', 'text_encoding', 'read_text',
-           'read_rows', 'left_out', 'text_rows', 'Source', 'get_source', 'Corpus', 'build_corpus']
+           'first_of', 'shingles', 'signatures', 'band_keys', 'near_first', 'split_valid', 'text_encoding',
+           'whole_text', 'read_text', 'read_rows', 'left_out', 'text_rows', 'Source', 'get_source', 'Corpus',
+           'build_corpus']
 
 # %% ../../nbs/01_data.corpus.ipynb #8735136b
 import ast, codecs, contextlib, contextvars, csv, datetime, difflib, errno, functools, glob, gzip, hashlib, importlib.util, io
@@ -241,6 +242,10 @@ def _blocks(path, errors='strict', block=1<<20):
             yield text if begun else text.removeprefix('\ufeff'); begun = begun or text
 
 _WHICH = 'say what it is, --encoding windows-1252 for instance (older files from Windows)'
+
+def whole_text(path:str|Path)->str:
+    "The text of a small file, whatever it is encoded in; raises `SLMError` when it is none."
+    return ''.join(_blocks(path))
 
 def read_text(
     path:str|Path, # plain text, or gzipped
@@ -1032,10 +1037,10 @@ def build_corpus(
     near_dedup:bool=True, # with `dedup`: near-duplicates too?
     errors:str='strict', # 'strict': a byte that is not UTF-8 is an error; 'replace': it becomes U+FFFD
     rebuild:bool=False, # build even if it is there?
-    encoding:str='utf-8', # of files of text
+    encoding:str|None=None, # of files of text; utf-8, unless `text_encoding` says otherwise
 )->Corpus:
     "Read, normalise, deduplicate and split a source; raises `SLMError` for anything wrong with the input."
-    with text_encoding(encoding): return _build_corpus(spec, out, val_frac, max_bytes, dedup, near_dedup, errors, rebuild)
+    with text_encoding(encoding or _ENCODING.get()): return _build_corpus(spec, out, val_frac, max_bytes, dedup, near_dedup, errors, rebuild)
 
 def _build_corpus(spec, out, val_frac, max_bytes, dedup, near_dedup, errors, rebuild):
     src = get_source(spec); src.errors = errors
