@@ -151,6 +151,7 @@ CROWS = 'sent_more,sent_less,bias_type\n“She” sews,“He” sews,gender\n'
 @pytest.mark.parametrize('encoding', ['utf-8-sig', 'utf-16', 'windows-1252'])
 def test_tables_in_other_encodings(tmp_path, encoding):
     from slm.data.corpus import text_encoding
+    from slm.eval.bias import bold_rows, read_lexicon
     (tmp_path/'c.csv').write_text(CROWS, encoding=encoding); (tmp_path/'w').write_text('“stupid”\n', encoding=encoding)
     (tmp_path/'b_prompt.json').write_text('{"“g”": {"n": ["She is"]}}', encoding=encoding)
     with text_encoding(encoding):

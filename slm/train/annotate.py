@@ -9,7 +9,7 @@ __all__ = ['SCHEMA_VERSION', 'TABLES', 'FORMATS', 'Response', 'Item', 'Preferenc
            'export_tasks', 'import_judgements', 'push', 'pull']
 
 # %% ../../nbs/24_train.annotate.ipynb #160c2eb7
-import contextlib, hashlib, html, json, numbers, random, sqlite3, tempfile, threading, time, uuid, zipfile, zlib
+import contextlib, hashlib, html, json, numbers, random, sqlite3, sys, tempfile, threading, time, uuid, zipfile, zlib
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field, asdict
@@ -18,6 +18,7 @@ from pathlib import Path
 import numpy as np
 from fastcore.basics import patch
 from ..core import *
+from ..data.corpus import HALF, left_out, read_rows, whole_text
 from ..data.world import World, Task, wilson
 
 # %% ../../nbs/24_train.annotate.ipynb #2e5af23f
@@ -90,8 +91,9 @@ class PreferenceStore:
         with self._errors():
             self.db, self.lock = sqlite3.connect(self.path, timeout=30, isolation_level=None, check_same_thread=False), threading.RLock()
             self.db.row_factory = sqlite3.Row
-            version, tables = [self.db.execute(q).fetchone()[0] for q in ('PRAGMA user_version', 'SELECT count(*) FROM sqlite_master')]
-            if tables and not version: raise SLMError(f"'{path}' is a database of something else: give the store another name")
+            version, = self.db.execute('PRAGMA user_version').fetchone()
+            tables = {name for name, in self.db.execute("SELECT name FROM sqlite_master")}
+            if tables and not (version and {'meta', 'items', 'responses', 'judgements', 'standing'} <= tables): raise SLMError(f"'{path}' is a database of something else: give the store another name")
             if version > SCHEMA_VERSION: raise SLMError(f"'{path}' is of a newer version ({version}, here {SCHEMA_VERSION}): update slm")
             for p in ('foreign_keys=ON', 'journal_mode=WAL', 'synchronous=FULL'): self.db.execute(f'PRAGMA {p}')
         with self.transaction():
@@ -307,14 +309,15 @@ def pairs(self:PreferenceStore,
 
 # %% ../../nbs/24_train.annotate.ipynb #bd707893
 def _jsonl(path, name=None):
-    "Line numbers and rows of a file of JSON lines; raises `SLMError` that names the line"
-    name = name or f"'{path}'"
-    try: lines = Path(path).read_text(encoding='utf-8-sig').split('\n')
-    except (OSError, UnicodeDecodeError) as e: raise SLMError(f'cannot read {name} ({e}): give a file of JSON lines') from None
-    for n,l in enumerate(lines, 1):
-        if not l.strip(): continue
-        try: yield n, json.loads(l)
-        except json.JSONDecodeError as e: raise SLMError(f'{name} line {n} is not JSON ({e})') from None
+    "Line numbers and rows of a file; raises `SLMError` that names the line that is none, and leaves out what holds half a character"
+    name, rejects = name or f"'{path}'", []
+    try:
+        for where,row in read_rows(path):
+            if row == HALF: rejects.append((where, row)); continue
+            if isinstance(row, str): raise SLMError(f'{name} {where}: {row}')
+            yield int(where.split()[1]), row
+    except SLMError as e: raise SLMError(str(e).replace(f"'{path}'", name)) from None
+    if rejects: print(left_out(portable(name.strip("'")), rejects), file=sys.stderr)
 
 def write_pairs(
     pairs:list[dict], # from `PreferenceStore.pairs`
@@ -324,17 +327,24 @@ def write_pairs(
     if not pairs: raise SLMError('no judgement prefers one answer: there is nothing to train on')
     with atomic_file(path) as f: f.writelines(json.dumps(p, ensure_ascii=False)+'\n' for p in pairs)
 
-
 # %% ../../nbs/24_train.annotate.ipynb #8e21dc84
 def read_items(
-    path:str|Path, # JSON lines with prompt (text or messages) and responses
-    prompts:bool=False, # are they prompts only, to be answered?
+    path:str|Path, # rows with prompt (text or messages) and responses
+    prompts:bool=False, # are they prompts only, to be answered? Those that cannot be are left out
 )->list[dict]: # for `PreferenceStore.add_items`
     "Read items; raises `SLMError` that names the line that is none."
-    rows = []
+    from slm.train.sft import to_turns
+    rows, rejects = [], []
     for n,r in _jsonl(path):
-        _item(dict(r, responses=['a', 'b']) if prompts and isinstance(r, dict) else r, f"'{path}' line {n}"); rows.append(r)
-    if not rows: raise SLMError(f"'{path}' holds no {'prompts' if prompts else 'items'}")
+        try:
+            _item(dict(r, responses=['a', 'b']) if prompts else r, f"'{path}' line {n}")
+            if prompts and isinstance(r['prompt'], list): r = dict(r, prompt=to_turns(r['prompt'], 'prompt'))
+            rows.append(r)
+        except (SLMError, ValueError) as e:
+            if not prompts: raise
+            rejects.append((f'line {n}', str(e).removeprefix(f"'{path}' line {n}: ")))
+    if rejects: print(left_out(portable(str(path)), rejects), file=sys.stderr)
+    if not rows: raise SLMError(f"'{path}' holds no {'prompts' if prompts else 'items'}"+(f" ({': '.join(rejects[0])})" if rejects else ''))
     return rows
 
 # %% ../../nbs/24_train.annotate.ipynb #4183d146
@@ -645,22 +655,37 @@ def _task_item(data, items, keys, where):
 # %% ../../nbs/24_train.annotate.ipynb #43d907ce
 def _annotation(a, order, it):
     "One annotation of Label Studio as `_Found`"
-    said = {r['from_name']: r['value'] for r in a['result']}
+    said = {r['from_name']: r['value'] for r in a['result'] or ()}
     side = {'left': 0, 'right': 1}[said['comparison']['selected']] if 'comparison' in said else None
     tie = 'tie' in said.get('other', {}).get('choices', [])
-    by = a['completed_by']; by = by['id'] if isinstance(by, dict) else int(by)
+    by = a['completed_by']; by = by['id'] if isinstance(by, dict) else by # null: the account was deleted
+    by = 'deleted' if by is None else by if isinstance(by, str) and '@' in by else int(by)
     ended, took = datetime.fromisoformat(a.get('updated_at') or a['created_at']).timestamp(), a.get('lead_time')
     if took is not None and not 0 <= (took := float(took)): raise ValueError(f'lead_time {took}')
     choice, comment = None if (side is None) != tie else 'tie' if tie else order[side], ' '.join(said.get('comment', {}).get('text', []))
     return _Found(it, choice, order, f'label-studio:{by}', None if took is None else ended-took, ended, comment)
+
+_FOREIGN = object() # a task that was not made here
+
+def _unfolded(row):
+    "A row of JSON-MIN as a task of JSON"
+    def value(name, kind):
+        v = row.get(name); v = v[0] if isinstance(v, list) and v and isinstance(v[0], dict) else v
+        return v if isinstance(v, dict) else {kind: v if kind == 'selected' or isinstance(v, list) else [v]}
+    kinds = dict(comparison='selected', other='choices', comment='text')
+    result = [dict(from_name=k, value=value(k, kind)) for k,kind in kinds.items() if row.get(k)]
+    said = {k: row.get(k) for k in ('created_at', 'updated_at', 'lead_time')}
+    return dict(data=row, annotations=[dict(said, completed_by=row.get('annotator'), result=result)])
 
 def _from_label_studio(rows, items, name):
     "The judgements of a Label Studio export; None for a cancelled one, a choice of None for an unclear one"
     if not isinstance(rows, list): raise SLMError(f"{name} is no export of Label Studio: it must be a list of tasks (export as JSON)")
     for n,task in enumerate(rows, 1):
         where = f'{name} task {n}'
+        if isinstance(task, dict) and 'annotation_id' in task and 'data' not in task: task = _unfolded(task)
         if not isinstance(task, dict) or not isinstance(task.get('annotations'), list):
-            raise SLMError(f'{where} has no annotations: export as JSON (not JSON-MIN)')
+            raise SLMError(f'{where} has no annotations: export as JSON')
+        if isinstance(task.get('data'), dict) and task['data'].get('slm_item') is None: yield _FOREIGN; continue
         it, order = _task_item(task.get('data'), items, ('answer1', 'answer2'), where)
         for a in task['annotations']:
             try: yield None if a.get('was_cancelled') else _annotation(a, order, it)
@@ -682,35 +707,51 @@ def _from_doccano(lines, items, name, who):
         if not isinstance(comments, list): raise SLMError(f'{where}: Comments {comments!r} is no list')
         yield _Found(it, choice, order, f'doccano:{who}', comment=' '.join(map(str, comments)))
 
+def _of_mac(name): return '__MACOSX' in Path(name).parts or Path(name).name.startswith('.') # what a Mac adds to a zip file
+
 def _doccano_files(path):
     "Member's name and numbered rows for each file of an export: a .zip, or one .jsonl"
     if not zipfile.is_zipfile(path): yield f"'{path}'", path.stem, _jsonl(path); return
     with tempfile.TemporaryDirectory() as d:
         try:
-            with zipfile.ZipFile(path) as z: files = [z.extract(n, d) for n in sorted(z.namelist()) if n.endswith('.jsonl')]
+            with zipfile.ZipFile(path) as z: files = [z.extract(n, d) for n in sorted(z.namelist()) if n.endswith('.jsonl') and not _of_mac(n)]
         except (zipfile.BadZipFile, zlib.error, RuntimeError) as e:
             raise SLMError(f"'{path}' is a damaged zip file ({e}): export again") from None
         if not files: raise SLMError(f"'{path}' is no export of doccano: it holds no .jsonl file")
         for f in map(Path, files): yield f"'{path}' {f.name}", f.stem, _jsonl(f, f"'{path}' {f.name}")
 
 # %% ../../nbs/24_train.annotate.ipynb #1e8ae42f
+def _kind(path):
+    "What a file is, where it is not what was asked for"
+    if zipfile.is_zipfile(path): return 'zip'
+    return 'CSV' if path.suffix.lower() in ('.csv', '.tsv') else ''
+
+def _json(path):
+    "What a file of JSON holds"
+    try: return json.loads(whole_text(path))
+    except (ValueError, RecursionError) as e: raise SLMError(f"'{path}' is not valid JSON ({e}): export it again") from None
+
 def import_judgements(
     store:PreferenceStore,
     path:str|Path, # what the tool exported: Label Studio's JSON, doccano's zip or JSONL
     format:str, # 'label-studio' or 'doccano'
     annotator:str|None=None, # a better name, when the export is of one person
-)->dict[str,int]: # counts: new, known, cancelled, unclear
+)->dict[str,int]: # counts: new, known, cancelled, unclear, and tasks that are not from here
     "Take judgements into the store; raises `SLMError` that names file and row, and adds nothing then."
     _format(format); path = Path(path)
     if not path.is_file(): raise SLMError(f"no file '{path}': check the path")
     items = {i.source: i for i in store.items()}
-    if format == 'label-studio': found = _from_label_studio(read_json(path), items, f"'{path}'")
+    if (kind := _kind(path)) == 'CSV' or kind == 'zip' and format == 'label-studio':
+        raise SLMError(f"'{path}' is a {kind} file: export {'as JSON' if format == 'label-studio' else 'as JSONL'} instead")
+    if format == 'label-studio': found = _from_label_studio(_json(path), items, f"'{path}'")
     else: found = (f for name,who,lines in _doccano_files(path) for f in _from_doccano(lines, items, name, who))
     return _take(store, found, f"'{path}'", annotator)
 
 def _take(store, found, name, annotator=None):
     "Record what was found, in the order in which it was judged"
-    found = list(found); count = dict(new=0, known=0, cancelled=found.count(None), unclear=0); found = [f for f in found if f]
+    found = list(found); count = dict(new=0, known=0, cancelled=found.count(None), unclear=0)
+    if _FOREIGN in found: count['not from here'] = found.count(_FOREIGN)
+    found = [f for f in found if f and f is not _FOREIGN]
     names = {f.annotator for f in found}
     if annotator and len(names) > 1: raise SLMError(f"{name} has judgements of {', '.join(sorted(names))}: one name cannot stand for all")
     with store.transaction():
