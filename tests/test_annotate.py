@@ -147,7 +147,7 @@ def test_a_damaged_zip_adds_nothing(tmp_path):
     with zipfile.ZipFile(DATA/'doccano.zip') as z: at = z.getinfo('ben.jsonl').header_offset+60
     with zipfile.ZipFile(tmp_path/'empty.zip', 'w') as z: z.writestr('readme.txt', 'nothing')
     (tmp_path/'flipped.zip').write_bytes(real[:at]+bytes(b ^ 255 for b in real[at:at+20])+real[at+20:]); (tmp_path/'cut.zip').write_bytes(real[:len(real)//2])
-    for name,why in dict(flipped='is a damaged zip file', cut='cannot read|is not JSON', empty='holds no .jsonl file').items():
+    for name,why in dict(flipped='is a damaged zip file', cut='cannot read|is not JSON|is a binary file', empty='holds no .jsonl file').items():
         with pytest.raises(SLMError, match=why): import_judgements(s, tmp_path/f'{name}.zip', 'doccano')
     assert s.judgements(history=True) == []
 

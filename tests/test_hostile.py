@@ -4,6 +4,7 @@ Every hostile act runs in a process of its own with a limit on address space and
 import os, resource, subprocess, sys, textwrap
 
 import pytest
+from hypothesis import HealthCheck, given, settings, strategies as st
 
 GB = 2**30
 
@@ -82,6 +83,32 @@ def test_broken_rows_are_one_line_each(tmp_path, name, bad):
     try: rows = list(read_rows(tmp_path/name))
     except SLMError as e: assert '\n' not in str(e) and name in str(e)
     else: assert all(len(str(r)) < 300_000 for _,r in rows)
+
+ROWS = [dict(text='one, "two"', n=[1, {'a': None}]), dict(text='\u732b \U0001f600 \\ud83d'), dict(text=None, n=[])]*3
+
+def spellings(): # name, and its bytes
+    import gzip, io, json, pyarrow as pa, pyarrow.parquet as pq
+    f = io.BytesIO(); pq.write_table(pa.table(dict(text=[str(r['text']) for r in ROWS], m=[[dict(role='user', content='a')]]*len(ROWS))), f)
+    lines = '\n'.join(map(json.dumps, ROWS)).encode()
+    return {'a.jsonl': lines, 'a.json': json.dumps(ROWS, indent=1).encode(), 'a.jsonl.gz': gzip.compress(lines, mtime=0), 'a.csv': b'id,text\n1,"a\nb"\n2,c\n',
+            'a.parquet': f.getvalue(), 'b.jsonl': lines.decode().encode('utf-16')}
+
+SPELLINGS = spellings()
+EDIT = st.tuples(st.integers(0, 10**6), st.integers(0, 4), st.one_of(st.binary(max_size=6), st.sampled_from([b'[', b']', b'{', b'"', b'\\ud83d', b'\xef\xbb\xbf', b'\0', b'\n'])))
+
+@given(st.sampled_from(sorted(SPELLINGS)), st.lists(EDIT, max_size=5), st.sampled_from(['utf-8', 'utf-16', 'windows-1252', 'utf-7']))
+@settings(max_examples=300, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+def test_the_reader_of_rows_survives_any_edit(tmp_path, name, edits, encoding):
+    from slm.core import SLMError
+    from slm.data.corpus import read_rows, text_encoding, text_rows
+    data = SPELLINGS[name]
+    for at,cut,new in edits: at %= len(data)+1; data = data[:at]+new+data[at+cut:]
+    (tmp_path/name).write_bytes(data)
+    for read in (read_rows, lambda p: text_rows(p)[1]):
+        try:
+            with text_encoding(encoding):
+                for where,row in read(tmp_path/name): assert isinstance(row, dict) or row and '\n' not in row, (where, row)
+        except SLMError as e: assert '\n' not in str(e) and name in str(e)
 
 # ---- requests
 
