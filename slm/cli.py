@@ -184,7 +184,8 @@ def eval_(
     if (data, shots, limit, include_path) != (None,)*4:
         raise SLMError('--data, --shots, --limit and --include-path belong to --task or --lm-eval: give one of these')
     from slm.eval.lm import evaluate_run
-    with text_encoding(encoding): ev = evaluate_run(run, out, corpus, n_docs=docs, n_probes=probes, pairs=pairs or [], stride=stride, device=device)
+    with text_encoding(encoding):
+        ev = evaluate_run(run, out, corpus, n_docs=docs, n_probes=probes, pairs=pairs or [], stride=stride, device=device)
     print(json.dumps(ev.info['metrics'], indent=1) if json_ else figures(ev))
 
 def figures(run)->str: # a line each

@@ -1040,7 +1040,8 @@ def build_corpus(
     encoding:str|None=None, # of files of text; utf-8, unless `text_encoding` says otherwise
 )->Corpus:
     "Read, normalise, deduplicate and split a source; raises `SLMError` for anything wrong with the input."
-    with text_encoding(encoding or _ENCODING.get()): return _build_corpus(spec, out, val_frac, max_bytes, dedup, near_dedup, errors, rebuild)
+    with text_encoding(encoding or _ENCODING.get()):
+        return _build_corpus(spec, out, val_frac, max_bytes, dedup, near_dedup, errors, rebuild)
 
 def _build_corpus(spec, out, val_frac, max_bytes, dedup, near_dedup, errors, rebuild):
     src = get_source(spec); src.errors = errors
@@ -1084,7 +1085,8 @@ def card(self:Corpus)->str: # Markdown
     i, s = self.info, self.stats
     rev = ', '.join(f'{k} {v}' for k,v in i['revision'].items()) if isinstance(i['revision'], dict) else i['revision']
     rows = {'origin': i['origin'], 'licence': i['license'], 'revision': rev, 'SHA-256': i['sha256'], 'input files': i['n_inputs'] or None,
-            'text column': ', '.join(i.get('columns', ())), 'filters': i['filters'], 'known gaps': i['gaps'], 'split': f"{i['options']['val_frac']:.0%} for validation",
+            'text column': ', '.join(i.get('columns', ())), 'filters': i['filters'],
+            'known gaps': i['gaps'], 'split': f"{i['options']['val_frac']:.0%} for validation",
             'built': i['built'], 'fingerprint': i['fingerprint']}
     lines = [f"# {i['name']}", '', i['about'], '', '| | |', '|---|---|'] + [f'| {k} | {v} |' for k,v in rows.items() if v]
     lines += ['', '| | train | valid |', '|---|---:|---:|']

@@ -93,7 +93,8 @@ class PreferenceStore:
             self.db.row_factory = sqlite3.Row
             version, = self.db.execute('PRAGMA user_version').fetchone()
             tables = {name for name, in self.db.execute("SELECT name FROM sqlite_master")}
-            if tables and not (version and {'meta', 'items', 'responses', 'judgements', 'standing'} <= tables): raise SLMError(f"'{path}' is a database of something else: give the store another name")
+            if tables and not (version and {'meta', 'items', 'responses', 'judgements', 'standing'} <= tables):
+                raise SLMError(f"'{path}' is a database of something else: give the store another name")
             if version > SCHEMA_VERSION: raise SLMError(f"'{path}' is of a newer version ({version}, here {SCHEMA_VERSION}): update slm")
             for p in ('foreign_keys=ON', 'journal_mode=WAL', 'synchronous=FULL'): self.db.execute(f'PRAGMA {p}')
         with self.transaction():
@@ -714,7 +715,8 @@ def _doccano_files(path):
     if not zipfile.is_zipfile(path): yield f"'{path}'", path.stem, _jsonl(path); return
     with tempfile.TemporaryDirectory() as d:
         try:
-            with zipfile.ZipFile(path) as z: files = [z.extract(n, d) for n in sorted(z.namelist()) if n.endswith('.jsonl') and not _of_mac(n)]
+            with zipfile.ZipFile(path) as z:
+                files = [z.extract(n, d) for n in sorted(z.namelist()) if n.endswith('.jsonl') and not _of_mac(n)]
         except (zipfile.BadZipFile, zlib.error, RuntimeError) as e:
             raise SLMError(f"'{path}' is a damaged zip file ({e}): export again") from None
         if not files: raise SLMError(f"'{path}' is no export of doccano: it holds no .jsonl file")
