@@ -449,7 +449,7 @@ def _text_column(names, where, want=None, empty=()):
     if want and want in names: return want
     if not want and 'text' in (*names, *empty): return 'text'
     if not want and len(names) == 1: return names[0]
-    there = f"its text columns are {', '.join(names)}" if names else 'it has no text columns'
+    there = f"its text columns are {_brief(', '.join(map(str, names)))}" if names else 'it has no text columns'
     raise SLMError(f"{where} has no column '{want or 'text'}': {there}")
 
 def _choose(rows, where, want=None):
