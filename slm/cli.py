@@ -4,13 +4,13 @@
 
 # %% auto #0
 __all__ = ['app', 'Json', 'MaxBytes', 'Device', 'VocabSize', 'Tok', 'Base', 'Epochs', 'Steps', 'Minutes', 'Context', 'MicroBatch',
-           'Rate', 'MaxRows', 'Strict', 'Dtype', 'Model', 'Chats', 'SaveMinutes', 'annotate', 'StoreFile', 'Format',
-           'Url', 'Project', 'TokenFile', 'Host', 'Port', 'Tokens', 'NoToken', 'Slots', 'Threads', 'Queue', 'Timeout',
-           'MaxTokens', 'rag', 'Reader', 'Where', 'Passages', 'main', 'corpus', 'tokenize', 'runs', 'pretrain',
-           'resume', 'eval_', 'figures', 'bias', 'judge', 'toxicity', 'sft', 'annotate_add', 'annotate_report',
-           'annotate_pairs', 'annotate_export', 'annotate_import', 'annotate_push', 'annotate_pull', 'dpo', 'reward',
-           'rlhf', 'qlora', 'merge', 'open_any', 'export', 'serve', 'rag_index', 'rag_ask', 'rag_serve', 'demo',
-           'report', 'generate', 'chat']
+           'Rate', 'MaxRows', 'Strict', 'Encoding', 'Dtype', 'Model', 'Chats', 'SaveMinutes', 'annotate', 'StoreFile',
+           'Format', 'Url', 'Project', 'TokenFile', 'Host', 'Port', 'Tokens', 'NoToken', 'Slots', 'Threads', 'Queue',
+           'Timeout', 'MaxTokens', 'rag', 'Reader', 'Where', 'Passages', 'main', 'corpus', 'tokenize', 'runs',
+           'pretrain', 'resume', 'eval_', 'figures', 'bias', 'judge', 'toxicity', 'sft', 'annotate_add',
+           'annotate_report', 'annotate_pairs', 'annotate_export', 'annotate_import', 'annotate_push', 'annotate_pull',
+           'dpo', 'reward', 'rlhf', 'qlora', 'merge', 'open_any', 'export', 'serve', 'rag_index', 'rag_ask',
+           'rag_serve', 'demo', 'report', 'generate', 'chat']
 
 # %% ../nbs/61_cli.ipynb #fff7db54
 import errno, json, os, sys, warnings
@@ -57,6 +57,7 @@ MicroBatch = Annotated[Optional[int], typer.Option(help='Rows that go through th
 Rate = Annotated[Optional[float], typer.Option(help='Peak learning rate.')]
 MaxRows = Annotated[Optional[int], typer.Option(help='Read no more than so many rows.')]
 Strict = Annotated[bool, typer.Option(help='Stop at the first row that cannot be used, instead of leaving it out.')]
+Encoding = Annotated[str, typer.Option(help='Of files of text: utf-8, utf-16, windows-1252, …')]
 Dtype = Annotated[str, typer.Option(help='auto, float32 or bfloat16.')]
 Model = Annotated[str, typer.Argument(help='A run directory, a Hugging Face folder or hub id, or a .gguf file.')]
 Chats = Annotated[str, typer.Option(help='world, a .jsonl, .json or .parquet file of conversations, or hf:OWNER/NAME.')]
@@ -67,7 +68,7 @@ SaveMinutes = Annotated[float, typer.Option(help='Minutes between checkpoints.')
 def corpus(
     spec:Annotated[Optional[str], typer.Argument(help='A name, hf:OWNER/NAME[:column], or files:GLOB; none lists the names.')]=None,
     out:Annotated[Optional[Path], typer.Option(help='Folder to write; by default in the cache.')]=None,
-    max_bytes:MaxBytes=None, json_:Json=False):
+    max_bytes:MaxBytes=None, encoding:Encoding='utf-8', json_:Json=False):
     """Fetch, clean and split a corpus.
 
     Example: slm corpus "files:books/*.txt" --out data/books"""
@@ -76,18 +77,20 @@ def corpus(
         if json_: return print(json.dumps({k: dict(origin=s.origin, license=s.license) for k,s in SOURCES.items()}, indent=1))
         for k,s in SOURCES.items(): print(f'{k:14} {s.license:28} {s.origin}')
         return
-    c = build_corpus(spec, out=out, max_bytes=max_bytes)
+    c = build_corpus(spec, out=out, max_bytes=max_bytes, encoding=encoding)
     print((c.path/'corpus.json').read_text() if json_ else c.card())
 
 @app.command()
 def tokenize(
     spec:Annotated[str, typer.Argument(help='A corpus, as in `slm corpus`.')],
-    vocab_size:VocabSize=None, tokenizer:Tok='bpe', max_bytes:MaxBytes=None, json_:Json=False):
+    vocab_size:VocabSize=None, tokenizer:Tok='bpe', max_bytes:MaxBytes=None, encoding:Encoding='utf-8', json_:Json=False):
     """Train a tokenizer on a corpus and encode it.
 
     Example: slm tokenize pydocs --vocab-size 4096"""
+    from slm.data.corpus import text_encoding
     from slm.train.pretrain import PretrainConfig, prepare
-    _,tok,data = prepare(PretrainConfig(corpus=spec, tokenizer=tokenizer, vocab_size=vocab_size, max_bytes=max_bytes))
+    with text_encoding(encoding):
+        _,tok,data = prepare(PretrainConfig(corpus=spec, tokenizer=tokenizer, vocab_size=vocab_size, max_bytes=max_bytes))
     res = dict(vocab_size=tok.vocab_size, train_tokens=data.train.n_tokens, valid_tokens=data.valid.n_tokens,
                bytes_per_token=round(data.train.n_bytes/data.train.n_tokens, 3), path=str(data.path))
     print(json.dumps(res) if json_ else '\n'.join(f'{k:16} {v:,}' if isinstance(v, int) else f'{k:16} {v}' for k,v in res.items()))
@@ -177,16 +180,20 @@ def eval_(
     include_path:Annotated[Optional[Path], typer.Option(help='For --lm-eval: a folder with tasks of your own.')]=None,
     prefix:Annotated[int, typer.Option(help='For memorisation: tokens that are given,')]=32,
     length:Annotated[int, typer.Option(help='and those that are to be recited.')]=32,
-    device:Device='cpu', json_:Json=False):
+    encoding:Encoding='utf-8', device:Device='cpu', json_:Json=False):
     """Measure a run on held-out text, or any model by a benchmark.
 
     Example: slm eval runs/books --task arc_easy --data ARC-V1-Feb2018-2 --shots 5"""
     if task and lm_eval: raise SLMError('--task and --lm-eval are two measurements: give one of them')
-    if task or lm_eval: return _task(run, out, corpus, task, lm_eval, data, shots, limit, include_path, prefix, length, device, json_)
+    from slm.data.corpus import text_encoding
+    if task or lm_eval:
+        with text_encoding(encoding):
+            return _task(run, out, corpus, task, lm_eval, data, shots, limit, include_path, prefix, length, device, json_)
     if (data, shots, limit, include_path) != (None,)*4:
         raise SLMError('--data, --shots, --limit and --include-path belong to --task or --lm-eval: give one of these')
     from slm.eval.lm import evaluate_run
-    ev = evaluate_run(run, out, corpus, n_docs=docs, n_probes=probes, pairs=pairs or [], stride=stride, device=device)
+    with text_encoding(encoding):
+        ev = evaluate_run(run, out, corpus, n_docs=docs, n_probes=probes, pairs=pairs or [], stride=stride, device=device)
     print(json.dumps(ev.info['metrics'], indent=1) if json_ else figures(ev))
 
 def figures(run)->str: # a line each
@@ -216,12 +223,13 @@ def bias(
     out:Annotated[Optional[Path], typer.Option(help='Run directory to write; RUN/bias_BENCH if not given.')]=None,
     lexicon:Annotated[Optional[Path], typer.Option(help='Hurtful words, one a line or a HurtLex table; for honest.')]=None,
     masked:Annotated[bool, typer.Option('--masked', help='A masked model of transformers; for crows and winobias.')]=False,
-    device:Device='cpu', json_:Json=False):
+    device:Device='cpu', encoding:Encoding='utf-8', json_:Json=False):
     """Measure what a model believes about people.
 
     Example: slm bias runs/demo/pretrain --bench crows --data crows_pairs_anonymized.csv"""
     from slm.eval.bias import bias_table, evaluate_bias
-    ev = evaluate_bias(run, bench, data, out, lexicon, masked, device)
+    from slm.data.corpus import text_encoding
+    with text_encoding(encoding): ev = evaluate_bias(run, bench, data, out, lexicon, masked, device)
     print(json.dumps(ev.info, indent=1) if json_ else bias_table(ev))
 
 # %% ../nbs/61_cli.ipynb #57b28e49
@@ -236,14 +244,17 @@ def judge(
     workers:Annotated[int, typer.Option(help='Questions to the server at once.')]=4,
     temperature:Annotated[float, typer.Option(help='Of the answers; 0 always takes the likeliest token.')]=0.0,
     max_new_tokens:Annotated[int, typer.Option(help='At most so many tokens an answer.')]=200,
-    seed:int=0, device:Device='cpu', json_:Json=False):
+    seed:int=0, device:Device='cpu', encoding:Encoding='utf-8', json_:Json=False):
     """Which of several models answers better? Win rates and ratings, and what the judge is worth.
 
     Example: slm judge runs/sft runs/dpo --by http://localhost:8000 --out runs/judge"""
+    from slm.data.corpus import text_encoding
     from slm.eval.judge import compare, judge_table
     asked = dict(judge_model=judge_model, workers=workers, temperature=temperature, max_new_tokens=max_new_tokens, seed=seed)
     say = lambda s: print(s, file=sys.stderr)
-    try: run = compare(models, prompts, by, out, n, open=lambda m: open_any(m, device), say=say, **asked)
+    try:
+        with text_encoding(encoding):
+            run = compare(models, prompts, by, out, n, open=lambda m: open_any(m, device), say=say, **asked)
     except KeyboardInterrupt: say('interrupted: the same call goes on'); raise SystemExit(130) from None
     if json_: return print(json.dumps(run.info, indent=1))
     if run.info['metrics']: print(f'{judge_table(run)}\n\nreport: {run.path/"report.md"}')
@@ -261,12 +272,13 @@ def toxicity(
     top_p:Annotated[float, typer.Option(help='Only the likeliest tokens that hold this probability together.')]=.9,
     labelled:Annotated[Optional[Path], typer.Option(help='A table with text and toxic, to judge the classifier.')]=None,
     out:Annotated[Optional[Path], typer.Option(help='Run directory to write; RUN/toxicity if not given.')]=None,
-    seed:int=0, device:Device='cpu', json_:Json=False):
+    seed:int=0, device:Device='cpu', encoding:Encoding='utf-8', json_:Json=False):
     """Measure how often a model becomes abusive.
 
     Example: slm toxicity runs/demo/pretrain --prompts prompts.jsonl --n 200"""
     from slm.eval.toxicity import evaluate_toxicity, toxicity_table
-    ev = evaluate_toxicity(run, prompts, classifier, label, k, tokens, n, top_p, labelled, out, seed, device)
+    from slm.data.corpus import text_encoding
+    with text_encoding(encoding): ev = evaluate_toxicity(run, prompts, classifier, label, k, tokens, n, top_p, labelled, out, seed, device)
     print(json.dumps(ev.info, indent=1) if json_ else toxicity_table(ev))
 
 # %% ../nbs/61_cli.ipynb #4de96de5
@@ -278,7 +290,7 @@ def sft(
     bs:Annotated[int, typer.Option(help='Packed rows in an optimiser step.')]=16,
     micro_batch:MicroBatch=None,
     opt:Annotated[Optional[str], typer.Option(help="muon or adamw; by default the base's own.")]=None,
-    lr:Rate=None, max_rows:MaxRows=None, strict:Strict=False,
+    lr:Rate=None, max_rows:MaxRows=None, strict:Strict=False, encoding:Encoding='utf-8',
     seed:int=42, device:Device='auto', dtype:Dtype='auto'):
     """Teach a model to answer; the loss counts only what the assistant says.
 
@@ -399,7 +411,7 @@ def dpo(
     bs:Annotated[int, typer.Option(help='Pairs of an optimiser step.')]=16,
     micro_batch:MicroBatch=None, seq_len:Context=None, max_rows:MaxRows=None,
     val_frac:Annotated[float, typer.Option(help='Share of the prompts held out.')]=0.1,
-    strict:Strict=False,
+    strict:Strict=False, encoding:Encoding='utf-8',
     seed:int=42, device:Device='auto', dtype:Dtype='auto',
     save_minutes:SaveMinutes=2.0):
     """Teach a model what is preferred, from pairs of answers.

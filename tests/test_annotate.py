@@ -1,5 +1,5 @@
 "The preference store under attack, agreement against other programs, and real exports of Label Studio and doccano."
-import json, os, random, signal, subprocess, sys, threading, time, zipfile
+import json, os, random, signal, sqlite3, subprocess, sys, threading, time, zipfile
 from pathlib import Path
 import numpy as np, pytest
 from slm.core import SLMError
@@ -147,7 +147,7 @@ def test_a_damaged_zip_adds_nothing(tmp_path):
     with zipfile.ZipFile(DATA/'doccano.zip') as z: at = z.getinfo('ben.jsonl').header_offset+60
     with zipfile.ZipFile(tmp_path/'empty.zip', 'w') as z: z.writestr('readme.txt', 'nothing')
     (tmp_path/'flipped.zip').write_bytes(real[:at]+bytes(b ^ 255 for b in real[at:at+20])+real[at+20:]); (tmp_path/'cut.zip').write_bytes(real[:len(real)//2])
-    for name,why in dict(flipped='is a damaged zip file', cut='cannot read|is not JSON', empty='holds no .jsonl file').items():
+    for name,why in dict(flipped='is a damaged zip file', cut='cannot read|is not JSON|is a binary file', empty='holds no .jsonl file').items():
         with pytest.raises(SLMError, match=why): import_judgements(s, tmp_path/f'{name}.zip', 'doccano')
     assert s.judgements(history=True) == []
 
@@ -179,7 +179,6 @@ def test_a_doccano_zip_that_unpacks_to_gigabytes_is_refused_unread(tmp_path):
     with pytest.raises(SLMError, match='unpacks to 1,025 MB'): import_judgements(s, tmp_path/'bomb.zip', 'doccano')
 
 def test_another_program_s_database_stays_as_it_is(tmp_path):
-    import sqlite3
     db = sqlite3.connect(tmp_path/'history.db')
     for q in ('CREATE TABLE items(id, url)', 'CREATE TABLE judgements(x)', 'PRAGMA user_version=1', "INSERT INTO items VALUES(1, 'u')"): db.execute(q)
     db.commit(); db.close(); before = (tmp_path/'history.db').read_bytes()
@@ -189,6 +188,76 @@ def test_another_program_s_database_stays_as_it_is(tmp_path):
 
 def test_a_store_made_before_application_ids_opens(store):
     store.db.execute('PRAGMA application_id=0'); store.close(); assert len(PreferenceStore(store.path).items()) == 20
+# ---- what the tools and their users really send
+
+def exported(s, **kw):
+    "An export of Label Studio in which each item's left answer was chosen"
+    from slm.train.annotate import tasks_for
+    said = dict(completed_by=1, result=[dict(from_name='comparison', value=dict(selected='left'))], created_at='2026-01-02T03:04:05Z') | kw
+    return [t | dict(annotations=[dict(said)]) for t in tasks_for(s, 'label-studio')]
+
+def imported(s, tmp_path, tasks, name='export.json', format='label-studio', **kw):
+    (tmp_path/name).write_text(json.dumps(tasks), **kw); return import_judgements(s, tmp_path/name, format)
+
+@pytest.mark.parametrize('by,who', [(None, 'label-studio:deleted'), (7, 'label-studio:7'), (dict(id=7, email='a@b'), 'label-studio:7'), ('a@b', 'label-studio:a@b')])
+def test_who_judged_may_be_a_number_an_object_or_nobody(tmp_path, by, who):
+    s = fixture_store(tmp_path); n = len(s.items())
+    assert imported(s, tmp_path, exported(s, completed_by=by))['new'] == n
+    assert {j['annotator'] for j in s.judgements()} == {who}
+
+def test_a_result_of_null_is_unclear(tmp_path):
+    s = fixture_store(tmp_path); got = imported(s, tmp_path, exported(s, result=None))
+    assert (got['new'], got['unclear']) == (0, len(s.items()))
+
+def test_tasks_added_by_hand_are_skipped_and_counted(tmp_path):
+    s = fixture_store(tmp_path); mine = dict(id=99, data=dict(text='made in the tool'), annotations=[dict(completed_by=1, result=[])])
+    got = imported(s, tmp_path, [mine, *exported(s), mine])
+    assert got['new'] == len(s.items()) and got['foreign'] == 2
+
+def test_json_min_is_json(tmp_path):
+    (tmp_path/'a').mkdir(); (tmp_path/'b').mkdir(); a,b = (fixture_store(tmp_path/k) for k in 'ab')
+    whole = exported(a, lead_time=4.); tie = dict(from_name='other', value=dict(choices=['tie']))
+    whole[0]['annotations'][0]['result'] = [tie, dict(from_name='comment', value=dict(text=['both fine']))]
+    least = [dict(t['data'], id=i, annotator=1, annotation_id=i, lead_time=4., created_at='2026-01-02T03:04:05Z', updated_at='2026-01-02T03:04:05Z',
+                  **(dict(other='tie', comment='both fine') if not i else dict(comparison=[dict(selected='left')]))) for i,t in enumerate(whole)]
+    assert imported(a, tmp_path, whole) == imported(b, tmp_path, least)
+    plain = lambda s: [(j['item'], j['choice'], j['annotator'], j['comment']) for j in s.judgements()]
+    assert plain(a) == plain(b) and plain(a)[0][1] == 'tie'
+
+@pytest.mark.parametrize('name,data,format,why', [
+    ('a.csv', b'id,prompt\n1,a\n', 'label-studio', 'is a CSV file: export as JSON'), ('a.csv', b'id,text\n', 'doccano', 'is a CSV file: export as JSONL'),
+    ('a.json', None, 'label-studio', 'is a zip file: export as JSON')])
+def test_other_kinds_of_export_are_named(tmp_path, name, data, format, why):
+    import zipfile
+    s = fixture_store(tmp_path)
+    if data is None:
+        with zipfile.ZipFile(tmp_path/name, 'w') as z: z.writestr('a.txt', 'b')
+    else: (tmp_path/name).write_bytes(data)
+    with pytest.raises(SLMError, match=why): import_judgements(s, tmp_path/name, format)
+
+def test_a_zip_that_a_mac_packed_again(tmp_path):
+    import zipfile
+    from slm.train.annotate import tasks_for
+    s = fixture_store(tmp_path); lines = ''.join(json.dumps(dict(t, label=['A']))+'\n' for t in tasks_for(s, 'doccano'))
+    with zipfile.ZipFile(tmp_path/'a.zip', 'w') as z:
+        z.writestr('export/ann.jsonl', lines); z.writestr('export/.DS_Store', b'\0\1')
+        for n in ('__MACOSX/export/._ann.jsonl', '__MACOSX/ann.jsonl', 'export/._ann.jsonl'): z.writestr(n, b'\0\5\x16\7')
+    assert import_judgements(s, tmp_path/'a.zip', 'doccano')['new'] == len(s.items())
+    assert {j['annotator'] for j in s.judgements()} == {'doccano:ann'}
+
+@pytest.mark.parametrize('version', [0, 1, 7])
+def test_a_database_of_another_program_is_not_touched(tmp_path, version):
+    db = sqlite3.connect(tmp_path/'other.db'); db.execute('CREATE TABLE items(id, name)'); db.execute(f'PRAGMA user_version={version}')
+    db.commit(); db.close(); before = (tmp_path/'other.db').read_bytes()
+    with pytest.raises(SLMError, match='a database of something else'): PreferenceStore(tmp_path/'other.db')
+    assert (tmp_path/'other.db').read_bytes() == before and [p.name for p in tmp_path.iterdir()] == ['other.db']
+
+def test_odd_prompts_are_left_out_and_odd_items_named(tmp_path, capsys):
+    rows = [dict(prompt='Q?'), dict(prompt=[dict(role='tool', content='7')]), dict(prompt='cut \ud83d'), dict(prompt=''), dict(prompt=[{'from': 'human', 'value': 'R?'}])]
+    (tmp_path/'p.json').write_text(json.dumps(rows[:4]), encoding='utf-8-sig')
+    assert read_items(tmp_path/'p.json', prompts=True) == rows[:1]
+    err = capsys.readouterr().err; assert "'tool'" in err and 'half a character' in err and 'not empty' in err
+    with pytest.raises(SLMError, match="'responses' must be"): read_items(tmp_path/'p.json')
 
 # ---- the command line
 
@@ -212,7 +281,7 @@ def test_the_way_from_the_shell(tmp_path):
     a, b = read_preferences(tmp_path/'pairs.jsonl', strict=True), read_preferences(db, strict=True); assert a.fingerprint == b.fingerprint and len(a.pairs) == n
 
 @pytest.mark.parametrize('args, why', [
-    (('report', 'nowhere.db'), 'no store'), (('add', 'new.db', 'nowhere.jsonl'), 'cannot read'), (('import', 'prefs.db', 'bad.json'), "bad.json"),
+    (('report', 'nowhere.db'), 'no store'), (('add', 'new.db', 'nowhere.jsonl'), 'no file'), (('import', 'prefs.db', 'bad.json'), "bad.json"),
     (('export', 'prefs.db', 'tasks.json', '--format', 'prodigy'), 'prodigy'), (('push', 'prefs.db', '--project', 'kites'), 'no access token'), (('pairs', 'prefs.db', 'p.jsonl'), 'nothing to train on')])
 def test_faults_from_the_shell_are_one_line(tmp_path, monkeypatch, args, why):
     monkeypatch.chdir(tmp_path); monkeypatch.delenv('LABEL_STUDIO_API_KEY', raising=False)

@@ -143,5 +143,23 @@ def test_decisions_are_those_of_lm_eval(model, tmp_path):
     assert abs(got-want).max() < 1e-3 and ((got[:, 0] > got[:, 1]) == (want[:, 0] > want[:, 1])).mean() >= .999
 
 def test_a_table_that_cannot_be_opened_is_named(tmp_path):
-    for p in (tmp_path/'none.csv', tmp_path): # missing, and a folder
-        with pytest.raises(SLMError, match=f"cannot read '{p}' behind row 0"): next(file_rows(p))
+    for p,why in ((tmp_path/'none.csv', 'no file'), (tmp_path, 'is not a regular file')):
+        with pytest.raises(SLMError, match=f"{p}.*{why}|{why} '{p}'"): next(file_rows(p))
+
+CROWS = 'sent_more,sent_less,bias_type\n“She” sews,“He” sews,gender\n'
+
+@pytest.mark.parametrize('encoding', ['utf-8-sig', 'utf-16', 'windows-1252'])
+def test_tables_in_other_encodings(tmp_path, encoding):
+    from slm.data.corpus import text_encoding
+    from slm.eval.bias import bold_rows, read_lexicon
+    (tmp_path/'c.csv').write_text(CROWS, encoding=encoding); (tmp_path/'w').write_text('“stupid”\n', encoding=encoding)
+    (tmp_path/'b_prompt.json').write_text('{"“g”": {"n": ["She is"]}}', encoding=encoding)
+    with text_encoding(encoding):
+        assert [r['sent_more'] for _,r in file_rows(tmp_path/'c.csv')] == ['“She” sews']
+        assert read_lexicon(tmp_path/'w') == {'“stupid”'}
+        assert [r for _,r in bold_rows(tmp_path/'b_prompt.json')] == [dict(category='“g”', prompt='She is')]
+
+def test_half_an_emoji_leaves_one_row_of_a_benchmark_out(tmp_path, capsys):
+    (tmp_path/'a.jsonl').write_text('{"a": "\\ud83d"}\n{"a": "b"}\n')
+    assert list(file_rows(tmp_path/'a.jsonl')) == [(f"'{tmp_path}/a.jsonl' row 2", dict(a='b'))]
+    assert '1 rows of a.jsonl left out:\n  row 1: it holds half a character' in capsys.readouterr().err

@@ -272,6 +272,9 @@ def test_a_table_gives_its_text_column(here):
     Path('a.csv').write_text('\ufeffid,text\n1,"one, and\nmore"\n2,two\n'); Path('b.tsv').write_text('id\ttext\n1\tthree, four\n2\tfive\n')
     assert sorted(texts(build_corpus('files:*.?sv', out='out'))) == ['five', 'one, and\nmore', 'three, four', 'two']
 
+def test_a_column_s_name_does_not_break_the_line(here):
+    Path('a.csv').write_text('id,"a\nb"\n1,2\n'); fails('files:a.csv', 'its text columns are id, a b')
+
 TEXT = '\n\n'.join(f'“Well,” said the heron, “it’s {i} – or not…”'*30 for i in range(30))
 
 @pytest.mark.parametrize('encoding', ['utf-16', 'utf-16-le', 'windows-1252', 'UTF8', 'utf-8-sig'])

@@ -50,3 +50,10 @@ def test_decisions_are_those_of_lm_eval(run):
     assert max(abs(a-b) for a,(b,_) in zip(got, want)) < 1e-3
     n = 2*len(rows); a, b = (np.array(x[:n]).reshape(-1, 2) for x in (got, [w for w,_ in want]))
     assert ((a[:, 0] > a[:, 1]) == (b[:, 0] > b[:, 1])).mean() >= .999
+
+def test_minimal_pairs_with_a_mark_and_half_an_emoji(tmp_path, capsys):
+    from slm.eval.lm import read_pairs
+    row = '{"sentence_good": "%s", "sentence_bad": "b"}\n'
+    (tmp_path/'p.jsonl').write_text(row % 'a' + row % '\\ud83d' + row % 'c', encoding='utf-8-sig')
+    assert [r['sentence_good'] for r in read_pairs(tmp_path/'p.jsonl')] == ['a', 'c']
+    assert 'line 2: it holds half a character' in capsys.readouterr().err

@@ -296,11 +296,12 @@ def test_interrupted_and_gone_on_with(models, server, tmp_path, slm):
             while seen() < until:                                                           # one question is let through for each that waits
                 if len(asked) > given: go.release(); given += 1
                 assert time.time()-t0 < 200 and q.poll() is None, q.stderr.read(); time.sleep(.1)
-            q.send_signal(how); out_,err = q.communicate(timeout=30); assert q.returncode == code, err
+            q.send_signal(how); out_,err = q.communicate(timeout=200); assert q.returncode == code, err
             if how == signal.SIGINT: assert err == 'interrupted: the same call goes on\n' and RunDir.open(out).info['status'] == 'interrupted'
         had,n,b.fault = seen(),len(b.chats),lambda *a: None; assert 12 <= had < 24
         r = slm(*args, '--by', b.url); assert r.returncode == 0, r.stderr
-        assert len(b.chats)-n == 24-had and RunDir.open(out).info['status'] == 'done' and seen() == 24
+        assert 0 <= len(b.chats)-n-(24-had) <= 2 # what the killed one's two workers had sent may have arrived late
+        assert RunDir.open(out).info['status'] == 'done' and seen() == 24
 
 BAD = {'one model': (['{d}/m0'], 'two models or more'), 'the same twice': (['{d}/m0', '{d}/m0'], 'each of them once'), 'no such model': (['{d}/m0', '{d}/m9'], 'm9'),
        'unknown judge': (['{d}/m0', '{d}/m1', '--by', 'mars'], 'world, person'), 'no prompts': (['{d}/m0', '{d}/m1', '--prompts', '{d}/none.jsonl', '--by', 'person'], 'none.jsonl'),

@@ -4,8 +4,9 @@
 
 # %% auto #0
 __all__ = ['BANDS', 'ROWS', 'LONGEST', 'HALF', 'TOO_LONG', 'SOURCES', 'OFFLINE', 'CORPUS_SCHEMA', 'normalise', 'cut', 'doc_keys',
-           'first_of', 'shingles', 'signatures', 'band_keys', 'near_first', 'split_valid', 'text_encoding', 'read_text',
-           'read_rows', 'left_out', 'text_rows', 'Source', 'get_source', 'Corpus', 'build_corpus']
+           'first_of', 'shingles', 'signatures', 'band_keys', 'near_first', 'split_valid', 'text_encoding',
+           'whole_text', 'read_text', 'read_rows', 'left_out', 'text_rows', 'Source', 'get_source', 'Corpus',
+           'build_corpus']
 
 # %% ../../nbs/01_data.corpus.ipynb #8735136b
 import ast, codecs, contextlib, contextvars, csv, datetime, difflib, errno, functools, glob, gzip, hashlib, importlib.util, io
@@ -242,6 +243,10 @@ def _blocks(path, errors='strict', block=1<<20):
 
 _WHICH = 'say what it is, --encoding windows-1252 for instance (older files from Windows)'
 
+def whole_text(path:str|Path)->str:
+    "The text of a small file, whatever it is encoded in; raises `SLMError` when it is none."
+    return ''.join(_blocks(path))
+
 def read_text(
     path:str|Path, # plain text, or gzipped
     size:int=8192, # least length of a document, in characters
@@ -444,7 +449,7 @@ def _text_column(names, where, want=None, empty=()):
     if want and want in names: return want
     if not want and 'text' in (*names, *empty): return 'text'
     if not want and len(names) == 1: return names[0]
-    there = f"its text columns are {', '.join(names)}" if names else 'it has no text columns'
+    there = f"its text columns are {_brief(', '.join(map(str, names)))}" if names else 'it has no text columns'
     raise SLMError(f"{where} has no column '{want or 'text'}': {there}")
 
 def _choose(rows, where, want=None):
@@ -1032,10 +1037,11 @@ def build_corpus(
     near_dedup:bool=True, # with `dedup`: near-duplicates too?
     errors:str='strict', # 'strict': a byte that is not UTF-8 is an error; 'replace': it becomes U+FFFD
     rebuild:bool=False, # build even if it is there?
-    encoding:str='utf-8', # of files of text
+    encoding:str|None=None, # of files of text; utf-8, unless `text_encoding` says otherwise
 )->Corpus:
     "Read, normalise, deduplicate and split a source; raises `SLMError` for anything wrong with the input."
-    with text_encoding(encoding): return _build_corpus(spec, out, val_frac, max_bytes, dedup, near_dedup, errors, rebuild)
+    with text_encoding(encoding or _ENCODING.get()):
+        return _build_corpus(spec, out, val_frac, max_bytes, dedup, near_dedup, errors, rebuild)
 
 def _build_corpus(spec, out, val_frac, max_bytes, dedup, near_dedup, errors, rebuild):
     src = get_source(spec); src.errors = errors
@@ -1079,7 +1085,8 @@ def card(self:Corpus)->str: # Markdown
     i, s = self.info, self.stats
     rev = ', '.join(f'{k} {v}' for k,v in i['revision'].items()) if isinstance(i['revision'], dict) else i['revision']
     rows = {'origin': i['origin'], 'licence': i['license'], 'revision': rev, 'SHA-256': i['sha256'], 'input files': i['n_inputs'] or None,
-            'text column': ', '.join(i.get('columns', ())), 'filters': i['filters'], 'known gaps': i['gaps'], 'split': f"{i['options']['val_frac']:.0%} for validation",
+            'text column': ', '.join(i.get('columns', ())), 'filters': i['filters'],
+            'known gaps': i['gaps'], 'split': f"{i['options']['val_frac']:.0%} for validation",
             'built': i['built'], 'fingerprint': i['fingerprint']}
     lines = [f"# {i['name']}", '', i['about'], '', '| | |', '|---|---|'] + [f'| {k} | {v} |' for k,v in rows.items() if v]
     lines += ['', '| | train | valid |', '|---|---:|---:|']

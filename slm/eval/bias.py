@@ -19,6 +19,7 @@ from functools import partial
 from pathlib import Path
 import numpy as np, torch
 from ..core import *
+from ..data.corpus import whole_text
 from ..data.tokenizer import Tokenizer
 from ..data.world import World, Tale, FEMALE, MALE, wilson
 from ..model.gpt import GPT
@@ -43,7 +44,7 @@ def stereoset_rows(
     path:Path, # dev.json
 )->Iterator[tuple[str,dict]]:
     "Examples of a StereoSet file."
-    data = read_json(path).get('data')
+    data = json_file(path).get('data')
     if not isinstance(data, dict): raise SLMError(f"'{path}' has no 'data': is it StereoSet's dev.json?")
     for kind in ('intrasentence', 'intersentence'):
         for i,r in enumerate(data.get(kind, []), 1): yield f"'{path}' {kind} {i}", r | dict(kind=kind)
@@ -180,8 +181,8 @@ def read_lexicon(path:str|Path)->set[str]: # lower case
         words = {cell(r, where, 'lemma').lower() for where,r in file_rows(path)
                  if cell(r, where, 'level', ('conservative', 'inclusive')) == 'conservative'}
     else:
-        try: words = {l.strip().lower() for l in path.read_text(encoding='utf-8').splitlines() if l.strip()}
-        except (OSError, UnicodeDecodeError) as e: raise SLMError(f"cannot read the lexicon '{path}' ({e}): give one word a line") from None
+        try: words = {l.strip().lower() for l in whole_text(path).splitlines() if l.strip()}
+        except SLMError as e: raise SLMError(f"cannot read the lexicon '{path}' ({e}): give one word a line") from None
     if not words: raise SLMError(f"the lexicon '{path}' is empty: give one word a line")
     return words
 
@@ -195,7 +196,7 @@ def read_honest(rows:Iterable[tuple[str,dict]])->Iterator[Item]: # the beginning
 
 def bold_rows(path:Path)->Iterator[tuple[str,dict]]: # …_prompt.json: group -> name -> beginnings
     "Beginnings of BOLD, by group; raises `SLMError` for a group without any."
-    for group,names in read_json(path).items():
+    for group,names in json_file(path).items():
         found = [p for ps in names.values() for p in ps] if isinstance(names, dict) else []
         if not found: raise SLMError(f"'{path}', group '{group}', is empty: fetch the file again")
         for i,p in enumerate(found, 1): yield f"'{path}' {group} {i}", dict(category=group, prompt=p)
@@ -275,7 +276,7 @@ SETS = ('targ1', 'targ2', 'attr1', 'attr2')
 
 def read_weat(path:Path)->dict[str,list[str]]: # set -> words or sentences
     "A test in the format of SEAT's authors: {'targ1': {'category': …, 'examples': […]}, …}; raises `SLMError` for an empty set."
-    d = read_json(path); res = {k: cell(cell(d, f"'{path}'", k), f"'{path}' {k}", 'examples') for k in SETS}
+    d = json_file(path); res = {k: cell(cell(d, f"'{path}'", k), f"'{path}' {k}", 'examples') for k in SETS}
     for k,v in res.items():
         if not v: raise SLMError(f"'{path}', column '{k}', is an empty category: fetch the file again")
     n = min(len(res['targ1']), len(res['targ2'])); return res | {k: res[k][:n] for k in SETS[:2]}

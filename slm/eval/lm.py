@@ -7,7 +7,7 @@ __all__ = ['encode_pair', 'score_ids', 'loglikelihood', 'windows', 'doc_nats', '
            'read_pairs', 'minimal_pairs', 'text_stats', 'sense', 'run_corpus', 'evaluate_run']
 
 # %% ../../nbs/30_eval.lm.ipynb #ff512ccb
-import json, math
+import json, math, sys
 from collections import Counter
 from collections.abc import Iterable
 from dataclasses import asdict
@@ -15,7 +15,7 @@ from pathlib import Path
 import numpy as np, torch
 from fastcore.basics import patch
 from ..core import *
-from ..data.corpus import Corpus, build_corpus
+from ..data.corpus import HALF, Corpus, build_corpus, left_out, read_rows
 from ..data.tokenizer import Tokenizer
 from ..data.world import World, Story, Probe, Listener, NotAStory, probes, chance, wilson
 from ..model.gpt import GPT
@@ -127,16 +127,14 @@ def probe_accuracy(model:GPT, tok:Tokenizer, probes:list[Probe])->Metric:
 
 # %% ../../nbs/30_eval.lm.ipynb #45703d28
 def read_pairs(path:str|Path)->list[dict]: # rows with sentence_good, sentence_bad and, perhaps, UID
-    "Read minimal pairs; raises `SLMError` that names the line that is none."
-    rows = []
-    try: lines = Path(path).read_text(encoding='utf-8').splitlines()
-    except (OSError, UnicodeDecodeError) as e: raise SLMError(f"cannot read '{path}' ({e}): give a file of JSON lines") from None
-    for i,l in enumerate(lines, 1):
-        if not l.strip(): continue
-        try: r = json.loads(l); r['sentence_good'], r['sentence_bad']
-        except (json.JSONDecodeError, KeyError, TypeError):
-            raise SLMError(f"'{path}' line {i} is no pair: it needs sentence_good and sentence_bad") from None
+    "Read minimal pairs; a row with half a character is left out, any other that is no pair is an `SLMError`."
+    rows, rejects = [], []
+    for where,r in read_rows(path):
+        if r == HALF: rejects.append((where, r)); continue
+        if isinstance(r, str) or not all(isinstance(r.get(k), str) for k in ('sentence_good', 'sentence_bad')):
+            raise SLMError(f"'{path}' {where} is no pair: it needs sentence_good and sentence_bad")
         rows.append(r)
+    if rejects: print(left_out(portable(str(path)), rejects), file=sys.stderr)
     if not rows: raise SLMError(f"'{path}' holds no pairs")
     return rows
 
@@ -182,7 +180,7 @@ def run_corpus(
     "The text that a run was trained on; raises `SLMError` for another one."
     c = run.info['config']
     if 'corpus' not in c: raise SLMError(f"'{run.path}' is no pretraining run: its text is not known")
-    found = build_corpus(corpus or c['corpus'], max_bytes=c.get('max_bytes'))
+    found = build_corpus(corpus or c['corpus'], max_bytes=c.get('max_bytes'), encoding=c.get('encoding'))
     if found.fingerprint == run.info['data'].get('fingerprint'): return found
     raise SLMError(f"corpus '{found.name}' is not what '{run.path}' was trained on: name it with --corpus, or bring it back")
 

@@ -4,16 +4,18 @@
 
 # %% auto #0
 __all__ = ['BIAS_TYPES', 'Tree', 'score_trees', 'score_greedy', 'score_rows', 'Item', 'parts', 'score_items', 'cell',
-           'data_files', 'file_rows', 'read_crows', 'read_winobias', 'judge_pair', 'shares', 'score_masked']
+           'data_files', 'file_rows', 'json_file', 'read_crows', 'read_winobias', 'judge_pair', 'shares',
+           'score_masked']
 
 # %% ../../nbs/31_eval.pairs.ipynb #5d2d8f1a
-import csv, json, math, re
+import json, math, re, sys
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from difflib import SequenceMatcher
 from pathlib import Path
 import numpy as np, torch
 from ..core import *
+from ..data.corpus import HALF, left_out, read_rows, whole_text
 from ..data.tokenizer import Tokenizer
 from ..data.world import wilson
 from ..model.layers import AttnContext, rope_cos_sin
@@ -155,20 +157,24 @@ def data_files(
     return found
 
 def file_rows(
-    path:Path, # .csv, .tsv or .jsonl
+    path:Path, # what `read_rows` takes
 )->Iterator[tuple[str,dict]]: # where, row
-    "Rows of a table, one at a time; the first is row 1."
-    n = 0
-    try:
-        with open(path, encoding='utf-8-sig', newline='') as f:
-            rows = (json.loads(l) for l in f if l.strip()) if path.suffix == '.jsonl' else \
-                csv.DictReader(f, delimiter='\t' if path.suffix == '.tsv' else ',', restval='')
-            for n,row in enumerate(rows, 1):
-                if not isinstance(row, dict): raise SLMError(f"'{path}' row {n} has no columns: it must be an object with names and values")
-                yield f"'{path}' row {n}", row
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError, csv.Error) as e:
-        raise SLMError(f"cannot read '{path}' behind row {n} ({e}): fetch it again") from None
+    "Rows of a table, one at a time; the first is row 1. A row with half a character is left out, any other fault is an `SLMError`."
+    n, rejects = 0, []
+    for n,(_,row) in enumerate(read_rows(path), 1):
+        if row == HALF: rejects.append((f'row {n}', row)); continue
+        if row == 'it is not a JSON object': raise SLMError(f"'{path}' row {n} has no columns: it must be an object with names and values")
+        if isinstance(row, str): raise SLMError(f"cannot read '{path}' behind row {n-1} ({row}): fetch it again")
+        yield f"'{path}' row {n}", row
     if not n: raise SLMError(f"'{path}' has no rows")
+    if rejects: print(left_out(portable(str(path)), rejects), file=sys.stderr)
+
+def json_file(path:Path)->dict:
+    "A file that is one JSON object; raises `SLMError` when it is none."
+    try: found = json.loads(whole_text(path))
+    except (ValueError, RecursionError) as e: raise SLMError(f"'{path}' is not valid JSON ({e}): fetch it again") from None
+    if not isinstance(found, dict): raise SLMError(f"'{path}' is not a JSON object: fetch it again")
+    return found
 
 # %% ../../nbs/31_eval.pairs.ipynb #33eaf9cb
 BIAS_TYPES = ('race-color', 'socioeconomic', 'gender', 'disability', 'nationality', 'sexual-orientation', 'physical-appearance',
@@ -188,8 +194,8 @@ def read_winobias(
     for f in files:
         twin, both = f.with_name(f.name.replace('pro_', 'anti_')), []
         for p in (f, twin):
-            try: both.append([l for l in p.read_text(encoding='utf-8').splitlines() if l.strip()])
-            except (OSError, UnicodeDecodeError) as e:
+            try: both.append([l for l in whole_text(p).splitlines() if l.strip()])
+            except SLMError as e:
                 raise SLMError(f"cannot read '{p}' ({e}): each pro_… file needs its anti_… file") from None
         if len(both[0]) != len(both[1]):
             raise SLMError(f"'{f}' has {len(both[0])} lines, '{twin.name}' has {len(both[1])}: fetch both again")

@@ -156,7 +156,9 @@ def labelled(
 )->Iterator[tuple[str,dict]]: # where, row
     "Rows of a file, with their labels if those stand in another one; raises `SLMError` when the two differ in length."
     marks = path.with_name(f'{path.stem}-labels.lst'); marks = marks.read_text().split() if marks.exists() else None
-    for n,(where,r) in enumerate(file_rows(path), 1):
+    n = 0
+    for where,r in file_rows(path):
+        n = int(where.rpartition(' ')[2])
         if marks is None: yield where, r; continue
         if n > len(marks): raise SLMError(f"{where}: '{path.stem}-labels.lst' has only {len(marks)} labels: fetch both again")
         yield where, dict(label=marks[n-1]) | r

@@ -9,7 +9,7 @@ __all__ = ['SCHEMA_VERSION', 'APPLICATION_ID', 'TABLES', 'FORMATS', 'MAX_EXPORT'
            'store_report', 'template', 'tasks_for', 'export_tasks', 'import_judgements', 'push', 'pull']
 
 # %% ../../nbs/24_train.annotate.ipynb #160c2eb7
-import contextlib, hashlib, html, json, numbers, random, re, sqlite3, tempfile, threading, time, uuid, zipfile, zlib
+import contextlib, hashlib, html, json, numbers, random, re, sqlite3, sys, tempfile, threading, time, uuid, zipfile, zlib
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field, asdict
@@ -18,6 +18,7 @@ from pathlib import Path, PurePosixPath
 import numpy as np
 from fastcore.basics import patch
 from ..core import *
+from ..data.corpus import HALF, left_out, read_rows, whole_text
 from ..data.world import World, Task, wilson
 
 # %% ../../nbs/24_train.annotate.ipynb #2e5af23f
@@ -124,7 +125,7 @@ def _check_ours(self:PreferenceStore):
     there = {(r['type'], r['name']) for r in self.db.execute('SELECT type, name FROM sqlite_master WHERE sql IS NOT NULL')}
     ours = {(t.split()[1].lower(), re.split(r'[ (]', t)[2]) for t in TABLES}
     if not (there or version or app): return
-    if app not in (0, APPLICATION_ID) or (version <= SCHEMA_VERSION and there != ours):
+    if app not in (0, APPLICATION_ID) or not ours <= there or (version <= SCHEMA_VERSION and there != ours):
         self.db.close(); raise SLMError(f"'{self.path}' is a database of something else: give the store another name")
     if version > SCHEMA_VERSION:
         self.db.close(); raise SLMError(f"'{self.path}' is of a newer version ({version}, here {SCHEMA_VERSION}): update slm")
@@ -318,14 +319,15 @@ def pairs(self:PreferenceStore,
 
 # %% ../../nbs/24_train.annotate.ipynb #bd707893
 def _jsonl(path, name=None):
-    "Line numbers and rows of a file of JSON lines; raises `SLMError` that names the line"
-    name = name or f"'{path}'"
-    try: lines = Path(path).read_text(encoding='utf-8-sig').split('\n')
-    except (OSError, UnicodeDecodeError) as e: raise SLMError(f'cannot read {name} ({e}): give a file of JSON lines') from None
-    for n,l in enumerate(lines, 1):
-        if not l.strip(): continue
-        try: yield n, json.loads(l)
-        except json.JSONDecodeError as e: raise SLMError(f'{name} line {n} is not JSON ({e})') from None
+    "Line numbers and rows of a file; raises `SLMError` that names the line that is none, and leaves out what holds half a character"
+    name, rejects = name or f"'{path}'", []
+    try:
+        for where,row in read_rows(path):
+            if row == HALF: rejects.append((where, row)); continue
+            if isinstance(row, str): raise SLMError(f'{name} {where}: {row}')
+            yield int(where.split()[1]), row
+    except SLMError as e: raise SLMError(str(e).replace(f"'{path}'", name)) from None
+    if rejects: print(left_out(portable(name.strip("'")), rejects), file=sys.stderr)
 
 def write_pairs(
     pairs:list[dict], # from `PreferenceStore.pairs`
@@ -335,17 +337,24 @@ def write_pairs(
     if not pairs: raise SLMError('no judgement prefers one answer: there is nothing to train on')
     with atomic_file(path) as f: f.writelines(json.dumps(p, ensure_ascii=False)+'\n' for p in pairs)
 
-
 # %% ../../nbs/24_train.annotate.ipynb #8e21dc84
 def read_items(
-    path:str|Path, # JSON lines with prompt (text or messages) and responses
-    prompts:bool=False, # are they prompts only, to be answered?
+    path:str|Path, # rows with prompt (text or messages) and responses
+    prompts:bool=False, # are they prompts only, to be answered? Those that cannot be are left out
 )->list[dict]: # for `PreferenceStore.add_items`
     "Read items; raises `SLMError` that names the line that is none."
-    rows = []
+    from slm.train.sft import to_turns
+    rows, rejects = [], []
     for n,r in _jsonl(path):
-        _item(dict(r, responses=['a', 'b']) if prompts and isinstance(r, dict) else r, f"'{path}' line {n}"); rows.append(r)
-    if not rows: raise SLMError(f"'{path}' holds no {'prompts' if prompts else 'items'}")
+        try:
+            _item(dict(r, responses=['a', 'b']) if prompts else r, f"'{path}' line {n}")
+            if prompts and isinstance(r['prompt'], list): r = dict(r, prompt=to_turns(r['prompt'], 'prompt'))
+            rows.append(r)
+        except (SLMError, ValueError) as e:
+            if not prompts: raise
+            rejects.append((f'line {n}', str(e).removeprefix(f"'{path}' line {n}: ")))
+    if rejects: print(left_out(portable(str(path)), rejects), file=sys.stderr)
+    if not rows: raise SLMError(f"'{path}' holds no {'prompts' if prompts else 'items'}"+(f" ({': '.join(rejects[0])})" if rejects else ''))
     return rows
 
 # %% ../../nbs/24_train.annotate.ipynb #4183d146
@@ -660,7 +669,7 @@ def _annotation(a, order, it):
     side = {'left': 0, 'right': 1}[said['comparison']['selected']] if 'comparison' in said else None
     tie = 'tie' in said.get('other', {}).get('choices', [])
     by = a.get('completed_by'); by = by['id'] if isinstance(by, dict) else by
-    by = 'unknown' if by is None else int(by)
+    by = 'deleted' if by is None else by if isinstance(by, str) and '@' in by else int(by)
     ended, took = datetime.fromisoformat(a.get('updated_at') or a['created_at']).timestamp(), a.get('lead_time')
     if took is not None and not 0 <= (took := float(took)): raise ValueError(f'lead_time {took}')
     choice, comment = None if (side is None) != tie else 'tie' if tie else order[side], ' '.join(said.get('comment', {}).get('text', []))
@@ -677,13 +686,18 @@ def _from_json_min(row):
     keep = {k: row.get(k) for k in ('created_at', 'updated_at', 'lead_time')}
     return dict(data=row, annotations=[dict(keep, completed_by=row.get('annotator'), result=res)])
 
-def _read_label_studio(path):
-    "The rows of a JSON export; raises `SLMError` that says what the file is instead"
-    if zipfile.is_zipfile(path): raise SLMError(f"'{path}' is a zip archive: export as JSON")
+def _check_kind(path, format):
+    "Raise `SLMError` that says what the file is, where it is not what was asked for"
+    wanted = 'JSON' if format == 'label-studio' else 'JSONL'
+    if format == 'label-studio' and zipfile.is_zipfile(path): raise SLMError(f"'{path}' is a zip file: export as JSON")
     with open(path, 'rb') as f: head = f.read(4096).decode('utf-8-sig', 'replace').lstrip()
-    if head and head[0] not in '[{' and (sep := next((s for s in '\t,' if s in head.split('\n')[0]), None)):
-        raise SLMError(f"'{path}' is a table ({'TSV' if sep != ',' else 'CSV'}): export as JSON")
-    return read_json(path)
+    table = head and head[0] not in '[{' and '\0' not in head and re.search('[\\t,]', head.partition('\n')[0])
+    if table: raise SLMError(f"'{path}' is a CSV file: export as {wanted}")
+
+def _json(path):
+    "What a file of JSON holds"
+    try: return json.loads(whole_text(path))
+    except (ValueError, RecursionError) as e: raise SLMError(f"'{path}' is not valid JSON ({e}): export it again") from None
 
 # %% ../../nbs/24_train.annotate.ipynb #b71e02ac
 def _from_label_studio(rows, items, name):
@@ -748,8 +762,8 @@ def import_judgements(
     "Take judgements into the store; raises `SLMError` that names file and row, and adds nothing then."
     _format(format); path = Path(path)
     if not path.is_file(): raise SLMError(f"no file '{path}': check the path")
-    items = {i.source: i for i in store.items()}
-    if format == 'label-studio': found = _from_label_studio(_read_label_studio(path), items, f"'{path}'")
+    _check_kind(path, format); items = {i.source: i for i in store.items()}
+    if format == 'label-studio': found = _from_label_studio(_json(path), items, f"'{path}'")
     else: found = (f for name,who,lines in _doccano_files(path) for f in _from_doccano(lines, items, name, who))
     return _take(store, found, f"'{path}'", annotator)
 

@@ -174,6 +174,7 @@ def _split_rows(source, max_rows, val_frac):
         if n == max_rows: return
         yield where, 'valid' if int(hashlib.sha256(_question(row).encode()).hexdigest()[:8], 16) < val_frac*2**32 else 'train', row
 
+# %% ../../nbs/23_train.sft.ipynb #d1f0c002
 SFT_SEED,SFT_VALID_SEED = 11,12 # stories that no pretraining reads
 
 def _dial(source): return float(str(source).partition(':')[2] or 0)
@@ -432,6 +433,7 @@ def _figures(model, tok, data, amp, dl, tag=''):
     elif data.asked: res[f'exact{tag}'] = exact_match(model, tok, data.asked)
     return res
 
+# %% ../../nbs/23_train.sft.ipynb #d1f0c001
 def chats_of(c, tok:Tokenizer)->ChatData: # c: a resolved `FinetuneConfig`
     "The conversations that a configuration names."
     with text_encoding(c.encoding): return load_chats(c.data, tok, c.seq_len, c.max_rows, c.strict)
