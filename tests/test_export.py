@@ -13,6 +13,7 @@ from slm.serve.export import *
 
 pytest.importorskip('xllamacpp', reason="needs: pip install -e '.[serve]'")
 LLAMA3 = dict(rope_type='llama3', factor=8., low_freq_factor=1., high_freq_factor=4., original_max_position_embeddings=16)
+YARN = dict(rope_type='yarn', factor=4., original_max_position_embeddings=16)
 TEXTS = [s.text for s in World().stories(1, 40)]
 TOK = train_bpe(TEXTS, 400)
 BASE = GPTConfig(vocab_size=400, n_layer=2, n_head=2, n_kv_head=1, d_model=64, d_ff=96, max_seq_len=128)
@@ -42,7 +43,7 @@ def run(tmp_path_factory):
 # ---- every model that can be said
 
 @pytest.mark.parametrize('over', [{}, dict(qk_norm=True), dict(tied=False), dict(bias=True), dict(n_kv_head=2), dict(head_dim=64), dict(rope_theta=5e5), dict(rope_scaling=LLAMA3),
-    dict(rope_scaling=dict(rope_type='linear', factor=4.)), dict(norm_eps=1e-2), dict(vocab_size=416)], ids=lambda o: '-'.join(o) or 'plain')
+    dict(rope_scaling=dict(rope_type='linear', factor=4.)), dict(rope_scaling=YARN), dict(rope_scaling=YARN, qk_norm=True), dict(norm_eps=1e-2), dict(vocab_size=416)], ids=lambda o: '-'.join(o) or 'plain')
 def test_llama_cpp_computes_the_same(tmp_path, over):
     m = shaken(**over); export_gguf(m, TOK, tmp_path/'m.gguf', 'f32')
     assert failed(check_gguf(m, TOK, tmp_path/'m.gguf', 'f32', few())) == []
@@ -109,6 +110,8 @@ def test_each_split_that_has_a_name(tmp_path, pre):
 def test_what_cannot_be_said_is_refused(tmp_path):
     says(lambda: export_gguf(shaken(act='geglu'), TOK, tmp_path/'m.gguf'), 'geglu', '--to hf')
     says(lambda: export_gguf(shaken(pos='alibi'), TOK, tmp_path/'m.gguf'), "pos='alibi'")
+    for scaling in (dict(YARN, beta_fast=16.), dict(rope_type='dynamic', factor=2., original_max_position_embeddings=64)):
+        says(lambda: export_gguf(shaken(rope_scaling=scaling), TOK, tmp_path/'m.gguf'), scaling['rope_type'], '--to hf')
     chars = char_tokenizer(TEXTS); says(lambda: export_gguf(shaken(vocab_size=chars.vocab_size), chars, tmp_path/'m.gguf'), '--tokenizer bpe')
     assert not list(tmp_path.iterdir())
 

@@ -111,7 +111,7 @@ def test_published_configs_are_read(name):
     ('attn_logit_softcapping', dict(attn_logit_softcapping=50.)), ('attention_bias', dict(attention_bias=True, mlp_bias=False)), ('attention_bias', dict(mlp_bias=True)),
     ('attention_bias', dict(model_type='qwen3', attention_bias=True)), ('attention_bias', dict(model_type='qwen2')), ('layer_types', dict(layer_types=['sliding_attention', 'full_attention'])),
     ('partial_rotary_factor', dict(partial_rotary_factor=.5)), ('partial_rotary_factor', dict(rope_parameters=dict(rope_type='default', rope_theta=1e4, partial_rotary_factor=.25))),
-    ('rope_type', dict(rope_parameters=dict(rope_type='yarn', factor=4.))), ('factor', dict(rope_parameters=dict(rope_type='linear'))), ('hidden_act', dict(hidden_act='gelu_pytorch_tanh')),
+    ('rope_type', dict(rope_parameters=dict(rope_type='longrope', factor=4.))), ('factor', dict(rope_parameters=dict(rope_type='linear'))), ('hidden_act', dict(hidden_act='gelu_pytorch_tanh')),
     ('quantization_config', dict(quantization_config=dict(quant_method='gptq'))), ('model_type', dict(model_type='mamba')), ('model_type', dict(model_type=None))])
 def test_what_cannot_be_expressed_is_refused_by_name(key, over):
     with pytest.raises(SLMError, match=key) as e: GPTConfig.from_hf(BASE.to_hf() | over)
@@ -484,6 +484,25 @@ def smollm2():
 PROMPTS = ['The capital of France is', 'Once upon a time', 'Water boils at', 'The three primary colours are', 'def fibonacci(n):', 'To make a cup of tea,',
     'The largest planet in the solar system', 'In 1969, two men', 'A good night\'s sleep', 'The sum of 12 and 30 is', 'Dear Sir or Madam,', 'Photosynthesis is the process',
     'My favourite book is', 'The opposite of hot is', 'Shakespeare wrote', 'Bees are important because', 'A triangle has', 'She opened the door and', 'The quick brown fox', 'import numpy as']
+
+# ---- stretched positions
+
+STRETCHED = dict(linear=dict(rope_type='linear', factor=2.), dynamic=dict(rope_type='dynamic', factor=2.),
+    yarn=dict(rope_type='yarn', factor=4., original_max_position_embeddings=16), llama3=LLAMA3,
+    betas=dict(rope_type='yarn', factor=8., original_max_position_embeddings=32, beta_fast=16., beta_slow=2.),
+    mscale=dict(rope_type='yarn', factor=4., original_max_position_embeddings=16, mscale=.7, mscale_all_dim=.4, truncate=False),
+    sharp=dict(rope_type='yarn', factor=4., original_max_position_embeddings=16, attention_factor=1.3))
+
+@pytest.mark.parametrize('kind', STRETCHED)
+@pytest.mark.parametrize('t', [33, 100]) # within the configured context of 64, and past it
+def test_stretched_positions_give_transformers_logits(tmp_path, kind, t):
+    theirs = hf_model('llama', rope_parameters=dict(STRETCHED[kind], rope_theta=1e4)); theirs.save_pretrained(tmp_path)
+    ids = torch.randint(0, 96, (2, t), generator=torch.Generator().manual_seed(4)); ours = GPT.from_pretrained(tmp_path)
+    assert rel(logits(ours, ids), logits(theirs, ids)) < TOL
+    plain = GPT(replace(ours.cfg, rope_scaling=None)).eval(); plain.load_state_dict(ours.state_dict())
+    assert (rel(logits(plain, ids), logits(ours, ids)) > 1e-3) == (kind != 'dynamic' or t > 64) # the stretching is seen
+    ours.save_pretrained(tmp_path/'out'); again = AutoModelForCausalLM.from_pretrained(tmp_path/'out').eval()
+    assert rel(logits(again, ids), logits(ours, ids)) < TOL and GPT.from_pretrained(tmp_path/'out').cfg == ours.cfg
 
 # ---- other people's folders
 

@@ -16,7 +16,7 @@ import numpy as np, torch
 from ..core import *
 from ..data.tokenizer import Tokenizer
 from ..data.world import wilson
-from ..model.layers import AttnContext, rope_cos_sin
+from ..model.layers import AttnContext, rope_cos_sin, rope_scale
 from ..model.gpt import GPT
 from ..model.fast import can_fuse
 from .lm import encode_pair, score_ids
@@ -54,7 +54,7 @@ def score_trees(
     x,pos = (torch.tensor([v+[0]*(t-len(v)) for v in vs], device=dev) for vs in ([r.ids for r in trees], [r.depth for r in trees])) # (b,t)
     see = torch.from_numpy(np.stack([r.see for r in trees])).to(dev)[:, None]                                      # (b,1,t,t)
     h = model.model.embed_tokens(x)                                                                                # (b,t,d)
-    cos,sin = (o[:, None] for o in rope_cos_sin(pos, model.model.constants(dev), h.dtype))
+    cos,sin = (o[:, None] for o in rope_cos_sin(pos, model.model.constants(dev), h.dtype, rope_scale(model.cfg.rope_scaling)))
     ctx = AttnContext(cos, sin, torch.where(see, 0., -math.inf).to(h.dtype))
     for block in model.model.layers: h = block(h, ctx)
     owner,node,y = np.array([(i, r*t+n, k) for r,tree in enumerate(trees) for i,n,k in tree.edges]).T

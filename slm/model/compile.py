@@ -191,7 +191,7 @@ def step(self:GPT,
     c, at, inv = self.cfg, cache.lens, self.model.constants(idx.device)
     s = max(int(at.max())+1, 2)
     if s > cache.max_len: raise SLMError(f'the cache holds {cache.max_len} tokens a row, {s} are needed: make it larger, or stop earlier')
-    cos, sin = (o[:, None] for o in rope_cos_sin(at, inv, torch.float32))        # (b,1,hd/2)
+    cos, sin = (o[:, None] for o in rope_cos_sin(at, inv, torch.float32, rope_scale(c.rope_scaling)))        # (b,1,hd/2)
     x, shape = self.model.embed_tokens(idx), (c.n_head, c.n_kv_head, c.head_dim)
     if new := len(idx) not in self.warm: torch._dynamo.config.recompile_limit = 128 # counts for this thread only
     for g in groups(c.n_layer):

@@ -9,7 +9,7 @@ __all__ = ['LLAMA_ACT', 'GPT2_ACT', 'ROPE_TYPES', 'GPT2_TOP', 'GPT2_LAYER', 'CON
            'check_tokenizer', 'load_model_and_tokenizer']
 
 # %% ../../nbs/13_model.pretrained.ipynb #d5fcfefa
-import json, re
+import json, math, re
 from collections.abc import Iterator
 from dataclasses import asdict, fields, replace
 from pathlib import Path
@@ -17,10 +17,10 @@ import numpy as np, torch
 from torch import Tensor
 from safetensors import SafetensorError, safe_open
 from fastcore.basics import patch
-from ..core import SLMError, atomic_file, get_device, progress, read_json, write_json
+from ..core import SLMError, atomic_file, get_device, progress, write_json
 from .layers import rope_inv_freq
 from .gpt import GPT, GPTConfig
-from ..data.tokenizer import Tokenizer
+from ..data.tokenizer import Tokenizer, check_gguf, read_settings
 
 # %% ../../nbs/13_model.pretrained.ipynb #00174a88
 LLAMA_ACT = {'swiglu':'silu', 'geglu':'gelu', 'reglu':'relu'} # ours -> hidden_act of a gated MLP
@@ -94,8 +94,10 @@ def _check_hf(d, family):
     if family == 'qwen3' and d.get('attention_bias'): _refuse('attention_bias', True, 'query and key norms with an attention bias')
 
 # %% ../../nbs/13_model.pretrained.ipynb #2958bc3c
-ROPE_TYPES = {'default':(), 'linear':('factor',), # rope_type -> what it needs
-              'llama3':('factor', 'low_freq_factor', 'high_freq_factor', 'original_max_position_embeddings')}
+_OLD = 'original_max_position_embeddings'
+ROPE_TYPES = {'default':(), 'linear':('factor',), 'dynamic':('factor', _OLD), 'yarn':('factor', _OLD), # rope_type -> what it needs
+              'llama3':('factor', 'low_freq_factor', 'high_freq_factor', _OLD)}
+_YARN = ('attention_factor', 'beta_fast', 'beta_slow', 'mscale', 'mscale_all_dim', 'truncate') # what it may have
 
 def _rope_from_hf(d):
     "`rope_theta` and `rope_scaling` from either spelling"
@@ -103,10 +105,15 @@ def _rope_from_hf(d):
     theta = rope.pop('rope_theta', None) or d.get('rope_theta') or 10_000.
     kind = rope.pop('type', 'default'); kind = rope.pop('rope_type', kind)
     if kind not in ROPE_TYPES: _refuse('rope_type', kind, 'this way of stretching the rotary embedding')
-    if kind == 'llama3': rope.setdefault('original_max_position_embeddings', d.get('max_position_embeddings'))
+    context = d.get('max_position_embeddings')
+    if kind == 'dynamic': rope[_OLD] = context
+    if kind in ('llama3', 'yarn'): rope[_OLD] = rope.get(_OLD) or context
+    if kind == 'yarn' and rope.get('factor') is None: rope['factor'] = context/rope[_OLD]
     if lost := [k for k in ROPE_TYPES[kind] if rope.get(k) is None]:
         raise SLMError(f"config.json: rope_type {kind} needs {', '.join(lost)}: fetch the file again")
-    return float(theta), None if kind == 'default' else dict(rope_type=kind, **{k:rope[k] for k in ROPE_TYPES[kind]})
+    if kind == 'default': return float(theta), None
+    some = [k for k in _YARN if kind == 'yarn' and rope.get(k) is not None]
+    return float(theta), dict(rope_type=kind, **{k:rope[k] for k in [*ROPE_TYPES[kind], *some]})
 
 # %% ../../nbs/13_model.pretrained.ipynb #5a5685f8
 def _from_llama(d, family):
@@ -195,14 +202,17 @@ def to_gpt2(
 def _weight_files(folder):
     "The safetensors files of a Hugging Face folder: one, or the shards that its index names"
     one, index = folder/'model.safetensors', folder/'model.safetensors.index.json'
-    if one.exists(): return [one]
-    if not index.exists():
+    if one.is_file(): return [one]
+    if not index.is_file():
         pickles = sorted(p.name for pat in ('*.bin', '*.pt', '*.pth') for p in folder.glob(pat))
         if pickles: raise SLMError(f"'{folder}' has no model.safetensors, and {pickles[0]} is a pickle, which can run code when opened: "
                                    "convert it with transformers (from_pretrained, then save_pretrained)")
         raise SLMError(f"'{folder}' has no model.safetensors: it is not a model folder, or is incomplete")
-    files = [folder/f for f in sorted(set(read_json(index).get('weight_map', {}).values()))]
-    if lost := [f.name for f in files if not f.exists()]:
+    named = read_settings(index).get('weight_map')
+    if not isinstance(named, dict) or not all(isinstance(f, str) and f.endswith('.safetensors') and Path(f).name == f for f in named.values()):
+        raise SLMError(f"'{index}': its weight_map does not name .safetensors files beside it: fetch it again")
+    files = [folder/f for f in sorted(set(named.values()))]
+    if lost := [f.name for f in files if not f.is_file()]:
         raise SLMError(f"'{folder}' lacks {len(lost)} of {len(files)} shards: {', '.join(lost[:3])}; fetch them again")
     return files
 
@@ -267,15 +277,29 @@ def _build(cls, cfg, tensors, where, device='cpu', dtype=None):
     return model.eval()
 
 # %% ../../nbs/13_model.pretrained.ipynb #5ec12d18
+def _check_size(cfg, files, where):
+    "Before anything is built: do the files hold about as many numbers as the configuration asks for?"
+    have = 0
+    for p in files:
+        try:
+            with safe_open(p, framework='pt') as f: have += sum(math.prod(f.get_slice(k).get_shape()) for k in f.keys())
+        except (SafetensorError, OSError, ValueError) as e:
+            raise SLMError(f"'{p}' is damaged or cut short ({' '.join(str(e).split())[:160]}): fetch or save it again") from None
+    if (want := cfg.num_params()) > 2*have+1000:
+        raise SLMError(f"'{where}' does not hold the weights that its configuration describes: {have:,} numbers, not {want:,}")
+
 def open_folder(
     folder:str|Path, # a run directory or a Hugging Face folder: config.json and safetensors
 )->tuple[GPTConfig,Iterator[tuple[str,Tensor]]]: # configuration; names and mapped tensors, in our naming
     "Configuration and weights of a folder; raises `SLMError` that names what is missing or damaged."
     folder = Path(folder)
-    if not (folder/'config.json').exists():
+    if not (folder/'config.json').is_file():
         raise SLMError(f"'{folder}' has no config.json: it is not a run directory or a Hugging Face model folder")
-    d = read_json(folder/'config.json')
-    cfg, files = GPTConfig.from_hf(d), _weight_files(folder)
+    d = read_settings(folder/'config.json')
+    try: cfg = GPTConfig.from_hf(d)
+    except SLMError as e: raise SLMError(f"'{folder}': {e}") from None
+    files = _weight_files(folder)
+    _check_size(cfg, files, folder)
     tensors = (kv for f in files for kv in read_safetensors(f))
     return cfg, from_gpt2(tensors) if d['model_type'] == 'gpt2' else tensors
 
@@ -360,7 +384,7 @@ def gguf_config(
                                          layer_norm_epsilon=need('attention.layer_norm_epsilon'))
     head_dim, theta = at('attention.key_length', d//heads), at('rope.freq_base', 10_000.)
     rope, kind = dict(rope_type='default'), at('rope.scaling.type', 'none')
-    if kind != 'none': rope = dict(rope_type=kind, factor=at('rope.scaling.factor'))
+    if kind != 'none': rope = dict(rope_type=kind, factor=at('rope.scaling.factor'), original_max_position_embeddings=at('rope.scaling.original_context_length'))
     if f := next((t for t in r.tensors if t.name == 'rope_freqs.weight'), None): rope = llama3_scaling(torch.tensor(f.data), theta)
     return res | dict(num_hidden_layers=layers, hidden_size=d, intermediate_size=d_ff, num_attention_heads=heads,
         num_key_value_heads=at('attention.head_count_kv', heads), head_dim=head_dim, max_position_embeddings=context,
@@ -391,7 +415,7 @@ def open_gguf(
 )->tuple[GPTConfig,Iterator[tuple[str,Tensor]]]: # configuration; names and float32 tensors, in our naming
     "Configuration and weights of a GGUF file of architecture llama, qwen3 or gpt2; raises `SLMError` that names a damaged file."
     from gguf import GGUFReader
-    path = Path(path)
+    path = Path(path); check_gguf(path)
     try:
         r = GGUFReader(path, 'c')
         if r.fields.get('split.count') and r.fields['split.count'].contents() > 1:
@@ -468,5 +492,5 @@ def load_model_and_tokenizer(
     path = local_model(id_or_path)
     cfg, tensors = open_model(path)
     tok = Tokenizer.load(path) if path.is_dir() else Tokenizer.from_gguf(path)
-    check_tokenizer(cfg, tok, path, read_json(path/'config.json').get('tokenizer_fingerprint') if path.is_dir() else None)
+    check_tokenizer(cfg, tok, path, read_settings(path/'config.json').get('tokenizer_fingerprint') if path.is_dir() else None)
     return _build(GPT, cfg, tensors, path, device, dtype), tok
