@@ -116,6 +116,8 @@ def test_each_split_that_has_a_name(tmp_path, pre):
 def test_what_cannot_be_said_is_refused(tmp_path):
     says(lambda: export_gguf(shaken(act='geglu'), TOK, tmp_path/'m.gguf'), 'geglu', '--to hf')
     says(lambda: export_gguf(shaken(pos='alibi'), TOK, tmp_path/'m.gguf'), "pos='alibi'")
+    for scaling in (dict(YARN, beta_fast=16.), dict(rope_type='dynamic', factor=2., original_max_position_embeddings=64)):
+        says(lambda: export_gguf(shaken(rope_scaling=scaling), TOK, tmp_path/'m.gguf'), scaling['rope_type'], '--to hf')
     chars = char_tokenizer(TEXTS); says(lambda: export_gguf(shaken(vocab_size=chars.vocab_size), chars, tmp_path/'m.gguf'), '--tokenizer bpe')
     assert not list(tmp_path.iterdir())
 

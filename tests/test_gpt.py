@@ -41,7 +41,7 @@ def on_meta(c):
     (dict(act='tanh'), "unknown act 'tanh': use one of swiglu"), (dict(norm='batch'), "unknown norm 'batch': use one of rms, layer"),
     (dict(pos='gps'), "unknown pos 'gps': use one of rope"), (dict(norm_pos='mid'), "unknown norm_pos 'mid'"), (dict(vocab_size=0), 'vocab_size=0'),
     (dict(n_layer=2.5), 'n_layer=2.5'), (dict(head_dim=-8), 'head_dim=-8'), (dict(head_dim=5), 'head_dim=5 is odd'), (dict(dropout=-.1), 'dropout=-0.1'),
-    (dict(rope_scaling=dict(rope_type='yarn')), "unknown rope_type 'yarn'"), (dict(pos='sinusoidal', d_model=65, n_head=5), 'd_model=65 is odd')])
+    (dict(rope_scaling=dict(rope_type='longrope')), "unknown rope_type 'longrope'"), (dict(pos='sinusoidal', d_model=65, n_head=5), 'd_model=65 is odd')])
 def test_config_names_what_is_wrong(kw, says):
     with pytest.raises(SLMError) as e: GPTConfig(**kw)
     assert says in str(e.value) and '\n' not in str(e.value)

@@ -149,13 +149,13 @@ def test_logits_equal_transformers_both_ways(tmp_path, kind, over):
     assert rel(logits(mine), logits(ours)) > .01 # the second half did not compare the first half's weights
 
 YARN = dict(rope_type='yarn', rope_theta=1e4, factor=4.)
-STRETCHED = [('llama', dict(rope_parameters=YARN | dict(original_max_position_embeddings=16))),
+LONGER = [('llama', dict(rope_parameters=YARN | dict(original_max_position_embeddings=16))),
              ('llama', dict(rope_parameters=YARN | dict(original_max_position_embeddings=16, attention_factor=1.3, beta_fast=8, truncate=False))),
              ('llama', dict(rope_parameters=YARN | dict(original_max_position_embeddings=16, mscale=1., mscale_all_dim=.8))),
              ('llama', dict(rope_parameters=YARN)), ('qwen3', dict(head_dim=16, rope_parameters=YARN | dict(original_max_position_embeddings=16))),
              ('llama', dict(max_position_embeddings=16, rope_parameters=dict(rope_type='dynamic', rope_theta=1e4, factor=4.)))]
 
-@pytest.mark.parametrize('kind,over', STRETCHED, ids=['yarn', 'more', 'mscale', 'no-old-context', 'qwen3', 'dynamic'])
+@pytest.mark.parametrize('kind,over', LONGER, ids=['yarn', 'more', 'mscale', 'no-old-context', 'qwen3', 'dynamic'])
 @pytest.mark.parametrize('t', [9, 60], ids=['short', 'past-the-old-context'])
 def test_stretched_contexts_equal_transformers_both_ways(tmp_path, kind, over, t):
     theirs = hf_model(kind, **over); theirs.save_pretrained(tmp_path/'in')
@@ -515,6 +515,25 @@ def smollm2():
 PROMPTS = ['The capital of France is', 'Once upon a time', 'Water boils at', 'The three primary colours are', 'def fibonacci(n):', 'To make a cup of tea,',
     'The largest planet in the solar system', 'In 1969, two men', 'A good night\'s sleep', 'The sum of 12 and 30 is', 'Dear Sir or Madam,', 'Photosynthesis is the process',
     'My favourite book is', 'The opposite of hot is', 'Shakespeare wrote', 'Bees are important because', 'A triangle has', 'She opened the door and', 'The quick brown fox', 'import numpy as']
+
+# ---- stretched positions
+
+STRETCHED = dict(linear=dict(rope_type='linear', factor=2.), dynamic=dict(rope_type='dynamic', factor=2.),
+    yarn=dict(rope_type='yarn', factor=4., original_max_position_embeddings=16), llama3=LLAMA3,
+    betas=dict(rope_type='yarn', factor=8., original_max_position_embeddings=32, beta_fast=16., beta_slow=2.),
+    mscale=dict(rope_type='yarn', factor=4., original_max_position_embeddings=16, mscale=.7, mscale_all_dim=.4, truncate=False),
+    sharp=dict(rope_type='yarn', factor=4., original_max_position_embeddings=16, attention_factor=1.3))
+
+@pytest.mark.parametrize('kind', STRETCHED)
+@pytest.mark.parametrize('t', [33, 100]) # within the configured context of 64, and past it
+def test_stretched_positions_give_transformers_logits(tmp_path, kind, t):
+    theirs = hf_model('llama', rope_parameters=dict(STRETCHED[kind], rope_theta=1e4)); theirs.save_pretrained(tmp_path)
+    ids = torch.randint(0, 96, (2, t), generator=torch.Generator().manual_seed(4)); ours = GPT.from_pretrained(tmp_path)
+    assert rel(logits(ours, ids), logits(theirs, ids)) < TOL
+    plain = GPT(replace(ours.cfg, rope_scaling=None)).eval(); plain.load_state_dict(ours.state_dict())
+    assert (rel(logits(plain, ids), logits(ours, ids)) > 1e-3) == (kind != 'dynamic' or t > 64) # the stretching is seen
+    ours.save_pretrained(tmp_path/'out'); again = AutoModelForCausalLM.from_pretrained(tmp_path/'out').eval()
+    assert rel(logits(again, ids), logits(ours, ids)) < TOL and GPT.from_pretrained(tmp_path/'out').cfg == ours.cfg
 
 # ---- other people's folders
 

@@ -58,6 +58,10 @@ def round_up(
 @patch
 def fill(self:GPTConfig):
     "Derive what was not given."
+    for k in ('d_model', 'n_head'): # what the others are derived from
+        n = getattr(self, k)
+        if not (n is None and k == 'n_head') and (not isinstance(n, int) or not 1 <= n <= _MOST[k]):
+            raise SLMError(f'{k}={repr(n)[:40]}: it must be a whole number of at least 1 and at most {_MOST[k]:,}')
     self.n_head = self.n_head or max(1, self.d_model//64)
     self.n_kv_head = self.n_kv_head or self.n_head
     if self.d_ff is None:
@@ -67,18 +71,27 @@ def fill(self:GPTConfig):
             raise SLMError(f'd_model={self.d_model} is not a multiple of n_head={self.n_head}: change one of them, or give head_dim')
         self.head_dim = self.d_model//self.n_head
 
+_MOST = dict(vocab_size=1<<24, n_layer=1000, n_head=1<<12, n_kv_head=1<<12, d_model=1<<17, d_ff=1<<20, head_dim=1<<13, max_seq_len=1<<30)
+
 @patch
 def check(self:GPTConfig):
     "Raise `SLMError` for what cannot be."
     for k,ok in CHOICES.items():
         if getattr(self, k) not in ok: raise SLMError(f"unknown {k} '{getattr(self, k)}': use one of {', '.join(ok)}")
-    for k in 'vocab_size n_layer n_head n_kv_head d_model d_ff head_dim max_seq_len'.split():
-        if not isinstance(n := getattr(self, k), int) or n < 1: raise SLMError(f'{k}={n!r}: it must be a whole number of at least 1')
+    for k,most in _MOST.items():
+        if not isinstance(n := getattr(self, k), int) or isinstance(n, bool) or not 1 <= n <= most:
+            raise SLMError(f'{k}={repr(n)[:40]}: it must be a whole number of at least 1 and at most {most:,}')
+    for k in ('norm_eps', 'rope_theta'):
+        if not isinstance(x := getattr(self, k), (int, float)) or not 0 < x < 1e30:
+            raise SLMError(f'{k}={repr(x)[:40]}: it must be a number above 0')
     if self.n_head % self.n_kv_head:
         raise SLMError(f'n_head={self.n_head} is not a multiple of n_kv_head={self.n_kv_head}: change one of them')
     if self.pos == 'rope':
         if self.head_dim % 2: raise SLMError(f'head_dim={self.head_dim} is odd: rotary positions turn pairs, choose an even one')
-        rope_inv_freq(self.head_dim, self.rope_theta, self.rope_scaling)
+        try: inv, scale = rope_inv_freq(self.head_dim, self.rope_theta, self.rope_scaling), yarn_scale(self.rope_scaling)
+        except (TypeError, ValueError, ArithmeticError, AttributeError): inv, scale = torch.tensor(math.nan), 1.
+        if not (torch.isfinite(inv) & (inv > 0)).all() or not 0 < scale < math.inf:
+            raise SLMError(f'rope_scaling={repr(self.rope_scaling)[:100]} with rope_theta={self.rope_theta} gives no speeds of rotation')
     if self.pos == 'sinusoidal' and self.d_model % 2:
         raise SLMError(f'd_model={self.d_model} is odd: sinusoids come in pairs, choose an even one')
     if not 0 <= self.dropout < 1: raise SLMError(f'dropout={self.dropout}: it must be at least 0 and below 1')

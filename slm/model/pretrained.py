@@ -9,7 +9,7 @@ __all__ = ['LLAMA_ACT', 'GPT2_ACT', 'ROPE_TYPES', 'ROPE_MAY', 'GPT2_TOP', 'GPT2_
            'open_model', 'check_tokenizer', 'load_model_and_tokenizer']
 
 # %% ../../nbs/13_model.pretrained.ipynb #d5fcfefa
-import json, re
+import json, math, re
 from collections.abc import Iterator
 from dataclasses import asdict, fields, replace
 from pathlib import Path
@@ -20,7 +20,7 @@ from fastcore.basics import patch
 from ..core import atomic_file, check_hashes, get_device, progress, read_json, SLMError, write_json
 from .layers import rope_inv_freq, rope_kind, yarn_scale
 from .gpt import GPT, GPTConfig
-from ..data.tokenizer import Tokenizer
+from ..data.tokenizer import Tokenizer, check_gguf, read_settings
 
 # %% ../../nbs/13_model.pretrained.ipynb #00174a88
 LLAMA_ACT = {'swiglu':'silu', 'geglu':'gelu', 'reglu':'relu'} # ours -> hidden_act of a gated MLP
@@ -202,14 +202,17 @@ def to_gpt2(
 def _weight_files(folder):
     "The safetensors files of a Hugging Face folder: one, or the shards that its index names"
     one, index = folder/'model.safetensors', folder/'model.safetensors.index.json'
-    if one.exists(): return [one]
-    if not index.exists():
+    if one.is_file(): return [one]
+    if not index.is_file():
         pickles = sorted(p.name for pat in ('*.bin', '*.pt', '*.pth') for p in folder.glob(pat))
         if pickles: raise SLMError(f"'{folder}' has no model.safetensors, and {pickles[0]} is a pickle, which can run code when opened: "
                                    "convert it with transformers (from_pretrained, then save_pretrained)")
         raise SLMError(f"'{folder}' has no model.safetensors: it is not a model folder, or is incomplete")
-    files = [folder/f for f in sorted(set(read_json(index).get('weight_map', {}).values()))]
-    if lost := [f.name for f in files if not f.exists()]:
+    named = read_settings(index).get('weight_map')
+    if not isinstance(named, dict) or not all(isinstance(f, str) and f.endswith('.safetensors') and Path(f).name == f for f in named.values()):
+        raise SLMError(f"'{index}': its weight_map does not name .safetensors files beside it: fetch it again")
+    files = [folder/f for f in sorted(set(named.values()))]
+    if lost := [f.name for f in files if not f.is_file()]:
         raise SLMError(f"'{folder}' lacks {len(lost)} of {len(files)} shards: {', '.join(lost[:3])}; fetch them again")
     return files
 
@@ -274,15 +277,29 @@ def _build(cls, cfg, tensors, where, device='cpu', dtype=None):
     return model.eval()
 
 # %% ../../nbs/13_model.pretrained.ipynb #5ec12d18
+def _check_size(cfg, files, where):
+    "Before anything is built: do the files hold about as many numbers as the configuration asks for?"
+    have = 0
+    for p in files:
+        try:
+            with safe_open(p, framework='pt') as f: have += sum(math.prod(f.get_slice(k).get_shape()) for k in f.keys())
+        except (SafetensorError, OSError, ValueError) as e:
+            raise SLMError(f"'{p}' is damaged or cut short ({' '.join(str(e).split())[:160]}): fetch or save it again") from None
+    if (want := cfg.num_params()) > 2*have+(1<<24): # below that, the tensors that are missing are named instead
+        raise SLMError(f"'{where}' does not hold the weights that its configuration describes: {have:,} numbers, not {want:,}")
+
 def open_folder(
     folder:str|Path, # a run directory or a Hugging Face folder: config.json and safetensors
 )->tuple[GPTConfig,Iterator[tuple[str,Tensor]]]: # configuration; names and mapped tensors, in our naming
     "Configuration and weights of a folder; raises `SLMError` that names what is missing or damaged."
     folder = Path(folder)
-    if not (folder/'config.json').exists():
+    if not (folder/'config.json').is_file():
         raise SLMError(f"'{folder}' has no config.json: it is not a run directory or a Hugging Face model folder")
-    check_hashes(folder); d = read_json(folder/'config.json')
-    cfg, files = GPTConfig.from_hf(d), _weight_files(folder)
+    check_hashes(folder); d = read_settings(folder/'config.json')
+    try: cfg = GPTConfig.from_hf(d)
+    except SLMError as e: raise SLMError(f"'{folder}': {e}") from None
+    files = _weight_files(folder)
+    _check_size(cfg, files, folder)
     tensors = (kv for f in files for kv in read_safetensors(f))
     return cfg, from_gpt2(tensors) if d['model_type'] == 'gpt2' else tensors
 
@@ -399,7 +416,7 @@ def open_gguf(
 )->tuple[GPTConfig,Iterator[tuple[str,Tensor]]]: # configuration; names and float32 tensors, in our naming
     "Configuration and weights of a GGUF file of architecture llama, qwen3 or gpt2; raises `SLMError` that names a damaged file."
     from gguf import GGUFReader
-    path = Path(path)
+    path = Path(path); check_gguf(path)
     try:
         r = GGUFReader(path, 'c')
         if r.fields.get('split.count') and r.fields['split.count'].contents() > 1:
@@ -476,5 +493,5 @@ def load_model_and_tokenizer(
     path = local_model(id_or_path)
     cfg, tensors = open_model(path)
     tok = Tokenizer.load(path) if path.is_dir() else Tokenizer.from_gguf(path)
-    check_tokenizer(cfg, tok, path, read_json(path/'config.json').get('tokenizer_fingerprint') if path.is_dir() else None)
+    check_tokenizer(cfg, tok, path, read_settings(path/'config.json').get('tokenizer_fingerprint') if path.is_dir() else None)
     return _build(GPT, cfg, tensors, path, device, dtype), tok

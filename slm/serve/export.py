@@ -5,12 +5,12 @@
 # %% auto #0
 __all__ = ['KINDS', 'NARROW', 'PLAIN', 'ROLES', 'CHATS', 'LOGITS', 'WEIGHTS', 'PERPLEXITY', 'HUB_ERRORS', 'gguf_arch',
            'gguf_context', 'pre_tokenizer', 'plain_template', 'blocks', 'tensor_kind', 'export_gguf', 'LlamaCpp',
-           'torch_logprobs', 'lineage', 'model_card', 'export_hf', 'chat_parts', 'join_chat', 'modelfile',
+           'torch_logprobs', 'model_name', 'lineage', 'model_card', 'export_hf', 'chat_parts', 'join_chat', 'modelfile',
            'nasty_texts', 'Check', 'Material', 'material', 'check_hf', 'check_weights', 'check_gguf', 'check_export',
-           'export', 'push_ready', 'push_folder']
+           'PartlyExported', 'export', 'push_ready', 'push_folder']
 
 # %% ../../nbs/40_serve.export.ipynb #b4d72bd1
-import ctypes, functools, json, math, os, random, re, sys, time, urllib.error, urllib.request
+import ctypes, functools, json, math, os, random, re, shutil, sys, time, urllib.error, urllib.request
 from dataclasses import asdict, dataclass
 from importlib.util import find_spec
 from itertools import islice
@@ -263,6 +263,12 @@ def torch_logprobs(model:GPT, ids:list[int])->torch.Tensor: # (t,v) nats
     return model(torch.tensor([ids], device=next(model.parameters()).device))[0].float().log_softmax(-1)
 
 # %% ../../nbs/40_serve.export.ipynb #e9d45037
+def model_name(
+    model:str|Path, # a run directory, a folder or hub id, or a .gguf file
+)->str: # 'my-v0.3' of 'runs/my-v0.3': a dot in a name is no suffix
+    "What a model is called."
+    return Path(model).resolve().name.removesuffix('.gguf')
+
 def lineage(
     run:str|Path, # a run directory, or any other model
 )->list[dict]: # contents of run.json with its 'name', this one first; empty if it is not a run
@@ -540,11 +546,31 @@ def _open(run, kinds, out):
     return model, tok
 
 # %% ../../nbs/40_serve.export.ipynb #79fef894
-def _instead(failed):
+class PartlyExported(SLMError):
+    "Something passed and was written, something failed and was not."
+    def __init__(self, message, checks): super().__init__(message); self.checks = checks
+
+def _why(checks): return '; '.join(' '.join(str(c).split()) for c in checks if c.passed is False)
+
+def _fell(checks, files):
+    "Kinds with a failed check; without a true float32 file, or with a Modelfile that says something else, all of GGUF"
+    bad = {c.name.split()[0] for c in checks if c.passed is False}
+    return [k for k in files if k in bad or k != 'hf' and bad & {'f32', 'Modelfile'}]
+
+def _settle(folder, files, good):
+    "Leave what passed: the Hugging Face files in the folder itself"
+    for k,p in files.items():
+        if k != 'hf' and k not in good: p.unlink()
+    if 'hf' not in files: return
+    for p in files['hf'].iterdir() if 'hf' in good else (): p.rename(folder/p.name)
+    shutil.rmtree(files['hf'])
+
+def _instead(checks):
     "What to do when only the perplexity of 8 bits is too high"
-    if {c.name for c in failed} != {'q8_0 perplexity'}: return ''
+    if {c.name for c in checks if c.passed is False} != {'q8_0 perplexity'}: return ''
     return "; llama.cpp rounds activations to 8 bits too, more than this model bears: take --to f16, or serve it with --engine torch"
 
+# %% ../../nbs/40_serve.export.ipynb #9c3e51d7
 def export(
     run:str|Path, # a run directory, a Hugging Face folder or hub id, or a .gguf file
     out:str|Path, # folder to make; an earlier export there is replaced
@@ -554,27 +580,30 @@ def export(
     n_tokens:int=4000, # to measure it on
     n_texts:int=10_000, # to compare tokenizers on
 )->list[Check]:
-    "Write, examine, and only then give the folder its name; raises `SLMError` when a check fails, and leaves nothing behind."
+    """Write, examine, and only then give the folder its name; what fails is left out.
+
+    Raises `PartlyExported` when something failed, `SLMError` when all did: then nothing is left behind."""
     if push: push_ready(push)
-    kinds = tuple(dict.fromkeys(kinds)); model, tok = _open(run, kinds, out); runs, name = lineage(run), Path(run).resolve().stem
+    kinds = tuple(dict.fromkeys(kinds)); model, tok = _open(run, kinds, out); runs, name = lineage(run), model_name(run)
     if text is None and runs and str(runs[-1]['data'].get('name')).startswith('world'): text = 'world'
     m = material(tok, min(model.cfg.max_seq_len, 256), text, n_tokens, n_texts); ggufs = [k for k in kinds if k != 'hf']
     with atomic_dir(out) as tmp:
-        files = {'hf': tmp} if 'hf' in kinds else {}
+        files = {'hf': tmp/'hf'} if 'hf' in kinds else {}
         files |= {k: tmp/f'{name}-{k.upper()}.gguf' for k in dict.fromkeys(['f32']*bool(ggufs)+ggufs)}
         for k,p in files.items(): export_hf(model, tok, p, name, runs) if k == 'hf' else export_gguf(model, tok, p, k, name)
-        checks = check_export(model, tok, files, m)
-        if failed := [c for c in checks if c.passed is False]:
-            why = '; '.join(' '.join(str(c).split()) for c in failed)
-            raise SLMError(f"the export of '{run}' was examined and is wrong ({why}): nothing was written{_instead(failed)}")
-        if ggufs and 'f32' not in kinds: files['f32'].unlink()
-        if any(c.name == 'Modelfile chat' for c in checks):
+        checks = check_export(model, tok, files, m); bad = _fell(checks, files)
+        good = [k for k in kinds if k not in bad]
+        if not good: raise SLMError(f"the export of '{run}' was examined and is wrong ({_why(checks)}): nothing was written{_instead(checks)}")
+        _settle(tmp, files, good)
+        if any(c.name == 'Modelfile chat' and c.passed for c in checks) and (ggufs := [k for k in good if k != 'hf']):
             with atomic_file(tmp/'Modelfile') as f: f.write(modelfile(tok, files[ggufs[0]].name, min(model.cfg.max_seq_len, 8192)))
-        if 'hf' not in kinds:
+        if 'hf' not in good:
             with atomic_file(tmp/'README.md') as f: f.write(model_card(name, model.cfg, runs))
         sizes = {p.name: p.stat().st_size for p in sorted(tmp.iterdir())}
-        write_json(tmp/'export.json', dict(schema=1, model=name, kinds=kinds, files=sizes,
+        write_json(tmp/'export.json', dict(schema=1, model=name, kinds=good, failed=bad, files=sizes,
                                            checks=[asdict(c) for c in checks], versions=versions()))
+    if bad: raise PartlyExported(f"'{out}' holds {', '.join(good)}; {', '.join(bad)} was examined, is wrong ({_why(checks)}) and "
+                                 f"was not written{_instead(checks)}", checks)
     if push: push_folder(out, push)
     return checks
 
