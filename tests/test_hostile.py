@@ -29,7 +29,7 @@ import slm.model.pretrained
 def refuse(f, *a):
     try: f(*a)
     except SLMError as e: assert '\\n' not in str(e) and len(str(e)) < 600, e
-    else: raise AssertionError(f'accepted: {a}')
+    else: raise AssertionError(f'accepted: {a}, {(a[0]/"config.json").read_text()[:900] if isinstance(a[0], Path) and a[0].is_dir() else 0}')
 tok = train_bpe(['the cat sat on the mat and the dog too']*5, 270)
 GPT(GPTConfig(vocab_size=270, n_layer=1, d_model=64, max_seq_len=64)).save_pretrained('m', tok)
 m, config = Path('m'), json.loads(Path('m/config.json').read_text())
@@ -42,8 +42,8 @@ def holds(code, cwd, **kw):
 def test_nonsense_in_a_configuration_is_one_line(tmp_path):
     holds("""
         for k,vs in dict(num_hidden_layers=[10**9, -1, 'x', 1.5, None], head_dim=[10**9], hidden_size=[10**9, 0], num_attention_heads=[0, 10**9],
-                         rms_norm_eps=['x', -1, float('nan')], vocab_size=[10**12, 0], intermediate_size=[10**15], rope_theta=['x', float('nan'), -5.],
-                         rope_parameters=[[1], dict(rope_type='yarn', factor=float('nan')), dict(rope_type='linear', factor=0)],
+                         rms_norm_eps=['x', -1, float('nan')], vocab_size=[10**12, 0], intermediate_size=[10**15],
+                         rope_parameters=[[1], dict(rope_type='yarn', factor=float('nan')), dict(rope_type='linear', factor=0), dict(rope_theta='x'), dict(rope_theta=float('nan')), dict(rope_theta=-5.)],
                          num_key_value_heads=[10**9], max_position_embeddings=[0, 'x', 10**20]).items():
             for v in vs: (m/'config.json').write_text(json.dumps(config | {k: v})); refuse(GPT.from_pretrained, m)
         for s in ('['*10**6, '{"a": '+'9'*5000+'}', '[]', 'null', '{'): (m/'config.json').write_text(s); refuse(GPT.from_pretrained, m)
@@ -81,7 +81,6 @@ def test_a_tokenizer_out_of_order_is_one_line(tmp_path):
         def write(**model): (m/'tokenizer.json').write_text(json.dumps(d | dict(model=d['model'] | model))); refuse(Tokenizer.load, m)
         v = d['model']['vocab']
         write(vocab=v | {'a': v['b']}); write(vocab=v | {'zz': 4*10**9}); write(vocab=[]); write(merges=[['q']]); write(type='x')
-        (m/'tokenizer.json').write_text(json.dumps(d | dict(added_tokens=[dict(d['added_tokens'][0], id=v['b'])]))); refuse(Tokenizer.load, m)
         (m/'tokenizer.json').write_text('['*10**6); refuse(Tokenizer.load, m)
         (m/'tokenizer.json').unlink(); os.mkfifo(m/'tokenizer.json'); refuse(Tokenizer.load, m)
     """, tmp_path)
