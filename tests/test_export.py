@@ -180,7 +180,7 @@ def test_dots_and_dashes_in_a_name_stay(tmp_path, run):
 def taught(tmp_path_factory):
     "A run of sft on a base without a chat template"
     root = tmp_path_factory.mktemp('taught'); base = stranger(root/'base', 'gpt2')
-    rows = [dict(prompt=f'what does the {w} carry?', completion=f'The {w} carries a kettle.') for w in WORDS]*4
+    rows = [dict(prompt=f'what does the {w} {v}?', completion=f'The {w} carries a kettle.') for w in WORDS for v in 'carry hold bring have own take'.split()]
     (root/'rows.jsonl').write_text('\n'.join(map(json.dumps, rows)))
     return sft(base, root/'rows.jsonl', root/'run', steps=60, bs=8, lr=5e-3, evals=1, samples=1, device='cpu', dtype='float32').path
 
@@ -209,7 +209,7 @@ def test_each_export_of_a_strangers_model_names_its_ends(tmp_path):
     for shape in ('hermes', 'llama3', 'deepseek'):
         model, tok = load_model_and_tokenizer(stranger(tmp_path/shape, shape)); export_gguf(model, tok, tmp_path/'m.gguf', 'f32')
         there = Tokenizer.from_gguf(tmp_path/'m.gguf'); assert sorted(there.stop_ids) == sorted(tok.stop_ids) and there.names['eos_token'] == tok.names['eos_token']
-        assert failed(check_gguf(model, tok, tmp_path/'m.gguf', 'f32', few(tok, n=50)))  == []
+        assert failed(check_gguf(model, tok, tmp_path/'m.gguf', 'f32', few(tok))) == []
         for end in tok.stop_ids:
             r = LlamaCpp(tmp_path/'m.gguf').post('/completion', prompt=[5, 9], n_predict=8, temperature=-1., logit_bias=[[end, 1000.]])
             assert r['stop_type'] == 'eos' and r['tokens_predicted'] == 1
