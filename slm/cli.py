@@ -532,8 +532,10 @@ def export(
     """Write a model for transformers, llama.cpp and Ollama, and prove it there before saying done.
 
     Example: slm export runs/demo/dpo --to hf,q8_0,q4_0 --out runs/export"""
-    from slm.serve.export import export as write
-    checks = write(run, out, tuple(k.strip().lower() for k in to.split(',') if k.strip()), push, text)
+    from slm.serve.export import PartlyExported, export as write
+    try: checks = write(run, out, tuple(k.strip().lower() for k in to.split(',') if k.strip()), push, text)
+    except PartlyExported as e:
+        print((out/'export.json').read_text() if json_ else '\n'.join(map(str, e.checks))); raise
     if json_: return print((out/'export.json').read_text())
     print(*checks, sep='\n'); off = sum(c.passed is None for c in checks)
     print(f"{out}: done" + (f', {off} checks not made (see above)' if off else ''))

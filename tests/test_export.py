@@ -8,8 +8,12 @@ from slm.data.tokenizer import PRE_TOKENIZERS, Tokenizer, char_tokenizer, train_
 from slm.data.world import World
 from slm.model.gpt import GPT, GPTConfig
 from slm.model.pretrained import rope_to_gguf
+from slm.model.generate import SamplingParams, complete
+from slm.model.pretrained import load_model_and_tokenizer
 from slm.serve import export as E
 from slm.serve.export import *
+from slm.train.sft import sft
+from strangers import WORDS, bpe, stranger
 
 pytest.importorskip('xllamacpp', reason="needs: pip install -e '.[serve]'")
 YARN = dict(rope_type='yarn', factor=4., original_max_position_embeddings=16)
@@ -162,6 +166,64 @@ def test_a_failed_check_leaves_nothing(tmp_path, run, monkeypatch):
     monkeypatch.setitem(E.PERPLEXITY, 'f32', -1.) # no export is this good
     says(lambda: export(run, tmp_path/'out', ('f32',), n_tokens=200, n_texts=100), 'f32 perplexity', 'nothing was written')
     assert not list(tmp_path.iterdir())
+
+def test_what_passes_is_written_and_what_fails_is_named(tmp_path, run, monkeypatch):
+    monkeypatch.setitem(E.PERPLEXITY, 'q8_0', -1.)
+    with pytest.raises(E.PartlyExported, match="holds hf, f16; q8_0 was examined, is wrong .q8_0 perplexity") as e:
+        export(run, tmp_path/'out', ('hf', 'f16', 'q8_0'), n_tokens=200, n_texts=100)
+    assert '\n' not in str(e.value) and failed(e.value.checks) == ['q8_0 perplexity']
+    assert {p.name for p in (tmp_path/'out').glob('*.gguf')} == {'chat-F16.gguf'} and (tmp_path/'out'/'model.safetensors').exists()
+    said = json.loads((tmp_path/'out'/'export.json').read_text()); assert (said['kinds'], said['failed']) == (['hf', 'f16'], ['q8_0'])
+
+def test_dots_and_dashes_in_a_name_stay(tmp_path, run):
+    shutil.copytree(run, tmp_path/'my-v0.3_b'); export(tmp_path/'my-v0.3_b', tmp_path/'out', ('f16',), n_tokens=200, n_texts=50)
+    assert (tmp_path/'out'/'my-v0.3_b-F16.gguf').exists() and model_name(tmp_path/'x-v1.2.gguf') == 'x-v1.2'
+    assert json.loads((tmp_path/'out'/'export.json').read_text())['model'] == 'my-v0.3_b'
+
+# ---- the end of an answer, everywhere
+
+@pytest.fixture(scope='module')
+def taught(tmp_path_factory):
+    "A run of sft on a base without a chat template"
+    root = tmp_path_factory.mktemp('taught'); base = stranger(root/'base', 'gpt2')
+    rows = [dict(prompt=f'what does the {w} {v}?', completion=f'The {w} carries a kettle.') for w in WORDS for v in 'carry hold bring have own take'.split()]
+    (root/'rows.jsonl').write_text('\n'.join(map(json.dumps, rows)))
+    return sft(base, root/'rows.jsonl', root/'run', steps=60, bs=8, lr=5e-3, evals=1, samples=1, device='cpu', dtype='float32').path
+
+ASKED = [dict(role='user', content='what does the otter carry?')]
+
+def test_an_answer_of_a_base_without_a_template_ends(taught):
+    model, tok = load_model_and_tokenizer(taught); ids = tok.chat(ASKED, True)[0]
+    g = complete(model, [ids], SamplingParams(temperature=0, max_new_tokens=60), tok)[0]
+    assert (g.finish_reason, g.stop) == ('stop', 0) and g.text == 'The otter carries a kettle.'
+    assert tok.special_ids == {'<|endoftext|>': 0} and tok.stop_ids == [0]
+
+def test_transformers_ends_it_there_too(taught):
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+    model, tok = load_model_and_tokenizer(taught); hf, net = AutoTokenizer.from_pretrained(taught), AutoModelForCausalLM.from_pretrained(taught)
+    ids = hf.apply_chat_template(ASKED, add_generation_prompt=True, return_dict=True)['input_ids']; assert list(ids) == tok.chat(ASKED, True)[0]
+    out = net.generate(torch.tensor([ids]), max_new_tokens=60, do_sample=False)[0][len(ids):].tolist()
+    assert out[-1] == 0 and tok.decode(out) == 'The otter carries a kettle.'
+
+def test_llama_cpp_and_ollama_end_it_there_too(taught, tmp_path):
+    export(taught, tmp_path/'out', ('f16',), n_tokens=200, n_texts=100); f, = (tmp_path/'out').glob('*.gguf'); tok = Tokenizer.from_gguf(f)
+    r = LlamaCpp(f).post('/v1/chat/completions', messages=ASKED, max_tokens=60, temperature=0)['choices'][0]
+    assert (r['finish_reason'], r['message']['content']) == ('stop', 'The otter carries a kettle.')
+    assert 'PARAMETER stop "<|endoftext|>"' in (tmp_path/'out'/'Modelfile').read_text() and tok.stop_ids == [0]
+
+def test_each_export_of_a_strangers_model_names_its_ends(tmp_path):
+    for shape in ('hermes', 'llama3', 'deepseek'):
+        model, tok = load_model_and_tokenizer(stranger(tmp_path/shape, shape)); export_gguf(model, tok, tmp_path/'m.gguf', 'f32')
+        there = Tokenizer.from_gguf(tmp_path/'m.gguf'); assert sorted(there.stop_ids) == sorted(tok.stop_ids) and there.names['eos_token'] == tok.names['eos_token']
+        assert failed(check_gguf(model, tok, tmp_path/'m.gguf', 'f32', few(tok))) == []
+        for end in tok.stop_ids:
+            r = LlamaCpp(tmp_path/'m.gguf').post('/completion', prompt=[5, 9], n_predict=8, temperature=-1., logit_bias=[[end, 1000.]])
+            assert r['stop_type'] == 'eos' and r['tokens_predicted'] == 1
+
+def test_a_base_without_an_end_is_refused_for_teaching(tmp_path):
+    t = bpe(); folder = stranger(tmp_path/'m', 'gpt2', vocab_size=t.get_vocab_size()); t.save(str(folder/'tokenizer.json'))
+    (folder/'tokenizer_config.json').unlink()
+    says(lambda: sft(folder, tmp_path/'rows.jsonl', tmp_path/'run'), 'no token that ends a text'); assert not (tmp_path/'run').exists()
 
 def test_a_judge_that_is_missing_is_named(tmp_path, run, monkeypatch):
     monkeypatch.setattr(E, 'find_spec', lambda n: None)
