@@ -159,7 +159,7 @@ def test_a_foreign_template(bpe):
 def test_a_template_that_rewrites_turns_is_refused_for_learning_but_serves(bpe):
     tok = Tokenizer(bpe.tok, "{{ messages|length }}{% for m in messages %}{{ m['content'] }}{% endfor %}")
     msgs = [dict(role='user', content='a'), dict(role='assistant', content='b'), dict(role='user', content='c')]
-    with pytest.raises(SLMError, match='rewrites earlier turns'): tok.chat(msgs)
+    with pytest.raises(SLMError, match='rewrites what came before'): tok.chat(msgs)
     assert tok.decode(tok.chat(msgs, add_generation_prompt=True)[0]) == '3abc'
 
 @pytest.mark.parametrize('msgs,what', [([], 'at least one'), ([dict(role='user')], "'content'"), ([dict(role='user', content=None)], 'both text'),
