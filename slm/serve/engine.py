@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['REPEATS', 'DEPTH', 'LOST', 'Request', 'TokenLogprob', 'Piece', 'Engine', 'pieces', 'answer_all', 'RequestError',
-           'too_long', 'check_request', 'bounded_schema', 'grammar_of', 'prove', 'Follower', 'GGUFEngine',
+           'too_long', 'check_request', 'bounded_schema', 'grammar_of', 'prove', 'Follower', 'model_name', 'GGUFEngine',
            'usable_cpus', 'gguf_of', 'open_engine']
 
 # %% ../../nbs/41_serve.engine.ipynb #667d4514
@@ -235,6 +235,13 @@ def _few_heaps():
     for what,value in ((-8, 2), (-3, 1<<17), (-1, 1<<17)):                       # M_ARENA_MAX, M_MMAP_THRESHOLD, M_TRIM_THRESHOLD
         libc.mallopt(what, value)
 
+# %% ../../nbs/41_serve.engine.ipynb #2a97e001
+def model_name(
+    model:str|Path, # a run directory, a Hugging Face folder or hub id, or a .gguf file
+)->str:
+    "What clients call a model: its own name, whole (`runs/my-v0.3` is 'my-v0.3'), without '.gguf'."
+    return Path(os.path.abspath(model)).name.removesuffix('.gguf') or 'slm'
+
 # %% ../../nbs/41_serve.engine.ipynb #0ae7a53c
 class GGUFEngine:
     "llama.cpp in this process, on a .gguf file; PyTorch is not needed."
@@ -248,7 +255,7 @@ class GGUFEngine:
         try: import xllamacpp
         except ImportError: raise SLMError("the gguf engine needs xllamacpp: pip install -e '.[serve]', or take --engine torch") from None
         _few_heaps()
-        self.tok, self.model, self.slots = Tokenizer.from_gguf(path), Path(path).stem, slots
+        self.tok, self.model, self.slots = Tokenizer.from_gguf(path), model_name(path), slots
         trained, exact = _gguf_facts(path)
         self.max_seq_len = min(context or 2048, trained)
         try: self.server = xllamacpp.Server(_llama_params(xllamacpp, path, slots, self.max_seq_len, threads or usable_cpus(), exact))
@@ -378,7 +385,7 @@ def open_engine(
     "Open a model for serving; raises `SLMError` for one that cannot be opened."
     if engine not in ('auto', 'gguf', 'torch'): raise SLMError(f"unknown engine '{engine}': use auto, gguf or torch")
     if engine != 'torch' and (engine == 'gguf' or find_spec('xllamacpp') and not int8):
-        try: return GGUFEngine(gguf_of(model), slots, context, threads)
+        try: res = GGUFEngine(gguf_of(model), slots, context, threads); res.model = model_name(model); return res
         except SLMError as e:
             if engine == 'gguf': raise
             print(f'not with llama.cpp: {e}', file=sys.stderr)
