@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['REPEATS', 'DEPTH', 'LOST', 'Request', 'TokenLogprob', 'Piece', 'Engine', 'pieces', 'answer_all', 'RequestError',
            'too_long', 'check_request', 'bounded_schema', 'grammar_of', 'prove', 'Follower', 'GGUFEngine',
-           'usable_cpus', 'gguf_of', 'open_engine']
+           'usable_cpus', 'model_name', 'gguf_of', 'open_engine']
 
 # %% ../../nbs/41_serve.engine.ipynb #667d4514
 import ctypes, functools, hashlib, json, os, queue, random, re, secrets, subprocess, sys, threading
@@ -57,6 +57,7 @@ class Piece:
     cached_tokens:int=0 # how many of them were known from an earlier request
     completion_tokens:int=0 # tokens made so far
     extra:dict=field(default_factory=dict) # what a client is told besides; only in the last piece
+    calls:list[tuple[str,str]]=field(default_factory=list) # functions that the text called, with their arguments in JSON
 
 # %% ../../nbs/41_serve.engine.ipynb #5855ccf1
 class Engine(Protocol):
@@ -248,7 +249,7 @@ class GGUFEngine:
         try: import xllamacpp
         except ImportError: raise SLMError("the gguf engine needs xllamacpp: pip install -e '.[serve]', or take --engine torch") from None
         _few_heaps()
-        self.tok, self.model, self.slots = Tokenizer.from_gguf(path), Path(path).stem, slots
+        self.tok, self.model, self.slots = Tokenizer.from_gguf(path), model_name(path), slots
         trained, exact = _gguf_facts(path)
         self.max_seq_len = min(context or 2048, trained)
         try: self.server = xllamacpp.Server(_llama_params(xllamacpp, path, slots, self.max_seq_len, threads or usable_cpus(), exact))
@@ -346,6 +347,12 @@ def close(self:GGUFEngine):
     self.server = None
 
 # %% ../../nbs/41_serve.engine.ipynb #9ba9fe85
+def model_name(
+    model:str|Path, # a file, a folder, or a hub id
+)->str:
+    "What a model is called: the last part of its path, dots and all."
+    return Path(model).resolve().name.removesuffix('.gguf') or 'slm'
+
 def gguf_of(
     model:str|Path, # a .gguf file, a folder with one, or anything that `slm export` can read
 )->Path: # a .gguf file
@@ -378,7 +385,10 @@ def open_engine(
     "Open a model for serving; raises `SLMError` for one that cannot be opened."
     if engine not in ('auto', 'gguf', 'torch'): raise SLMError(f"unknown engine '{engine}': use auto, gguf or torch")
     if engine != 'torch' and (engine == 'gguf' or find_spec('xllamacpp') and not int8):
-        try: return GGUFEngine(gguf_of(model), slots, context, threads)
+        try:
+            file = gguf_of(model); e = GGUFEngine(file, slots, context, threads)
+            if Path(model).resolve() not in (file.resolve(), file.resolve().parent): e.model = model_name(model) # the file is our own
+            return e
         except SLMError as e:
             if engine == 'gguf': raise
             print(f'not with llama.cpp: {e}', file=sys.stderr)
