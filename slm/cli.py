@@ -551,16 +551,19 @@ def serve(
     cache:Annotated[float, typer.Option(help='Megabytes of answers to keep, for requests with temperature 0 or a seed.')]=0,
     filter:Annotated[Optional[str], typer.Option(help='profanity, a classifier of transformers, or MODULE:FUNCTION from text to a '
                                                      'number: what it finds bad is withheld.')]=None,
-    threshold:Annotated[float, typer.Option(help='Text is bad above this.')]=.5):
+    threshold:Annotated[float, typer.Option(help='Text is bad above this.')]=.5,
+    host_name:Annotated[Optional[list[str]], typer.Option(help='A name that the server has besides, behind a proxy (may be repeated).')]=None,
+    origin:Annotated[Optional[list[str]], typer.Option(help='A page that may ask from browsers, as https://NAME (may be repeated).')]=None):
     """Serve a model over HTTP, the way OpenAI does, with a chat page at /. Ctrl-C lets running requests finish.
 
     Example: slm serve runs/chat --preferences prefs.db"""
     try: from slm.serve import api
     except ImportError as e: raise SLMError(f"serving needs {e.name}: pip install -e '.[serve]'") from None
     tokens = _tokens(token_file)
-    settings = api.Settings(tokens, api.check_bind(host, tokens, no_token), queue, timeout, max_tokens, cache=cache,
-                            preferences=preferences, output_filter=api.load_filter(filter) if filter else None, threshold=threshold)
-    embed = {embeddings.stem: api.gguf_embed(embeddings, threads=threads)} if embeddings else None
+    settings = api.Settings(tokens, api.check_bind(host, tokens, no_token, tuple(host_name or ())), queue, timeout, max_tokens, cache=cache,
+                            preferences=preferences, output_filter=api.load_filter(filter) if filter else None, threshold=threshold,
+                            origins=tuple(origin or ()))
+    embed = {api.model_name(embeddings): api.gguf_embed(embeddings, threads=threads)} if embeddings else None
     e = api.open_engine(model, engine, slots, context, threads, int8, own_thread=False, compiled=compiled)
     api.serve(api.create_app({e.model: e}, settings, embed), host, port)
     e.close()
