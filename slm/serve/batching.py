@@ -134,7 +134,8 @@ def submit(self:TorchEngine,
 )->Callable[[],None]: # call it to cancel: the slot is free after the step that is running
     "Queue a request; raises `SLMError` for one that cannot be."
     r = request
-    if r.schema is not None or r.grammar: raise SLMError('the torch engine cannot hold a text to a JSON schema: take --engine gguf')
+    if r.schema is not None or r.grammar:
+        raise RequestError('the torch engine cannot hold a text to a JSON schema: take --engine gguf', 'schema')
     params = SamplingParams(r.temperature, r.top_k, r.top_p, r.min_p, r.repetition_penalty, r.max_new_tokens, r.stop,
                             None if r.seed is None else r.seed % 2**63)
     job = Job(r, check_request(self, r), emit, Sampler([params]), TextStream(self.tok, params.stop), list(r.ids))

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['REPEATS', 'DEPTH', 'LOST', 'Request', 'TokenLogprob', 'Piece', 'Engine', 'pieces', 'answer_all', 'RequestError',
-           'too_long', 'check_request', 'bounded_schema', 'grammar_of', 'prove', 'Follower', 'model_name', 'GGUFEngine',
-           'usable_cpus', 'gguf_of', 'open_engine']
+           'too_long', 'check_request', 'bounded_schema', 'grammar_of', 'prove', 'Follower', 'GGUFEngine',
+           'usable_cpus', 'model_name', 'gguf_of', 'open_engine']
 
 # %% ../../nbs/41_serve.engine.ipynb #667d4514
 import ctypes, functools, hashlib, json, os, queue, random, re, secrets, subprocess, sys, threading
@@ -57,6 +57,7 @@ class Piece:
     cached_tokens:int=0 # how many of them were known from an earlier request
     completion_tokens:int=0 # tokens made so far
     extra:dict=field(default_factory=dict) # what a client is told besides; only in the last piece
+    calls:list[tuple[str,str]]=field(default_factory=list) # functions that the text called, with their arguments in JSON
 
 # %% ../../nbs/41_serve.engine.ipynb #5855ccf1
 class Engine(Protocol):
@@ -235,13 +236,6 @@ def _few_heaps():
     for what,value in ((-8, 2), (-3, 1<<17), (-1, 1<<17)):                       # M_ARENA_MAX, M_MMAP_THRESHOLD, M_TRIM_THRESHOLD
         libc.mallopt(what, value)
 
-# %% ../../nbs/41_serve.engine.ipynb #2a97e001
-def model_name(
-    model:str|Path, # a run directory, a Hugging Face folder or hub id, or a .gguf file
-)->str:
-    "What clients call a model: its own name, whole (`runs/my-v0.3` is 'my-v0.3'), without '.gguf'."
-    return Path(os.path.abspath(model)).name.removesuffix('.gguf') or 'slm'
-
 # %% ../../nbs/41_serve.engine.ipynb #0ae7a53c
 class GGUFEngine:
     "llama.cpp in this process, on a .gguf file; PyTorch is not needed."
@@ -353,6 +347,12 @@ def close(self:GGUFEngine):
     self.server = None
 
 # %% ../../nbs/41_serve.engine.ipynb #9ba9fe85
+def model_name(
+    model:str|Path, # a file, a folder, or a hub id
+)->str:
+    "What a model is called: the last part of its path, dots and all."
+    return Path(os.path.abspath(model)).name.removesuffix('.gguf') or 'slm'
+
 def gguf_of(
     model:str|Path, # a .gguf file, a folder with one, or anything that `slm export` can read
 )->Path: # a .gguf file
@@ -385,7 +385,10 @@ def open_engine(
     "Open a model for serving; raises `SLMError` for one that cannot be opened."
     if engine not in ('auto', 'gguf', 'torch'): raise SLMError(f"unknown engine '{engine}': use auto, gguf or torch")
     if engine != 'torch' and (engine == 'gguf' or find_spec('xllamacpp') and not int8):
-        try: res = GGUFEngine(gguf_of(model), slots, context, threads); res.model = model_name(model); return res
+        try:
+            file = gguf_of(model); e = GGUFEngine(file, slots, context, threads)
+            if Path(model).resolve() not in (file.resolve(), file.resolve().parent): e.model = model_name(model) # the file is our own
+            return e
         except SLMError as e:
             if engine == 'gguf': raise
             print(f'not with llama.cpp: {e}', file=sys.stderr)
