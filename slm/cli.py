@@ -563,8 +563,9 @@ def serve(
     try: from slm.serve import api
     except ImportError as e: raise SLMError(f"serving needs {e.name}: pip install -e '.[serve]'") from None
     tokens = _tokens(token_file)
-    settings = api.Settings(tokens, api.check_bind(host, tokens, no_token, host_name or ()), api.origins(origin or ()), queue, timeout, max_tokens, cache=cache,
-                            preferences=preferences, output_filter=api.load_filter(filter) if filter else None, threshold=threshold)
+    hosts = api.check_bind(host, tokens, no_token, tuple(host_name or ()))
+    settings = api.Settings(tokens, hosts, api.origins(origin or ()), queue, timeout, max_tokens, cache=cache, preferences=preferences,
+                            output_filter=api.load_filter(filter) if filter else None, threshold=threshold)
     embed = {api.model_name(embeddings): api.gguf_embed(embeddings, threads=threads)} if embeddings else None
     e = api.open_engine(model, engine, slots, context, threads, int8, own_thread=False, compiled=compiled)
     api.serve(api.create_app({e.model: e}, settings, embed), host, port)
@@ -639,7 +640,7 @@ def rag_serve(
     Example: slm rag serve smollm2 --index runs/index --token-file tokens"""
     R, tokens = _rag('grounded'), _tokens(token_file)
     from slm.serve.api import origins, serve
-    settings = R.Settings(tokens, R.check_bind(host, tokens, no_token, host_name or ()), origins(origin or ()), queue, timeout, max_tokens)
+    settings = R.Settings(tokens, R.check_bind(host, tokens, no_token, tuple(host_name or ())), origins(origin or ()), queue, timeout, max_tokens)
     import torch
     torch.set_num_threads(1) # for the vector of a question; the model's threads are its own
     rag = _open_rag(model, index, k, writable, slots=slots, context=context, threads=threads)

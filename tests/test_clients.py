@@ -1,6 +1,5 @@
 "Other people's clients: names, probes, pages of other origins, embeddings, null, and tools by OpenAI's client and as LangChain sends them."
 import contextlib, json, socket
-from pathlib import Path
 import pytest
 from slm.core import SLMError
 httpx, openai, _ = (pytest.importorskip(m, reason=f'needs: pip install {m}') for m in ('httpx', 'openai', 'xllamacpp'))
@@ -20,7 +19,7 @@ def trained(): return train_bpe([s.text for s in World().stories(0, 300)], 512)
 def write(tok, path):
     "A GGUF file of random weights that never stops by itself at temperature 0"
     torch.manual_seed(1); model = GPT(GPTConfig(vocab_size=tok.vocab_size, n_layer=2, n_head=2, d_model=64, max_seq_len=1024)).eval()
-    model.model.embed_tokens.weight.data[[tok.eot_id, tok.end_id]] = 0                   # tied to the head: some other token is always likelier
+    model.model.embed_tokens.weight.data[[tok.eot_id, tok.end_id]] = 0 # tied to the head
     export_gguf(model, tok, path, 'f32'); return path
 
 @pytest.fixture(scope='session')
@@ -39,7 +38,8 @@ def url(engine):
     with running(engine) as url: yield url
 
 ASK = [dict(role='user', content='Who has the kite?')]
-def chat(url, messages=ASK, **kw): return httpx.post(f'{url}/v1/chat/completions', json=dict(model='m', messages=messages, max_tokens=4) | kw, timeout=60)
+def chat(url, messages=ASK, **kw):
+    return httpx.post(f'{url}/v1/chat/completions', json=dict(model='m', messages=messages, max_tokens=4) | kw, timeout=60)
 
 def error(r, status, **want):
     assert r.status_code == status, r.text
@@ -49,7 +49,8 @@ def error(r, status, **want):
 # ---- names of models
 
 def test_names_stay_whole(engine, tmp_path):
-    assert engine.model == 'plain-v0.3' and model_name(tmp_path/'my-v0.3') == 'my-v0.3' and model_name('us/My_model-1.5B') == 'My_model-1.5B'
+    assert engine.model == 'plain-v0.3' and model_name(tmp_path/'my-v0.3') == 'my-v0.3'
+    assert model_name('us/My_model-1.5B') == 'My_model-1.5B'
 
 def test_a_folder_is_served_by_its_own_name_in_torch(trained, tmp_path):
     model = GPT(GPTConfig(vocab_size=trained.vocab_size, n_layer=1, n_head=2, d_model=32, max_seq_len=64)).eval()
@@ -96,17 +97,20 @@ def test_two_colons_are_all_addresses():
 # ---- pages of other origins
 
 def preflight(url, origin):
-    asks = {'Origin': origin, 'Access-Control-Request-Method': 'POST', 'Access-Control-Request-Headers': 'authorization,content-type,x-stainless-os'}
+    asks = {'Origin': origin, 'Access-Control-Request-Method': 'POST',
+            'Access-Control-Request-Headers': 'authorization,content-type,x-stainless-os'}
     return httpx.options(f'{url}/v1/chat/completions', headers=asks)
 
 def test_a_named_page_may_ask(engine):
     with running(engine, tokens=('a-good-token',), origins=api.origins(('http://localhost:3000/',))) as url:
-        r = preflight(url, 'http://localhost:3000'); assert r.status_code == 200 and r.headers['access-control-allow-origin'] == 'http://localhost:3000'
-        assert {'authorization', 'content-type', 'x-stainless-os'} <= {h.strip() for h in r.headers['access-control-allow-headers'].lower().split(',')}
+        r = preflight(url, 'http://localhost:3000'); assert r.status_code == 200
+        assert r.headers['access-control-allow-origin'] == 'http://localhost:3000'
+        allowed = r.headers['access-control-allow-headers'].lower().replace(' ', '').split(',')
+        assert {'authorization', 'content-type', 'x-stainless-os'} <= set(allowed)
         r = httpx.get(f'{url}/v1/models', headers={'Origin': 'http://localhost:3000', 'Authorization': 'Bearer a-good-token'})
         assert r.status_code == 200 and r.headers['access-control-allow-origin'] == 'http://localhost:3000'
         r = httpx.get(f'{url}/v1/models', headers={'Origin': 'http://localhost:3000'})
-        error(r, 401); assert r.headers['access-control-allow-origin'] == 'http://localhost:3000'  # else the page could not read what is wrong
+        error(r, 401); assert r.headers['access-control-allow-origin'] == 'http://localhost:3000'
         r = httpx.get(f'{url}/v1/models', headers={'Origin': 'https://evil.example', 'Authorization': 'Bearer a-good-token'})
         assert 'access-control-allow-origin' not in r.headers and preflight(url, 'https://evil.example').status_code == 400
 
@@ -163,8 +167,10 @@ def test_an_assistant_may_say_nothing(url):
     assert 'content' in error(chat(url, [dict(role='user', content=None)]), 422)
 
 def test_null_is_absent_at_every_depth(url):
-    assert chat(url, [dict(role='user', content=[dict(type='text', text='Hi', cache_control=None)], name=None, tool_calls=None)]).status_code == 200
-    assert chat(url, stream_options=None, stream=True).status_code == 200 and chat(url, stream_options=dict(include_usage=None), stream=True).status_code == 200
+    part = dict(type='text', text='Hi', cache_control=None)
+    assert chat(url, [dict(role='user', content=[part], name=None, tool_calls=None)]).status_code == 200
+    assert chat(url, stream_options=None, stream=True).status_code == 200
+    assert chat(url, stream_options=dict(include_usage=None), stream=True).status_code == 200
     assert chat(url, response_format=dict(type='text', json_schema=None)).status_code == 200
     assert chat(url, tools=None, tool_choice=None, parallel_tool_calls=None, functions=None, logit_bias=None).status_code == 200
 
@@ -172,13 +178,15 @@ def test_null_is_absent_at_every_depth(url):
 
 CHATML = """{%- if tools %}{{ '<|system|>Tools:' }}{%- for t in tools %}{{ '\\n' + (t | tojson) }}{%- endfor %}
 {{- '\\nCall one so: <tool_call>{"name": NAME, "arguments": ARGUMENTS}</tool_call><|end|>' }}{%- endif %}
-{%- for m in messages %}{{ '<|user|><tool_response>' + m.content + '</tool_response>' if m.role == 'tool' else '<|' + m.role + '|>' + m.content }}
+{%- for m in messages %}
+{{- '<|user|><tool_response>' + m.content + '</tool_response>' if m.role == 'tool' else '<|' + m.role + '|>' + m.content }}
 {%- for c in m.tool_calls %}
 {{- '<tool_call>\\n{"name": "' + c.function.name + '", "arguments": ' + (c.function.arguments | tojson) + '}\\n</tool_call>' }}
 {%- endfor %}{{ '<|end|>' }}{%- endfor %}{%- if add_generation_prompt %}{{ '<|assistant|>' }}{%- endif %}"""
 CITY = dict(type='object', properties=dict(city=dict(enum=['Ulm', 'Rom'])), required=['city'], additionalProperties=False)
 SUM = dict(type='object', properties=dict(a=dict(type='boolean')), required=['a'], additionalProperties=False)
-def tool(name, parameters, **kw): return dict(type='function', function=dict(name=name, description=f'The {name}.', parameters=parameters, **kw))
+def tool(name, parameters, **kw):
+    return dict(type='function', function=dict(name=name, description=f'The {name}.', parameters=parameters, **kw))
 TOOLS = [tool('weather', CITY), tool('add', SUM)]
 NAMED = dict(type='function', function=dict(name='weather'))
 
@@ -197,7 +205,8 @@ def handy_url(handy):
 def client(handy_url): return openai.OpenAI(base_url=f'{handy_url}/v1', api_key='none', max_retries=0, timeout=60)
 
 def is_call(name, arguments):
-    return name == 'weather' and arguments in (dict(city='Ulm'), dict(city='Rom')) or name == 'add' and arguments in (dict(a=True), dict(a=False))
+    return name == 'weather' and arguments in (dict(city='Ulm'), dict(city='Rom')) or \
+        name == 'add' and arguments in (dict(a=True), dict(a=False))
 
 @pytest.mark.parametrize('choice,names', [('required', {'weather', 'add'}), (NAMED, {'weather'})])
 def test_a_call_fits_its_schema(client, choice, names):
@@ -210,7 +219,7 @@ def test_a_call_fits_its_schema(client, choice, names):
 def test_a_call_in_a_stream_is_the_same(client):
     kw = dict(model='m', messages=ASK, tools=TOOLS, tool_choice='required', seed=3, max_tokens=400)
     whole = client.chat.completions.create(**kw).choices[0].message.tool_calls[0].function
-    with client.chat.completions.stream(**{k: v for k,v in kw.items()}) as s: end = s.get_final_completion().choices[0]
+    with client.chat.completions.stream(**kw) as s: end = s.get_final_completion().choices[0]
     f = end.message.tool_calls[0].function; assert (f.name, f.arguments, end.finish_reason) == (whole.name, whole.arguments, 'tool_calls')
     deltas = [p.choices[0] for p in client.chat.completions.create(stream=True, **kw)]
     calls = [c for d in deltas for c in d.delta.tool_calls or ()]
@@ -220,10 +229,11 @@ def test_a_call_in_a_stream_is_the_same(client):
 
 def test_whoever_may_call_may_also_talk(client):
     for seed in range(3):
-        c = client.chat.completions.create(model='m', messages=ASK, tools=TOOLS, parallel_tool_calls=False, seed=seed, max_tokens=20).choices[0]
+        kw = dict(parallel_tool_calls=False, seed=seed, max_tokens=20)
+        c = client.chat.completions.create(model='m', messages=ASK, tools=TOOLS, **kw).choices[0]
         assert c.message.content or c.message.tool_calls
 
-def test_a_call_in_free_text_is_found(handy, monkeypatch):
+def test_a_call_in_free_text_is_found(handy):
     "The engine is made to say a call; it comes in pieces that cut the marks"
     from slm.serve.engine import Piece
     says = 'Well, '+'<tool_call>\n{"name": "weather", "arguments": {"city": "Rom"}}\n</tool_call>'
@@ -243,14 +253,16 @@ def test_a_call_in_free_text_is_found(handy, monkeypatch):
 
 def called(*names):
     calls = [dict(id=f'call0000{k}', type='function', function=dict(name=n, arguments='{"city": "Ulm"}')) for k,n in enumerate(names)]
-    return [*ASK, dict(role='assistant', content=None, tool_calls=calls), *(dict(role='tool', tool_call_id=c['id'], content='4 degrees') for c in calls)]
+    answers = [dict(role='tool', tool_call_id=c['id'], content='4 degrees') for c in calls]
+    return [*ASK, dict(role='assistant', content=None, tool_calls=calls), *answers]
 
 def test_histories_with_calls_are_read(handy, handy_url):
     for messages in (called('weather'), called('weather', 'weather'), [*called('weather'), dict(role='assistant', content='4.'), *ASK]):
         assert chat(handy_url, messages).status_code == 200 and chat(handy_url, messages, tools=TOOLS).status_code == 200
     body = doors.ChatBody(model='m', messages=called('weather'), tools=TOOLS)
     text = handy.tok.decode(api.chat_ids(body, handy.tok, api.calls_of(body, handy.tok)))
-    assert '"name": "weather", "arguments": {"city": "Ulm"}' in text and '<tool_response>4 degrees' in text and '"description": "The add."' in text
+    assert '"name": "weather", "arguments": {"city": "Ulm"}' in text
+    assert '<tool_response>4 degrees' in text and '"description": "The add."' in text
 
 def test_special_tokens_in_what_tools_say_stay_text(handy):
     end = handy.tok.special_ids['<|end|>']
@@ -264,11 +276,14 @@ def test_as_langchain_binds_tools(handy_url):
     "What ChatOpenAI.bind_tools sends: with tool_choice 'any', by name, with strict, and the answer sent back"
     bound = [tool('weather', CITY, strict=True)]
     base = dict(model='m', stream=False, n=1, temperature=.7, max_completion_tokens=300, tools=bound, parallel_tool_calls=False)
-    ask = lambda messages, **kw: httpx.post(f'{handy_url}/v1/chat/completions', json=base | dict(messages=messages) | kw, timeout=60).json()['choices'][0]
+    def ask(messages, **kw):
+        r = httpx.post(f'{handy_url}/v1/chat/completions', json=base | dict(messages=messages) | kw, timeout=60)
+        return r.json()['choices'][0]
     for choice in ('required', NAMED):
         m = ask([dict(content='Weather in Rome?', role='user')], tool_choice=choice)['message']; call, = m['tool_calls']
         assert is_call(call['function']['name'], json.loads(call['function']['arguments']))
-    sent = [dict(type='function', id=call['id'], function=dict(name='weather', arguments=json.dumps(json.loads(call['function']['arguments']))))]
+    arguments = json.dumps(json.loads(call['function']['arguments']))
+    sent = [dict(type='function', id=call['id'], function=dict(name='weather', arguments=arguments))]
     back = [dict(content='Weather in Rome?', role='user'), dict(content=None, role='assistant', tool_calls=sent),
             dict(content='20 degrees', role='tool', tool_call_id=call['id'])]
     assert ask(back, max_completion_tokens=5)['message']['role'] == 'assistant'

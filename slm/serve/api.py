@@ -99,7 +99,8 @@ def calls_of(
     if not isinstance(body, ChatBody) or body.tool_choice == 'none': return None
     if not body.tools and body.tool_choice != 'auto': raise APIError(400, 'tool_choice is for tools: give some', 'tool_choice')
     if not body.tools: return None
-    if len(json.dumps([t.function.parameters for t in body.tools])) > 2**16: raise APIError(400, 'the parameters of the tools are too long', 'tools')
+    if len(json.dumps([t.function.parameters for t in body.tools])) > 2**16:
+        raise APIError(400, 'the parameters of the tools are too long', 'tools')
     marks, choice = _marks(tok), body.tool_choice
     functions = {t.function.name: t.function.parameters or {'type': 'object'} for t in body.tools}
     if marks is None: raise APIError(400, "this model's chat template has no place for tools: leave them out", 'tools', 'unsupported_parameter')

@@ -541,7 +541,8 @@ def export(
 )->list[Check]:
     "Write, examine, and only then give the folder its name; raises `SLMError` when a check fails, and leaves nothing behind."
     if push: push_ready(push)
-    kinds = tuple(dict.fromkeys(kinds)); model, tok = _open(run, kinds, out); runs, name = lineage(run), Path(run).resolve().name.removesuffix('.gguf')
+    kinds = tuple(dict.fromkeys(kinds)); model, tok = _open(run, kinds, out); runs = lineage(run)
+    name = Path(run).resolve().name.removesuffix('.gguf')
     if text is None and runs and str(runs[-1]['data'].get('name')).startswith('world'): text = 'world'
     m = material(tok, min(model.cfg.max_seq_len, 256), text, n_tokens, n_texts); ggufs = [k for k in kinds if k != 'hf']
     with atomic_dir(out) as tmp:
