@@ -640,7 +640,8 @@ def rag_serve(
     Example: slm rag serve smollm2 --index runs/index --token-file tokens"""
     R, tokens = _rag('grounded'), _tokens(token_file)
     from slm.serve.api import origins, serve
-    settings = R.Settings(tokens, R.check_bind(host, tokens, no_token, tuple(host_name or ())), origins(origin or ()), queue, timeout, max_tokens)
+    hosts = R.check_bind(host, tokens, no_token, tuple(host_name or ()))
+    settings = R.Settings(tokens, hosts, origins(origin or ()), queue, timeout, max_tokens)
     import torch
     torch.set_num_threads(1) # for the vector of a question; the model's threads are its own
     rag = _open_rag(model, index, k, writable, slots=slots, context=context, threads=threads)

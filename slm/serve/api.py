@@ -449,7 +449,9 @@ def gguf_embed(
         res = server.handle_embeddings(dict(input=texts)); res = json.loads(res) if isinstance(res, (str, bytes)) else res
         if 'data' not in res:
             says = str(res.get('error', {}).get('message', res))
-            if n := re.match(r'input \((\d+) tokens\) is too large', says): raise too_long(int(n[1]), context)
+            if n := re.match(r'input \((\d+) tokens\) is too large', says):
+                raise RequestError(f"this model's maximum context length is {context} tokens: a text has {n[1]}, shorten it",
+                                   'prompt', 'context_length_exceeded')
             raise RequestError(f'no embedding: {says}', 'prompt')
         return [d['embedding'] for d in res['data']], res['usage']['prompt_tokens']
     return embed
