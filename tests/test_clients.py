@@ -256,6 +256,12 @@ def called(*names):
     answers = [dict(role='tool', tool_call_id=c['id'], content='4 degrees') for c in calls]
     return [*ASK, dict(role='assistant', content=None, tool_calls=calls), *answers]
 
+def test_thoughts_before_the_last_answer_are_no_part_of_a_call(trained):
+    "As Qwen3 writes: the last answer has empty thoughts before it, an earlier one has none"
+    calls = '{%- for c in m.tool_calls %}'
+    thinks = CHATML.replace(calls, "{{ '<think></think>' if m.tool_calls and loop.last }}"+calls)
+    marks = api._marks(Tokenizer(trained.tok, thinks)); assert 'think' not in marks[0] and '<tool_call>' in marks[0]
+
 def test_histories_with_calls_are_read(handy, handy_url):
     for messages in (called('weather'), called('weather', 'weather'), [*called('weather'), dict(role='assistant', content='4.'), *ASK]):
         assert chat(handy_url, messages).status_code == 200 and chat(handy_url, messages, tools=TOOLS).status_code == 200
