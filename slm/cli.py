@@ -5,12 +5,12 @@
 # %% auto #0
 __all__ = ['app', 'Json', 'MaxBytes', 'Device', 'VocabSize', 'Tok', 'Base', 'Epochs', 'Steps', 'Minutes', 'Context', 'MicroBatch',
            'Rate', 'MaxRows', 'Strict', 'Encoding', 'Dtype', 'Model', 'Chats', 'SaveMinutes', 'annotate', 'StoreFile',
-           'Format', 'Url', 'Project', 'TokenFile', 'Host', 'Port', 'Tokens', 'NoToken', 'Slots', 'Threads', 'Queue',
-           'Timeout', 'MaxTokens', 'rag', 'Reader', 'Where', 'Passages', 'main', 'corpus', 'tokenize', 'runs',
-           'pretrain', 'resume', 'eval_', 'figures', 'bias', 'judge', 'toxicity', 'sft', 'annotate_add',
-           'annotate_report', 'annotate_pairs', 'annotate_export', 'annotate_import', 'annotate_push', 'annotate_pull',
-           'dpo', 'reward', 'rlhf', 'qlora', 'merge', 'open_any', 'export', 'serve', 'rag_index', 'rag_ask',
-           'rag_serve', 'demo', 'report', 'generate', 'chat']
+           'Format', 'Url', 'Project', 'TokenFile', 'Host', 'Port', 'Tokens', 'HostNames', 'Origins', 'NoToken',
+           'Slots', 'Threads', 'Queue', 'Timeout', 'MaxTokens', 'rag', 'Reader', 'Where', 'Passages', 'main', 'corpus',
+           'tokenize', 'runs', 'pretrain', 'resume', 'eval_', 'figures', 'bias', 'judge', 'toxicity', 'sft',
+           'annotate_add', 'annotate_report', 'annotate_pairs', 'annotate_export', 'annotate_import', 'annotate_push',
+           'annotate_pull', 'dpo', 'reward', 'rlhf', 'qlora', 'merge', 'open_any', 'export', 'serve', 'rag_index',
+           'rag_ask', 'rag_serve', 'demo', 'report', 'generate', 'chat']
 
 # %% ../nbs/61_cli.ipynb #fff7db54
 import errno, json, os, sys, warnings
@@ -544,6 +544,10 @@ def export(
 Host = Annotated[str, typer.Option(help='Address to listen on; 0.0.0.0 for other machines, who need a token then.')]
 Port = Annotated[int, typer.Option(help='Port; 0 for any that is free.')]
 Tokens = Annotated[Optional[Path], typer.Option(help='Tokens, one a line: whoever asks must bring one.')]
+HostNames = Annotated[Optional[list[str]], typer.Option('--host-name', help='Another name to answer to without a token, as a proxy says it '
+                                                                        '(may be repeated).')]
+Origins = Annotated[Optional[list[str]], typer.Option('--origin', help='A page elsewhere that may ask, as https://NAME; * for all '
+                                                                   '(may be repeated).')]
 NoToken = Annotated[bool, typer.Option('--no-token', help='Serve other machines without a token.')]
 Slots = Annotated[int, typer.Option(help='Requests that are worked on at once.')]
 Threads = Annotated[Optional[int], typer.Option(help='CPU threads; by default as many as this process may use.')]
@@ -563,6 +567,7 @@ def serve(
     model:Model,
     engine:Annotated[str, typer.Option(help='auto, gguf or torch.')]='auto',
     host:Host='127.0.0.1', port:Port=8000, token_file:Tokens=None, no_token:NoToken=False,
+    host_name:HostNames=None, origin:Origins=None,
     slots:Slots=4, context:Context=None, threads:Threads=None,
     int8:Annotated[bool, typer.Option('--int8', help='8 bits a weight in the torch engine.')]=False,
     compiled:Annotated[Optional[bool], typer.Option('--compile/--eager',
@@ -580,9 +585,10 @@ def serve(
     try: from slm.serve import api
     except ImportError as e: raise SLMError(f"serving needs {e.name}: pip install -e '.[serve]'") from None
     tokens = _tokens(token_file)
-    settings = api.Settings(tokens, api.check_bind(host, tokens, no_token), queue, timeout, max_tokens, cache=cache,
-                            preferences=preferences, output_filter=api.load_filter(filter) if filter else None, threshold=threshold)
-    embed = {embeddings.stem: api.gguf_embed(embeddings, threads=threads)} if embeddings else None
+    hosts = api.check_bind(host, tokens, no_token, tuple(host_name or ()))
+    settings = api.Settings(tokens, hosts, api.origins(origin or ()), queue, timeout, max_tokens, cache=cache, preferences=preferences,
+                            output_filter=api.load_filter(filter) if filter else None, threshold=threshold)
+    embed = {api.model_name(embeddings): api.gguf_embed(embeddings, threads=threads)} if embeddings else None
     e = api.open_engine(model, engine, slots, context, threads, int8, own_thread=False, compiled=compiled)
     api.serve(api.create_app({e.model: e}, settings, embed), host, port)
     e.close()
@@ -648,15 +654,17 @@ def rag_serve(
     model:Reader, index:Where='runs/index', k:Passages=5,
     writable:Annotated[bool, typer.Option('--writable', help='May clients add and delete?')]=False,
     host:Host='127.0.0.1', port:Port=8000, token_file:Tokens=None, no_token:NoToken=False,
+    host_name:HostNames=None, origin:Origins=None,
     slots:Slots=4, context:Context=None, threads:Threads=None,
     queue:Queue=32, timeout:Timeout=120, max_tokens:MaxTokens=1024):
     """Serve answers from an index: /v1 with the model 'rag', and the API of txtai under /txtai.
 
     Example: slm rag serve smollm2 --index runs/index --token-file tokens"""
     R, tokens = _rag('grounded'), _tokens(token_file)
-    settings = R.Settings(tokens, R.check_bind(host, tokens, no_token), queue, timeout, max_tokens)
+    from slm.serve.api import origins, serve
+    hosts = R.check_bind(host, tokens, no_token, tuple(host_name or ()))
+    settings = R.Settings(tokens, hosts, origins(origin or ()), queue, timeout, max_tokens)
     import torch
-    from slm.serve.api import serve
     torch.set_num_threads(1) # for the vector of a question; the model's threads are its own
     rag = _open_rag(model, index, k, writable, slots=slots, context=context, threads=threads)
     serve(R.rag_app(rag, settings), host, port); rag.close(); rag.index.close()

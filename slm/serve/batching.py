@@ -134,7 +134,8 @@ def submit(self:TorchEngine,
 )->Callable[[],None]: # call it to cancel: the slot is free after the step that is running
     "Queue a request; raises `SLMError` for one that cannot be."
     r = request
-    if r.schema is not None: raise SLMError('the torch engine cannot hold a text to a JSON schema: take --engine gguf')
+    if r.schema is not None or r.grammar:
+        raise RequestError('the torch engine cannot hold a text to a JSON schema: take --engine gguf', 'schema')
     params = SamplingParams(r.temperature, r.top_k, r.top_p, r.min_p, r.repetition_penalty, r.max_new_tokens, r.stop,
                             None if r.seed is None else r.seed % 2**63)
     job = Job(r, check_request(self, r), emit, Sampler([params]), TextStream(self.tok, params.stop), list(r.ids))
@@ -302,7 +303,7 @@ def open_torch_engine(
     gpt, tok = load_model_and_tokenizer(model, device)
     if device.type == 'cuda': gpt = gpt.to(torch.bfloat16 if torch.cuda.is_bf16_supported() else torch.float16)
     if compiled is None: compiled = device.type == 'cpu' and can_fuse(gpt.cfg) and can_compile()
-    return TorchEngine(gpt, tok, Path(model).stem or 'slm', slots, context, threads, int8, compiled, own_thread=own_thread)
+    return TorchEngine(gpt, tok, model_name(model), slots, context, threads, int8, compiled, own_thread=own_thread)
 
 # %% ../../nbs/42_serve.batching.ipynb #6951980e
 @torch.inference_mode()
