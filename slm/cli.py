@@ -552,7 +552,7 @@ def serve(
     filter:Annotated[Optional[str], typer.Option(help='profanity, a classifier of transformers, or MODULE:FUNCTION from text to a '
                                                      'number: what it finds bad is withheld.')]=None,
     threshold:Annotated[float, typer.Option(help='Text is bad above this.')]=.5,
-    host_name:Annotated[Optional[list[str]], typer.Option(help='A name that the server has besides, behind a proxy (may be repeated).')]=None,
+    host_name:Annotated[Optional[list[str]], typer.Option(help='A name that it has besides, behind a proxy (may be repeated).')]=None,
     origin:Annotated[Optional[list[str]], typer.Option(help='A page that may ask from browsers, as https://NAME (may be repeated).')]=None):
     """Serve a model over HTTP, the way OpenAI does, with a chat page at /. Ctrl-C lets running requests finish.
 

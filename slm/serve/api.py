@@ -82,7 +82,8 @@ def _marks(tok):
     call = dict(role='assistant', content='', tool_calls=[dict(id='call00000', **named(arguments=dict(zqkey=1)))])
     try: front, whole = render_tools(tok, ask, tools), render_tools(tok, [*ask, call], tools, False)
     except SLMError: return None
-    found = re.fullmatch(r'(.*?)zqname(.*?)\{\s*"zqkey":\s*1\s*\}(.*)', whole.removeprefix(front), re.S) if whole.startswith(front) else None
+    if not whole.startswith(front): return None
+    found = re.fullmatch(r'(.*?)zqname(.*?)\{\s*"zqkey":\s*1\s*\}(.*)', whole.removeprefix(front), re.S)
     if not found: return None
     ends = '|'.join(map(re.escape, sorted(tok.special_ids, key=len, reverse=True))) or '(?!)'
     return found[1], found[2], re.split(ends, found[3])[0].rstrip()
@@ -96,7 +97,8 @@ def calls_of(
     if not isinstance(body, ChatBody) or not body.tools or body.tool_choice == 'none': return None
     marks, choice = _marks(tok), body.tool_choice
     functions = {t.function.name: t.function.parameters or {'type': 'object'} for t in body.tools}
-    if marks is None: raise APIError(400, "this model's chat template has no place for tools: leave them out", 'tools', 'unsupported_parameter')
+    if marks is None:
+        raise APIError(400, "this model's chat template has no place for tools: leave them out", 'tools', 'unsupported_parameter')
     if body.response_format.type != 'text': raise APIError(400, 'tools and response_format exclude each other', 'response_format')
     if isinstance(choice, Choice):
         if choice.function.name not in functions: raise APIError(400, f"no tool is called '{choice.function.name}'", 'tool_choice')
@@ -114,7 +116,8 @@ def chat_ids(
     "The prompt of a chat; names of special tokens in what people and tools say stay text. Raises `APIError` or `SLMError`."
     messages = [m.plain() for m in body.messages]
     if not calls and not any(m['role'] == 'tool' or 'tool_calls' in m for m in messages): return tok.chat(messages, True)[0]
-    if _marks(tok) is None: raise APIError(400, "this model's chat template has no place for calls of tools", 'messages', 'unsupported_content')
+    if _marks(tok) is None:
+        raise APIError(400, "this model's chat template has no place for calls of tools", 'messages', 'unsupported_content')
     for n,s in (calls.functions if calls else {}).items():
         try: bounded_schema(s); prove(json.dumps(s))
         except RequestError as e: raise APIError(400, f"the parameters of '{n}': {e}", 'tools') from None
@@ -142,7 +145,8 @@ async def called(
         text = kept.pop(i, '') + p.text
         if p.finish_reason:
             said, made = calls.split(text)
-            yield i, replace(p, text=said, calls=made, finish_reason='tool_calls' if made and p.finish_reason == 'stop' else p.finish_reason)
+            why = 'tool_calls' if made and p.finish_reason == 'stop' else p.finish_reason
+            yield i, replace(p, text=said, calls=made, finish_reason=why)
         else: at = calls.begin(text); kept[i] = text[at:]; yield i, replace(p, text=text[:at])
 
 # %% ../../nbs/44_serve.api.ipynb #8da8b6cf
@@ -184,7 +188,8 @@ class ChatForm:
         return dict(content=[one(l.token, l.logprob) | dict(top_logprobs=[one(b, lp) for _,b,lp in l.top]) for l in ls], refusal=None)
     asked = 'messages'
     def calls(self, p):
-        return [dict(index=k, id=f'call_{uuid.uuid4().hex[:24]}', type='function', function=dict(name=n, arguments=a)) for k,(n,a) in enumerate(p.calls)]
+        return [dict(index=k, id=f'call_{uuid.uuid4().hex[:24]}', type='function', function=dict(name=n, arguments=a))
+                for k,(n,a) in enumerate(p.calls)]
     def whole(self, p):
         calls = [{k:v for k,v in c.items() if k != 'index'} for c in self.calls(p)]
         if calls: return dict(message=dict(role='assistant', content=p.text or None, refusal=None, tool_calls=calls))
@@ -395,7 +400,7 @@ async def model(name:str, request:fastapi.Request):
     return found[0]
 
 # %% ../../nbs/44_serve.api.ipynb #43c70210
-Embed = Callable[[list[str|list[int]]], tuple[list[list[float]],int]] # texts or token ids -> a vector for each; tokens read. Raises `SLMError`
+Embed = Callable[[list[str|list[int]]], tuple[list[list[float]],int]] # texts or ids -> a vector for each; tokens read. Raises `SLMError`
 
 class EmbeddingBody(Body):
     "A request to /v1/embeddings."
@@ -438,7 +443,8 @@ def gguf_embed(
     except RuntimeError as e: raise SLMError(f"llama.cpp cannot open '{path}': {e}") from None
     def embed(texts):
         for t in texts:
-            if not isinstance(t, str) and max(t) >= known: raise RequestError(f'the input has token {max(t)}, the model knows 0 to {known-1}', 'prompt')
+            if not isinstance(t, str) and max(t) >= known:
+                raise RequestError(f'the input has token {max(t)}, the model knows 0 to {known-1}', 'prompt')
         res = server.handle_embeddings(dict(input=texts)); res = json.loads(res) if isinstance(res, (str, bytes)) else res
         if 'data' not in res:
             says = str(res.get('error', {}).get('message', res))
