@@ -103,7 +103,8 @@ def calls_of(
         raise APIError(400, 'the parameters of the tools are too long', 'tools')
     marks, choice = _marks(tok), body.tool_choice
     functions = {t.function.name: t.function.parameters or {'type': 'object'} for t in body.tools}
-    if marks is None: raise APIError(400, "this model's chat template has no place for tools: leave them out", 'tools', 'unsupported_parameter')
+    if marks is None:
+        raise APIError(400, "this model's chat template has no place for tools: leave them out", 'tools', 'unsupported_parameter')
     if body.response_format.type != 'text': raise APIError(400, 'tools and response_format exclude each other', 'response_format')
     if isinstance(choice, Choice):
         if choice.function.name not in functions: raise APIError(400, f"no tool is called '{choice.function.name}'", 'tool_choice')
@@ -121,7 +122,8 @@ def chat_ids(
     "The prompt of a chat; names of special tokens in what people and tools say stay text. Raises `APIError` or `SLMError`."
     messages = [m.plain() for m in body.messages]
     if not calls and not any(m['role'] == 'tool' or 'tool_calls' in m for m in messages): return tok.chat(messages, True)[0]
-    if _marks(tok) is None: raise APIError(400, "this model's chat template has no place for calls of tools", 'messages', 'unsupported_content')
+    if _marks(tok) is None:
+        raise APIError(400, "this model's chat template has no place for calls of tools", 'messages', 'unsupported_content')
     for n,s in (calls.functions if calls else {}).items():
         try: bounded_schema(s); prove(json.dumps(s))
         except RequestError as e: raise APIError(400, f"the parameters of '{n}': {e}", 'tools') from None
@@ -149,7 +151,8 @@ async def called(
         text = kept.pop(i, '') + p.text
         if p.finish_reason:
             said, made = calls.split(text)
-            yield i, replace(p, text=said, calls=made, finish_reason='tool_calls' if made and p.finish_reason == 'stop' else p.finish_reason)
+            why = 'tool_calls' if made and p.finish_reason == 'stop' else p.finish_reason
+            yield i, replace(p, text=said, calls=made, finish_reason=why)
         else: at = calls.begin(text); kept[i] = text[at:]; yield i, replace(p, text=text[:at])
 
 # %% ../../nbs/44_serve.api.ipynb #8da8b6cf
@@ -402,7 +405,7 @@ async def model(name:str, request:fastapi.Request):
     return found[0]
 
 # %% ../../nbs/44_serve.api.ipynb #43c70210
-Embed = Callable[[list[str|list[int]]], tuple[list[list[float]],int]] # texts or token ids -> a vector for each; tokens read. Raises `SLMError`
+Embed = Callable[[list[str|list[int]]], tuple[list[list[float]],int]] # texts or ids -> a vector for each; tokens read. Raises `SLMError`
 
 class EmbeddingBody(Body):
     "A request to /v1/embeddings."
@@ -445,7 +448,8 @@ def gguf_embed(
     except RuntimeError as e: raise SLMError(f"llama.cpp cannot open '{path}': {e}") from None
     def embed(texts):
         for t in texts:
-            if not isinstance(t, str) and max(t) >= known: raise RequestError(f'the input has token {max(t)}, the model knows 0 to {known-1}', 'prompt')
+            if not isinstance(t, str) and max(t) >= known:
+                raise RequestError(f'the input has token {max(t)}, the model knows 0 to {known-1}', 'prompt')
         res = server.handle_embeddings(dict(input=texts)); res = json.loads(res) if isinstance(res, (str, bytes)) else res
         if 'data' not in res:
             says = str(res.get('error', {}).get('message', res))

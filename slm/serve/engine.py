@@ -205,7 +205,7 @@ class Follower:
         "Does it fit so far, and is it whole where it ends by itself?"
         if not self.matcher or p.finish_reason in ('error', 'cancelled'): return True
         text = self.kept + (p.text.rstrip('\ufffd') if p.finish_reason == 'length' else p.text) # half a character at the end
-        text = re.sub(r'\\(.)', lambda m: '/' if m[1] == '/' else m[0], text, flags=re.S) # two ways of JSON to write a slash; one is known here
+        text = re.sub(r'\\(.)', lambda m: '/' if m[1] == '/' else m[0], text, flags=re.S) # JSON may escape a slash
         half = len(text)-len(text.rstrip('\\')) & 1                              # an escape goes on in the next piece
         self.kept, ids = text[len(text)-half:], list(text[:len(text)-half].encode())
         if self.matcher.try_consume_tokens(ids) < len(ids): return False
@@ -288,7 +288,7 @@ def _llama_request(r, n):
     if r.logprobs is not None: d['n_probs'] = max(1, r.logprobs)
     return d
 
-# %% ../../nbs/41_serve.engine.ipynb #663c366c
+# %% ../../nbs/41_serve.engine.ipynb #663c366d
 @patch
 def held(self:GGUFEngine,
     request:Request,
@@ -301,6 +301,7 @@ def held(self:GGUFEngine,
     bounded_schema(schema); prove(json.dumps(schema), self.spec)
     return grammar_of(schema)
 
+# %% ../../nbs/41_serve.engine.ipynb #663c366c
 @patch
 def submit(self:GGUFEngine,
     request:Request,

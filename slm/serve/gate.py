@@ -153,7 +153,8 @@ class Message(Nullable):
     tool_call_id:str='' # what a tool answers to
     @model_validator(mode='after')
     def _says_something(self):
-        if self.role != 'assistant' and 'content' not in self.model_fields_set: raise ValueError(f'content is missing, role {self.role} needs it')
+        if self.role != 'assistant' and 'content' not in self.model_fields_set:
+            raise ValueError(f'content is missing, role {self.role} needs it')
         return self
     def plain(self)->dict: # with role and content, for a chat template
         "The turn as text; raises `APIError` for a picture or a sound."
@@ -171,6 +172,7 @@ class Message(Nullable):
         if self.role == 'tool': return dict(tool_call_id=self.tool_call_id)
         return dict(tool_calls=[called(c) for c in self.tool_calls]) if self.tool_calls else {}
 
+# %% ../../nbs/43_serve.gate.ipynb #80b5f14a
 class Function(Nullable):
     "What a tool is called, and what it takes."
     name:str=Field(pattern=r'^[a-zA-Z0-9_.-]{1,64}$')
@@ -191,6 +193,7 @@ class Choice(Nullable):
     type:Literal['function']
     function:Named
 
+# %% ../../nbs/43_serve.gate.ipynb #80b5f14b
 class ChatBody(Sampled):
     "A request to /v1/chat/completions."
     messages:list[Message]=Field(min_length=1, max_length=1024) # the conversation so far
@@ -221,7 +224,8 @@ def check_supported(
     for k,off in OFF.items():
         v = (body.model_extra or {}).get(k)
         if v is not None and v not in off:
-            or_give = ': give response_format' if k in _HELD else f': leave it out, or give {json.dumps(off[0])}' if off else ': leave it out'
+            or_give = ': leave it out' + (f', or give {json.dumps(off[0])}' if off else '')
+            if k in _HELD: or_give = ': give response_format'
             raise APIError(400, f'{k} is not supported here{or_give}', k, 'unsupported_parameter')
     if not isinstance(body, Sampled): return
     def need(ok, message, param):
@@ -231,7 +235,8 @@ def check_supported(
     need((f.type == 'json_schema') == (f.json_schema is not None), 'json_schema belongs to type json_schema', 'response_format')
     need(f.json_schema is None or f.json_schema.json_schema is not None,
          'json_schema lacks its schema: give {"name": …, "schema": {…}}', 'response_format')
-    need(f.bare is None or f.type == 'json_object', 'schema belongs to json_schema: give {"name": …, "schema": {…}} there', 'response_format')
+    need(f.bare is None or f.type == 'json_object',
+         'schema belongs to json_schema: give {"name": …, "schema": {…}} there', 'response_format')
     need(len(json.dumps(f.schema_)) <= 2**14, 'the schema is too long', 'response_format')
     need(not chat or body.logprobs or not body.top_logprobs, 'top_logprobs needs logprobs', 'top_logprobs')
 
@@ -401,7 +406,8 @@ def check(self:Guard, scope, path, headers):
     if path in PROBES: return
     if g.draining is not None: raise APIError(503, 'the server is leaving: ask another, or later', code='draining', retry=5)
     if g.active > g.settings.connections: raise APIError(429, 'too many requests at once: try again later', code='too_many', retry=1)
-    if scope['method'] == 'POST' and path.startswith('/v1/') and path in g.paths and b'json' not in headers.get(b'content-type', b'').lower():
+    is_json = b'json' in headers.get(b'content-type', b'').lower()
+    if scope['method'] == 'POST' and path.startswith('/v1/') and path in g.paths and not is_json:
         raise APIError(415, "the body is read as JSON: send the header 'Content-Type: application/json'", code='unsupported_media_type')
 
 @patch
