@@ -329,12 +329,14 @@ def annotate_add(
     temperature:Annotated[float, typer.Option(help='Of the answers.')]=1.0,
     top_p:Annotated[float, typer.Option(help='Only the likeliest tokens that hold this probability together.')]=1.0,
     max_new_tokens:Annotated[int, typer.Option(help='At most so many tokens an answer.')]=200,
-    seed:int=0, device:Device='cpu', json_:Json=False):
+    seed:int=0, encoding:Encoding='utf-8', device:Device='cpu', json_:Json=False):
     """Add items to a store, which is made when it is missing.
 
     Example: slm annotate add prefs.db prompts.jsonl --run runs/sft"""
     from slm.train.annotate import PreferenceStore, make_items, read_items
-    rows = read_items(items, prompts=run is not None); asked = len(rows)
+    from slm.data.corpus import text_encoding
+    with text_encoding(encoding): rows = read_items(items, prompts=run is not None)
+    asked = len(rows)
     if run:
         from slm.model.pretrained import load_model_and_tokenizer
         model,tok = load_model_and_tokenizer(run, device=str(get_device(device)))
@@ -374,12 +376,14 @@ def annotate_export(store:StoreFile, out:Annotated[Path, typer.Argument(help='Fi
 @annotate.command('import')
 def annotate_import(store:StoreFile, file:Annotated[Path, typer.Argument(help="Label Studio's JSON, or doccano's zip or JSONL.")],
     format:Format='label-studio',
-    annotator:Annotated[Optional[str], typer.Option(help='A name, when the export is of one person.')]=None, json_:Json=False):
+    annotator:Annotated[Optional[str], typer.Option(help='A name, when the export is of one person.')]=None,
+    encoding:Encoding='utf-8', json_:Json=False):
     """Take judgements that were made in Label Studio or doccano into the store.
 
     Example: slm annotate import prefs.db export.zip --format doccano"""
     from slm.train.annotate import import_judgements
-    _counts(import_judgements(_store(store), file, format, annotator), json_)
+    from slm.data.corpus import text_encoding
+    with text_encoding(encoding): _counts(import_judgements(_store(store), file, format, annotator), json_)
 
 @annotate.command('push')
 def annotate_push(store:StoreFile, project:Project, url:Url='http://localhost:8080', token_file:TokenFile=None):
