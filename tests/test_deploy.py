@@ -102,6 +102,8 @@ def test_the_server_s_door_is_open_to_gateways_and_prometheus_only(built, overla
     for n,rules in out.items():                                       # whoever may go out can resolve names
         assert {p['port'] for r in rules for p in r['ports']} >= {53}, n
     world = [n for n,rules in out.items() if any('ipBlock' in t for r in rules for t in r['to'])]
+    blocks = [t['ipBlock'] for rules in out.values() for r in rules for t in r['to'] if 'ipBlock' in t]
+    assert all('169.254.0.0/16' in b['except'] for b in blocks)        # a cloud's metadata service hands out keys there
     assert world == ['fetch-model'] and fits(policies['fetch-model']['podSelector'], pods(docs)['fetch-model']['metadata']['labels'])
 
 def test_nobody_in_the_cluster_reaches_the_annotation_tools(built):
