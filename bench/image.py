@@ -20,10 +20,10 @@ def pip(folder, *args):
 def environment(target, folder):
     "Install a target's list and slm; gives the folder of packages, and whether PyTorch's build is for CUDA"
     venv.create(folder, symlinks=True)
-    plan = json.loads(pip(folder, 'install', '--dry-run', '--ignore-installed', '--report', '-', '-r', ROOT/f'deploy/requirements/{target}.txt'))
+    plan = json.loads(pip(folder, 'install', '--dry-run', '--ignore-installed', '--report', '-', '-r', ROOT/f'deploy/requirements/{target}.in'))
     found = {p['metadata']['name'].lower(): p['metadata']['version'] for p in plan['install']}
     pip(folder, 'install', '--no-deps', *(f'{n}=={v}' for n,v in found.items() if not CUDA[0].match(n)))
-    pip(folder, 'install', '--no-deps', ROOT, *(['-r', ROOT/'deploy/requirements/no-deps.txt'] if target == 'rag' else []))
+    pip(folder, 'install', '--no-deps', ROOT, *(['-r', ROOT/'deploy/requirements/no-deps.in'] if target == 'rag' else []))
     return next((folder/'lib').glob('python*/site-packages')), any(map(CUDA[0].match, found))
 
 def sizes(site):

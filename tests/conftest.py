@@ -1,5 +1,6 @@
 "Slow tests run only with --slow; what tests build never touches the user's own cache."
 import os, pytest
+from collections import Counter
 from hypothesis import settings
 
 settings.register_profile('repeatable', derandomize=True) # the same examples in each run; --slow looks for new ones
@@ -15,6 +16,11 @@ def pytest_collection_modifyitems(config, items):
     skip = pytest.mark.skip(reason='slow: run with --slow')
     for item in items:
         if 'slow' in item.keywords: item.add_marker(skip)
+
+def pytest_terminal_summary(terminalreporter):
+    "What was skipped, by reason"
+    skipped = Counter(r.longrepr[2].removeprefix('Skipped: ') for r in terminalreporter.stats.get('skipped', []))
+    for why,n in skipped.most_common(): terminalreporter.write_line(f'skipped {n}: {why}')
 
 @pytest.fixture(scope='session', autouse=True)
 def _own_home(tmp_path_factory):

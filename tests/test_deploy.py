@@ -102,6 +102,8 @@ def test_the_server_s_door_is_open_to_gateways_and_prometheus_only(built, overla
     for n,rules in out.items():                                       # whoever may go out can resolve names
         assert {p['port'] for r in rules for p in r['ports']} >= {53}, n
     world = [n for n,rules in out.items() if any('ipBlock' in t for r in rules for t in r['to'])]
+    blocks = [t['ipBlock'] for rules in out.values() for r in rules for t in r['to'] if 'ipBlock' in t]
+    assert all('169.254.0.0/16' in b['except'] for b in blocks)        # a cloud's metadata service hands out keys there
     assert world == ['fetch-model'] and fits(policies['fetch-model']['podSelector'], pods(docs)['fetch-model']['metadata']['labels'])
 
 def test_nobody_in_the_cluster_reaches_the_annotation_tools(built):
@@ -203,7 +205,7 @@ def stages():
     for l in filter(None, map(str.strip, text.splitlines())):
         op, rest = l.split(None, 1)
         if op == 'FROM': base, _, name = rest.split(); here = res[name] = [*res.get(base, [('FROM', base)])]
-        else: here.append((op, rest.strip()))
+        elif res: here.append((op, rest.strip()))                     # an ARG before the first stage is no stage's
     return res
 
 def final_stages(): return [n for n,ops in stages().items() if ('ENTRYPOINT', '["slm"]') in ops and n != 'runtime']
@@ -218,6 +220,14 @@ def test_images_are_of_one_base_and_nobody_s():
     for name in final_stages():
         ops = stages()[name]; assert [arg for op,arg in ops if op == 'USER'][-1] == '65534:65534' and ('COPY', f'--from=build-{name} /opt/slm /opt/slm') in ops and 'pip' not in str(ops)
         assert '/healthz' in dict(ops)['HEALTHCHECK']
+
+def test_everything_is_installed_by_hash():
+    text = (DEPLOY/'Dockerfile').read_text()
+    assert all('--require-hashes' in l for l in text.splitlines() if ' install ' in l and ' -r ' in l) and 'EXTRA_INDEX' not in text
+    assert re.search(r'^ARG BASE=python:[\w.-]+@sha256:[0-9a-f]{64}$', text, re.M)
+    for p in (DEPLOY/'requirements').glob('*.txt'):
+        reqs = re.sub(r'\\\n', ' ', re.sub('^#.*\n', '', p.read_text(), flags=re.M)).splitlines()
+        assert reqs and all(re.search(r'--hash=sha256:[0-9a-f]{64}', r) for r in reqs), p.name
 
 def test_only_the_torch_image_has_a_compiler():
     assert ['g++' in str(stages()[n]) for n in final_stages()] == [False, True, False]
@@ -261,7 +271,7 @@ def jail(tmp_path_factory):
     if p.returncode: pytest.skip(f'needs a kernel that lets us mount: {said.strip()[-200:]}')
     venv.create(env, symlinks=True)
     pip = [sys.executable, '-m', 'pip', '--python', env/'bin'/'python', '--disable-pip-version-check', '--quiet', 'install']
-    for args in (['-r', DEPLOY/'requirements'/'gguf.txt'], ['--no-deps', packaged(base/'src')]):
+    for args in (['--require-hashes', '-r', DEPLOY/'requirements'/'gguf.txt'], ['--no-deps', packaged(base/'src')]):
         r = subprocess.run([*pip, *args], capture_output=True, text=True)
         if r.returncode: pytest.skip(f'needs a package index: {r.stderr.strip()[-300:]}')
     return start, models
@@ -357,7 +367,7 @@ i = Index(MODEL+'-index', writable=True); i.upsert(documents([MODEL+'.md'])); pr
 
 def pins(target):
     "The requirements of a target, with those of the lists that it includes"
-    for l in (DEPLOY/'requirements'/f'{target}.txt').read_text().splitlines():
+    for l in (DEPLOY/'requirements'/f'{target}.in').read_text().splitlines():
         if l.startswith('-r '): yield from pins(Path(l[3:]).stem)
         elif l and l[0] != '#': yield Requirement(l)
 
