@@ -106,7 +106,7 @@ def test_killed_while_it_writes_the_old_index_is_there(tmp_path):
     code = f'''import os, signal, shutil
 from slm.serve import rag as R
 ix = R.Index({str(tmp_path/'ix')!r}, writable=True); ix.upsert([R.Document('a', 'An old lamp.')])
-R.shutil.copytree = lambda *a, **kw: os.kill(os.getpid(), signal.SIGKILL)
+R.shutil.copyfile = lambda *a, **kw: os.kill(os.getpid(), signal.SIGKILL)
 ix.upsert([R.Document('b', 'A zebra.')])'''
     assert subprocess.run([sys.executable, '-c', code], cwd=ROOT, capture_output=True).returncode == -9
     ix = Index(tmp_path/'ix', writable=True); assert len(ix) == 1 and ix.search('lamp', 1)[0].source == 'a'; ix.close()
