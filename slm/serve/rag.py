@@ -6,7 +6,8 @@
 __all__ = ['BREAKS', 'HEADING', 'LINE_END', 'PARTS', 'PAGES', 'KINDS', 'MINILM', 'CARD', 'QUERY_SECONDS', 'FILES', 'PROBE',
            'WEIGHTS', 'SELECT', 'NO_ANSWER', 'PROMPT', 'SENTENCE', 'Document', 'Chunk', 'chunks', 'Reading',
            'documents', 'minilm', 'smollm2', 'Encoder', 'find_encoder', 'SafeSQLite', 'Passage', 'Index', 'read_select',
-           'check_rows', 'AnyWord', 'Prompt', 'words', 'cite', 'RagTokenizer', 'RagEngine', 'told']
+           'check_rows', 'AnyWord', 'Prompt', 'words', 'cite', 'RagTokenizer', 'RagEngine', 'told', 'Said',
+           'RemoteTokenizer', 'RemoteEngine']
 
 # %% ../../nbs/45_serve.rag.ipynb #682f5490
 import logging
@@ -19,6 +20,7 @@ import ast, contextlib, csv, ctypes, functools, hashlib, io, itertools, json, os
 import warnings, zipfile
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, replace
 from importlib.util import find_spec
 from pathlib import Path
@@ -633,6 +635,7 @@ def query(self:Index,
 def upsert(self:Index,
     docs:Iterable[Document], # read one after the other, never all at once
     of:Reading|None=None, # the sources that they are all of: what has gone from these goes from the index
+    keep:bool=False, # or stays?
 )->dict: # documents that are new, changed, the same, empty, gone; passages written
     "Add documents, and replace those whose text has changed; what is the same costs only the look."
     n, e, seen = Counter(), self.embeddings, set()
@@ -648,7 +651,7 @@ def upsert(self:Index,
             if gone: e.delete(gone)
             if rows: self._insert(rows)
             n['passages'] += len(rows); _give_back()
-        if of and (lost := self._under(of.names)-seen-of.kept): n['gone'] = len(lost); self._take_out(lost)
+        if of and not keep and (lost := self._under(of.names)-seen-of.kept): n['gone'] = len(lost); self._take_out(lost)
     return dict(n)
 
 def _mark(d):
@@ -807,7 +810,7 @@ class Prompt(list):
         sources:list[Passage], # what it holds
         left_out:list[Passage], # what was found too, but had no room
         question:str='', # what they were looked up for
-    ): super().__init__(ids); self.sources, self.left_out, self.question = sources, left_out, question
+    ): super().__init__(ids); self.sources, self.left_out, self.question, self.messages = sources, left_out, question, getattr(ids, 'messages', None)
 
 # %% ../../nbs/45_serve.rag.ipynb #242eacf7
 SENTENCE = re.compile(r'\S.*?(?:[.!?;]["\')\]]*(?=\s)|$)', re.M)
@@ -881,3 +884,74 @@ def told(
     "What a client is told besides the answer: the passages, where the answer stands in them, and what had no room."
     return dict(sources=[asdict(p) for p in prompt.sources], citation=cite(answer, prompt.sources, prompt.question),
                 left_out=[p.id for p in prompt.left_out])
+
+# %% ../../nbs/45_serve.rag.ipynb #b880d5d3
+class Said(list):
+    "A chat for another server, as long as its token ids might be."
+    def __init__(self, messages:list[dict]):
+        super().__init__([0]*sum(6+len(m['content'].encode('utf-8', 'replace'))//3 for m in messages)); self.messages = messages
+
+class RemoteTokenizer:
+    "Leaves dividing text to the server."
+    bos_id = eot_id = 0
+    def encode(self, text:str, **kw): raise SLMError('the model behind an address takes chats only: use /v1/chat/completions')
+    def chat(self, messages:list[dict], add_generation_prompt:bool=True)->tuple[Said,None]: return Said(messages), None
+
+class RemoteEngine:
+    "A model behind any address that speaks OpenAI's chat API."
+    name = 'remote'
+    def __init__(self,
+        url:str, # http://localhost:11434, or with a path where that is not /v1
+        model:str|None=None, # a name that the server knows; its first if not given
+        slots:int=4, # requests that are under way at once
+        context:int=4096, # tokens that question and answer may have together
+        timeout:float=120., # seconds that an answer may take
+    ):
+        from slm.eval.judge import Endpoint
+        key = os.environ.get('SLM_READER_KEY')
+        with self.ours():
+            self.end = Endpoint(url, model or 'unknown', key, timeout, attempts=2)
+            if not key: self.end.http.headers.pop('Authorization', None)         # a judge's key is for the judge
+            self.model = self.end.model = model or self.end.models()[0]
+        self.tok, self.slots, self.max_seq_len, self.workers = RemoteTokenizer(), slots, context, ThreadPoolExecutor(slots, 'remote')
+    @contextlib.contextmanager
+    def ours(self):
+        "Errors that speak of a reader."
+        try: yield
+        except SLMError as e: raise SLMError(str(e).replace('SLM_JUDGE_KEY', 'SLM_READER_KEY').replace('--judge-model', '--reader-model').replace('judge', 'reader')) from None
+    def close(self):
+        "Wait for what is under way."
+        self.workers.shutdown(); self.end.http.close()
+
+# %% ../../nbs/45_serve.rag.ipynb #182a21eb
+@patch
+def submit(self:RemoteEngine, request:Request, emit:Callable[[Piece],None])->Callable[[],None]:
+    "Queue a chat; its answer comes in one piece. Raises `SLMError` for what the other server cannot be asked."
+    if request.ids == [0]: emit(Piece(finish_reason='stop', prompt_tokens=1)); return lambda: None # a server warms up
+    if getattr(request.ids, 'messages', None) is None: self.tok.encode('')
+    if request.schema is not None or request.logprobs is not None: raise SLMError('a reader at an address gives neither schemas nor logprobs')
+    if len(request.ids) >= self.max_seq_len: raise SLMError(f'the prompt has about {len(request.ids)} tokens, more than the context of {self.max_seq_len}: shorten it')
+    gone = threading.Event()
+    def work():
+        try:
+            with self.ours(): p = self.ask(request)
+        except SLMError as e: p = Piece(finish_reason='error', error=str(e))
+        except Exception as e: p = Piece(finish_reason='error', error=f'{self.end.at} sends no chat completion ({type(e).__name__})')
+        emit(Piece(finish_reason='cancelled') if gone.is_set() else p)
+    self.workers.submit(work)
+    return gone.set
+
+@patch
+def ask(self:RemoteEngine,
+    request:Request, # whose ids have messages
+)->Piece: # all of the answer
+    "Ask, and wait; raises `SLMError` when the server refuses."
+    r, body = request, dict(model=self.model, messages=request.ids.messages, max_tokens=min(request.max_new_tokens, self.max_seq_len-len(request.ids)))
+    body |= {k: v for k,v in dict(temperature=r.temperature, top_p=r.top_p, seed=r.seed, stop=r.stop or None).items() if v is not None}
+    body |= {k: getattr(r, k) for k,off in dict(top_k=0, min_p=0., repetition_penalty=1.).items() if getattr(r, k) != off}
+    from slm.eval.judge import _said
+    res = self.end.send('POST', '/chat/completions', body)
+    if res.status_code != 200: raise SLMError(f'the reader at {self.end.at} refuses ({_said(res)})')
+    said = res.json(); c, used = said['choices'][0], said.get('usage') or {}
+    return Piece(c['message'].get('content') or '', finish_reason='length' if c.get('finish_reason') == 'length' else 'stop',
+                 prompt_tokens=int(used.get('prompt_tokens') or len(r.ids)), completion_tokens=int(used.get('completion_tokens') or 0))
