@@ -384,7 +384,9 @@ def static(tmp_path_factory):
     from tokenizers import Tokenizer, models, pre_tokenizers
     words = ['[UNK]', *'an old lamp came to the town a zebra ask me about .'.split()]
     t = Tokenizer(models.WordLevel({w: i for i,w in enumerate(dict.fromkeys(words))}, '[UNK]')); t.pre_tokenizer = pre_tokenizers.Whitespace()
-    d = tmp_path_factory.mktemp('static'); m2v.StaticModel(np.random.default_rng(0).normal(size=(t.get_vocab_size(), 16)).astype('float32'), t).save_pretrained(d)
+    d, rng = tmp_path_factory.mktemp('static'), np.random.default_rng(0)
+    m2v.StaticModel(rng.normal(size=(t.get_vocab_size(), 16)).astype('float32'), t,
+                                                         config=dict(model_type='model2vec')).save_pretrained(d)
     return d
 
 def test_any_encoder_is_kept_with_the_index_and_checked(static, tmp_path):
