@@ -569,9 +569,11 @@ def serve(
 rag = typer.Typer(no_args_is_help=True, help='Answer from documents, and say from which: index them, ask, serve.')
 app.add_typer(rag, name='rag')
 
-Reader = Annotated[str, typer.Argument(help="smollm2, a run directory, a Hugging Face folder or hub id, a .gguf file, or the http:// address of a server.")]
-ReaderModel = Annotated[Optional[str], typer.Option(help='With an address: the name of the model there (its first). The key is $SLM_READER_KEY.')]
-Vectors = Annotated[Optional[str], typer.Option('--embeddings', envvar='SLM_EMBEDDINGS', help='Encoder: a hub id, a folder, or none (words alone). MiniLM if not given.')]
+Reader = Annotated[str, typer.Argument(help="smollm2, a run directory, a Hugging Face folder or hub id, a .gguf file, "
+                                                 "or a server's http:// address.")]
+ReaderModel = Annotated[Optional[str], typer.Option(help='Model at an address (its first); the key is $SLM_READER_KEY.')]
+Vectors = Annotated[Optional[str], typer.Option('--embeddings', envvar='SLM_EMBEDDINGS',
+                                                help='Encoder: hub id, folder, or none for words alone (MiniLM).')]
 Where = Annotated[str, typer.Option('--index', envvar='SLM_INDEX', help='Folder of an index, or a database: postgresql://USER@HOST/NAME.')]
 Passages = Annotated[int, typer.Option('--passages', '-k', help='Passages to look up; those without room are left out.')]
 

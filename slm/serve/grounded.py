@@ -11,7 +11,7 @@ import asyncio, contextlib, json, os
 from collections.abc import Callable, Iterator
 from fastapi import FastAPI
 from urllib.parse import urlsplit
-from fastcore.basics import GetAttr
+from fastcore.basics import GetAttr, patch
 from txtai.api import API, application
 from txtai.app import ReadOnlyError
 from txtai.pipeline import LLM
@@ -95,18 +95,15 @@ class TxtaiAPI(API):
         given = [*(parameters or []), *[None]*len(queries)]
         return [self.rag.index.query(q, limit or 10, .5 if weights is None else weights, g) for q,g in zip(queries, given)]
     def count(self): return len(self.rag.index)
-    def may_write(self):
-        "Raise when nobody may."
-        if not self.config['writable']: raise ReadOnlyError('this server was started for reading only')
     def addobject(self, *args): raise ReadOnlyError('only text can be indexed here')
     def add(self, documents):
-        self.may_write(); rows = check_rows(documents); size = lambda rs: sum(len(r['text']) for r in rs)
+        self._may_write(); rows = check_rows(documents); size = lambda rs: sum(len(r['text']) for r in rs)
         with self.lock:
             if size(self.waiting)+size(rows) > QUEUE: raise SLMError(f'more than {QUEUE:,} characters wait to be written: upsert first')
             self.waiting += rows
         return documents
     def upsert(self):
-        self.may_write()
+        self._may_write()
         with self.lock:
             rows, self.waiting = self.waiting, []
             if rows: self.rag.index.add(rows)
@@ -114,9 +111,15 @@ class TxtaiAPI(API):
         if len(self.rag.index): raise ReadOnlyError('index would throw away what is there: use upsert')
         self.upsert()
     def delete(self, ids):
-        self.may_write()
+        self._may_write()
         if not all(isinstance(i, str|int) for i in ids): raise SLMError('an id is a text')
         return self.rag.index.delete([str(i) for i in ids])
+
+# %% ../../nbs/46_serve.grounded.ipynb #f3815282
+@patch
+def _may_write(self:TxtaiAPI):
+    "Raise when nobody may"
+    if not self.config['writable']: raise ReadOnlyError('this server was started for reading only')
 
 # %% ../../nbs/46_serve.grounded.ipynb #cf4b29b8
 WRITES, LEFT_OUT = ('/index', '/upsert'), ('/explain', '/batchexplain') # of txtai's routes
@@ -139,10 +142,12 @@ class SameSite:
         "Raises `APIError` for a page from elsewhere, and for a body that is not JSON."
         origin, site = headers.get('origin'), headers.get('sec-fetch-site', 'none')
         elsewhere = origin is not None and urlsplit(origin).netloc.lower() != headers.get('host', '').lower()
-        if elsewhere or site not in ('none', 'same-origin'): raise APIError(403, 'a page from elsewhere may not write here', code='cross_site')
+        if elsewhere or site not in ('none', 'same-origin'):
+            raise APIError(403, 'a page from elsewhere may not write here', code='cross_site')
         if path.endswith(('/addobject', '/addimage')): return                          # forms, which are refused by name
         kind, has_body = headers.get('content-type', '').partition(';')[0].strip().lower(), headers.get('content-length', '0') != '0'
-        if (has_body or kind) and kind != 'application/json': raise APIError(415, 'send the header Content-Type: application/json', code='not_json')
+        if (has_body or kind) and kind != 'application/json':
+            raise APIError(415, 'send the header Content-Type: application/json', code='not_json')
 
 # %% ../../nbs/46_serve.grounded.ipynb #c0e9e438
 @contextlib.contextmanager

