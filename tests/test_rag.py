@@ -106,7 +106,7 @@ def test_killed_while_it_writes_the_old_index_is_there(tmp_path):
     code = f'''import os, signal, shutil
 from slm.serve import rag as R
 ix = R.Index({str(tmp_path/'ix')!r}, writable=True); ix.upsert([R.Document('a', 'An old lamp.')])
-R.shutil.copytree = lambda *a, **kw: os.kill(os.getpid(), signal.SIGKILL)
+R.shutil.copyfile = lambda *a, **kw: os.kill(os.getpid(), signal.SIGKILL)
 ix.upsert([R.Document('b', 'A zebra.')])'''
     assert subprocess.run([sys.executable, '-c', code], cwd=ROOT, capture_output=True).returncode == -9
     ix = Index(tmp_path/'ix', writable=True); assert len(ix) == 1 and ix.search('lamp', 1)[0].source == 'a'; ix.close()
@@ -257,16 +257,16 @@ def test_txtai_clients_write_if_they_may(engine, index):
     index.upsert(TOWNS[:4])
     with running(engine, index) as (_, c):
         rows = [dict(id='dragon', text='A dragon lives in the mill.', mood='bad'), dict(text='A griffin has no name.')]
-        assert c.post('/txtai/add', json=rows).status_code == 200 and c.get('/txtai/upsert').status_code == 200 and c.get('/txtai/count').json() == 6
+        assert c.post('/txtai/add', json=rows).status_code == 200 and c.post('/txtai/upsert').status_code == 200 and c.get('/txtai/count').json() == 6
         assert c.get('/txtai/search', params=dict(query="select id, mood from txtai where similar('dragon')", limit=1)).json() == [dict(id='dragon', mood='bad')]
         r = c.post('/v1/chat/completions', json=dict(model='rag', messages=[dict(role='user', content='dragon mill')], max_tokens=1)).json()
         assert (r['sources'][0]['source'], r['sources'][0]['start'], r['sources'][0]['end']) == ('dragon', 0, 27)
-        assert c.get('/txtai/index').status_code == 403 and c.post('/txtai/reindex', json=dict(config={})).status_code == 403 and c.get('/txtai/count').json() == 6
+        assert c.post('/txtai/index').status_code == 403 and c.post('/txtai/reindex', json=dict(config={})).status_code == 403 and c.get('/txtai/count').json() == 6
         assert c.post('/txtai/delete', json=['dragon']).json() == ['dragon']
         again = Index(index.dir); assert len(again) == 5; again.close()                                         # it is on the disk, too
     reader = Index(index.dir)
     with running(engine, reader) as (_, c):
-        assert [c.post('/txtai/add', json=rows).status_code, c.get('/txtai/upsert').status_code, c.post('/txtai/delete', json=['town/1#0']).status_code] == [403]*3 and c.get('/txtai/count').json() == 5
+        assert [c.post('/txtai/add', json=rows).status_code, c.post('/txtai/upsert').status_code, c.post('/txtai/delete', json=['town/1#0']).status_code] == [403]*3 and c.get('/txtai/count').json() == 5
     reader.close()
 
 # ---- PostgreSQL
@@ -304,3 +304,142 @@ def test_what_fails_in_the_database_leaves_no_trace(database):
     assert ix.search('zebra', 1)[0].text == 'A zebra came.' and len(ix) == n                # it connects again
     with pytest.raises(Exception): ix._ask(lambda: ix.embeddings.search('select id from txtai where id ='))
     assert ix.search('zebra', 1)[0].text == 'A zebra came.' and ix.delete(['red/0/0']) == ['red/0/0#0'] and len(ix) == n-1; ix.close()
+
+# ---- other people's documents
+
+def test_sources_have_names_of_their_own_and_a_file_is_read_once(tmp_path, monkeypatch):
+    for d,text in (('p1', 'Alpha'), ('p2', 'Beta')): (tmp_path/d/'docs').mkdir(parents=True); (tmp_path/d/'docs'/'a.md').write_text(text)
+    two = [tmp_path/'p1'/'docs', tmp_path/'p2'/'docs']
+    assert [d.id for d in documents(two)] == ['p1/docs/a.md', 'p2/docs/a.md']
+    monkeypatch.chdir(tmp_path)
+    assert [d.id for d in documents(['p1/docs', './p1/docs', 'p1/../p1/docs', 'p1/docs/a.md'])] == ['p1/docs/a.md']
+
+def test_rows_of_one_name_are_told_apart_and_a_broken_one_is_left_out(tmp_path):
+    (tmp_path/'d.jsonl').write_text('{"id":"a","text":"1"}\n{"id":"a","text":"2"}\n{"id":1,"text":"3"}\n{"id":"1","text":"4"}\n{"id":9,"text":"x\\ud83d"}\n')
+    read = R.Reading([tmp_path/'d.jsonl'], strict=False); docs = list(read)
+    assert [(d.id, d.text) for d in docs] == [('d.jsonl:a', '1'), ('d.jsonl:a@2', '2'), ('d.jsonl:1', '3'), ('d.jsonl:1@4', '4')]
+    assert len(read.bad) == 1 and 'line 5 has half a character' in read.bad[0]
+
+def test_a_bad_file_costs_itself_alone_and_what_is_not_read_is_counted(tmp_path):
+    for name,data in dict(a=b'\xef\xbb\xbf# A\nGood.', b=b'Caf\xe9').items(): (tmp_path/f'{name}.md').write_bytes(data)
+    (tmp_path/'n.ipynb').write_text('{"cells":[{"cell_type":"markdown"},{"cell_type":"markdown","source":["hi"]},7]}')
+    (tmp_path/'p.pdf').write_bytes(b'%PDF-1.4 junk'); (tmp_path/'i.png').write_bytes(b''); (tmp_path/'j.png').write_bytes(b'')
+    read = R.Reading([tmp_path], strict=False); docs = {Path(d.id).name: d for d in read}
+    assert set(docs) == {'a.md', 'n.ipynb'} and docs['a.md'].text == '# A\nGood.' and docs['n.ipynb'].text == 'hi'
+    assert read.kinds == {'.png': 2} and len(read.bad) == 2 and all(len(b.splitlines()) == 1 for b in read.bad)
+
+def test_headings_as_people_write_them():
+    heads = lambda text: [(c.heading, c.text) for c in chunks(Document('a.md', text, 'md'))]
+    assert heads('# C#\nx\n## F# ##\ny') == [('C#', 'x'), ('C# > F#', 'y')]
+    assert heads('# A\ra\r\r## B\rb') == [('A', 'a'), ('A > B', 'b')]
+    assert heads('# A\n````\n```\n# no\n```\n````\n# B\nb')[-1] == ('B', 'b')
+    assert [c.heading for c in chunks(Document('a.py', 'def f():\r    "One."\rdef g():\r    "Two."\r', 'py'))] == ['f', 'g']
+
+def test_pages_and_tables_are_read(tmp_path):
+    pytest.importorskip('markitdown', reason="needs: pip install 'markitdown[pdf,docx]'")
+    import zipfile
+    (tmp_path/'h.html').write_bytes('<html><head><meta charset="windows-1252"></head><body><h1>Käse</h1><p>Gouda.</p></body></html>'.encode('cp1252'))
+    w = 'xmlns:w="http://schemas.openxmlformats.org/wordprocessingml/2006/main"'
+    with zipfile.ZipFile(tmp_path/'w.docx', 'w') as z:
+        z.writestr('word/document.xml', f'<w:document {w}><w:body><w:p><w:r><w:t>A zebra came.</w:t></w:r></w:p></w:body></w:document>')
+        z.writestr('_rels/.rels', '<Relationships xmlns="http://schemas.openxmlformats.org/package/2006/relationships"><Relationship Id="r" '
+                   'Type="http://schemas.openxmlformats.org/officeDocument/2006/relationships/officeDocument" Target="word/document.xml"/></Relationships>')
+    text = b'BT /F 12 Tf 9 99 Td (A yak came.) Tj ET'
+    parts = [b'<</Type/Catalog/Pages 2 0 R>>', b'<</Type/Pages/Kids[3 0 R]/Count 1>>', b'<</Type/Page/Parent 2 0 R/MediaBox[0 0 200 200]/Contents 4 0 R'
+             b'/Resources<</Font<</F<</Type/Font/Subtype/Type1/BaseFont/Helvetica>>>>>>>>', b'<</Length %d>>stream\n%s\nendstream' % (len(text), text)]
+    pdf, at = b'%PDF-1.4\n', []
+    for i,p in enumerate(parts, 1): at.append(len(pdf)); pdf += b'%d 0 obj%s\nendobj\n' % (i, p)
+    xref = b'xref\n0 5\n0000000000 65535 f \n'+b''.join(b'%010d 00000 n \n' % a for a in at)
+    (tmp_path/'p.pdf').write_bytes(pdf+xref+b'trailer<</Size 5/Root 1 0 R>>\nstartxref\n%d\n%%%%EOF' % len(pdf))
+    (tmp_path/'t.csv').write_bytes(b'\xef\xbb\xbfname;age\r\nTom;3\r\n')
+    docs = {Path(d.id).name: d.text for d in documents([tmp_path])}
+    assert docs['h.html'] == '# Käse\n\nGouda.' and docs['t.csv:2'] == 'name: Tom\nage: 3'
+    assert docs['w.docx'].strip() == 'A zebra came.' and docs['p.pdf'].strip() == 'A yak came.'
+
+def test_what_needs_markitdown_says_so(tmp_path, monkeypatch):
+    (tmp_path/'h.html').write_text('<p>x'); monkeypatch.setitem(sys.modules, 'markitdown', None)
+    with pytest.raises(SLMError, match=r"\.\[documents\]"): list(documents([tmp_path/'h.html']))
+
+def test_files_that_are_gone_are_pruned_and_another_folder_of_the_name_is_refused(tmp_path, monkeypatch):
+    for n in ('a', 'b', 'c'): (tmp_path/'docs').mkdir(exist_ok=True); (tmp_path/'docs'/f'{n}.md').write_text(f'About {n}.')
+    ix = Index(tmp_path/'ix', True, 'none'); index = lambda *a, **kw: (r := R.Reading(a, strict=False), ix.upsert(r, r, **kw))[1]
+    assert index(tmp_path/'docs')['new'] == 3 and ix.upsert([Document('docs2', 'Other.')])['new'] == 1
+    (tmp_path/'docs'/'a.md').unlink(); (tmp_path/'docs'/'b.md').write_bytes(b'\xff')
+    assert 'gone' not in index(tmp_path/'docs', keep=True) and len(ix) == 4
+    assert index(tmp_path/'docs')['gone'] == 1 and len(ix) == 3                                   # b cannot be read now, but it is there
+    (tmp_path/'x'/'docs').mkdir(parents=True); (tmp_path/'x'/'docs'/'d.md').write_text('D.')
+    with pytest.raises(SLMError, match="knows another 'docs'.*--delete docs"): index(tmp_path/'x'/'docs')
+    assert len(ix) == 3 and len(ix.delete(['docs'])) == 2 and index(tmp_path/'x'/'docs')['new'] == 1; ix.close()
+
+def test_two_documents_of_one_name_are_refused(index):
+    with pytest.raises(SLMError, match="two documents are called 'a'"): index.upsert([Document('a', 'x'), Document('a', 'y')])
+    with pytest.raises(SLMError, match='half a character'): index.upsert([Document('a', 'x\ud83d')])
+    assert len(index) == 0
+
+# ---- encoders and readers
+
+@pytest.fixture(scope='module')
+def static(tmp_path_factory):
+    m2v = pytest.importorskip('model2vec', reason='needs: pip install model2vec'); import numpy as np
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    words = ['[UNK]', *'an old lamp came to the town a zebra ask me about .'.split()]
+    t = Tokenizer(models.WordLevel({w: i for i,w in enumerate(dict.fromkeys(words))}, '[UNK]')); t.pre_tokenizer = pre_tokenizers.Whitespace()
+    d, rng = tmp_path_factory.mktemp('static'), np.random.default_rng(0)
+    m2v.StaticModel(rng.normal(size=(t.get_vocab_size(), 16)).astype('float32'), t,
+                                                         config=dict(model_type='model2vec')).save_pretrained(d)
+    return d
+
+def test_any_encoder_is_kept_with_the_index_and_checked(static, tmp_path):
+    ix = Index(tmp_path/'ix', True, str(static)); ix.upsert([Document('a', 'an old lamp'), Document('b', 'a zebra came')])
+    assert ix.search('zebra', 1, 'vectors')[0].source == 'b' and ix.card['dimensions'] == 16; ix.close()
+    ix = Index(tmp_path/'ix', embeddings=str(static)); assert ix.search('lamp', 1, 'vectors')[0].source == 'a'; ix.close()
+    with pytest.raises(SLMError, match=f'give --embeddings {static.name}'): Index(tmp_path/'ix')
+    with pytest.raises(SLMError, match='has vectors'): Index(tmp_path/'ix', embeddings='none')
+    with pytest.raises(SLMError, match='no encoder'): Index(tmp_path/'ix', embeddings='/no/such')
+
+@vectors
+def test_another_encoder_than_the_index_s_is_refused(static, tmp_path):
+    ix = Index(tmp_path/'ix', True); ix.upsert([Document('a', 'an old lamp')]); ix.close()
+    with pytest.raises(SLMError, match='was made with the encoder sentence-transformers/all-MiniLM-L6-v2, and this one differs'):
+        Index(tmp_path/'ix', embeddings=str(static))
+
+def test_a_reader_at_an_address_answers_like_the_model_there(engine, shared):
+    with in_background(api.create_app({'tiny': engine}, Settings(tokens=(TOKEN,))), http=api.Protocol) as url, pytest.MonkeyPatch.context() as mp:
+        wait_for(lambda: httpx.get(f'{url}/readyz').status_code == 200)
+        with pytest.raises(SLMError, match='the reader .* refuses the key .*SLM_READER_KEY'): R.RemoteEngine(url)
+        mp.setenv('SLM_READER_KEY', TOKEN); far = R.RemoteEngine(url, context=700); rag = RagEngine(far, shared, k=1); here = RagEngine(engine, shared, k=1)
+        (text, last), = answer_all(rag, [Request(rag.tok.chat(ASK)[0], max_new_tokens=7, temperature=0.)])
+        (want, at_home), = answer_all(here, [Request(here.tok.chat(ASK)[0], max_new_tokens=7, temperature=0.)])
+        assert (far.model, text, last.completion_tokens, last.prompt_tokens) == ('tiny', want, 7, at_home.prompt_tokens)
+        assert last.extra['sources'][0]['source'] == f'town/{FACT.passage}'
+        with running(far, shared) as (_, c):
+            r = c.post('/v1/chat/completions', json=dict(model='rag', messages=ASK, max_tokens=7, temperature=0)).json()
+            assert r['sources'] and r['usage']['completion_tokens'] == 7
+        far.model = 'nobody'
+        with pytest.raises(SLMError, match='the reader .* refuses .*no model'): answer_all(far, [Request(far.tok.chat(ASK)[0])])
+        far.close()
+
+# ---- a server that people write to
+
+def test_a_bad_row_is_refused_when_it_comes_and_blocks_nothing(engine, index, monkeypatch):
+    index.upsert(TOWNS[:4]); half = b'[{"id": "s", "text": "x\\ud83d"}]'
+    with running(engine, index) as (_, c):
+        add = lambda body: c.post('/txtai/add', content=body, headers={'Content-Type': 'application/json'}).status_code
+        assert [add(b) for b in (half, b'[{"text": "x", "tags": [1]}]', b'[{"id": 1}]', b'[{"text": 5}]', b'[{"id": {}, "text": "x"}]')] == [400]*5
+        assert c.post('/txtai/add', json=[dict(id='y', text='A yak.')]).status_code == 200
+        with monkeypatch.context() as m:
+            m.setattr(index.embeddings, 'upsert', lambda rows: 1/0); assert c.post('/txtai/upsert').status_code == 500
+        assert c.post('/txtai/upsert').status_code == 200 and c.get('/txtai/count').json() == 4              # the queue was emptied
+        assert c.post('/txtai/add', json=[dict(id='z', text='A zebra.')]).status_code == 200 and c.post('/txtai/upsert').status_code == 200
+        assert c.get('/txtai/count').json() == 5 and c.post('/txtai/delete', json=['z']).json() == ['z']
+
+def test_only_post_writes_and_never_a_page_from_elsewhere(engine, index):
+    index.upsert(TOWNS[:4])
+    with in_background(rag_app(RagEngine(engine, index, k=3)), http=api.Protocol) as url:
+        wait_for(lambda: httpx.get(f'{url}/readyz').status_code == 200)
+        assert [httpx.get(f'{url}/txtai/{p}').status_code for p in ('upsert', 'index', 'delete', 'add')] == [405]*4
+        post = lambda path, **headers: httpx.post(f'{url}/txtai/{path}', content='["town/0"]', headers={'Content-Type': 'application/json'} | headers).status_code
+        assert [post('delete', Origin='http://evil.example'), post('delete', Origin='null'), post('delete', **{'Sec-Fetch-Site': 'cross-site'})] == [403]*3
+        assert post('delete', **{'Content-Type': 'text/plain'}) == 415 and len(index) == 4
+        assert post('delete', Origin=url) == 200 and len(index) == 3
+        assert httpx.post(f'{url}/txtai/explain', json={}).status_code == 404
