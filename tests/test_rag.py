@@ -257,16 +257,16 @@ def test_txtai_clients_write_if_they_may(engine, index):
     index.upsert(TOWNS[:4])
     with running(engine, index) as (_, c):
         rows = [dict(id='dragon', text='A dragon lives in the mill.', mood='bad'), dict(text='A griffin has no name.')]
-        assert c.post('/txtai/add', json=rows).status_code == 200 and c.get('/txtai/upsert').status_code == 200 and c.get('/txtai/count').json() == 6
+        assert c.post('/txtai/add', json=rows).status_code == 200 and c.post('/txtai/upsert').status_code == 200 and c.get('/txtai/count').json() == 6
         assert c.get('/txtai/search', params=dict(query="select id, mood from txtai where similar('dragon')", limit=1)).json() == [dict(id='dragon', mood='bad')]
         r = c.post('/v1/chat/completions', json=dict(model='rag', messages=[dict(role='user', content='dragon mill')], max_tokens=1)).json()
         assert (r['sources'][0]['source'], r['sources'][0]['start'], r['sources'][0]['end']) == ('dragon', 0, 27)
-        assert c.get('/txtai/index').status_code == 403 and c.post('/txtai/reindex', json=dict(config={})).status_code == 403 and c.get('/txtai/count').json() == 6
+        assert c.post('/txtai/index').status_code == 403 and c.post('/txtai/reindex', json=dict(config={})).status_code == 403 and c.get('/txtai/count').json() == 6
         assert c.post('/txtai/delete', json=['dragon']).json() == ['dragon']
         again = Index(index.dir); assert len(again) == 5; again.close()                                         # it is on the disk, too
     reader = Index(index.dir)
     with running(engine, reader) as (_, c):
-        assert [c.post('/txtai/add', json=rows).status_code, c.get('/txtai/upsert').status_code, c.post('/txtai/delete', json=['town/1#0']).status_code] == [403]*3 and c.get('/txtai/count').json() == 5
+        assert [c.post('/txtai/add', json=rows).status_code, c.post('/txtai/upsert').status_code, c.post('/txtai/delete', json=['town/1#0']).status_code] == [403]*3 and c.get('/txtai/count').json() == 5
     reader.close()
 
 # ---- PostgreSQL
