@@ -6,11 +6,11 @@
 __all__ = ['app', 'Json', 'MaxBytes', 'Device', 'VocabSize', 'Tok', 'Base', 'Epochs', 'Steps', 'Minutes', 'Context', 'MicroBatch',
            'Rate', 'MaxRows', 'Strict', 'Dtype', 'Model', 'Chats', 'SaveMinutes', 'annotate', 'StoreFile', 'Format',
            'Url', 'Project', 'TokenFile', 'Host', 'Port', 'Tokens', 'NoToken', 'Slots', 'Threads', 'Queue', 'Timeout',
-           'MaxTokens', 'rag', 'Reader', 'Where', 'Passages', 'main', 'corpus', 'tokenize', 'runs', 'pretrain',
-           'resume', 'eval_', 'figures', 'bias', 'judge', 'toxicity', 'sft', 'annotate_add', 'annotate_report',
-           'annotate_pairs', 'annotate_export', 'annotate_import', 'annotate_push', 'annotate_pull', 'dpo', 'reward',
-           'rlhf', 'qlora', 'merge', 'open_any', 'export', 'serve', 'rag_index', 'rag_ask', 'rag_serve', 'demo',
-           'report', 'generate', 'chat']
+           'MaxTokens', 'rag', 'Reader', 'Where', 'Embeddings', 'Passages', 'main', 'corpus', 'tokenize', 'runs',
+           'pretrain', 'resume', 'eval_', 'figures', 'bias', 'judge', 'toxicity', 'sft', 'annotate_add',
+           'annotate_report', 'annotate_pairs', 'annotate_export', 'annotate_import', 'annotate_push', 'annotate_pull',
+           'dpo', 'reward', 'rlhf', 'qlora', 'merge', 'open_any', 'export', 'serve', 'rag_index', 'rag_ask',
+           'rag_serve', 'demo', 'report', 'generate', 'chat']
 
 # %% ../nbs/61_cli.ipynb #fff7db54
 import errno, json, os, sys, warnings
@@ -571,6 +571,8 @@ app.add_typer(rag, name='rag')
 
 Reader = Annotated[str, typer.Argument(help="smollm2, a run directory, a Hugging Face folder or hub id, or a .gguf file.")]
 Where = Annotated[str, typer.Option('--index', envvar='SLM_INDEX', help='Folder of an index, or a database: postgresql://USER@HOST/NAME.')]
+Embeddings = Annotated[Optional[str], typer.Option(envvar='SLM_EMBEDDINGS', help="What makes vectors: a hub id, a folder, or none for words alone; "
+                                                "by default MiniLM. The same for making an index and for asking it.")]
 Passages = Annotated[int, typer.Option('--passages', '-k', help='Passages to look up; those without room are left out.')]
 
 def _rag(part='rag'):
@@ -578,15 +580,22 @@ def _rag(part='rag'):
     try: return import_module(f'slm.serve.{part}')
     except ImportError as e: raise SLMError(f"retrieval needs {e.name}: pip install -e '.[serve,rag]'") from None
 
-def _open_index(where, writable):
-    with warnings.catch_warnings(record=True, action='always') as said: index = _rag().Index(where, writable)
+def _open_index(where, writable, embeddings=None):
+    with warnings.catch_warnings(record=True, action='always') as said: index = _rag().Index(where, writable, embeddings)
     for w in said:
         if w.category is UserWarning: print(f'slm: warning: {w.message}', file=sys.stderr)
     return index
 
-def _open_rag(model, index, k, writable=False, **kw):
+def _open_rag(model, index, k, writable=False, embeddings=None, **kw):
     R = _rag(); engine = R.open_engine(R.smollm2() if model == 'smollm2' else model, **kw)
-    return R.RagEngine(engine, _open_index(index, writable), k)
+    return R.RagEngine(engine, _open_index(index, writable, embeddings), k)
+
+def _tell_left(reading):
+    "Say what was not read"
+    for line in reading.bad: print(f'slm: skipped: {line}', file=sys.stderr)
+    if n := sum(reading.kinds.values()):
+        kinds = ', '.join(f'{k} {c:,}' for k,c in reading.kinds.most_common(10))
+        print(f"slm: {n:,} file{'s'*(n > 1)} of other kinds skipped: {kinds}", file=sys.stderr)
 
 # %% ../nbs/61_cli.ipynb #6af14c2e
 @rag.command('index')
@@ -594,25 +603,25 @@ def rag_index(
     sources:Annotated[Optional[list[str]], typer.Argument(help="Files, folders, 'book' (this one), 'pydocs' (Python's).")]=None,
     out:Annotated[str, typer.Option(envvar='SLM_INDEX', help='Folder to make or update, or postgresql://USER@HOST/NAME.')]='runs/index',
     delete:Annotated[Optional[list[str]], typer.Option(help='Take out this document, or passage (may be repeated).')]=None,
-    json_:Json=False):
+    embeddings:Embeddings=None, json_:Json=False):
     """Index documents for `rag ask` and `rag serve`; what has not changed since the last time is passed over.
 
     Example: slm rag index book notes facts.jsonl --out runs/index"""
     if not sources and not delete: raise SLMError("nothing to do: name files, folders, 'book' or 'pydocs', or --delete a document")
-    index = _open_index(out, True); gone = index.delete(delete) if delete else []
-    n = index.upsert(progress(_rag().documents(sources or []), 'indexing', unit='documents'))
-    res = n | dict(deleted=len(gone), total=len(index)); index.close()
+    reading = _rag().Reading(sources or [], strict=False); index = _open_index(out, True, embeddings); gone = index.delete(delete) if delete else []
+    n = index.upsert(progress(reading, 'indexing', unit='documents')); _tell_left(reading)
+    res = n | dict(skipped=len(reading.bad), other_kinds=sum(reading.kinds.values()), deleted=len(gone), total=len(index)); index.close()
     print(json.dumps(res) if json_ else f"{portable(out)}: {', '.join(f'{v:,} {k}' for k,v in res.items() if v)}")
 
 # %% ../nbs/61_cli.ipynb #e3e40e0f
 @rag.command('ask')
 def rag_ask(
     model:Reader, question:str, index:Where='runs/index', k:Passages=5,
-    max_tokens:Annotated[int, typer.Option(help='Tokens that the answer may have.')]=200, json_:Json=False):
+    max_tokens:Annotated[int, typer.Option(help='Tokens that the answer may have.')]=200, embeddings:Embeddings=None, json_:Json=False):
     """Answer a question from an index.
 
     Example: slm rag ask smollm2 "How is a run directory made?" --index runs/index"""
-    R, rag = _rag(), _open_rag(model, index, k, slots=1); ids = rag.tok.chat([dict(role='user', content=question)])[0]
+    R, rag = _rag(), _open_rag(model, index, k, embeddings=embeddings, slots=1); ids = rag.tok.chat([dict(role='user', content=question)])[0]
     (text, last), = R.answer_all(rag, [R.Request(ids, max_new_tokens=max_tokens, temperature=0.)])
     rag.close(); rag.index.close(); x = last.extra
     if json_: return print(json.dumps(dict(answer=text) | x, ensure_ascii=False))
@@ -623,7 +632,7 @@ def rag_ask(
 
 @rag.command('serve')
 def rag_serve(
-    model:Reader, index:Where='runs/index', k:Passages=5,
+    model:Reader, index:Where='runs/index', k:Passages=5, embeddings:Embeddings=None,
     writable:Annotated[bool, typer.Option('--writable', help='May clients add and delete?')]=False,
     host:Host='127.0.0.1', port:Port=8000, token_file:Tokens=None, no_token:NoToken=False,
     slots:Slots=4, context:Context=None, threads:Threads=None,
@@ -636,7 +645,7 @@ def rag_serve(
     import torch
     from slm.serve.api import serve
     torch.set_num_threads(1) # for the vector of a question; the model's threads are its own
-    rag = _open_rag(model, index, k, writable, slots=slots, context=context, threads=threads)
+    rag = _open_rag(model, index, k, writable, embeddings, slots=slots, context=context, threads=threads)
     serve(R.rag_app(rag, settings), host, port); rag.close(); rag.index.close()
 
 # %% ../nbs/61_cli.ipynb #03cc335a

@@ -137,3 +137,80 @@ def test_without_the_library_a_page_says_what_to_install(tmp_path, monkeypatch):
     (tmp_path/'a.pdf').write_bytes(pdf('A lamp.')); (tmp_path/'b.md').write_text('A cat.')
     with pytest.raises(SLMError, match=r"pip install -e '\.\[documents\]'"): list(documents([tmp_path/'a.pdf']))
     r = Reading([tmp_path], strict=False); assert [d.text for d in r] == ['A cat.'] and 'documents' in r.bad[0]
+
+# ---- encoders
+
+TOWNS = [Document('a', 'The lamp is in the hall.'), Document('b', 'A cat sleeps on the roof.')]
+
+def static(path, size=16, seed=0):
+    "A static model: a random vector a word"
+    model2vec = pytest.importorskip('model2vec', reason='needs: pip install model2vec')
+    import numpy as np
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    words = sorted({w for d in TOWNS for w in R.words(d.text)} | R.words(R.PROBE)); tok = Tokenizer(models.WordLevel({w: k for k,w in enumerate(['[UNK]', *words])}, '[UNK]'))
+    tok.pre_tokenizer = pre_tokenizers.Whitespace()
+    model2vec.StaticModel(np.random.default_rng(seed).normal(size=(len(words)+1, size)).astype('float32'), tok, config=dict(model_type='model2vec')).save_pretrained(path)
+    return str(path)
+
+def made(path, embeddings):
+    with_ = Index(path, True, embeddings); with_.upsert(TOWNS); card = dict(with_.card); with_.close()
+    return card
+
+def test_a_static_model_is_an_encoder_with_dimensions_of_its_own(tmp_path):
+    m = static(tmp_path/'m'); card = made(tmp_path/'ix', m)
+    assert (card['embeddings'], card['dimensions'], card['language']) == ('m', 16, 'simple')
+    ix = Index(tmp_path/'ix', embeddings=m)
+    assert ix.search('lamp hall', 1, 'vectors')[0].source == 'a' and ix.search('cat roof', 1, 'vectors')[0].source == 'b'
+    ix.close()
+
+def test_a_transformer_of_ones_own_is_an_encoder(tmp_path):
+    from transformers import BertConfig, BertModel, BertTokenizer
+    (tmp_path/'m').mkdir(); (tmp_path/'vocab.txt').write_text('\n'.join(['[PAD]', '[UNK]', '[CLS]', '[SEP]', '[MASK]', 'lamp', 'cat', 'the']))
+    BertTokenizer(str(tmp_path/'vocab.txt')).save_pretrained(tmp_path/'m')
+    BertModel(BertConfig(vocab_size=8, hidden_size=12, num_hidden_layers=1, num_attention_heads=2, intermediate_size=8)).save_pretrained(tmp_path/'m')
+    assert made(tmp_path/'ix', str(tmp_path/'m'))['dimensions'] == 12
+
+@pytest.mark.parametrize('size,seed', [(16, 1), (8, 0)])
+def test_an_index_is_not_asked_with_another_encoder(tmp_path, size, seed):
+    m, other = static(tmp_path/'m'), static(tmp_path/'other', size, seed); made(tmp_path/'ix', m)
+    with pytest.raises(SLMError, match='give --embeddings m'): Index(tmp_path/'ix')
+    with pytest.raises(SLMError, match='made with the encoder m'): Index(tmp_path/'ix', embeddings=other)
+    with pytest.raises(SLMError, match='give --embeddings m'): Index(tmp_path/'ix', embeddings='none')
+    with pytest.raises(SLMError, match='made with the encoder m'): Index(tmp_path/'ix', True, other)
+    Index(tmp_path/'ix', True, m).close()
+
+def test_words_alone_when_that_is_wanted(tmp_path, recwarn):
+    assert 'embeddings' not in made(tmp_path/'ix', 'none') and not [w for w in recwarn if 'words alone' in str(w.message)]
+    ix = Index(tmp_path/'ix'); assert ix.search('lamp', 1)[0].source == 'a'; ix.close()
+    with pytest.raises(SLMError, match='has words alone: make it anew'): Index(tmp_path/'ix', embeddings=static(tmp_path/'m'))
+
+def test_the_default_is_the_package_else_the_hub_else_words(tmp_path, monkeypatch):
+    monkeypatch.setattr(R, 'minilm', lambda: '/there'); monkeypatch.setattr(R, '_on_hub', lambda n: pytest.fail('the package is there'))
+    assert R.find_encoder().path == '/there'
+    monkeypatch.setattr(R, 'minilm', lambda: None); monkeypatch.setattr(R, '_on_hub', lambda n: True)
+    assert R.find_encoder() == R.Encoder(R.MINILM, R.MINILM, 'english')
+    monkeypatch.setattr(R, '_on_hub', lambda n: False)
+    assert R.find_encoder() is None
+    with pytest.warns(UserWarning, match='by their words alone'): Index(tmp_path/'ix', True).close()
+
+@pytest.mark.parametrize('what', ['empty', 'text', 'config', 'nowhere/at-all'])
+def test_what_is_no_encoder_is_one_line_and_leaves_no_index(tmp_path, what, monkeypatch):
+    monkeypatch.setattr(R, '_on_hub', lambda n: False); (tmp_path/'empty').mkdir(); (tmp_path/'text').write_text('no model')
+    (tmp_path/'config').mkdir(); (tmp_path/'config'/'config.json').write_text('{"model_type": "bert"')
+    name = str(tmp_path/what) if what[0] != 'n' else what
+    with pytest.raises(SLMError, match='no encoder') as e: Index(tmp_path/'ix', True, name)
+    assert '\n' not in str(e.value) and what in str(e.value) and not (tmp_path/'ix').exists()
+
+# ---- on the command line
+
+def rag(tmp_path, *args):
+    r = subprocess.run([sys.executable, '-c', 'from slm.cli import main; main()', 'rag', *map(str, args)], cwd=ROOT, capture_output=True, text=True)
+    return r.returncode, r.stdout, r.stderr
+
+def test_the_command_tells_what_it_left_out_and_keeps_to_the_encoder(tmp_path):
+    m, d = static(tmp_path/'m'), tmp_path/'d'; d.mkdir()
+    (d/'a.md').write_text('The lamp is in the hall.'); (d/'b.md').write_bytes(b'Caf\xe9'); (d/'c.png').write_bytes(b'')
+    code, out, err = rag(tmp_path, 'index', d, '--out', tmp_path/'ix', '--embeddings', m, '--json')
+    assert code == 0 and '"skipped": 1' in out and 'b.md' in err and '1 file of other kinds skipped: .png 1' in err
+    code, out, err = rag(tmp_path, 'index', d, '--out', tmp_path/'ix')
+    assert code == 2 and 'give --embeddings m' in err and len(err.splitlines()) == 1

@@ -323,9 +323,13 @@ class Encoder:
 
 def _on_hub(name):
     "Can it be had from the hub, or was it fetched before?"
-    import huggingface_hub as hub
-    try: hub.hf_hub_download(name, 'config.json'); return True
-    except Exception: return False                                               # offline, refused, or no such thing
+    import httpx, huggingface_hub as hub
+    try:
+        if hub.try_to_load_from_cache(name, 'config.json'): return True
+        if hub.constants.HF_HUB_OFFLINE: return False
+        url = hub.hf_hub_url(name, 'config.json')                                # once: the hub's own client tries for half a minute
+        return httpx.head(url, headers=hub.utils.build_hf_headers(), timeout=10, follow_redirects=True).status_code == 200
+    except (ValueError, OSError, httpx.HTTPError): return False                  # no name of a model, or no way there
 
 def find_encoder(
     name:str|None=None, # a hub id, a folder, or 'none'; MiniLM, from its package or the hub, if not given
@@ -561,7 +565,9 @@ def _load(self:Index):
         write_json(self.work/'config.json', _config(self.url, self.encoder, self.card)); e.load(str(self.work)); self._commit()
         if self.encoder: self._check_probe()
     except SLMError: raise
-    except Exception as err: raise SLMError(f"the index '{self}' cannot be opened ({' '.join(str(err).split())[:200]})") from None # whatever txtai says
+    except Exception as err:                                                     # whatever txtai says
+        if saved is None: raise SLMError(f"no encoder can be opened at '{self.encoder.path}' ({' '.join(str(err).split())[:200]})") from None
+        raise SLMError(f"the index '{self}' cannot be opened ({' '.join(str(err).split())[:200]})") from None
 
 @patch
 @contextlib.contextmanager
