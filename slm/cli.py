@@ -571,8 +571,8 @@ app.add_typer(rag, name='rag')
 
 Reader = Annotated[str, typer.Argument(help="smollm2, a run directory, a Hugging Face folder or hub id, or a .gguf file.")]
 Where = Annotated[str, typer.Option('--index', envvar='SLM_INDEX', help='Folder of an index, or a database: postgresql://USER@HOST/NAME.')]
-Embeddings = Annotated[Optional[str], typer.Option(envvar='SLM_EMBEDDINGS', help="What makes vectors: a hub id, a folder, or none for words alone; "
-                                                "by default MiniLM. The same for making an index and for asking it.")]
+Embeddings = Annotated[Optional[str], typer.Option(envvar='SLM_EMBEDDINGS',
+    help='What makes vectors: a hub id, a folder, or none for words alone; by default MiniLM. The same to make an index and to ask it.')]
 Passages = Annotated[int, typer.Option('--passages', '-k', help='Passages to look up; those without room are left out.')]
 
 def _rag(part='rag'):

@@ -16,8 +16,8 @@ import logging
 logging.getLogger('bitsandbytes').setLevel(logging.ERROR) # it would complain about a package that it fetches kernels with
 
 # %% ../../nbs/45_serve.rag.ipynb #6e094ba3
-import ast, contextlib, csv, ctypes, functools, hashlib, io, itertools, json, os, re, shutil, signal, sqlite3, stat, struct, subprocess, sys, tempfile
-import threading, time, warnings
+import ast, contextlib, csv, ctypes, functools, hashlib, io, itertools, json, os, re, shutil, signal, sqlite3, stat, struct, subprocess, sys
+import tempfile, threading, time, warnings
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass, replace
@@ -191,7 +191,8 @@ def read(path, kind, ending):
     unpacked = sum(z.file_size for z in zipfile.ZipFile(io.BytesIO(raw)).infolist()) if kind == 'Docx' else 0
     if unpacked > memory//8: raise ValueError(f'it unpacks to {unpacked/1e6:,.0f} MB')
     charset = UnicodeDammit(raw, is_html=True).original_encoding if kind == 'Html' else None
-    text = getattr(converters, kind+'Converter')().convert(io.BytesIO(raw), StreamInfo(extension=ending, charset=charset or 'utf-8')).markdown
+    info = StreamInfo(extension=ending, charset=charset or 'utf-8')
+    text = getattr(converters, kind+'Converter')().convert(io.BytesIO(raw), info).markdown
     if len(text) > chars: raise ValueError(f'it holds {len(text):,} characters')
     return text.replace('\\0', '').replace('\\f', '\\n')
 sys.addaudithook(no_way)
@@ -566,7 +567,8 @@ def _load(self:Index):
         if self.encoder: self._check_probe()
     except SLMError: raise
     except Exception as err:                                                     # whatever txtai says
-        if saved is None: raise SLMError(f"no encoder can be opened at '{self.encoder.path}' ({' '.join(str(err).split())[:200]})") from None
+        why = ' '.join(str(err).split())[:200]
+        if saved is None: raise SLMError(f"no encoder can be opened at '{self.encoder.path}' ({why})") from None
         raise SLMError(f"the index '{self}' cannot be opened ({' '.join(str(err).split())[:200]})") from None
 
 @patch
