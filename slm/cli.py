@@ -627,6 +627,13 @@ def _open_rag(model, reader_model, index, k, embeddings=None, writable=False, sl
     else: engine = R.open_engine(R.smollm2() if model == 'smollm2' else model, slots=slots, context=context, **kw)
     return R.RagEngine(engine, _open_index(index, writable, embeddings), k)
 
+def _tell_left(reading):
+    "Say what was not read"
+    for line in reading.bad: print(f'slm: skipped: {line}', file=sys.stderr)
+    if n := sum(reading.kinds.values()):
+        kinds = ', '.join(f'{k} {c:,}' for k,c in reading.kinds.most_common(10))
+        print(f"slm: {n:,} file{'s'*(n > 1)} of other kinds skipped: {kinds}", file=sys.stderr)
+
 # %% ../nbs/61_cli.ipynb #6af14c2e
 @rag.command('index')
 def rag_index(
@@ -643,9 +650,8 @@ def rag_index(
     read, index = _rag().Reading(sources or [], strict=False), _open_index(out, True, embeddings)
     gone = index.delete(delete) if delete else []
     n = index.upsert(progress(read, 'indexing', unit='documents'), read, keep)
-    res = n | dict(deleted=len(gone), total=len(index)); index.close()
-    for said in read.bad: print(f'slm: left out: {said}', file=sys.stderr)
-    if read.kinds: print(f"slm: not read: {', '.join(f'{v:,} {k}' for k,v in read.kinds.most_common())}", file=sys.stderr)
+    _tell_left(read)
+    res = n | dict(skipped=len(read.bad), other_kinds=sum(read.kinds.values()), deleted=len(gone), total=len(index)); index.close()
     print(json.dumps(res) if json_ else f"{portable(out)}: {', '.join(f'{v:,} {k}' for k,v in res.items() if v)}")
 
 # %% ../nbs/61_cli.ipynb #e3e40e0f
