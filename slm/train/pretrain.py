@@ -232,7 +232,7 @@ def fit_run(
     **kept, # more for the checkpoints' `state.json`
 )->RunDir: # finished, or interrupted and ready for `resume`
     "Train to `c.steps` with logs, samples and checkpoints; save the model, its figures and a report."
-    peak,t0,before = matmul_flops(c.device, c.dtype),time.perf_counter(),0.
+    _same_base(run, c); peak,t0,before = matmul_flops(c.device, c.dtype),time.perf_counter(),0.
     learn.add_cbs([Schedule(c.steps, SCHEDULES[c.schedule], warmup=c.warmup, cooldown=c.cooldown),
         SpikeGuard(), TrainLog(max(1, c.steps//200), peak=peak), CSVLog(run/'log.csv', columns), Bar(), GracefulStop(),
         Samples(tok, run.info['prompts'], interval(c.steps, c.samples), run/'samples.md',
@@ -253,6 +253,14 @@ def fit_run(
                     seconds=Metric(seconds, unit='s'), peak_memory=Metric(peak_memory(c.device)/2**20, unit='MB'))
     plot_training(run/'log.csv', run/'training.png', floor=math.log(tok.vocab_size))
     return end_run(run)
+
+def _same_base(run, c):
+    "Remember what the base is; raise `SLMError` when it is another one on a resume"
+    base = Path(getattr(c, 'base', '')); skip = not hasattr(c, 'base') or os.environ.get('SLM_SKIP_HASHES')
+    if skip or not base.exists(): return                                         # a pretraining has none, one from the hub is fixed there
+    now = file_hashes(base) if base.is_dir() else dict(model=file_hash(base))
+    if run.info.setdefault('base_hashes', now) != now:
+        raise SLMError(f"'{c.base}' is not the model that '{run.path}' started from: name that one with --base")
 
 def end_run(run:RunDir)->RunDir:
     "Write the report, mark the run as done, and only then delete its checkpoints."
