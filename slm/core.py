@@ -9,8 +9,8 @@ __all__ = ['SCHEMA', 'STATUSES', 'SLMError', 'atomic_file', 'recover', 'atomic_d
            'list_runs', 'Span', 'Options', 'progress', 'slm_home', 'free_disk']
 
 # %% ../nbs/00_core.ipynb #c6c23763
-import contextlib, ctypes, datetime, functools, hashlib, json, math, numbers, os, platform, random, re, shutil, subprocess, sys, tempfile, time
-import typing, warnings
+import contextlib, ctypes, datetime, functools, hashlib, json, math, numbers, os, platform, random, re, shutil, subprocess, sys
+import tempfile, time, typing, warnings
 from dataclasses import dataclass, field, fields, asdict
 from importlib import metadata
 from pathlib import Path
@@ -366,6 +366,7 @@ def _fault(info):
         ok = isinstance(m, dict) and 'value' in m and set(m) <= {'value', 'lo', 'hi', 'n', 'unit'} and isinstance(m.get('unit', ''), str)
         if not ok or not all(number(v) for name,v in m.items() if name != 'unit'): return f"the metric '{k}' is no figure"
 
+# %% ../nbs/00_core.ipynb #4970e567
 @patch(cls_method=True)
 def open(cls:RunDir,
     path:str|Path, # a folder that holds a run.json
@@ -423,7 +424,8 @@ class Span:
     hi:float=math.inf # upper end
     ends:str='[]'
     def __contains__(self, x): # neither NaN nor infinity is in any span
-        return (x >= self.lo if self.ends[0] == '[' else x > self.lo) and (x <= self.hi if self.ends[1] == ']' else x < self.hi) and x < math.inf
+        above = x >= self.lo if self.ends[0] == '[' else x > self.lo
+        return above and (x <= self.hi if self.ends[1] == ']' else x < self.hi) and x < math.inf
     def __str__(self):
         if self.ends == '()' and self.hi < math.inf: return f'between {self.lo} and {self.hi}'
         if self.ends == '[]' and self.hi < math.inf: return f'from {self.lo} to {self.hi}'
@@ -442,8 +444,8 @@ def _is(v, kind):
 class Options:
     "What is common to the options of all stages: each value is checked when an object is made."
     allowed = dict( # name -> a `Span` or a collection of names; what is None is chosen later
-        seed=Span(0, 2**63-1), steps=Span(0, ends='(]'), minutes=Span(0, 1e7, '(]'), epochs=Span(0, 1e6, '(]'), lr=Span(0, 1, '()'), wd=Span(0),
-        warmup=Span(0), cooldown=Span(0, 1), clip=Span(0, ends='(]'), evals=Span(0), samples=Span(0), save_minutes=Span(0), seq_len=Span(8),
+        seed=Span(0, 2**63-1), steps=Span(0, ends='(]'), minutes=Span(0, 1e7, '(]'), epochs=Span(0, 1e6, '(]'),
+        lr=Span(0, 1, '()'), wd=Span(0), warmup=Span(0), cooldown=Span(0, 1), clip=Span(0, ends='(]'), evals=Span(0), samples=Span(0), save_minutes=Span(0), seq_len=Span(8),
         bs=Span(1), micro_batch=Span(1), max_rows=Span(1), dtype=('auto', 'float32', 'bfloat16'))
     def __post_init__(self):
         kinds = typing.get_type_hints(type(self))

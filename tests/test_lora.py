@@ -277,6 +277,20 @@ def test_a_run_goes_on_when_its_base_has_moved(base, tmp_path):
     says(lambda: resume(tmp_path/'cut', corpus='pydocs'), '--corpus means nothing')
     assert resume(tmp_path/'cut', base=tmp_path/'there').info['status'] == 'done'
 
+def test_a_run_does_not_go_on_from_another_base(base, tmp_path):
+    import shutil
+    from fastai.callback.core import Callback
+    from slm.train.pretrain import resume
+    from slm.train.sft import sft
+    class StopAfter(Callback):
+        order = 85
+        def after_batch(self): self.learn.interrupted = self.opt_steps == 3
+    sft(base/'base', base/'rows.jsonl', tmp_path/'cut', cbs=[StopAfter()], **KW)
+    other = shutil.copytree(base/'base', tmp_path/'other'); m = GPT.from_pretrained(other)
+    with torch.no_grad(): m.model.norm.weight += .1
+    m.save_pretrained(other); says(lambda: resume(tmp_path/'cut', base=other), 'is not the model that', '--base')
+    assert resume(tmp_path/'cut', base=shutil.copytree(base/'base', tmp_path/'same')).info['status'] == 'done'
+
 def test_a_flipped_bit_of_an_adapter_is_noticed(base, tmp_path):
     run = lora(base/'base', base/'rows.jsonl', tmp_path/'a', **KW); f = run/'adapter_model.safetensors'
     b = bytearray(f.read_bytes()); b[-50] ^= 1; f.write_bytes(b)

@@ -466,7 +466,7 @@ class DPOConfig(FinetuneConfig):
     loss:str = 'sigmoid' # a name in `LOSSES`
     label_smoothing:float = 0. # share of pairs that the judge got wrong
     val_frac:float = 0.1 # share of the prompts held out
-    allowed = FinetuneConfig.allowed | dict(beta=Span(0, ends='(]'), loss=LOSSES, label_smoothing=Span(0, .5, '[)'), val_frac=Span(0, 1, '()'))
+    allowed = FinetuneConfig.allowed | dict(beta=Span(0, ends='(]'), label_smoothing=Span(0, .5, '[)'), val_frac=Span(0, 1, '()'))
 
 def pair_dls(
     train:PairData,

@@ -58,7 +58,8 @@ class PretrainConfig(Options):
     save_minutes:float = 2.0 # minutes between checkpoints
     max_bytes:int|None = None # of the corpus
     model:dict = field(default_factory=dict) # overrides of the preset, as in `GPTConfig`
-    allowed = Options.allowed | dict(opt=OPTIMS, schedule=SCHEDULES, dropout=Span(0, 1, '[)'), tokens=Span(0, ends='(]'), batch_tokens=Span(1), max_bytes=Span(1))
+    allowed = Options.allowed | dict(opt=OPTIMS, schedule=SCHEDULES, dropout=Span(0, 1, '[)'),
+                                     tokens=Span(0, ends='(]'), batch_tokens=Span(1), max_bytes=Span(1))
 
 # %% ../../nbs/22_train.pretrain.ipynb #e6e5b44f
 def default_vocab(
@@ -232,14 +233,15 @@ def fit_run(
     **kept, # more for the checkpoints' `state.json`
 )->RunDir: # finished, or interrupted and ready for `resume`
     "Train to `c.steps` with logs, samples and checkpoints; save the model, its figures and a report."
-    peak,t0,before = matmul_flops(c.device, c.dtype),time.perf_counter(),0.
+    _same_base(run, c); peak,t0,before = matmul_flops(c.device, c.dtype),time.perf_counter(),0.
     learn.add_cbs([Schedule(c.steps, SCHEDULES[c.schedule], warmup=c.warmup, cooldown=c.cooldown),
         SpikeGuard(), TrainLog(max(1, c.steps//200), peak=peak), CSVLog(run/'log.csv', columns), Bar(), GracefulStop(),
         Samples(tok, run.info['prompts'], interval(c.steps, c.samples), run/'samples.md',
                 max_new_tokens=min(100, learn.model.cfg.max_seq_len//2)),
         Checkpoint(run/'checkpoints', minutes=c.save_minutes, seconds=lambda: before+time.perf_counter()-t0, **kept)])
     if checkpoint: before = float(learn.load_checkpoint(checkpoint).get('seconds', 0))
-    if learn.opt_steps > c.steps: raise SLMError(f"'{checkpoint}' is of step {learn.opt_steps}, the run has {c.steps}: state.json is damaged")
+    if learn.opt_steps > c.steps:
+        raise SLMError(f"'{checkpoint}' is of step {learn.opt_steps}, the run has {c.steps}: state.json is damaged")
     run.info['status'] = 'running'; run.save()
     try: learn.fit_steps(c.steps)
     except BaseException: run.finish('failed'); raise
@@ -253,6 +255,15 @@ def fit_run(
                     seconds=Metric(seconds, unit='s'), peak_memory=Metric(peak_memory(c.device)/2**20, unit='MB'))
     plot_training(run/'log.csv', run/'training.png', floor=math.log(tok.vocab_size))
     return end_run(run)
+
+# %% ../../nbs/22_train.pretrain.ipynb #85d136ad
+def _same_base(run, c):
+    "Remember what the base is; raise `SLMError` when it is another one on a resume"
+    base = Path(getattr(c, 'base', '')); skip = not hasattr(c, 'base') or os.environ.get('SLM_SKIP_HASHES')
+    if skip or not base.exists(): return                                         # a pretraining has none, one from the hub is fixed there
+    now = file_hashes(base) if base.is_dir() else dict(model=file_hash(base))
+    if run.info.setdefault('base_hashes', now) != now:
+        raise SLMError(f"'{c.base}' is not the model that '{run.path}' started from: name that one with --base")
 
 def end_run(run:RunDir)->RunDir:
     "Write the report, mark the run as done, and only then delete its checkpoints."
@@ -290,7 +301,8 @@ def write_report(run:RunDir)->Path: # the page written
     h = i.get('hardware', {}); hw = ', '.join(str(v) for v in (h.get('gpu'), h.get('cpu'), f"{h.get('cores')} cores") if v)
     samples = (run/'samples.md').read_text(encoding='utf-8') if (run/'samples.md').exists() else ''
     path = run/'report.md'
-    head = f"# {run.path.name}\n\n`{i.get('command')}`\n\n{hw} · seed {i.get('seed')} · corpus {i['data'].get('name')} ({i['data'].get('license')})"
+    head = f"# {run.path.name}\n\n`{i.get('command')}`\n\n{hw} · seed {i.get('seed')} "
+    head += f"· corpus {i['data'].get('name')} ({i['data'].get('license')})"
     with atomic_file(path) as f:
         f.write(f'{head}\n\n| figure | value [95 % interval] |\n| --- | --- |\n{rows}\n\n')
         f.write(f'![training](training.png)\n\n# Samples\n\n{samples}')
@@ -328,8 +340,10 @@ def _place(run, config, given):
     for k in CODE.get(run.info['stage'], ()):
         v = config.get(k)
         if k not in given and v is not None and ':' in str(v) and not Path(str(v)).is_dir():
-            raise SLMError(f"'{run.path}' names code as its {k}, {str(v)[:100]}: if you trust it, say so with slm resume {run.path} --{k} {str(v)[:100]}")
-    if not isinstance(run.info.get('data', {}).get('fingerprint'), str): raise SLMError(f"'{run/'run.json'}' is damaged: it lacks data's fingerprint")
+            v = str(v)[:100]
+            raise SLMError(f"'{run.path}' names code as its {k}, {v}: if you trust it, say so with slm resume {run.path} --{k} {v}")
+    if not isinstance(run.info.get('data', {}).get('fingerprint'), str):
+        raise SLMError(f"'{run/'run.json'}' is damaged: it lacks data's fingerprint")
     return config | {k: v if callable(v) else str(v) for k,v in given.items()}
 
 def _again(run, config, cbs, checkpoint):

@@ -329,7 +329,7 @@ class GRPOConfig(FinetuneConfig):
     epsilon:float = 0.2 # how far the ratio may go
     max_new_tokens:int = 64 # longest answer
     val_frac:float = 0.1 # share of the prompts held out
-    allowed = FinetuneConfig.allowed | dict(group=Span(2), iterations=Span(1), beta=Span(), epsilon=Span(0, 1, '()'), # in a group of one, nothing is better
+    allowed = FinetuneConfig.allowed | dict(group=Span(2), iterations=Span(1), beta=Span(), epsilon=Span(0, 1, '()'),
                                             max_new_tokens=Span(1), val_frac=Span(0, 1, '()'))
 
 # %% ../../nbs/28_train.rlhf.ipynb #df149943

@@ -324,7 +324,8 @@ def resolve_finetune(
 ):
     "Check what was given and choose what was left open; raises `SLMError` for what cannot be."
     c = dataclasses.replace(c, opt=c.opt or base_opt(c.base))
-    if c.seq_len and c.seq_len > cfg.max_seq_len: raise SLMError(f"--seq-len must be from 8 to the base's {cfg.max_seq_len}, not {c.seq_len}")
+    if c.seq_len and c.seq_len > cfg.max_seq_len:
+        raise SLMError(f"--seq-len must be from 8 to the base's {cfg.max_seq_len}, not {c.seq_len}")
     c.seq_len = c.seq_len or min(1024, cfg.max_seq_len)
     c.row_len = max(c.seq_len, c.row_len or min(2*c.seq_len, 768))
     c.lr = c.lr or round(lr.get(c.opt, lr['adamw'])*(256/cfg.d_model)**.5, 7)
