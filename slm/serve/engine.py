@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['REPEATS', 'DEPTH', 'LOST', 'Request', 'TokenLogprob', 'Piece', 'Engine', 'pieces', 'answer_all', 'RequestError',
-           'too_long', 'check_request', 'bounded_schema', 'grammar_of', 'prove', 'Follower', 'GGUFEngine',
-           'usable_cpus', 'model_name', 'gguf_of', 'open_engine']
+           'too_long', 'check_request', 'bounded_schema', 'grammar_of', 'prove', 'Follower', 'model_name', 'GGUFEngine',
+           'usable_cpus', 'gguf_of', 'open_engine']
 
 # %% ../../nbs/41_serve.engine.ipynb #667d4514
 import ctypes, functools, hashlib, json, os, queue, random, re, secrets, subprocess, sys, threading
@@ -236,6 +236,13 @@ def _few_heaps():
     for what,value in ((-8, 2), (-3, 1<<17), (-1, 1<<17)):                       # M_ARENA_MAX, M_MMAP_THRESHOLD, M_TRIM_THRESHOLD
         libc.mallopt(what, value)
 
+# %% ../../nbs/41_serve.engine.ipynb #0ae7a53b
+def model_name(
+    model:str|Path, # a file, a folder, or a hub id
+)->str:
+    "What a model is called: the last part of its path, dots and all."
+    return Path(model).resolve().name.removesuffix('.gguf') or 'slm'
+
 # %% ../../nbs/41_serve.engine.ipynb #0ae7a53c
 class GGUFEngine:
     "llama.cpp in this process, on a .gguf file; PyTorch is not needed."
@@ -348,12 +355,6 @@ def close(self:GGUFEngine):
     self.server = None
 
 # %% ../../nbs/41_serve.engine.ipynb #9ba9fe85
-def model_name(
-    model:str|Path, # a file, a folder, or a hub id
-)->str:
-    "What a model is called: the last part of its path, dots and all."
-    return Path(model).resolve().name.removesuffix('.gguf') or 'slm'
-
 def gguf_of(
     model:str|Path, # a .gguf file, a folder with one, or anything that `slm export` can read
 )->Path: # a .gguf file
