@@ -592,7 +592,7 @@ def serve(
     hosts = api.check_bind(host, tokens, no_token, tuple(host_name or ()))
     settings = api.Settings(tokens, hosts, api.origins(origin or ()), queue, timeout, max_tokens, cache=cache, preferences=preferences,
                             output_filter=api.load_filter(filter) if filter else None, threshold=threshold)
-    embed = {api.model_name(embeddings): api.gguf_embed(embeddings, threads=threads)} if embeddings else None
+    embed = {model_name(embeddings): api.gguf_embed(embeddings, threads=threads)} if embeddings else None
     e = api.open_engine(model, engine, slots, context, threads, int8, own_thread=False, compiled=compiled)
     api.serve(api.create_app({e.model: e}, settings, embed), host, port)
     e.close()

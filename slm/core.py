@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['SCHEMA', 'STATUSES', 'SLMError', 'atomic_file', 'recover', 'atomic_dir', 'write_json', 'read_json', 'file_hash',
            'file_hashes', 'check_hashes', 'set_seed', 'rng_state', 'set_rng_state', 'get_device', 'hardware',
-           'matmul_flops', 'best_dtype', 'Metric', 'bootstrap_ratio', 'versions', 'git_commit', 'portable', 'RunDir',
-           'list_runs', 'Span', 'Options', 'progress', 'slm_home', 'free_disk']
+           'matmul_flops', 'best_dtype', 'Metric', 'bootstrap_ratio', 'versions', 'git_commit', 'portable',
+           'model_name', 'RunDir', 'list_runs', 'Span', 'Options', 'progress', 'slm_home', 'free_disk']
 
 # %% ../nbs/00_core.ipynb #c6c23763
 import contextlib, ctypes, datetime, functools, hashlib, json, math, numbers, os, platform, random, re, shutil, subprocess, sys
@@ -320,6 +320,12 @@ def portable(
     if arg.startswith('-'): opt,eq,val = arg.partition('='); return opt+eq+portable(val)
     if re.search('://[^/]', arg): return re.sub(r'(?<=://)[^/?#]*@|[?#].*', '', arg)
     return ':'.join(Path(a).name if os.path.isabs(a) else a for a in arg.split(':', 1))
+
+def model_name(
+    model:str|Path, # a run directory, a folder or hub id, or a .gguf file
+)->str: # 'my-v0.3' of 'runs/my-v0.3': a dot in a name is no suffix
+    "What a model is called: the last part of its path, dots and all."
+    return Path(os.path.abspath(model)).name.removesuffix('.gguf') or 'slm'
 
 # %% ../nbs/00_core.ipynb #390f0842
 def _now(): return datetime.datetime.now(datetime.timezone.utc).isoformat(timespec='seconds')

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['REPEATS', 'DEPTH', 'LOST', 'Request', 'TokenLogprob', 'Piece', 'Engine', 'pieces', 'answer_all', 'RequestError',
            'too_long', 'check_request', 'bounded_schema', 'grammar_of', 'prove', 'Follower', 'GGUFEngine',
-           'usable_cpus', 'model_name', 'gguf_of', 'open_engine']
+           'usable_cpus', 'gguf_of', 'open_engine']
 
 # %% ../../nbs/41_serve.engine.ipynb #667d4514
 import ctypes, functools, hashlib, json, os, queue, random, re, secrets, subprocess, sys, threading
@@ -348,12 +348,6 @@ def close(self:GGUFEngine):
     self.server = None
 
 # %% ../../nbs/41_serve.engine.ipynb #9ba9fe85
-def model_name(
-    model:str|Path, # a file, a folder, or a hub id
-)->str:
-    "What a model is called: the last part of its path, dots and all."
-    return Path(os.path.abspath(model)).name.removesuffix('.gguf') or 'slm'
-
 def gguf_of(
     model:str|Path, # a .gguf file, a folder with one, or anything that `slm export` can read
 )->Path: # a .gguf file

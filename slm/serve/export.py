@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['KINDS', 'NARROW', 'PLAIN', 'ROLES', 'CHATS', 'LOGITS', 'WEIGHTS', 'PERPLEXITY', 'HUB_ERRORS', 'gguf_arch',
            'gguf_context', 'pre_tokenizer', 'plain_template', 'blocks', 'tensor_kind', 'export_gguf', 'LlamaCpp',
-           'torch_logprobs', 'model_name', 'lineage', 'model_card', 'export_hf', 'chat_parts', 'join_chat', 'modelfile',
+           'torch_logprobs', 'lineage', 'model_card', 'export_hf', 'chat_parts', 'join_chat', 'modelfile',
            'nasty_texts', 'Check', 'Material', 'material', 'check_hf', 'check_weights', 'check_gguf', 'check_export',
            'PartlyExported', 'export', 'push_ready', 'push_folder']
 
@@ -263,12 +263,6 @@ def torch_logprobs(model:GPT, ids:list[int])->torch.Tensor: # (t,v) nats
     return model(torch.tensor([ids], device=next(model.parameters()).device))[0].float().log_softmax(-1)
 
 # %% ../../nbs/40_serve.export.ipynb #e9d45037
-def model_name(
-    model:str|Path, # a run directory, a folder or hub id, or a .gguf file
-)->str: # 'my-v0.3' of 'runs/my-v0.3': a dot in a name is no suffix
-    "What a model is called."
-    return Path(model).resolve().name.removesuffix('.gguf')
-
 def lineage(
     run:str|Path, # a run directory, or any other model
 )->list[dict]: # contents of run.json with its 'name', this one first; empty if it is not a run
