@@ -414,6 +414,7 @@ def _join(parts, between=''):
     if n > _SIZE: raise ValueError('a value is too large')
     return between.join(parts)
 
+# %% ../../nbs/03_data.tokenizer.ipynb #f5dcfd94
 def _allowed(f, others=()):
     "What a template may call, and how: methods of texts and lists by name, macros, and `others`"
     owner, name = getattr(f, '__self__', None), getattr(f, '__name__', type(f).__name__)

@@ -209,7 +209,8 @@ def _weight_files(folder):
                                    "convert it with transformers (from_pretrained, then save_pretrained)")
         raise SLMError(f"'{folder}' has no model.safetensors: it is not a model folder, or is incomplete")
     named = read_settings(index).get('weight_map')
-    if not isinstance(named, dict) or not all(isinstance(f, str) and f.endswith('.safetensors') and Path(f).name == f for f in named.values()):
+    beside = lambda f: isinstance(f, str) and f.endswith('.safetensors') and Path(f).name == f
+    if not isinstance(named, dict) or not all(map(beside, named.values())):
         raise SLMError(f"'{index}': its weight_map does not name .safetensors files beside it: fetch it again")
     files = [folder/f for f in sorted(set(named.values()))]
     if lost := [f.name for f in files if not f.is_file()]:
@@ -309,7 +310,7 @@ def save_pretrained(self:GPT,
     folder:str|Path, # folder to write into; made if need be, other files in it are left alone
     tok:Tokenizer|None=None, # saved along as tokenizer.json, if given
 ):
-    "Write config.json and model.safetensors (with `tok` also generation_config.json) so that `GPT.from_pretrained` and transformers' `AutoModelForCausalLM` open the folder."
+    "Write config.json and model.safetensors, with `tok` also generation_config.json: `GPT.from_pretrained` and transformers open them."
     folder, d = Path(folder), self.cfg.to_hf()
     sd = self.state_dict()
     if d['model_type'] == 'gpt2': sd = to_gpt2(sd)

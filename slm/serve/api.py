@@ -194,7 +194,8 @@ class ChatForm:
         return dict(content=[one(l.token, l.logprob) | dict(top_logprobs=[one(b, lp) for _,b,lp in l.top]) for l in ls], refusal=None)
     asked = 'messages'
     def calls(self, p):
-        return [dict(index=k, id=uuid.uuid4().hex[:9], type='function', function=dict(name=n, arguments=a)) for k,(n,a) in enumerate(p.calls)]
+        one = lambda k, n, a: dict(index=k, id=uuid.uuid4().hex[:9], type='function', function=dict(name=n, arguments=a))
+        return [one(k, n, a) for k,(n,a) in enumerate(p.calls)]
     def whole(self, p):
         calls = [{k:v for k,v in c.items() if k != 'index'} for c in self.calls(p)]
         if calls: return dict(message=dict(role='assistant', content=p.text or None, refusal=None, tool_calls=calls))

@@ -587,7 +587,8 @@ def export(
         for k,p in files.items(): export_hf(model, tok, p, name, runs) if k == 'hf' else export_gguf(model, tok, p, k, name)
         checks = check_export(model, tok, files, m); bad = _fell(checks, files)
         good = [k for k in kinds if k not in bad]
-        if not good: raise SLMError(f"the export of '{run}' was examined and is wrong ({_why(checks)}): nothing was written{_instead(checks)}")
+        if not good:
+            raise SLMError(f"the export of '{run}' was examined and is wrong ({_why(checks)}): nothing was written{_instead(checks)}")
         _settle(tmp, files, good)
         if any(c.name == 'Modelfile chat' and c.passed for c in checks) and (ggufs := [k for k in good if k != 'hf']):
             with atomic_file(tmp/'Modelfile') as f: f.write(modelfile(tok, files[ggufs[0]].name, min(model.cfg.max_seq_len, 8192)))

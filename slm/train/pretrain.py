@@ -331,6 +331,7 @@ def resume(
         config['lr'] = run.info['config']['lr'] = lr
     return STAGES[stage](run, config, cbs, cks[-1])
 
+# %% ../../nbs/22_train.pretrain.ipynb #3b557d8c
 CODE = {} # stage -> its options that may name code
 
 def _place(run, config, given):
