@@ -451,8 +451,8 @@ class Options:
     "What is common to the options of all stages: each value is checked when an object is made."
     allowed = dict( # name -> a `Span` or a collection of names; what is None is chosen later
         seed=Span(0, 2**63-1), steps=Span(0, ends='(]'), minutes=Span(0, 1e7, '(]'), epochs=Span(0, 1e6, '(]'),
-        lr=Span(0, 1, '()'), wd=Span(0), warmup=Span(0), cooldown=Span(0, 1), clip=Span(0, ends='(]'), evals=Span(0), samples=Span(0), save_minutes=Span(0),
-        seq_len=Span(8),
+        lr=Span(0, 1, '()'), wd=Span(0), warmup=Span(0), cooldown=Span(0, 1), clip=Span(0, ends='(]'),
+        evals=Span(0), samples=Span(0), save_minutes=Span(0), seq_len=Span(8),
         bs=Span(1), micro_batch=Span(1), max_rows=Span(1), dtype=('auto', 'float32', 'bfloat16'))
     def __post_init__(self):
         kinds = typing.get_type_hints(type(self))

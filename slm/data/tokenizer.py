@@ -435,7 +435,8 @@ def _binary(op, a, b):
     if op == '%' and n[0] is not None:
         if re.search(r'%[^a-zA-Z%]*(\d{4}|\*)', a): raise ValueError('a value is too large')
         return _pay(a % _weigh(b))
-    if op == '**' and not (isinstance(a, (int, float)) and isinstance(b, (int, float)) and abs(b) <= 64): raise ValueError('a number is too large')
+    numbers = all(isinstance(x, (int, float)) for x in (a, b))
+    if op == '**' and not (numbers and abs(b) <= 64): raise ValueError('a number is too large')
     for x in (a, b): _pay(x)
     return _weigh({'+': lambda: a+b, '*': lambda: a*b, '%': lambda: a % b, '**': lambda: a**b}[op]())
 
@@ -501,8 +502,8 @@ def _environment():
             _PURSE.get().pay(rounds=1); return super().call(context, _allowed(obj, self.globals.values()), *args, **kw)
     env = Environment(trim_blocks=True, lstrip_blocks=True, optimized=False, extensions=[Generation, jinja2.ext.loopcontrols])
     paid = lambda f: functools.wraps(f)(lambda *args, **kw: f(*[_pay(a, 4) for a in args], **kw))
-    env.filters = {k: paid(env.filters[k]) for k in _FILTERS} | dict(tojson=_tojson, indent=_indent, replace=_replace, _each=_each, _out=_out,
-        _weigh=_weigh, string=lambda x: str(_weigh(x)), sum=lambda xs, start=0: sum(map(float, xs), start),
+    env.filters = {k: paid(env.filters[k]) for k in _FILTERS} | dict(
+        tojson=_tojson, indent=_indent, replace=_replace, _each=_each, _out=_out, _weigh=_weigh, string=lambda x: str(_weigh(x)), sum=lambda xs, start=0: sum(map(float, xs), start),
         join=lambda xs, d='', attribute=None: _join([x[attribute] for x in xs] if attribute else xs, d))
     env.globals = _GLOBALS | dict(namespace=jinja2.utils.Namespace)
     return env
@@ -628,7 +629,8 @@ def _told(
 )->dict: # as for `Tokenizer`
     "What the files say about the ends of a text."
     files = [read_settings(folder/f) for f in ('generation_config.json', 'config.json', 'special_tokens_map.json', 'tokenizer_config.json')]
-    named = {k: v.get('content') if isinstance(v, dict) else v for f in files[2:] for k,v in f.items() if k[4:] == 'token' or k[3:] == '_token'}
+    tokens = {k: v for f in files[2:] for k,v in f.items() if k[4:] == 'token' or k[3:] == '_token'}
+    named = {k: v.get('content') if isinstance(v, dict) else v for k,v in tokens.items()}
     named = {k: v for k,v in named.items() if isinstance(v, str) and tok.token_to_id(v) is not None}
     tok.add_special_tokens([v for v in named.values() if tok.token_to_id(v) not in tok.get_added_tokens_decoder()])
     known, res = tok.get_added_tokens_decoder(), {}
@@ -728,8 +730,8 @@ def _gguf_tensors_fit(h, n, align):
         ends.append(at+math.prod(shape)//per*size)
     if ends and -(-h.at//align)*align+max(ends) > len(h.data): raise ValueError('it ends too early')
 
-_GGUF_LIMITS = dict(block_count=1000, embedding_length=1<<17, feed_forward_length=1<<20, head_count=1<<12, head_count_kv=1<<12, key_length=1<<13,
-                    context_length=1<<30, rope_dimension_count=1<<13)
+_GGUF_LIMITS = dict(block_count=1000, embedding_length=1<<17, feed_forward_length=1<<20, head_count=1<<12, head_count_kv=1<<12,
+                    key_length=1<<13, context_length=1<<30, rope_dimension_count=1<<13)
 
 def check_gguf(
     path:str|Path, # a .gguf file
@@ -769,7 +771,8 @@ def _gguf_facts_fit(facts):
     for k,kind in dict(tokens=str, merges=str, token_type=int, scores=float).items():
         v = facts.get(f'tokenizer.ggml.{k}')
         if v is None: continue
-        if not isinstance(v, list) or not all(isinstance(x, kind) for x in v): raise ValueError(f'tokenizer.ggml.{k} is no list of {kind.__name__}')
+        if not isinstance(v, list) or not all(isinstance(x, kind) for x in v):
+            raise ValueError(f'tokenizer.ggml.{k} is no list of {kind.__name__}')
         if k in ('token_type', 'scores') and len(v) != len(words or ()): raise ValueError(f'tokenizer.ggml.{k} has {len(v)} values')
 
 def _told_by_gguf(facts, names, added):
@@ -806,6 +809,7 @@ def from_gguf(cls:Tokenizer,
         tok.add_tokens([AddedToken(n, special=False, normalized=False) for n,t in zip(names, types) if t == USER])
         told = _told_by_gguf(facts, names, tok.get_added_tokens_decoder())
         if 'bos' in told and get('ggml.add_bos_token', pre=='llama-bpe'):
-            bos = names[told['bos']]; tok.post_processor = processors.TemplateProcessing(single=f'{bos} $A', special_tokens=[(bos, told['bos'])])
+            bos = names[told['bos']]
+            tok.post_processor = processors.TemplateProcessing(single=f'{bos} $A', special_tokens=[(bos, told['bos'])])
         return cls(tok, get('chat_template'), told)
     return _guarded(build, path)

@@ -896,7 +896,8 @@ def identity(src)->dict: # what decides the stories of a corpus `world[:DIAL]`
 
 def read_world(src)->Iterator[tuple[str,str]]: # split, story
     "The stories of a corpus `world[:DIAL]`: validation first, then training without end."
-    w, left = World(float(src.arg or 0)), (src.max_bytes or 1<<40)//10 # of a small corpus a tenth is for validation
+    w, limit = World(float(src.arg or 0)), src.max_bytes or 20_000_000
+    left = limit//10 if limit < 3_000_000 else limit # of a small corpus a tenth is for validation
     for s in w.stories(VALID_SEED, 2000):
         left -= len(s.text.encode())
         if left < 0: break

@@ -89,9 +89,11 @@ def check(self:GPTConfig):
         raise SLMError(f'n_head={self.n_head} is not a multiple of n_kv_head={self.n_kv_head}: change one of them')
     if self.pos == 'rope':
         if self.head_dim % 2: raise SLMError(f'head_dim={self.head_dim} is odd: rotary positions turn pairs, choose an even one')
-        try: inv, scale = rope_inv_freq(self.head_dim, self.rope_theta, self.rope_scaling), yarn_scale(self.rope_scaling)
-        except (TypeError, ValueError, ArithmeticError, AttributeError): inv, scale = torch.tensor(math.nan), 1.
-        if not (torch.isfinite(inv) & (inv > 0)).all() or not 0 < scale < math.inf:
+        try:
+            with torch.device('cpu'): inv = rope_inv_freq(self.head_dim, self.rope_theta, self.rope_scaling)
+            scale = yarn_scale(self.rope_scaling)
+        except (TypeError, ValueError, ArithmeticError, AttributeError): inv, scale = None, 1.
+        if inv is None or not (torch.isfinite(inv) & (inv > 0)).all() or not 0 < scale < math.inf:
             raise SLMError(f'rope_scaling={repr(self.rope_scaling)[:100]} with rope_theta={self.rope_theta} gives no speeds of rotation')
     if self.pos == 'sinusoidal' and self.d_model % 2:
         raise SLMError(f'd_model={self.d_model} is odd: sinusoids come in pairs, choose an even one')
