@@ -203,6 +203,182 @@ def _turn_marks(self:Tokenizer):
     except SLMError: text = ''
     return {s: i for s,i in plain.items() if i in told or s in text}
 
+# %% ../../nbs/03_data.tokenizer.ipynb #477d53ce
+class _Purse:
+    "What one rendering may use: rounds of loops and calls, characters, seconds of this thread"
+    def __init__(self, chars, rounds=200_000, seconds=20.): self.chars,self.rounds,self.until = chars,rounds,time.thread_time()+seconds
+    def pay(self, rounds=0, chars=0):
+        self.rounds -= rounds; self.chars -= chars
+        if self.rounds < 0 or self.chars < 0 or time.thread_time() > self.until: raise ValueError('it loops or writes without end')
+
+_PURSE = contextvars.ContextVar('purse')
+_SIZE = 4_000_000 # characters of one value
+
+def _weigh(x, most=100_000):
+    "`x`, if what it holds, written out, is not too much"
+    todo, items, chars = [x], 0, 0
+    while todo:
+        o = todo.pop(); items += 1
+        if isinstance(o, str): chars += len(o)
+        elif isinstance(o, dict): todo += [*o, *o.values()]
+        elif isinstance(o, (list, tuple)): todo += o
+        elif isinstance(o, int) and abs(o) >= 2**63: raise ValueError('a number is too large')
+        elif type(o).__name__ == 'Namespace': todo += object.__getattribute__(o, '_Namespace__attrs').values()
+        if items+len(todo) > most or chars > _SIZE: raise ValueError('a value is too large')
+    return x
+
+# %% ../../nbs/03_data.tokenizer.ipynb #2b9e40f7
+_FILTERS = ('abs capitalize count d default dictsort e escape first float groupby int items last length list lower map max min reject '
+            'rejectattr reverse round safe select selectattr sort string title trim unique upper').split()
+_METHODS = {str: 'capitalize count endswith find index isalnum isalpha isdecimal isdigit isidentifier islower isnumeric isspace istitle '
+                 'isupper join lower lstrip partition removeprefix removesuffix replace rfind rindex rpartition rsplit rstrip split '
+                 'splitlines startswith strip swapcase title upper',
+            list: 'count index', tuple: 'count index', dict: 'get items keys values'}
+
+def _pay(x, times=1):
+    "Pay for a copy of a text or list; what is neither becomes a list first, where it can be walked through"
+    if hasattr(x, '__next__'): x = list(_each(x))
+    if isinstance(x, (str, list, tuple, dict, range)): _PURSE.get().pay(chars=times*len(x))
+    return x
+
+def _replace(s, old, new, count=-1):
+    "`str.replace` that looks first how long the result will be"
+    _PURSE.get().pay(chars=len(s)+(n := s.count(old) if count < 0 else min(count, s.count(old)))*len(new))
+    if len(s)+n*len(new) > _SIZE: raise ValueError('a value is too large')
+    return s.replace(old, new, count)
+
+def _join(parts, between=''):
+    "`str.join`, likewise"
+    parts, between = [str(_weigh(p)) for p in _each(parts)], str(between)
+    _PURSE.get().pay(chars=(n := sum(map(len, parts))+len(parts)*len(between)))
+    if n > _SIZE: raise ValueError('a value is too large')
+    return between.join(parts)
+
+# %% ../../nbs/03_data.tokenizer.ipynb #f5dcfd94
+def _allowed(f, others=()):
+    "What a template may call, and how: methods of texts and lists by name, macros, and `others`"
+    owner, name = getattr(f, '__self__', None), getattr(f, '__name__', type(f).__name__)
+    if type(owner).__name__ == 'LoopContext' and name in ('cycle', 'changed'): return f
+    if type(owner) in _METHODS and name in _METHODS[type(owner)].split():
+        if name == 'replace': return functools.partial(_replace, owner)
+        if name == 'join': return functools.partial(_join, between=owner)
+        _pay(owner, 4); return f
+    if type(f).__module__ in ('jinja2.runtime', 'jinja2.utils') or any(f is o for o in others): return f
+    raise ValueError(f"it calls '{name}', which no conversation needs")
+
+def _binary(op, a, b):
+    "The operators that could make a value large"
+    n = [len(x) if isinstance(x, (str, list, tuple)) else None for x in (a, b)]
+    if op == '*' and n != [None, None]:
+        if (n[0] or 1)*(n[1] or 1)*max(o if isinstance(o, int) else 1 for o in (a, b)) > 100_000: raise ValueError('a value is too large')
+        return _pay(a*b)
+    if op == '%' and n[0] is not None:
+        if re.search(r'%[^a-zA-Z%]*(\d{4}|\*)', a): raise ValueError('a value is too large')
+        return _pay(a % _weigh(b))
+    numbers = all(isinstance(x, (int, float)) for x in (a, b))
+    if op == '**' and not (numbers and abs(b) <= 64): raise ValueError('a number is too large')
+    for x in (a, b): _pay(x)
+    return _weigh({'+': lambda: a+b, '*': lambda: a*b, '%': lambda: a % b, '**': lambda: a**b}[op]())
+
+# %% ../../nbs/03_data.tokenizer.ipynb #93ad5e18
+def _raise(msg): raise SLMError(f'chat template: {msg}')
+
+def _now(f):
+    import datetime
+    return datetime.datetime.now().strftime(f[:100])
+
+def _range(*args):
+    if len(r := range(*args)) > 100_000: raise ValueError('a range is too long')
+    return r
+
+_GLOBALS = dict(raise_exception=_raise, strftime_now=_now, range=_range, dict=dict)
+
+def _tojson(x, **kw):
+    if not isinstance(kw.get('indent', 0), int) or not 0 <= kw.get('indent', 0) <= 16: raise ValueError('an indentation is too wide')
+    return json.dumps(_weigh(x), ensure_ascii=False, **kw)
+
+def _indent(s, width=4, first=False, blank=False):
+    pad = width if isinstance(width, str) else ' '*min(width, 64)
+    lines = str(s).splitlines()
+    return _weigh(('\n'+pad).join(lines) if blank else '\n'.join(l if not l or not i and not first else pad+l for i,l in enumerate(lines)))
+
+def _each(seq):
+    for x in seq: _PURSE.get().pay(rounds=1); yield x
+
+def _out(x):
+    "What is written, paid for"
+    s = str(_weigh(x)); _PURSE.get().pay(rounds=1, chars=len(s)); return s
+
+# %% ../../nbs/03_data.tokenizer.ipynb #d6184bc1
+def _generation():
+    "The tag of transformers that says which part of a conversation the model wrote"
+    import jinja2.ext
+    from jinja2 import nodes
+    class Generation(jinja2.ext.Extension):
+        tags = {'generation'}
+        def parse(self, parser):
+            line = next(parser.stream).lineno
+            body = parser.parse_statements(['name:endgeneration'], drop_needle=True)
+            edge = lambda i: nodes.Output([nodes.Getitem(nodes.Name('_edges', 'load'), nodes.Const(i), 'load')], lineno=line)
+            return [edge(0), *body, edge(1)]
+    return Generation
+
+# %% ../../nbs/03_data.tokenizer.ipynb #d6184bc2
+@functools.lru_cache
+def _environment():
+    "Jinja with `generation` blocks, as transformers has them, and with fences"
+    import jinja2.ext, jinja2.sandbox, jinja2.utils
+    from jinja2 import nodes, visitor
+    call = lambda name, node: nodes.Filter(node, name, [], [], None, None, lineno=node.lineno)
+    class Fences(visitor.NodeTransformer):
+        def visit_For(self, n):
+            self.generic_visit(n); n.iter = call('_each', n.iter)
+            if n.recursive: raise jinja2.TemplateSyntaxError('recursive loops are not run', n.lineno)
+            return n
+        def visit_Output(self, n): self.generic_visit(n); n.nodes = [call('_out', o) for o in n.nodes]; return n
+        def visit_TemplateData(self, n): return nodes.Const(n.data, lineno=n.lineno)
+        def visit_Concat(self, n): self.generic_visit(n); return call('join', nodes.List(n.nodes, lineno=n.lineno))
+        def weighed(self, n): self.generic_visit(n); return call('_weigh', n) if getattr(n, 'ctx', 'load') == 'load' else n
+        visit_List = visit_Dict = visit_Tuple = weighed
+    Generation = _generation()
+    class Environment(jinja2.sandbox.ImmutableSandboxedEnvironment):
+        intercepted_binops = frozenset('+ * % **'.split())
+        def _parse(self, source, name, filename): return Fences().visit(super()._parse(source, name, filename))
+        def call_binop(self, context, operator, left, right): return _binary(operator, left, right)
+        def getitem(self, obj, key): return super().getitem(_pay(obj) if isinstance(key, slice) else obj, key)
+        def call(self, context, obj, *args, **kw):
+            _PURSE.get().pay(rounds=1); return super().call(context, _allowed(obj, self.globals.values()), *args, **kw)
+    env = Environment(trim_blocks=True, lstrip_blocks=True, optimized=False, extensions=[Generation, jinja2.ext.loopcontrols])
+    paid = lambda f: functools.wraps(f)(lambda *args, **kw: f(*[_pay(a, 4) for a in args], **kw))
+    env.filters = {k: paid(env.filters[k]) for k in _FILTERS} | dict(
+        tojson=_tojson, indent=_indent, replace=_replace, _each=_each, _out=_out, _weigh=_weigh,
+        string=lambda x: str(_weigh(x)), sum=lambda xs, start=0: sum(map(float, xs), start),
+        join=lambda xs, d='', attribute=None: _join([x[attribute] for x in xs] if attribute else xs, d))
+    env.globals = _GLOBALS | dict(namespace=jinja2.utils.Namespace)
+    return env
+
+# %% ../../nbs/03_data.tokenizer.ipynb #d6184bc3
+@functools.lru_cache(maxsize=8)
+def _compile(template):
+    if len(template) > 200_000: raise SLMError(f'chat template: it has {len(template):,} characters, which no conversation needs')
+    try: return _environment().from_string(template)
+    except Exception as e: raise SLMError(f'chat template is broken: {" ".join(str(e).split())[:200]}') from None
+
+# %% ../../nbs/03_data.tokenizer.ipynb #4f7c9a60
+@patch
+def render_chat(self:Tokenizer,
+    messages:list[dict], # each with 'role' and 'content'
+    add_generation_prompt:bool=False, # end with the mark that makes the assistant speak?
+    edges:tuple[str,str]=('', ''), # written before and after what a `generation` block holds
+)->str: # what transformers' `apply_chat_template(…, tokenize=False)` gives
+    "The conversation as one text with the special tokens spelled out; raises `SLMError` on what the template refuses."
+    template, said = _compile(self.chat_template), sum(len(str(m.get('content'))) for m in messages)
+    _PURSE.set(_Purse(64_000_000+64*said))
+    try: return template.render(messages=messages, add_generation_prompt=add_generation_prompt, tools=None, _edges=edges, **self.names)
+    except SLMError: raise
+    except Exception as e:
+        raise SLMError(f'chat template: {" ".join((str(e) or type(e).__name__).split())[:200]}') from None
+
 # %% ../../nbs/03_data.tokenizer.ipynb #1b60c7e3
 @patch
 def _after_answer(self:Tokenizer):
@@ -362,172 +538,6 @@ def char_tokenizer(
     tok.decoder = decoders.Sequence([decoders.ByteFallback(), decoders.Fuse()])
     tok.add_special_tokens(list(SPECIALS))
     return Tokenizer(tok)
-
-# %% ../../nbs/03_data.tokenizer.ipynb #477d53ce
-class _Purse:
-    "What one rendering may use: rounds of loops and calls, characters, seconds of this thread"
-    def __init__(self, chars, rounds=200_000, seconds=20.): self.chars,self.rounds,self.until = chars,rounds,time.thread_time()+seconds
-    def pay(self, rounds=0, chars=0):
-        self.rounds -= rounds; self.chars -= chars
-        if self.rounds < 0 or self.chars < 0 or time.thread_time() > self.until: raise ValueError('it loops or writes without end')
-
-_PURSE = contextvars.ContextVar('purse')
-_SIZE = 4_000_000 # characters of one value
-
-def _weigh(x, most=100_000):
-    "`x`, if what it holds, written out, is not too much"
-    todo, items, chars = [x], 0, 0
-    while todo:
-        o = todo.pop(); items += 1
-        if isinstance(o, str): chars += len(o)
-        elif isinstance(o, dict): todo += [*o, *o.values()]
-        elif isinstance(o, (list, tuple)): todo += o
-        elif isinstance(o, int) and abs(o) >= 2**63: raise ValueError('a number is too large')
-        elif type(o).__name__ == 'Namespace': todo += object.__getattribute__(o, '_Namespace__attrs').values()
-        if items+len(todo) > most or chars > _SIZE: raise ValueError('a value is too large')
-    return x
-
-# %% ../../nbs/03_data.tokenizer.ipynb #2b9e40f7
-_FILTERS = ('abs capitalize count d default dictsort e escape first float groupby int items last length list lower map max min reject '
-            'rejectattr reverse round safe select selectattr sort string title trim unique upper').split()
-_METHODS = {str: 'capitalize count endswith find index isalnum isalpha isdecimal isdigit isidentifier islower isnumeric isspace istitle '
-                 'isupper join lower lstrip partition removeprefix removesuffix replace rfind rindex rpartition rsplit rstrip split '
-                 'splitlines startswith strip swapcase title upper',
-            list: 'count index', tuple: 'count index', dict: 'get items keys values'}
-
-def _pay(x, times=1):
-    "Pay for a copy of a text or list; what is neither becomes a list first, where it can be walked through"
-    if hasattr(x, '__next__'): x = list(_each(x))
-    if isinstance(x, (str, list, tuple, dict, range)): _PURSE.get().pay(chars=times*len(x))
-    return x
-
-def _replace(s, old, new, count=-1):
-    "`str.replace` that looks first how long the result will be"
-    _PURSE.get().pay(chars=len(s)+(n := s.count(old) if count < 0 else min(count, s.count(old)))*len(new))
-    if len(s)+n*len(new) > _SIZE: raise ValueError('a value is too large')
-    return s.replace(old, new, count)
-
-def _join(parts, between=''):
-    "`str.join`, likewise"
-    parts, between = [str(_weigh(p)) for p in _each(parts)], str(between)
-    _PURSE.get().pay(chars=(n := sum(map(len, parts))+len(parts)*len(between)))
-    if n > _SIZE: raise ValueError('a value is too large')
-    return between.join(parts)
-
-# %% ../../nbs/03_data.tokenizer.ipynb #f5dcfd94
-def _allowed(f, others=()):
-    "What a template may call, and how: methods of texts and lists by name, macros, and `others`"
-    owner, name = getattr(f, '__self__', None), getattr(f, '__name__', type(f).__name__)
-    if type(owner).__name__ == 'LoopContext' and name in ('cycle', 'changed'): return f
-    if type(owner) in _METHODS and name in _METHODS[type(owner)].split():
-        if name == 'replace': return functools.partial(_replace, owner)
-        if name == 'join': return functools.partial(_join, between=owner)
-        _pay(owner, 4); return f
-    if type(f).__module__ in ('jinja2.runtime', 'jinja2.utils') or any(f is o for o in others): return f
-    raise ValueError(f"it calls '{name}', which no conversation needs")
-
-def _binary(op, a, b):
-    "The operators that could make a value large"
-    n = [len(x) if isinstance(x, (str, list, tuple)) else None for x in (a, b)]
-    if op == '*' and n != [None, None]:
-        if (n[0] or 1)*(n[1] or 1)*max(o if isinstance(o, int) else 1 for o in (a, b)) > 100_000: raise ValueError('a value is too large')
-        return _pay(a*b)
-    if op == '%' and n[0] is not None:
-        if re.search(r'%[^a-zA-Z%]*(\d{4}|\*)', a): raise ValueError('a value is too large')
-        return _pay(a % _weigh(b))
-    numbers = all(isinstance(x, (int, float)) for x in (a, b))
-    if op == '**' and not (numbers and abs(b) <= 64): raise ValueError('a number is too large')
-    for x in (a, b): _pay(x)
-    return _weigh({'+': lambda: a+b, '*': lambda: a*b, '%': lambda: a % b, '**': lambda: a**b}[op]())
-
-# %% ../../nbs/03_data.tokenizer.ipynb #93ad5e18
-def _raise(msg): raise SLMError(f'chat template: {msg}')
-
-def _now(f):
-    import datetime
-    return datetime.datetime.now().strftime(f[:100])
-
-def _range(*args):
-    if len(r := range(*args)) > 100_000: raise ValueError('a range is too long')
-    return r
-
-_GLOBALS = dict(raise_exception=_raise, strftime_now=_now, range=_range, dict=dict)
-
-def _tojson(x, **kw):
-    if not isinstance(kw.get('indent', 0), int) or not 0 <= kw.get('indent', 0) <= 16: raise ValueError('an indentation is too wide')
-    return json.dumps(_weigh(x), ensure_ascii=False, **kw)
-
-def _indent(s, width=4, first=False, blank=False):
-    pad = width if isinstance(width, str) else ' '*min(width, 64)
-    lines = str(s).splitlines()
-    return _weigh(('\n'+pad).join(lines) if blank else '\n'.join(l if not l or not i and not first else pad+l for i,l in enumerate(lines)))
-
-def _each(seq):
-    for x in seq: _PURSE.get().pay(rounds=1); yield x
-
-def _out(x):
-    "What is written, paid for"
-    s = str(_weigh(x)); _PURSE.get().pay(rounds=1, chars=len(s)); return s
-
-# %% ../../nbs/03_data.tokenizer.ipynb #d6184bc2
-@functools.lru_cache
-def _environment():
-    "Jinja with `generation` blocks, as transformers has them, and with fences"
-    import jinja2.ext, jinja2.sandbox, jinja2.utils
-    from jinja2 import nodes, visitor
-    call = lambda name, node: nodes.Filter(node, name, [], [], None, None, lineno=node.lineno)
-    class Fences(visitor.NodeTransformer):
-        def visit_For(self, n):
-            self.generic_visit(n); n.iter = call('_each', n.iter)
-            if n.recursive: raise jinja2.TemplateSyntaxError('recursive loops are not run', n.lineno)
-            return n
-        def visit_Output(self, n): self.generic_visit(n); n.nodes = [call('_out', o) for o in n.nodes]; return n
-        def visit_TemplateData(self, n): return nodes.Const(n.data, lineno=n.lineno)
-        def visit_Concat(self, n): self.generic_visit(n); return call('join', nodes.List(n.nodes, lineno=n.lineno))
-        def weighed(self, n): self.generic_visit(n); return call('_weigh', n) if getattr(n, 'ctx', 'load') == 'load' else n
-        visit_List = visit_Dict = visit_Tuple = weighed
-    class Generation(jinja2.ext.Extension):
-        tags = {'generation'}
-        def parse(self, parser):
-            line = next(parser.stream).lineno
-            body = parser.parse_statements(['name:endgeneration'], drop_needle=True)
-            edge = lambda i: nodes.Output([nodes.Getitem(nodes.Name('_edges', 'load'), nodes.Const(i), 'load')], lineno=line)
-            return [edge(0), *body, edge(1)]
-    class Environment(jinja2.sandbox.ImmutableSandboxedEnvironment):
-        intercepted_binops = frozenset('+ * % **'.split())
-        def _parse(self, source, name, filename): return Fences().visit(super()._parse(source, name, filename))
-        def call_binop(self, context, operator, left, right): return _binary(operator, left, right)
-        def getitem(self, obj, key): return super().getitem(_pay(obj) if isinstance(key, slice) else obj, key)
-        def call(self, context, obj, *args, **kw):
-            _PURSE.get().pay(rounds=1); return super().call(context, _allowed(obj, self.globals.values()), *args, **kw)
-    env = Environment(trim_blocks=True, lstrip_blocks=True, optimized=False, extensions=[Generation, jinja2.ext.loopcontrols])
-    paid = lambda f: functools.wraps(f)(lambda *args, **kw: f(*[_pay(a, 4) for a in args], **kw))
-    env.filters = {k: paid(env.filters[k]) for k in _FILTERS} | dict(
-        tojson=_tojson, indent=_indent, replace=_replace, _each=_each, _out=_out, _weigh=_weigh, string=lambda x: str(_weigh(x)), sum=lambda xs, start=0: sum(map(float, xs), start),
-        join=lambda xs, d='', attribute=None: _join([x[attribute] for x in xs] if attribute else xs, d))
-    env.globals = _GLOBALS | dict(namespace=jinja2.utils.Namespace)
-    return env
-
-@functools.lru_cache(maxsize=8)
-def _compile(template):
-    if len(template) > 200_000: raise SLMError(f'chat template: it has {len(template):,} characters, which no conversation needs')
-    try: return _environment().from_string(template)
-    except Exception as e: raise SLMError(f'chat template is broken: {" ".join(str(e).split())[:200]}') from None
-
-# %% ../../nbs/03_data.tokenizer.ipynb #4f7c9a60
-@patch
-def render_chat(self:Tokenizer,
-    messages:list[dict], # each with 'role' and 'content'
-    add_generation_prompt:bool=False, # end with the mark that makes the assistant speak?
-    edges:tuple[str,str]=('', ''), # written before and after what a `generation` block holds
-)->str: # what transformers' `apply_chat_template(…, tokenize=False)` gives
-    "The conversation as one text with the special tokens spelled out; raises `SLMError` on what the template refuses."
-    template, said = _compile(self.chat_template), sum(len(str(m.get('content'))) for m in messages)
-    _PURSE.set(_Purse(64_000_000+64*said))
-    try: return template.render(messages=messages, add_generation_prompt=add_generation_prompt, tools=None, _edges=edges, **self.names)
-    except SLMError: raise
-    except Exception as e:
-        raise SLMError(f'chat template: {" ".join((str(e) or type(e).__name__).split())[:200]}') from None
 
 # %% ../../nbs/03_data.tokenizer.ipynb #a9b6f79b
 def _spans(render, messages):
