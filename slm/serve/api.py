@@ -646,7 +646,8 @@ class Protocol(H11Protocol):
         super().connection_made(transport)
         if len(self.connections) > self.most: return transport.abort()
         self.born = self.loop.time(); self._patience()
-        idle = [c for c in self.connections if c.timer and c.client and self.client and c.client[0] == self.client[0]]
+        same = [c for c in self.connections if c.client and self.client and c.client[0] == self.client[0]]
+        idle = [c for c in same if c.timer and not c.transport.is_closing()]
         if len(idle) > self.each: min(idle, key=lambda c: c.born).transport.abort()
     def data_received(self, data): super().data_received(data); self._patience()
     def on_response_complete(self): super().on_response_complete(); self._patience()

@@ -125,7 +125,7 @@ def _check_ours(self:PreferenceStore):
     there = {(r['type'], r['name']) for r in self.db.execute('SELECT type, name FROM sqlite_master WHERE sql IS NOT NULL')}
     ours = {(t.split()[1].lower(), re.split(r'[ (]', t)[2]) for t in TABLES}
     if not (there or version or app): return
-    if app not in (0, APPLICATION_ID) or not ours <= there or (version <= SCHEMA_VERSION and there != ours):
+    if app not in (0, APPLICATION_ID) or not ours <= there or any(k in ('view', 'trigger') for k,_ in there-ours):
         self.db.close(); raise SLMError(f"'{self.path}' is a database of something else: give the store another name")
     if version > SCHEMA_VERSION:
         self.db.close(); raise SLMError(f"'{self.path}' is of a newer version ({version}, here {SCHEMA_VERSION}): update slm")
