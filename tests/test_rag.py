@@ -57,7 +57,7 @@ def test_what_cannot_be_read_is_named(tmp_path):
     def fails(name, data, says):
         (tmp_path/name).write_bytes(data)
         with pytest.raises(SLMError, match=says): list(documents([tmp_path/name]))
-    fails('a.jsonl', b'{"id": 7, "text": "x"}\n[1]\n', "line 2 is not a JSON object"); fails('b.jsonl', b'{"a": "x", "b": "y"}', "no column 'text'")
+    fails('a.jsonl', b'{"id": 7, "text": "x"}\n[1]\n', "line 2: it is not a JSON object"); fails('b.jsonl', b'{"a": "x", "b": "y"}', "no column 'text'")
     fails('c.md', b'ab\xff', 'not valid UTF-8.*offset 2'); fails('d.txt', b'a\0b', 'binary file'); fails('e.ipynb', b'{}', 'not a Jupyter notebook')
     (tmp_path/'empty').mkdir()
     with pytest.raises(SLMError, match='holds no file'): list(documents([tmp_path/'empty']))
