@@ -169,7 +169,8 @@ def test_a_schema_in_any_place_is_held_to_or_refused(url):
 
 def test_context_length_in_the_words_that_clients_look_for(url):
     e = error(post(url, 'chat/completions', messages=[dict(role='user', content='word '*3000)]), 400, param='messages', code='context_length_exceeded', type='invalid_request_error')
-    assert 'maximum context length is 2048 tokens' in e['message']; error(post(url, prompt='word '*3000), 400, param='prompt', code='context_length_exceeded')
+    assert 'maximum context length is 2048 tokens' in e['message']
+    error(post(url, prompt='word '*3000), 400, param='prompt', code='context_length_exceeded')
 
 @pytest.mark.parametrize('says,param,body', [
     ('messages.0.content.0.text: Input should be a valid string', 'messages', dict(messages=[dict(role='user', content=[dict(type='text', text=5)])])),
@@ -179,7 +180,8 @@ def test_context_length_in_the_words_that_clients_look_for(url):
 def test_the_field_of_a_union_is_named(url, says, param, body): assert error(post(url, 'chat/completions', **body), 422, param=param)['message'].startswith(says)
 
 def test_broken_json_has_no_field(url):
-    e = error(httpx.post(f'{url}/v1/completions', content=b'{"model": }', headers={'Content-Type': 'application/json'}), 400, param=None, code='invalid_json'); assert 'character 10' in e['message']
+    e = error(httpx.post(f'{url}/v1/completions', content=b'{"model": }', headers={'Content-Type': 'application/json'}), 400, param=None, code='invalid_json')
+    assert 'character 10' in e['message']
 
 @pytest.mark.parametrize('path,body', [('chat/completions', dict(messages=[dict(role='user', content='nice \ud83d')])), ('completions', dict(prompt='\ud83d')), ('chat/completions', dict(messages=ASK, model='x\ud83d')),
     ('embeddings', dict(input='\ud83d')), ('preferences', dict(messages=ASK, responses=[dict(text='\ude00')], choice='up')), ('completions', dict(prompt='a', user={'\udfff': 1}))])
@@ -228,7 +230,9 @@ def test_bad_completions(url, status, param, body):
 def test_bad_chats(url):
     say = lambda **m: post(url, 'chat/completions', messages=[m])
     error(say(role='user', content=[dict(type='image_url', image_url=dict(url='x'))]), 400, param='messages', code='unsupported_content')
-    error(say(role='tool', content='x'), 400, param='messages'); error(say(role='robot', content='x'), 422, param='messages'); error(post(url, 'chat/completions', messages=[]), 422)
+    error(say(role='tool', content='x'), 400, param='messages')
+    error(say(role='robot', content='x'), 422, param='messages')
+    error(post(url, 'chat/completions', messages=[]), 422)
     error(post(url, 'chat/completions', messages=ASK, top_logprobs=2), 400, param='top_logprobs')
     assert say(role='developer', content='Be brief.').status_code == 200
 
@@ -287,11 +291,13 @@ def test_token_file(tmp_path):
 
 def test_body_is_bounded_whatever_it_claims(engine, monkeypatch):
     with running(engine, max_body=2000) as (app, url):
-        error(post(url, prompt='a'*3000), 413, code='request_too_large'); error(httpx.post(f'{url}/v1/completions', content=(b'x'*500 for _ in range(9)), headers={'Content-Type': 'application/json'}), 413)
+        error(post(url, prompt='a'*3000), 413, code='request_too_large')
+        error(httpx.post(f'{url}/v1/completions', content=(b'x'*500 for _ in range(9)), headers={'Content-Type': 'application/json'}), 413)
         assert post(url, prompt='a'*1500, max_tokens=1).status_code in (200, 400)
         monkeypatch.setattr(doors, 'BODY_SECONDS', .3)
         with socket.create_connection(('127.0.0.1', int(url.rsplit(':')[-1]))) as s:
-            s.sendall(b'POST /v1/completions HTTP/1.1\r\nHost: a\r\nContent-Type: application/json\r\nContent-Length: 100\r\n\r\nslow'); assert b'408' in s.recv(100)
+            s.sendall(b'POST /v1/completions HTTP/1.1\r\nHost: a\r\nContent-Type: application/json\r\nContent-Length: 100\r\n\r\nslow')
+            assert b'408' in s.recv(100)
         wait_for(lambda: app.state.gate.active == 0)
 
 def test_silence_and_crowds_are_cut_off(engine, monkeypatch):
@@ -400,10 +406,15 @@ def test_embeddings(engine, tiny):
         assert sum(x*x for x in b.data[0].embedding) == pytest.approx(1, abs=1e-4) and a.data[0].embedding != a.data[1].embedding
         assert [m.id for m in client.models.list()] == ['tiny', 'emb']
         assert len(client.embeddings.create(model='emb', input=['a']*2048).data) == 2048 and len(client.embeddings.create(model='emb', input='a '*600).data) == 1
-        ids = engine.tok.encode('The kite'); c = client.embeddings.create(model='emb', input=[ids, ids[:1]]); assert c.data[0].embedding == pytest.approx(b.data[0].embedding, abs=1e-5) and len(c.data) == 2
+        ids = engine.tok.encode('The kite'); c = client.embeddings.create(model='emb', input=[ids, ids[:1]])
+        assert c.data[0].embedding == pytest.approx(b.data[0].embedding, abs=1e-5) and len(c.data) == 2
         assert client.embeddings.create(model='emb', input=ids).data[0].embedding == pytest.approx(b.data[0].embedding, abs=1e-5)
-        error(post(url, 'embeddings', model='emb', input=[99999]), 400, param='input'); error(post(url, 'embeddings', model='emb', input=['a']*2049), 422, param='input'); error(post(url, 'embeddings', model='emb', input=''), 400, param='input')
-        error(post(url, 'embeddings', model='tiny', input='a'), 404); error(post(url, 'embeddings', model='emb', input='a '*3000), 400, param='input', code='context_length_exceeded'); error(post(url, 'embeddings', model='emb', input='a', dimensions=5), 400, param='dimensions')
+        error(post(url, 'embeddings', model='emb', input=[99999]), 400, param='input')
+        error(post(url, 'embeddings', model='emb', input=['a']*2049), 422, param='input')
+        error(post(url, 'embeddings', model='emb', input=''), 400, param='input')
+        error(post(url, 'embeddings', model='tiny', input='a'), 404)
+        error(post(url, 'embeddings', model='emb', input='a '*3000), 400, param='input', code='context_length_exceeded')
+        error(post(url, 'embeddings', model='emb', input='a', dimensions=5), 400, param='dimensions')
     with running(engine) as (_, url): error(post(url, 'embeddings', model='emb', input='a'), 404, code='model_not_found')
 
 def test_mounted_apps_stand_behind_the_guard(engine, monkeypatch):
@@ -467,7 +478,8 @@ def test_a_call_that_must_come(caller, choice):
     assert calls[0].function.name == c.function.name and json.loads(''.join(t.function.arguments for t in calls)) == args and parts[-1].choices[0].finish_reason == 'tool_calls'
 
 def test_a_call_that_may_come(caller):
-    client, template = caller; template('e'); kw = dict(model='tiny', messages=ASK, tools=[ADD], max_tokens=600)         # a letter as the mark: even noise comes upon it
+    client, template = caller; template('e')
+    kw = dict(model='tiny', messages=ASK, tools=[ADD], max_tokens=600)         # a letter as the mark: even noise comes upon it
     rs = client.chat.completions.create(n=2, seed=1, **kw).choices; called = [c for c in rs if c.message.tool_calls]; assert called
     for c in called: assert c.finish_reason == 'tool_calls' and json.loads(c.message.tool_calls[0].function.arguments) in [dict(a=1, b=3), dict(a=2, b=3)]
     parts = [p.choices[0] for p in client.chat.completions.create(n=2, seed=1, stream=True, **kw)]
@@ -486,13 +498,17 @@ def test_a_history_with_calls_is_rendered_and_its_marks_stay_text(caller, engine
 def test_langchain_s_shape_of_bind_tools(caller):
     client, _ = caller; body = dict(model='tiny', messages=[dict(role='user', content='Hi')], stream=False, temperature=0.0, max_completion_tokens=300, n=1, parallel_tool_calls=False, seed=None,
         tools=[ADD, SUB], tool_choice=dict(type='function', function=dict(name='add')))
-    r = httpx.post(f'{client.base_url}chat/completions', json=body, timeout=60).json(); assert r['choices'][0]['message']['tool_calls'][0]['function']['name'] == 'add'
+    r = httpx.post(f'{client.base_url}chat/completions', json=body, timeout=60).json()
+    assert r['choices'][0]['message']['tool_calls'][0]['function']['name'] == 'add'
 
 def test_tools_that_cannot_be_held_to(caller, url):
-    client, template = caller; base = str(client.base_url).removesuffix('/v1/'); say = lambda **kw: post(base, 'chat/completions', messages=ASK, **kw)
+    client, template = caller; base = str(client.base_url).removesuffix('/v1/')
+    say = lambda **kw: post(base, 'chat/completions', messages=ASK, **kw)
     bad = dict(type='function', function=dict(name='f', parameters=dict(type='object', properties=dict(x=dict(type='array', uniqueItems=True)))))
-    assert 'uniqueItems' in error(say(tools=[bad]), 400, param='tools')['message']; error(say(tools=[ADD], tool_choice=dict(type='function', function=dict(name='g'))), 400, param='tool_choice')
-    error(say(tools=[ADD], response_format=dict(type='json_object')), 400, param='response_format'); template('{"x": "tools"}<|pad|>'); error(say(tools=[ADD]), 400, param='tool_choice')
+    assert 'uniqueItems' in error(say(tools=[bad]), 400, param='tools')['message']
+    error(say(tools=[ADD], tool_choice=dict(type='function', function=dict(name='g'))), 400, param='tool_choice')
+    error(say(tools=[ADD], response_format=dict(type='json_object')), 400, param='response_format')
+    template('{"x": "tools"}<|pad|>'); error(say(tools=[ADD]), 400, param='tool_choice')
 
 # ---- browsers, proxies, other clients' habits
 
@@ -503,9 +519,12 @@ def test_head_and_a_slash_at_the_end(url):
 def test_pages_of_named_origins_may_ask(engine):
     me, ask = 'https://chat.example.org', {'Access-Control-Request-Method': 'POST', 'Access-Control-Request-Headers': 'authorization,content-type,x-stainless-os'}
     with running(engine, tokens=('a-good-token',), origins=(me,)) as (_, url):
-        r = httpx.options(f'{url}/v1/chat/completions', headers=dict(Origin=me) | ask); assert r.status_code == 200 and r.headers['access-control-allow-origin'] == me and 'x-stainless-os' in r.headers['access-control-allow-headers']
-        r = httpx.get(f'{url}/v1/models', headers=dict(Origin=me)); error(r, 401); assert r.headers['access-control-allow-origin'] == me           # a page can read why
-        r = httpx.options(f'{url}/v1/models', headers=dict(Origin='https://evil.example') | ask); assert 'access-control-allow-origin' not in r.headers
+        r = httpx.options(f'{url}/v1/chat/completions', headers=dict(Origin=me) | ask)
+        assert r.status_code == 200 and r.headers['access-control-allow-origin'] == me and 'x-stainless-os' in r.headers['access-control-allow-headers']
+        r = httpx.get(f'{url}/v1/models', headers=dict(Origin=me)); error(r, 401)
+        assert r.headers['access-control-allow-origin'] == me           # a page can read why
+        r = httpx.options(f'{url}/v1/models', headers=dict(Origin='https://evil.example') | ask)
+        assert 'access-control-allow-origin' not in r.headers
     with running(engine) as (_, url): assert 'access-control-allow-origin' not in httpx.get(f'{url}/v1/models', headers=dict(Origin=me)).headers
 
 def test_names_of_proxies(engine):
@@ -519,7 +538,8 @@ def test_both_kinds_of_addresses():
         for host in ('127.0.0.1', '::1'): socket.create_connection((host, s.getsockname()[1])).close()
 
 def test_a_body_without_its_kind_or_with_two_lengths(url):
-    e = error(httpx.post(f'{url}/v1/completions', content=b'{}'), 415, code='unsupported_media_type'); assert 'Content-Type: application/json' in e['message']
+    e = error(httpx.post(f'{url}/v1/completions', content=b'{}'), 415, code='unsupported_media_type')
+    assert 'Content-Type: application/json' in e['message']
     with socket.create_connection(('127.0.0.1', int(url.rsplit(':')[-1]))) as s:
         s.sendall(b'POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\nContent-Length: 5\r\nTransfer-Encoding: chunked\r\n\r\n0\r\n\r\n')
         got = s.makefile('rb').read(); assert got.startswith(b'HTTP/1.1 400') and b'connection: close' in got.lower()

@@ -147,7 +147,8 @@ def static(path, size=16, seed=0):
     model2vec = pytest.importorskip('model2vec', reason='needs: pip install model2vec')
     import numpy as np
     from tokenizers import Tokenizer, models, pre_tokenizers
-    words = sorted({w for d in TOWNS for w in R.words(d.text)} | R.words(R.PROBE)); tok = Tokenizer(models.WordLevel({w: k for k,w in enumerate(['[UNK]', *words])}, '[UNK]'))
+    words = sorted({w for d in TOWNS for w in R.words(d.text)} | R.words(R.PROBE))
+    tok = Tokenizer(models.WordLevel({w: k for k,w in enumerate(['[UNK]', *words])}, '[UNK]'))
     tok.pre_tokenizer = pre_tokenizers.Whitespace()
     model2vec.StaticModel(np.random.default_rng(seed).normal(size=(len(words)+1, size)).astype('float32'), tok, config=dict(model_type='model2vec')).save_pretrained(path)
     return str(path)
@@ -165,7 +166,8 @@ def test_a_static_model_is_an_encoder_with_dimensions_of_its_own(tmp_path):
 
 def test_a_transformer_of_ones_own_is_an_encoder(tmp_path):
     from transformers import BertConfig, BertModel, BertTokenizer
-    (tmp_path/'m').mkdir(); (tmp_path/'vocab.txt').write_text('\n'.join(['[PAD]', '[UNK]', '[CLS]', '[SEP]', '[MASK]', 'lamp', 'cat', 'the']))
+    (tmp_path/'m').mkdir()
+    (tmp_path/'vocab.txt').write_text('\n'.join(['[PAD]', '[UNK]', '[CLS]', '[SEP]', '[MASK]', 'lamp', 'cat', 'the']))
     BertTokenizer(str(tmp_path/'vocab.txt')).save_pretrained(tmp_path/'m')
     BertModel(BertConfig(vocab_size=8, hidden_size=12, num_hidden_layers=1, num_attention_heads=2, intermediate_size=8)).save_pretrained(tmp_path/'m')
     assert made(tmp_path/'ix', str(tmp_path/'m'))['dimensions'] == 12

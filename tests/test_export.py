@@ -192,29 +192,40 @@ def taught(tmp_path_factory):
 
 ASKED = [dict(role='user', content='what does the otter carry?')]
 
+@pytest.fixture(scope='module')
+def our_answer(taught):
+    "What our own generation says; it ends by itself"
+    model, tok = load_model_and_tokenizer(taught)
+    g = complete(model, [tok.chat(ASKED, True)[0]], SamplingParams(temperature=0, max_new_tokens=60), tok)[0]
+    assert g.finish_reason == 'stop' and re.fullmatch(r'The \w+ carries a kettle\.', g.text)
+    return g.text
+
 def test_an_answer_of_a_base_without_a_template_ends(taught):
     model, tok = load_model_and_tokenizer(taught); ids = tok.chat(ASKED, True)[0]
     g = complete(model, [ids], SamplingParams(temperature=0, max_new_tokens=60), tok)[0]
     assert (g.finish_reason, g.stop) == ('stop', 0) and g.text.endswith(' carries a kettle.')
     assert tok.special_ids == {'<|endoftext|>': 0} and tok.stop_ids == [0]
 
-def test_transformers_ends_it_there_too(taught):
+def test_transformers_ends_it_there_too(taught, our_answer):
     from transformers import AutoModelForCausalLM, AutoTokenizer
-    model, tok = load_model_and_tokenizer(taught); hf, net = AutoTokenizer.from_pretrained(taught), AutoModelForCausalLM.from_pretrained(taught)
-    ids = hf.apply_chat_template(ASKED, add_generation_prompt=True, return_dict=True)['input_ids']; assert list(ids) == tok.chat(ASKED, True)[0]
+    model, tok = load_model_and_tokenizer(taught)
+    hf, net = AutoTokenizer.from_pretrained(taught), AutoModelForCausalLM.from_pretrained(taught)
+    ids = hf.apply_chat_template(ASKED, add_generation_prompt=True, return_dict=True)['input_ids']
+    assert list(ids) == tok.chat(ASKED, True)[0]
     out = net.generate(torch.tensor([ids]), max_new_tokens=60, do_sample=False)[0][len(ids):].tolist()
-    assert out[-1] == 0 and tok.decode(out).endswith(' carries a kettle.')
+    assert out[-1] == 0 and tok.decode(out) == our_answer
 
-def test_llama_cpp_and_ollama_end_it_there_too(taught, tmp_path):
+def test_llama_cpp_and_ollama_end_it_there_too(taught, our_answer, tmp_path):
     export(taught, tmp_path/'out', ('f16',), n_tokens=1000, n_texts=100); f, = (tmp_path/'out').glob('*.gguf'); tok = Tokenizer.from_gguf(f)
     r = LlamaCpp(f).post('/v1/chat/completions', messages=ASKED, max_tokens=60, temperature=0)['choices'][0]
-    assert r['finish_reason'] == 'stop' and r['message']['content'].endswith(' carries a kettle.')
+    assert (r['finish_reason'], r['message']['content']) == ('stop', our_answer)
     assert 'PARAMETER stop "<|endoftext|>"' in (tmp_path/'out'/'Modelfile').read_text() and tok.stop_ids == [0]
 
 def test_each_export_of_a_strangers_model_names_its_ends(tmp_path):
     for shape in ('hermes', 'llama3', 'deepseek'):
         model, tok = load_model_and_tokenizer(stranger(tmp_path/shape, shape)); export_gguf(model, tok, tmp_path/'m.gguf', 'f32')
-        there = Tokenizer.from_gguf(tmp_path/'m.gguf'); assert sorted(there.stop_ids) == sorted(tok.stop_ids) and there.names['eos_token'] == tok.names['eos_token']
+        there = Tokenizer.from_gguf(tmp_path/'m.gguf')
+        assert sorted(there.stop_ids) == sorted(tok.stop_ids) and there.names['eos_token'] == tok.names['eos_token']
         assert failed(check_gguf(model, tok, tmp_path/'m.gguf', 'f32', few(tok))) == []
         for end in tok.stop_ids:
             r = LlamaCpp(tmp_path/'m.gguf').post('/completion', prompt=[5, 9], n_predict=8, temperature=-1., logit_bias=[[end, 1000.]])

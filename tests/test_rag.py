@@ -57,7 +57,8 @@ def test_what_cannot_be_read_is_named(tmp_path):
     def fails(name, data, says):
         (tmp_path/name).write_bytes(data)
         with pytest.raises(SLMError, match=says): list(documents([tmp_path/name]))
-    fails('a.jsonl', b'{"id": 7, "text": "x"}\n[1]\n', "line 2: it is not a JSON object"); fails('b.jsonl', b'{"a": "x", "b": "y"}', "no column 'text'")
+    fails('a.jsonl', b'{"id": 7, "text": "x"}\n[1]\n', "line 2: it is not a JSON object")
+    fails('b.jsonl', b'{"a": "x", "b": "y"}', "no column 'text'")
     fails('c.md', b'ab\xff', 'not valid UTF-8.*offset 2'); fails('d.txt', b'a\0b', 'binary file'); fails('e.ipynb', b'{}', 'not a Jupyter notebook')
     (tmp_path/'empty').mkdir()
     with pytest.raises(SLMError, match='holds no file'): list(documents([tmp_path/'empty']))
@@ -383,7 +384,8 @@ def static(tmp_path_factory):
     m2v = pytest.importorskip('model2vec', reason='needs: pip install model2vec'); import numpy as np
     from tokenizers import Tokenizer, models, pre_tokenizers
     words = ['[UNK]', *'an old lamp came to the town a zebra ask me about .'.split()]
-    t = Tokenizer(models.WordLevel({w: i for i,w in enumerate(dict.fromkeys(words))}, '[UNK]')); t.pre_tokenizer = pre_tokenizers.Whitespace()
+    t = Tokenizer(models.WordLevel({w: i for i,w in enumerate(dict.fromkeys(words))}, '[UNK]'))
+    t.pre_tokenizer = pre_tokenizers.Whitespace()
     d, rng = tmp_path_factory.mktemp('static'), np.random.default_rng(0)
     m2v.StaticModel(rng.normal(size=(t.get_vocab_size(), 16)).astype('float32'), t,
                                                          config=dict(model_type='model2vec')).save_pretrained(d)
@@ -407,7 +409,8 @@ def test_a_reader_at_an_address_answers_like_the_model_there(engine, shared):
     with in_background(api.create_app({'tiny': engine}, Settings(tokens=(TOKEN,))), http=api.Protocol) as url, pytest.MonkeyPatch.context() as mp:
         wait_for(lambda: httpx.get(f'{url}/readyz').status_code == 200)
         with pytest.raises(SLMError, match='the reader .* refuses the key .*SLM_READER_KEY'): R.RemoteEngine(url)
-        mp.setenv('SLM_READER_KEY', TOKEN); far = R.RemoteEngine(url, context=700); rag = RagEngine(far, shared, k=1); here = RagEngine(engine, shared, k=1)
+        mp.setenv('SLM_READER_KEY', TOKEN); far = R.RemoteEngine(url, context=700)
+        rag = RagEngine(far, shared, k=1); here = RagEngine(engine, shared, k=1)
         (text, last), = answer_all(rag, [Request(rag.tok.chat(ASK)[0], max_new_tokens=7, temperature=0.)])
         (want, at_home), = answer_all(here, [Request(here.tok.chat(ASK)[0], max_new_tokens=7, temperature=0.)])
         assert (far.model, text, last.completion_tokens, last.prompt_tokens) == ('tiny', want, 7, at_home.prompt_tokens)

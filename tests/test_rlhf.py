@@ -107,7 +107,8 @@ def test_a_training_by_reward_goes_on_in_the_middle_of_a_rollout(base, tmp_path)
     opts = OPTS | dict(base=base, data=base/'pairs.jsonl', reward=base/'reward', judge=longer, steps=5, bs=4, group=3, iterations=2, micro_batch=2, max_new_tokens=8)
     cut = grpo(out=tmp_path/'cut', cbs=[StopAfter(3)], **opts); assert cut.info['status'] == 'interrupted'
     with pytest.raises(SLMError, match='names code as its judge, .*test_rlhf:longer'): resume(tmp_path/'cut')
-    cut,whole = resume(tmp_path/'cut', judge=longer),grpo(out=tmp_path/'whole', **opts); assert cut.info['status'] == whole.info['status'] == 'done'
+    cut,whole = resume(tmp_path/'cut', judge=longer),grpo(out=tmp_path/'whole', **opts)
+    assert cut.info['status'] == whole.info['status'] == 'done'
     same_weights(*(load_model_and_tokenizer(r.path)[0] for r in (cut, whole)))
     for k in ('valid_reward', 'valid_judge', 'kl', 'answer_tokens'): assert cut.metric(k).value == whole.metric(k).value, k
     assert whole.metric('kl').value > 0 and (whole/'rewards.png').exists() and '# Rewards' in (whole/'report.md').read_text()

@@ -59,6 +59,7 @@ def system_turns(row:dict)->list[dict]: # no message, or one
     if not isinstance(s, str): raise ValueError("'system' is no text")
     return [dict(role='system', content=s)]
 
+# %% ../../nbs/23_train.sft.ipynb #bfe239a8
 def _as_turns(x, role): return x if isinstance(x, list) else [dict(role=role, content=x)]
 
 def to_messages(
