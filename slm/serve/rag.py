@@ -179,7 +179,7 @@ def _csv_rows(path):
 # %% ../../nbs/45_serve.rag.ipynb #b1c0a103
 PAGE_MEMORY, PAGE_SECONDS, PAGE_CHARS = 2*2**30, 300, 2**26 # what one file may cost, and how long its text may be
 
-_WORKER = """import io, json, os, sys, zipfile
+_WORKER = """import io, json, os, psutil, sys, threading, time, zipfile
 memory, seconds, chars = map(int, sys.argv[1:])
 out = os.fdopen(os.dup(1), 'w', encoding='utf-8'); os.dup2(2, 1)                 # what a library prints is no answer
 try: import resource, signal
@@ -188,6 +188,9 @@ from bs4.dammit import UnicodeDammit
 from markitdown import StreamInfo, converters
 def no_way(event, args):
     if event.startswith(('socket.', 'subprocess.', 'os.system', 'os.exec', 'os.posix_spawn', 'os.fork')): raise PermissionError(event)
+def watch():
+    while psutil.Process().memory_info().rss < memory: time.sleep(.05)
+    os._exit(3)
 def read(path, kind, ending):
     with open(path, 'rb') as f: raw = f.read()
     unpacked = sum(z.file_size for z in zipfile.ZipFile(io.BytesIO(raw)).infolist()) if kind == 'Docx' else 0
@@ -198,7 +201,8 @@ def read(path, kind, ending):
     if len(text) > chars: raise ValueError(f'it holds {len(text):,} characters')
     return text.replace('\\0', '').replace('\\f', '\\n')
 sys.addaudithook(no_way)
-if resource: resource.setrlimit(resource.RLIMIT_AS, (memory, memory))
+threading.Thread(target=watch, daemon=True).start()
+if resource: resource.setrlimit(resource.RLIMIT_AS, (3*memory, 3*memory))         # for what takes more at once
 for line in sys.stdin:
     if resource: signal.alarm(seconds)
     try: said = dict(text=read(*json.loads(line)))
@@ -231,6 +235,7 @@ def _page(path):
         except OSError: line = ''
         died = None if line else p.wait()
     if died == -getattr(signal, 'SIGALRM', 0): raise SLMError(f'{what} within {PAGE_SECONDS} s: leave it out')
+    if died == 3: raise SLMError(f'{what} within {PAGE_MEMORY/1e9:.1f} GB: leave it out')
     if died is not None: raise SLMError(f'{what}: it kills the reader ({died}); leave it out')
     said = json.loads(line)
     if 'error' in said: raise SLMError(f"{what} ({' '.join(said['error'].split())[:150]}): mend it, or leave it out")
