@@ -246,7 +246,8 @@ def matmul_flops(
     "Measured peak of `n×n @ n×n`, in floating point operations per second."
     import torch
     n = n or (1024 if device.startswith('cpu') else 8192)
-    a = torch.randn(n, n, device=device, dtype=getattr(torch, dtype)); best, t_end = float('inf'), None
+    own = torch.Generator(device).manual_seed(0) # numbers of its own: to measure a machine must not change what is drawn after it
+    a = torch.randn(n, n, device=device, dtype=getattr(torch, dtype), generator=own); best, t_end = float('inf'), None
     sync = dict(cuda=torch.cuda.synchronize, mps=torch.mps.synchronize).get(device.split(':')[0], lambda: None)
     a@a; sync()
     while t_end is None or time.perf_counter() < t_end:

@@ -6,8 +6,8 @@
 __all__ = ['LOSSES', 'PAIR_SEED', 'completion_logps', 'dpo_loss', 'check_loss', 'Pair', 'as_pair', 'Preferences',
            'read_preferences', 'write_preferences', 'split_pairs', 'EncodedPair', 'shorten', 'encode_preference',
            'PairData', 'PairLoader', 'PairValidLoader', 'pad_rows', 'over_answers', 'answer_logps', 'DPO',
-           'preference_accuracy', 'win_rate', 'sampled_kl', 'PairEval', 'plot_preferences', 'doctor', 'DPOConfig',
-           'pair_dls', 'dpo', 'load_pairs', 'to_show']
+           'preference_accuracy', 'win_rate', 'sampled_kl', 'PairEval', 'plot_preferences', 'doctor', 'PairConfig',
+           'DPOConfig', 'pair_dls', 'PairStage', 'DPOStage', 'dpo', 'load_pairs', 'to_show']
 
 # %% ../../nbs/25_train.dpo.ipynb #331e0fdf
 from ..core import * # first: it silences a warning of the next ones
@@ -20,16 +20,15 @@ from torch import nn, Tensor
 from safetensors.torch import load_file, save_file
 from fastai.callback.core import Callback
 from fastai.data.core import DataLoaders
-from ..data.corpus import left_out, read_rows, text_encoding
+from ..data.corpus import left_out, read_rows
 from ..data.loaders import LMDataLoader
 from ..data.tokenizer import Tokenizer
 from ..data.world import World, Task, wilson
 from ..model.gpt import GPT, check_fits
 from ..model.generate import SamplingParams, complete
 from .learner import *
-from .pretrain import STAGES, interval, fit_run
-from .sft import (FinetuneConfig, answer, check_new, fill_up, finetune_learner, open_base,
-                           plan_steps, resolve_finetune, sft_sources, system_turns, to_turns)
+from .sft import Finetune, FinetuneConfig, answer, fill_up, system_turns, to_turns
+from .stage import *
 
 # %% ../../nbs/25_train.dpo.ipynb #d4a6cf9a
 def completion_logps(
@@ -457,16 +456,23 @@ def doctor(
     return res
 
 # %% ../../nbs/25_train.dpo.ipynb #3cecea96
-@dataclass
-class DPOConfig(FinetuneConfig):
-    "Learning from preferences."
+@dataclass(kw_only=True)
+class PairConfig(FinetuneConfig):
+    "Learning from pairs of answers."
+    data:str = 'world' # pairs: .jsonl, .json or .parquet, hf:OWNER/NAME, an annotation store (.db), or world
     epochs:float = 1. # times that each pair is seen, if neither steps nor minutes are given
-    opt:str = 'adamw' # or 'muon'
-    beta:float = 0.1 # what distance from the reference costs
-    loss:str = 'sigmoid' # a name in `LOSSES`
-    label_smoothing:float = 0. # share of pairs that the judge got wrong
+    bs:int = 16 # pairs of an optimiser step
+    opt:str = 'adamw' # adamw or muon
     val_frac:float = 0.1 # share of the prompts held out
-    allowed = FinetuneConfig.allowed | dict(beta=Span(0, ends='(]'), label_smoothing=Span(0, .5, '[)'), val_frac=Span(0, 1, '()'))
+    allowed = FinetuneConfig.allowed | dict(val_frac=Span(0, 1, '()'))
+
+@dataclass(kw_only=True)
+class DPOConfig(PairConfig):
+    "Learning from preferences."
+    beta:float = 0.1 # what distance from the reference costs
+    loss:str = 'sigmoid' # sigmoid, robust, ipo or sigmoid_norm
+    label_smoothing:float = 0. # share of pairs that the judge got wrong
+    allowed = PairConfig.allowed | dict(beta=Span(0, ends='(]'), label_smoothing=Span(0, .5, '[)'))
 
 def pair_dls(
     train:PairData,
@@ -479,6 +485,47 @@ def pair_dls(
     return DataLoaders(PairLoader(train, bs, seed, device), PairValidLoader(valid, bs, seed, device), device=torch.device(device))
 
 # %% ../../nbs/25_train.dpo.ipynb #6e3f1535
+class PairStage(Finetune):
+    "What stages have in common that learn from pairs."
+    Config = PairConfig
+    def size(self): return 2*self.c.micro_batch, self.c.seq_len
+    def read(self): self.prefs,self.train_pairs,self.valid_pairs = load_pairs(self.c, self.tok)
+    def rows(self): return len(self.train_pairs)
+    def about(self):
+        p,train,valid = self.prefs,self.train_pairs,self.valid_pairs
+        return dict(name=p.name, fingerprint=p.fingerprint, train_pairs=len(train), valid_pairs=len(valid), rejected=len(p.rejects),
+                    rejects=[list(r) for r in p.rejects[:20]], too_long=len(train.rejects)+len(valid.rejects),
+                    prompts_cut=train.n_cut+valid.n_cut)
+
+# %% ../../nbs/25_train.dpo.ipynb #6e3f1536
+class DPOStage(PairStage):
+    "A model learns what is preferred; the base is its start and its reference."
+    name,Config,columns = 'dpo',DPOConfig,(*DPO.columns, *PairEval.columns)
+    rates,doctor,picture = dict(adamw=5e-5, muon=5e-5),staticmethod(doctor),('Preferences', 'preferences.png')
+    def check(self): check_loss(self.c.beta, self.c.loss, self.c.label_smoothing)
+    def read(self):
+        super().read(); both = dict(train=self.train_pairs, valid=self.valid_pairs); amp = autocast(self.c.device, self.c.dtype)
+        self.ref = copy.deepcopy(self.model).eval().requires_grad_(False)
+        kept = load_file(self.run/'reference.safetensors') if self.run else {}
+        for k,d in both.items(): d.ref = kept[k] if kept else answer_logps(self.model, d, amp)
+    def loaders(self): c = self.c; return pair_dls(self.train_pairs, self.valid_pairs, c.micro_batch, c.seed, c.device)
+    def callbacks(self): return [DPO(self.c.beta, self.c.loss, self.c.label_smoothing)]
+    @property
+    def longest(self): return min(256, max(len(r.chosen) for r in self.valid_pairs.rows)) # tokens of a sampled answer
+    def watch(self): return [PairEval(self.tok, self.ref, interval(self.c.steps, self.c.evals), max_new_tokens=self.longest)]
+    def prompts(self): return to_show(self.tok, self.valid_pairs.pairs, self.model.cfg.max_seq_len)
+    def begin(self):
+        train,valid = self.train_pairs,self.valid_pairs
+        self.run.add_metrics(likelier_before=preference_accuracy(valid.ref, None, valid))
+        save_file(dict(train=train.ref.contiguous(), valid=valid.ref.contiguous()), self.run/'reference.safetensors')
+    def figures(self, learn):
+        valid = self.valid_pairs; plot_preferences(self.run/'log.csv', self.run/'preferences.png')
+        now = answer_logps(learn.model, valid, learn.amp)
+        kl,length = sampled_kl(learn.model, self.ref, self.tok, [r.prompt for r in valid.rows[:64]], self.longest)
+        return dict(accuracy=preference_accuracy(now, valid.ref, valid), likelier=preference_accuracy(now, None, valid), kl=kl,
+                    answer_tokens=length)
+
+# %% ../../nbs/25_train.dpo.ipynb #6e3f1537
 def dpo(
     base:str|Path, # a run, a Hugging Face folder or hub id, or a .gguf file: start and reference
     data:str|Path='world', # as in `read_preferences`
@@ -487,23 +534,7 @@ def dpo(
     **options, # any other field of `DPOConfig`
 )->RunDir: # finished, or interrupted and ready for `resume`
     "Teach a model what is preferred; raises `SLMError` for bad input."
-    check_new(out)
-    c = DPOConfig(base=str(base), data=str(data), **options); check_loss(c.beta, c.loss, c.label_smoothing)
-    model,tok = open_base(c); c = resolve_finetune(c, model.cfg, lr=dict(adamw=5e-5, muon=5e-5))
-    prefs,train,valid = load_pairs(c, tok)
-    amp = autocast(c.device, c.dtype); check_fits(model.cfg, 2*c.micro_batch, c.seq_len, c.device, dtype=c.dtype)
-    for d in (train, valid): d.ref = answer_logps(model, d, amp)
-    dls = pair_dls(train, valid, c.micro_batch, c.seed, c.device)
-    c = plan_steps(c, finetune_learner(c, model, dls, cbs=[DPO(c.beta, c.loss, c.label_smoothing)]), len(train))
-    kept = dataclasses.asdict(c) | {k: portable(v) for k,v in sft_sources(c).items()}
-    about = dict(name=prefs.name, fingerprint=prefs.fingerprint, train_pairs=len(train), valid_pairs=len(valid),
-                 rejected=len(prefs.rejects), rejects=[list(r) for r in prefs.rejects[:20]],
-                 too_long=len(train.rejects)+len(valid.rejects), prompts_cut=train.n_cut+valid.n_cut)
-    run = RunDir.create(out, 'dpo', config=kept, seed=c.seed, parent=Path(base).name, data=about)
-    run.info['prompts'] = to_show(tok, valid.pairs, model.cfg.max_seq_len)
-    run.add_metrics(likelier_before=preference_accuracy(valid.ref, None, valid))
-    save_file(dict(train=train.ref.contiguous(), valid=valid.ref.contiguous()), run/'reference.safetensors')
-    tok.save(run.path); return _dpo(run, c, model, tok, train, valid, cbs)
+    return DPOStage.start(dict(base=str(base), data=str(data), **options), out, cbs)
 
 # %% ../../nbs/25_train.dpo.ipynb #d1f0b001
 def load_pairs(
@@ -511,7 +542,7 @@ def load_pairs(
     tok:Tokenizer,
 )->tuple[Preferences,PairData,PairData]: # all, to train on, held out
     "Read, split and encode the pairs, and say on standard error what was left out or cut."
-    with text_encoding(c.encoding): prefs = read_preferences(c.data, c.strict, c.max_rows)
+    prefs = read_preferences(c.data, c.strict, c.max_rows)
     usable = PairData(tok, prefs.pairs, c.seq_len); train,valid = map(usable.part, split_pairs(usable.pairs, c.val_frac))
     train.rejects = usable.rejects
     for text in (left_out(prefs.name, prefs.rejects), left_out(f'{prefs.name} that are pairs', usable.rejects),
@@ -530,32 +561,3 @@ def to_show(
     for p in pairs[:10*n]:
         with contextlib.suppress(ValueError): res.append(shorten(tok, p.prompt, context-min(64, context//2)))
     return res[:n]
-
-# %% ../../nbs/25_train.dpo.ipynb #34ebaa12
-def _dpo(run, c, model, tok, train, valid, cbs=(), checkpoint=None):
-    "Train (on) in `run` and finish it"
-    set_seed(c.seed); ref,longest = copy.deepcopy(model).eval().requires_grad_(False),min(256, max(len(r.chosen) for r in valid.rows))
-    watch = PairEval(tok, ref, interval(c.steps, c.evals), max_new_tokens=longest)
-    dls = pair_dls(train, valid, c.micro_batch, c.seed, c.device)
-    learn = finetune_learner(c, model, dls, cbs=[DPO(c.beta, c.loss, c.label_smoothing), watch, *cbs])
-    def measure(learn):
-        plot_preferences(run/'log.csv', run/'preferences.png')
-        now = answer_logps(model, valid, learn.amp); kl,n = sampled_kl(model, ref, tok, [r.prompt for r in valid.rows[:64]], longest)
-        rate = lambda ref: preference_accuracy(now, ref, valid)
-        return dict(accuracy=rate(valid.ref), likelier=rate(None), kl=kl, answer_tokens=n)
-    run = fit_run(run, learn, c, tok, measure, checkpoint, columns=[*DPO.columns, *PairEval.columns], sources=sft_sources(c))
-    if run.info['status'] == 'done':
-        run.info['doctor'] = doctor(run); run.save(); says = run.info['doctor'] or ['the doctor finds nothing wrong']
-        with (run/'report.md').open('a', encoding='utf-8') as f:
-            f.write('\n# Preferences\n\n![preferences](preferences.png)\n\n'+'\n'.join(f'- {s}' for s in says)+'\n')
-    return run
-
-def _dpo_again(run, config, cbs, checkpoint):
-    "Go on with a preference training"
-    c = DPOConfig.again(config); model,tok = open_base(c); prefs,train,valid = load_pairs(c, tok)
-    if prefs.fingerprint != run.info['data']['fingerprint']:
-        raise SLMError(f"'{c.data}' has changed since '{run.path}' was started: bring the old pairs back, or start a new run")
-    refs = load_file(run/'reference.safetensors'); train.ref,valid.ref = refs['train'],refs['valid']
-    return _dpo(run, c, model, tok, train, valid, cbs, checkpoint)
-
-STAGES['dpo'] = _dpo_again

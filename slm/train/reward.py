@@ -4,12 +4,12 @@
 
 # %% auto #0
 __all__ = ['HEADS', 'RewardModel', 'open_reward', 'reward_loss', 'RewardLoader', 'whole_rows', 'score_rows', 'reward_accuracy',
-           'RewardLog', 'RewardConfig', 'reward_model', 'reward_dls', 'judge_reward', 'as_reward', 'name_of',
-           'rewarded', 'Candidates', 'best_of_n', 'best_of_n_kl', 'sample_answers']
+           'RewardLog', 'RewardConfig', 'RewardStage', 'reward_model', 'judge_reward', 'as_reward', 'rewarded',
+           'Candidates', 'best_of_n', 'best_of_n_kl', 'sample_answers']
 
 # %% ../../nbs/27_train.reward.ipynb #53c1205a
 from ..core import * # first: it silences a warning of the next ones
-import contextlib, dataclasses, importlib, math, os, sys
+import contextlib, importlib, math, os, sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,13 +20,13 @@ from fastai.data.core import DataLoaders
 from fastcore.basics import patch
 from ..data.tokenizer import Tokenizer
 from ..data.world import World, Task, wilson
-from ..model.gpt import GPT, GPTConfig, Backbone, check_fits
+from ..model.gpt import GPT, GPTConfig, Backbone
 from ..model.generate import SamplingParams, complete
 from ..model.pretrained import _build, check_tokenizer, open_folder, write_safetensors
-from .dpo import PairData, PairLoader, load_pairs
+from .dpo import PairConfig, PairData, PairLoader, PairStage
 from .learner import *
-from .pretrain import STAGES, interval, fit_run
-from .sft import FinetuneConfig, check_new, finetune_learner, open_base, plan_steps, resolve_finetune
+from .sft import open_base
+from .stage import *
 
 # %% ../../nbs/27_train.reward.ipynb #44a01606
 HEADS = dict(llama='LlamaForSequenceClassification', qwen3='Qwen3ForSequenceClassification') # kind of body: transformers' class
@@ -166,14 +166,21 @@ def rewards(self:RewardModel,
     return score_rows(self, rows).tolist()
 
 # %% ../../nbs/27_train.reward.ipynb #0f371fed
-@dataclass
-class RewardConfig(FinetuneConfig):
+@dataclass(kw_only=True)
+class RewardConfig(PairConfig):
     "Learning to score."
-    epochs:float = 1. # times that each pair is seen, if neither steps nor minutes are given
-    opt:str = 'adamw' # or 'muon'
-    center:float = 0. # weight that holds the scores' mean near zero
-    val_frac:float = 0.1 # share of the prompts held out
-    allowed = FinetuneConfig.allowed | dict(center=Span(), val_frac=Span(0, 1, '()'))
+    center:float = 0. # weight that holds the scores' mean near zero; 0.01 is usual
+    allowed = PairConfig.allowed | dict(center=Span())
+
+class RewardStage(PairStage):
+    "A model learns to score answers; the base gives it its body."
+    name,Config,rates,columns = 'reward',RewardConfig,dict(adamw=2e-4, muon=1e-3),RewardLog.columns
+    def open(self): gpt,self.tok = open_base(self.c); set_seed(self.c.seed); self.model = RewardModel.on(gpt)
+    def loaders(self):
+        c = self.c; both = (RewardLoader(d, c.micro_batch, c.seed, c.device) for d in (self.train_pairs, self.valid_pairs))
+        return DataLoaders(*both, device=torch.device(c.device))
+    def callbacks(self): return [RewardLog(self.c.center, interval(self.c.steps or 1000, self.c.evals))]
+    def figures(self, learn): return dict(accuracy=reward_accuracy(learn.model, self.valid_pairs, learn.amp))
 
 def reward_model(
     base:str|Path, # a run, a Hugging Face folder or hub id, or a .gguf file: the body, and the tokenizer
@@ -183,42 +190,7 @@ def reward_model(
     **options, # any other field of `RewardConfig`
 )->RunDir: # finished, or interrupted and ready for `resume`
     "Train a model of the judge; raises `SLMError` for bad input."
-    check_new(out); c = RewardConfig(base=str(base), data=str(data), **options)
-    gpt,tok = open_base(c); c = resolve_finetune(c, gpt.cfg, lr=dict(adamw=2e-4, muon=1e-3)); set_seed(c.seed); model = RewardModel.on(gpt)
-    prefs,train,valid = load_pairs(c, tok); check_fits(gpt.cfg, 2*c.micro_batch, c.seq_len, c.device, dtype=c.dtype)
-    c = plan_steps(c, finetune_learner(c, model, reward_dls(c, train, valid), cbs=[RewardLog(c.center)]), len(train))
-    run = RunDir.create(out, 'reward', config=dataclasses.asdict(c) | {k: portable(v) for k,v in _sources(c).items()}, seed=c.seed,
-        parent=Path(base).name, data=dict(name=prefs.name, fingerprint=prefs.fingerprint, train_pairs=len(train), valid_pairs=len(valid),
-        rejected=len(prefs.rejects), rejects=[list(r) for r in prefs.rejects[:20]], too_long=len(train.rejects)+len(valid.rejects),
-        prompts_cut=train.n_cut+valid.n_cut))
-    run.info['prompts'] = []; tok.save(run.path); return _reward(run, c, model, tok, train, valid, cbs)
-
-def reward_dls(c:RewardConfig, train:PairData, valid:PairData)->DataLoaders:
-    "Pairs to train on, and pairs to measure on."
-    return DataLoaders(*(RewardLoader(d, c.micro_batch, c.seed, c.device) for d in (train, valid)), device=torch.device(c.device))
-
-# %% ../../nbs/27_train.reward.ipynb #20cf6321
-def _reward(run, c, model, tok, train, valid, cbs=(), checkpoint=None):
-    "Train (on) in `run` and finish it"
-    set_seed(c.seed); log = RewardLog(c.center, interval(c.steps, c.evals))
-    learn = finetune_learner(c, model, reward_dls(c, train, valid), cbs=[log, *cbs])
-    measure = lambda learn: dict(accuracy=reward_accuracy(model, valid, learn.amp))
-    return fit_run(run, learn, c, tok, measure, checkpoint, columns=RewardLog.columns, sources=_sources(c))
-
-def _sources(c): # the fields that may be paths
-    return {k: v for k in ('base', 'data', 'reward', 'judge') if (v := getattr(c, k, None)) is not None}
-
-def _reward_again(run, config, cbs, checkpoint):
-    "Go on with a reward model"
-    c = RewardConfig.again(config); gpt,tok = open_base(c); prefs,train,valid = load_pairs(c, tok); _same(c.data, prefs.fingerprint, run)
-    set_seed(c.seed); return _reward(run, c, RewardModel.on(gpt), tok, train, valid, cbs, checkpoint)
-
-def _same(data, fingerprint, run):
-    "Raise `SLMError` when the data are not those of the run"
-    if fingerprint != run.info['data']['fingerprint']:
-        raise SLMError(f"'{data}' has changed since '{run.path}' was started: bring the old rows back, or start a new run")
-
-STAGES['reward'] = _reward_again
+    return RewardStage.start(dict(base=str(base), data=str(data), **options), out, cbs)
 
 # %% ../../nbs/27_train.reward.ipynb #cf0495c9
 def judge_reward(
@@ -258,10 +230,6 @@ def _import(spec):
     finally: sys.path.remove(os.getcwd())
     if not callable(f): raise SLMError(f"the reward '{spec}' is no function")
     return f
-
-def name_of(spec:str|Path|Callable|None)->str|None:
-    "How a reward is written down, so that it can be found again."
-    return f'{spec.__module__}:{spec.__qualname__}' if callable(spec) else spec if spec is None else str(spec)
 
 def rewarded(
     reward:Callable,

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['PROMPT_SEED', 'group_advantages', 'grpo_loss', 'Prompts', 'read_prompts', 'split_prompts', 'Rollout', 'token_logps',
            'answer_rows', 'RolloutLoader', 'GRPO', 'measure_policy', 'PolicyEval', 'rlhf_doctor', 'plot_rlhf',
-           'GRPOConfig', 'grpo', 'grpo_dls']
+           'GRPOConfig', 'GRPOStage', 'grpo']
 
 # %% ../../nbs/28_train.rlhf.ipynb #953d83e7
 from ..core import * # first: it silences a warning of the next ones
@@ -21,14 +21,12 @@ from fastcore.basics import patch
 from ..data.loaders import LMDataLoader
 from ..data.tokenizer import Tokenizer
 from ..data.world import World, Task
-from ..model.gpt import GPT, check_fits
+from ..model.gpt import GPT
 from .dpo import _prompt, over_answers, pad_rows, read_preferences
 from .learner import *
-from .pretrain import CODE, STAGES, interval, fit_run
 from .reward import *
-from .reward import _same, _sources
-from .sft import (FinetuneConfig, check_new, fill_up, finetune_learner, open_base, plan_steps, read_rows, resolve_finetune,
-                           to_messages)
+from .sft import Finetune, FinetuneConfig, fill_up, read_rows, to_messages
+from .stage import *
 
 # %% ../../nbs/28_train.rlhf.ipynb #bcf85985
 def group_advantages(
@@ -315,24 +313,85 @@ def plot_rlhf(
     return fig
 
 # %% ../../nbs/28_train.rlhf.ipynb #5078a283
-@dataclass
+@dataclass(kw_only=True)
 class GRPOConfig(FinetuneConfig):
     "Learning from rewards."
+    data:str = 'world' # prompts: world, a file of prompts, pairs or chats, hf:OWNER/NAME, or an annotation store (.db)
+    reward:str = 'judge' # what is paid: a run of `slm reward`, judge (of the world), or MODULE:FUNCTION
+    judge:str|None = None # as the reward, but only looked at; on the world its judge if not given
     epochs:float = 1. # times that each prompt is asked, if neither steps nor minutes are given
     bs:int = 8 # prompts of an optimiser step
-    opt:str = 'adamw' # or 'muon'
-    reward:str = 'judge' # a run of `reward_model`, 'judge', or 'module:function'
-    judge:str|None = None # the same, and only looked at
+    opt:str = 'adamw' # adamw or muon
     group:int = 8 # answers to a prompt
     iterations:int = 1 # steps with the same answers
     beta:float = 0.04 # what distance from the reference costs
-    epsilon:float = 0.2 # how far the ratio may go
-    max_new_tokens:int = 64 # longest answer
+    epsilon:float = 0.2 # how far a ratio may go before it is clipped
+    max_new_tokens:int = 64 # longest answer in tokens
     val_frac:float = 0.1 # share of the prompts held out
     allowed = FinetuneConfig.allowed | dict(group=Span(2), iterations=Span(1), beta=Span(), epsilon=Span(0, 1, '()'),
                                             max_new_tokens=Span(1), val_frac=Span(0, 1, '()'))
 
 # %% ../../nbs/28_train.rlhf.ipynb #df149943
+class GRPOStage(Finetune):
+    "A model learns to earn rewards for its own answers; the base is its start and its reference."
+    name,Config,sources,code = 'rlhf',GRPOConfig,('base', 'data', 'reward', 'judge'),('reward', 'judge')
+    columns,rates,doctor = (*GRPO.columns, *PolicyEval.columns),dict(adamw=1e-4, muon=1e-4),staticmethod(rlhf_doctor)
+    picture = 'Rewards','rewards.png'
+    def size(self): return self.c.group*self.c.micro_batch, self.c.seq_len
+    def resolve(self):
+        c,cfg = self.c,self.model.cfg; rows = c.group*(c.seq_len or min(1024, cfg.max_seq_len))
+        if c.micro_batch is None: c.micro_batch = max(1, min(8192, 2**27//cfg.vocab_size)//rows)
+        if c.data.split(':')[0] == 'world': c.judge = c.judge or 'judge'
+        super().resolve()
+        for m in self.model.modules():
+            if isinstance(m, nn.Dropout): m.p = 0.
+        self.ref = copy.deepcopy(self.model).eval().requires_grad_(False)
+    def read(self):
+        c = self.c; self.asked = p = read_prompts(c.data, self.tok, c.seq_len-c.max_new_tokens, c.strict, c.max_rows)
+        if n := len(p.rejects): print(f"{n:,} prompts of {p.name} left out, the first: {': '.join(p.rejects[0])}", file=sys.stderr)
+        paid = {k: as_reward(self.given.get(k, spec), p.tasks, c.device) if (spec := getattr(c, k)) else None for k in self.code}
+        self.train_chats,self.valid_chats = split_prompts(p.chats, c.val_frac)
+        self.kw = dict(ref=self.ref, tok=self.tok, max_new_tokens=c.max_new_tokens, **paid)
+        c.bs = min(c.bs, len(self.train_chats)); c.micro_batch = next(m for m in range(min(c.bs, c.micro_batch), 0, -1) if c.bs%m == 0)
+
+# %% ../../nbs/28_train.rlhf.ipynb #df149944
+@patch
+def about(self:GRPOStage):
+    "Of the prompts."
+    p = self.asked; return dict(name=p.name, fingerprint=p.fingerprint, train_prompts=len(self.train_chats),
+        valid_prompts=len(self.valid_chats), rejected=len(p.rejects), rejects=[list(r) for r in p.rejects[:20]])
+
+@patch
+def rows(self:GRPOStage): return len(self.train_chats)*self.c.iterations
+
+@patch
+def loaders(self:GRPOStage):
+    "The loader that lets the model answer."
+    c = self.c; dl = RolloutLoader(self.model, self.tok, self.train_chats, self.kw['reward'], self.ref, c.group, c.bs, c.micro_batch,
+                                   c.iterations, c.max_new_tokens, c.seed, c.device, autocast(c.device, c.dtype))
+    return DataLoaders(dl, dl, device=torch.device(c.device))
+
+@patch
+def callbacks(self:GRPOStage): return [GRPO(self.c.beta, self.c.epsilon)]
+
+@patch
+def watch(self:GRPOStage): return [PolicyEval(interval(self.c.steps, self.c.evals), chats=self.valid_chats[:64], **self.kw)]
+
+@patch
+def prompts(self:GRPOStage): return self.valid_chats[:3]
+
+@patch
+def begin(self:GRPOStage):
+    "What the base earns."
+    now = measure_policy(self.model, chats=self.valid_chats[:256], **self.kw)
+    self.run.add_metrics(**{f'{k}_before': now[k] for k in ('valid_reward', 'valid_judge', 'answer_tokens') if k in now})
+
+@patch
+def figures(self:GRPOStage, learn):
+    "What the model earns, and how far it went."
+    plot_rlhf(self.run/'log.csv', self.run/'rewards.png'); return measure_policy(learn.model, chats=self.valid_chats[:256], **self.kw)
+
+# %% ../../nbs/28_train.rlhf.ipynb #df149945
 def grpo(
     base:str|Path, # a run, a Hugging Face folder or hub id, or a .gguf file: start and reference
     data:str|Path='world', # prompts, as in `read_prompts`
@@ -343,59 +402,4 @@ def grpo(
     **options, # any other field of `GRPOConfig`
 )->RunDir: # finished, or interrupted and ready for `resume`
     "Teach a model to earn rewards; raises `SLMError` for bad input."
-    check_new(out); judge = judge or ('judge' if str(data).split(':')[0] == 'world' else None)
-    c = GRPOConfig(base=str(base), data=str(data), reward=name_of(reward), judge=name_of(judge), **options)
-    model,tok,c,prompts,use = _open_grpo(c, reward, judge); train,valid = split_prompts(prompts.chats, c.val_frac)
-    c.bs = min(c.bs, len(train)); c.micro_batch = next(m for m in range(min(c.bs, c.micro_batch), 0, -1) if c.bs%m == 0)
-    check_fits(model.cfg, c.group*c.micro_batch, c.seq_len, c.device, dtype=c.dtype)
-    c = plan_steps(c, finetune_learner(c, model, grpo_dls(c, model, tok, train, use['reward'], model), cbs=[GRPO(c.beta, c.epsilon)]),
-                   len(train)*c.iterations)
-    run = RunDir.create(out, 'rlhf', config=dataclasses.asdict(c) | {k: portable(v) for k,v in _sources(c).items()}, seed=c.seed,
-        parent=Path(base).name, data=dict(name=prompts.name, fingerprint=prompts.fingerprint, train_prompts=len(train),
-        valid_prompts=len(valid), rejected=len(prompts.rejects), rejects=[list(r) for r in prompts.rejects[:20]]))
-    run.info['prompts'] = valid[:3]; tok.save(run.path); return _grpo(run, c, model, tok, train, valid, use, cbs)
-
-def grpo_dls(c:GRPOConfig, model:GPT, tok:Tokenizer, chats:list[list[dict]], reward:Callable, ref:GPT)->DataLoaders:
-    "The loader that lets the model answer."
-    dl = RolloutLoader(model, tok, chats, reward, ref, c.group, c.bs, c.micro_batch, c.iterations, c.max_new_tokens, c.seed, c.device,
-                       autocast(c.device, c.dtype))
-    return DataLoaders(dl, dl, device=torch.device(c.device))
-
-# %% ../../nbs/28_train.rlhf.ipynb #a19026b6
-def _open_grpo(c, reward, judge):
-    "Model, tokenizer, resolved configuration, prompts, and the functions that reward and judge"
-    model,tok = open_base(c); v,rows = model.cfg.vocab_size,c.group*(c.seq_len or min(1024, model.cfg.max_seq_len))
-    c = dataclasses.replace(c, micro_batch=c.micro_batch or max(1, min(8192, 2**27//v)//rows))
-    c = resolve_finetune(c, model.cfg, lr=dict(adamw=1e-4, muon=1e-4))
-    for m in model.modules():
-        if isinstance(m, nn.Dropout): m.p = 0.
-    prompts = read_prompts(c.data, tok, c.seq_len-c.max_new_tokens, c.strict, c.max_rows)
-    if n := len(prompts.rejects):
-        print(f"{n:,} prompts of {prompts.name} left out, the first: {': '.join(prompts.rejects[0])}", file=sys.stderr)
-    find = lambda spec: as_reward(spec, prompts.tasks, c.device) if spec else None
-    return model, tok, c, prompts, dict(reward=find(reward), judge=find(judge))
-
-def _grpo(run, c, model, tok, train, valid, use, cbs=(), checkpoint=None):
-    "Train (on) in `run` and finish it"
-    set_seed(c.seed); ref = copy.deepcopy(model).eval().requires_grad_(False)
-    kw = dict(ref=ref, tok=tok, max_new_tokens=c.max_new_tokens, **use)
-    look = PolicyEval(interval(c.steps, c.evals), chats=valid[:64], **kw)
-    if not checkpoint:
-        before = measure_policy(model, chats=valid[:256], **kw)
-        run.add_metrics(**{f'{k}_before': before[k] for k in ('valid_reward', 'valid_judge', 'answer_tokens') if k in before})
-    learn = finetune_learner(c, model, grpo_dls(c, model, tok, train, use['reward'], ref), cbs=[GRPO(c.beta, c.epsilon), look, *cbs])
-    def measure(learn): plot_rlhf(run/'log.csv', run/'rewards.png'); return measure_policy(model, chats=valid[:256], **kw)
-    run = fit_run(run, learn, c, tok, measure, checkpoint, columns=[*GRPO.columns, *PolicyEval.columns], sources=_sources(c))
-    if run.info['status'] == 'done':
-        run.info['doctor'] = rlhf_doctor(run); run.save(); says = run.info['doctor'] or ['the doctor finds nothing wrong']
-        with (run/'report.md').open('a', encoding='utf-8') as f:
-            f.write('\n# Rewards\n\n![rewards](rewards.png)\n\n'+'\n'.join(f'- {s}' for s in says)+'\n')
-    return run
-
-def _grpo_again(run, config, cbs, checkpoint):
-    "Go on with a training by reward"
-    c = GRPOConfig.again(config | {k: name_of(config.get(k)) for k in ('reward', 'judge')})
-    model,tok,c,prompts,use = _open_grpo(c, config['reward'], config['judge']); _same(c.data, prompts.fingerprint, run)
-    return _grpo(run, c, model, tok, *split_prompts(prompts.chats, c.val_frac), use, cbs, checkpoint)
-
-STAGES['rlhf'],CODE['rlhf'] = _grpo_again,('reward', 'judge')
+    return GRPOStage.start(dict(base=str(base), data=str(data), reward=reward, judge=judge, **options), out, cbs)

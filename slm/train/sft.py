@@ -5,16 +5,15 @@
 # %% auto #0
 __all__ = ['ROLES', 'SFT_SEED', 'SFT_VALID_SEED', 'WRITERS', 'to_turns', 'system_turns', 'to_messages', 'ChatTokens', 'ChatData',
            'load_chats', 'talk', 'pack', 'ChatLoader', 'ChatValidLoader', 'fill_up', 'AnswersOnly', 'FinetuneConfig',
-           'SFTConfig', 'resolve_finetune', 'base_opt', 'finetune_learner', 'chat_dls', 'answer', 'verdicts',
-           'judge_rate', 'exact_match', 'open_base', 'chats_of', 'begin_chats', 'check_new', 'sft', 'sft_sources',
-           'plan_steps', 'Classifier', 'class_loss', 'LabelLoader', 'class_accuracy', 'endings']
+           'SFTConfig', 'resolve_finetune', 'base_opt', 'chat_dls', 'answer', 'verdicts', 'judge_rate', 'exact_match',
+           'open_base', 'Finetune', 'chats_of', 'SFTStage', 'sft', 'Classifier', 'class_loss', 'LabelLoader',
+           'class_accuracy', 'endings']
 
 # %% ../../nbs/23_train.sft.ipynb #ddbed7e5
 from ..core import * # first: it silences a warning of the next ones
-import dataclasses, hashlib, json, random, re, string, sys
+import dataclasses, hashlib, random, re, string, sys
 from array import array
 from bisect import bisect_left, insort
-from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 import numpy as np, torch
@@ -23,7 +22,7 @@ from torch import nn, Tensor
 from fastai.callback.core import Callback
 from fastai.data.core import DataLoaders
 from fastcore.basics import patch
-from ..data.corpus import left_out, read_rows, text_encoding
+from ..data.corpus import left_out, read_rows
 from ..data.loaders import LMDataLoader
 from ..data.tokenizer import Tokenizer
 from ..data.world import ASK, WORDS, Story, Task, Verdict, World, ask, mannered, wilson
@@ -32,7 +31,7 @@ from ..model.generate import generate
 from ..model.pretrained import load_model_and_tokenizer
 from .learner import *
 from .optim import OPTIMS
-from .pretrain import SCHEDULES, STAGES, interval, fit_run, pretrain, step_seconds
+from .stage import *
 
 # %% ../../nbs/23_train.sft.ipynb #bfe239a7
 ROLES = dict(system='system', user='user', human='user', assistant='assistant', gpt='assistant', model='assistant', bot='assistant')
@@ -283,39 +282,24 @@ class AnswersOnly(Callback):
         self.learn.xb,self.learn.yb = (x, None, seqlens, None, keep),(y[keep][None], m[keep][None])
 
 # %% ../../nbs/23_train.sft.ipynb #f4216a13
-@dataclass
-class FinetuneConfig(Options):
+@dataclass(kw_only=True)
+class FinetuneConfig(StageConfig):
     "What decides a fine-tuning; `None` means: chosen from model and data."
-    base:str # what to start from: a run, a Hugging Face folder or hub id, or a .gguf file
-    data:str # what to learn from
+    base:str # what to start from: a run directory, a Hugging Face folder or hub id, or a .gguf file
+    data:str = 'world' # what to learn from
     epochs:float = 3. # times that each row is seen, if neither steps nor minutes are given
-    steps:int|None = None # optimiser steps
-    minutes:float|None = None # wall-clock minutes of training
-    seq_len:int|None = None # context in tokens; the base's, at most 1024
     bs:int = 16 # rows of an optimiser step
-    micro_batch:int|None = None # rows that go through the model at once
     row_len:int|None = None # tokens of a packed row; twice the context, but at most 768, if that is more than the context
-    opt:str|None = None # 'muon' or 'adamw'; what the base was trained with, adamw if that is not known
-    lr:float|None = None # peak learning rate
-    wd:float = 0. # weight decay
-    warmup:int|None = None # optimiser steps
-    cooldown:float = 1. # part of the run in which the rate falls
-    schedule:str = 'trapezoid' # or 'cosine'
-    clip:float = 1.0 # largest gradient norm
-    max_rows:int|None = None # rows to read
-    strict:bool = False # stop at the first row that cannot be used
-    encoding:str = 'utf-8' # of a file of text
-    seed:int = 42
-    device:str = 'auto'
-    dtype:str = 'auto' # 'float32' or 'bfloat16'
-    evals:int = 10 # how many validations during the run
-    samples:int = 2 # how many times samples are written
-    save_minutes:float = 2.0 # minutes between checkpoints
-    allowed = Options.allowed | dict(opt=OPTIMS, schedule=SCHEDULES, row_len=Span(8))
+    max_rows:int|None = None # read no more than so many rows
+    strict:bool = False # stop at the first row that cannot be used, instead of leaving it out
+    allowed = StageConfig.allowed | dict(row_len=Span(8))
 
-@dataclass
+@dataclass(kw_only=True)
 class SFTConfig(FinetuneConfig):
     "Fine-tuning on conversations."
+    data:str = 'world' # world[:DIAL], a .jsonl, .json or .parquet file of conversations, or hf:OWNER/NAME
+    bs:int = 16 # packed rows in an optimiser step
+    opt:str|None = None # muon or adamw; by default the base's own
 
 # %% ../../nbs/23_train.sft.ipynb #c388663a
 def resolve_finetune(
@@ -343,20 +327,6 @@ def base_opt(base:str|Path)->str: # a name in `OPTIMS`
     opt = RunDir.open(base).info['config'].get('opt'); return opt if opt in OPTIMS else 'adamw'
 
 # %% ../../nbs/23_train.sft.ipynb #081f9490
-def finetune_learner(
-    c, # a resolved `FinetuneConfig`
-    model:nn.Module,
-    dls:DataLoaders,
-    loss_func=lm_loss,
-    cbs=(), # of the stage
-)->LMLearner:
-    "The learner that all fine-tunings share."
-    opt,splitter = OPTIMS[c.opt]
-    learn = LMLearner(dls, model, loss_func=loss_func, opt_func=lambda ps, lr: opt(ps, lr=lr, wd=c.wd), splitter=splitter, lr=c.lr,
-                      cbs=[AutoCast(c.dtype), GradClip(c.clip), *cbs])
-    if c.bs > c.micro_batch: learn.add_cb(TokenAccumulation(n_batches=c.bs//c.micro_batch))
-    return learn
-
 def chat_dls(
     data:ChatData,
     bs:int, # rows a batch
@@ -427,44 +397,55 @@ def open_base(
         raise SLMError(f"'{c.base}' has no token that ends a text, so its answers would never end: take a base whose tokenizer has one")
     return model.train(), tok
 
-def _figures(model, tok, data, amp, dl, tag=''):
-    "Bits per byte of the answers, and how many are right"
-    res = {f'valid_bpb{tag}': evaluate(model, dl, tok.token_bytes(), amp)['bpb']}
-    if data.name.startswith('world'):
-        world = World(_dial(data.name)); res[f'judge{tag}'] = judge_rate(model, tok, list(world.tasks(SFT_VALID_SEED, 300)), world)
-    elif data.asked: res[f'exact{tag}'] = exact_match(model, tok, data.asked)
-    return res
+class Finetune(Stage):
+    "What all stages have in common that start from a base."
+    Config,sources,rates = FinetuneConfig,('base', 'data'),dict(adamw=1e-3, muon=3e-3) # peak rates at width 256
+    def open(self): self.model,self.tok = open_base(self.c)
+    def resolve(self):
+        self.c = resolve_finetune(self.c, self.model.cfg, self.rates)
+        if self.run or not all(p.requires_grad for p in self.model.parameters()): return
+        check_fits(self.model.cfg, *self.size(), self.c.device, dtype=self.c.dtype)
+    def size(self)->tuple[int,int]: "Rows and tokens that go through the model at once."; return self.c.micro_batch, self.c.row_len
+    def rows(self)->int: "Rows of an epoch."; return len(self.data.train)
+    def epoch_steps(self): return self.c.epochs*self.rows()/self.c.bs
+    def accumulation(self): return TokenAccumulation(n_batches=self.c.bs//self.c.micro_batch) if self.c.bs > self.c.micro_batch else None
 
 # %% ../../nbs/23_train.sft.ipynb #d1f0c001
 def chats_of(c, tok:Tokenizer)->ChatData: # c: a resolved `FinetuneConfig`
     "The conversations that a configuration names."
-    with text_encoding(c.encoding): return load_chats(c.data, tok, c.seq_len, c.max_rows, c.strict)
+    return load_chats(c.data, tok, c.seq_len, c.max_rows, c.strict)
 
-def begin_chats(
-    c, # a `FinetuneConfig`, as given
-    model:nn.Module, tok:Tokenizer,
-    out:str|Path, # run directory to make
-    stage:str, # its name
-    **info, # more for its `run.json`
-)->tuple: # the run, the resolved configuration, the conversations
-    "Read the conversations, plan the training, make the run, and measure what the base can do."
-    c = resolve_finetune(c, model.cfg)
-    chats = chats_of(c, tok)
-    if chats.rejects: print(chats.says(), file=sys.stderr)
-    dls = chat_dls(chats, c.micro_batch, c.row_len, c.seed, c.device, tok.pad_id)
-    if all(p.requires_grad for p in model.parameters()): check_fits(model.cfg, c.micro_batch, c.row_len, c.device, dtype=c.dtype)
-    c = plan_steps(c, finetune_learner(c, model, dls, cbs=[AnswersOnly()]), len(dls.train)*dls.train.bs)
-    kept = dataclasses.asdict(c) | {k: portable(v) for k,v in sft_sources(c).items()}
-    run = RunDir.create(out, stage, config=kept, seed=c.seed, parent=Path(c.base).name,
-                        data=dict(name=chats.name, fingerprint=chats.fingerprint, train_rows=len(chats.train), valid_rows=len(chats.valid),
-                                  rejected=len(chats.rejects), rejects=[list(r) for r in chats.rejects[:20]]))
-    run.info |= dict(prompts=[m[:-1] for m in chats.asked[:3]], **info)
-    run.add_metrics(**_figures(model, tok, chats, autocast(c.device, c.dtype), dls.valid, '_before'))
-    tok.save(run.path); return run, c, chats
+class SFTStage(Finetune):
+    "A model learns to answer, from conversations."
+    name,Config = 'sft',SFTConfig
+    def read(self):
+        self.data = chats_of(self.c, self.tok)
+        if self.data.rejects and not self.run: print(self.data.says(), file=sys.stderr)
+    def about(self):
+        d = self.data; rejects = [list(r) for r in d.rejects[:20]]
+        return dict(name=d.name, fingerprint=d.fingerprint, train_rows=len(d.train), valid_rows=len(d.valid),
+                    rejected=len(d.rejects), rejects=rejects)
+    def loaders(self): c = self.c; return chat_dls(self.data, c.micro_batch, c.row_len, c.seed, c.device, self.tok.pad_id)
+    def rows(self): dl = self.loaders().train; return len(dl)*dl.bs                # packed ones
+    def callbacks(self): return [AnswersOnly()]
+    def watch(self):
+        c,dl = self.c,self.loaders().valid; n = max(1, min(len(dl), 200//dl.bs))
+        return [Evaluate(self.tok.token_bytes(), interval(c.steps, c.evals), n)]
+    def prompts(self): return [m[:-1] for m in self.data.asked[:3]]
+    def begin(self):
+        c = self.c; now = self.answers(self.model, autocast(c.device, c.dtype), self.loaders().valid)
+        self.run.add_metrics(**{f'{k}_before': m for k,m in now.items()})
+    def figures(self, learn): return self.answers(learn.model.eval(), learn.amp, learn.dls.valid)
 
-def check_new(out:str|Path):
-    "Raise `SLMError` when `out` already holds a run."
-    if (Path(out)/'run.json').exists(): raise SLMError(f"'{out}' already holds a run: choose another --out, or `slm resume {out}`")
+# %% ../../nbs/23_train.sft.ipynb #d1f0c0a2
+@patch
+def answers(self:SFTStage, model:GPT, amp, dl)->dict:
+    "Bits per byte of the answers, and how many are right."
+    d = self.data; res = dict(valid_bpb=evaluate(model, dl, self.tok.token_bytes(), amp)['bpb'])
+    if d.name.startswith('world'):
+        world = World(_dial(d.name)); res['judge'] = judge_rate(model, self.tok, list(world.tasks(SFT_VALID_SEED, 300)), world)
+    elif d.asked: res['exact'] = exact_match(model, self.tok, d.asked)
+    return res
 
 # %% ../../nbs/23_train.sft.ipynb #76ee2ac3
 def sft(
@@ -475,43 +456,7 @@ def sft(
     **options, # any other field of `SFTConfig`
 )->RunDir: # finished, or interrupted and ready for `resume`
     "Teach a model to answer; raises `SLMError` for bad input."
-    check_new(out); c = SFTConfig(base=str(base), data=str(data), **options); model,tok = open_base(c)
-    run,c,chats = begin_chats(c, model, tok, out, 'sft')
-    return _sft(run, c, model, tok, chats, cbs)
-
-# %% ../../nbs/23_train.sft.ipynb #79cd6f6d
-def sft_sources(c)->dict: # the fields that may be paths
-    return dict(base=c.base, data=c.data)
-
-def plan_steps(
-    c, # a `FinetuneConfig`
-    learn:LMLearner, # to be timed when minutes were asked for
-    rows:int, # rows of an epoch
-):
-    "Fix the number of optimiser steps."
-    c = dataclasses.replace(c)
-    if c.steps is None:
-        if c.minutes: c.steps = max(10, int(60*c.minutes/step_seconds(learn)))
-        else: c.steps = max(1, round(c.epochs*rows/c.bs))
-    if c.warmup is None: c.warmup = min(50, max(1, c.steps//20))
-    return c
-
-def _sft(run, c, model, tok, chats, cbs=(), checkpoint=None):
-    "Train (on) in `run` and finish it"
-    set_seed(c.seed); dls = chat_dls(chats, c.micro_batch, c.row_len, c.seed, c.device, tok.pad_id)
-    n = max(1, min(len(dls.valid), 200//dls.valid.bs))
-    learn = finetune_learner(c, model, dls, cbs=[AnswersOnly(), Evaluate(tok.token_bytes(), interval(c.steps, c.evals), n), *cbs])
-    measure = lambda learn: _figures(learn.model.eval(), tok, chats, learn.amp, learn.dls.valid)
-    return fit_run(run, learn, c, tok, measure, checkpoint, sources=sft_sources(c))
-
-def _sft_again(run, config, cbs, checkpoint):
-    "Go on with a fine-tuning"
-    c = SFTConfig.again(config); model,tok = open_base(c); chats = chats_of(c, tok)
-    if chats.fingerprint != run.info['data']['fingerprint']:
-        raise SLMError(f"'{c.data}' has changed since '{run.path}' was started: bring the old rows back, or start a new run")
-    return _sft(run, c, model, tok, chats, cbs, checkpoint)
-
-STAGES['sft'] = _sft_again
+    return SFTStage.start(dict(base=str(base), data=str(data), **options), out, cbs)
 
 # %% ../../nbs/23_train.sft.ipynb #b76c4920
 class Classifier(nn.Module):
