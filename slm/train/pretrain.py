@@ -167,7 +167,7 @@ def steps_in(self:PretrainStage, minutes, learn):
     "Steps in so many minutes, validations included."
     c,valid,t_step = self.c,learn.dls.valid,step_seconds(learn); k = min(8, len(valid)); t0 = time.perf_counter()
     evaluate(learn.model, valid, self.tok.token_bytes(), autocast(c.device, c.dtype), max_batches=k); t_eval = (time.perf_counter()-t0)/k
-    left = 60*minutes - t_eval*len(valid) - 2
+    self.last_seconds = t_eval*len(valid) + 2; left = 60*minutes - self.last_seconds
     n_eval = c.evals*eval_batches(left/t_step*c.batch_tokens, c.evals, valid.bs*valid.seq_len)
     return max(10, int((left - t_eval*n_eval)/t_step))
 
