@@ -315,7 +315,7 @@ def answer_logps(
 # %% ../../nbs/25_train.dpo.ipynb #e11b0e21
 class DPO(Callback):
     "Learn from preferences: the loss is `dpo_loss`, the loaders are `PairLoader`s whose data know their `ref` (Rafailov et al. 2023)."
-    order = 57 # after TrainLog
+    order = TrainLog.order+2
     columns = 'reward_chosen reward_rejected margin accuracy logp_chosen logp_rejected len_chosen len_rejected'.split()
     def __init__(self,
         beta:float=0.1, # what distance from the reference costs
@@ -385,7 +385,7 @@ def sampled_kl(
 # %% ../../nbs/25_train.dpo.ipynb #145eb150
 class PairEval(Callback):
     "Every `every` steps, add to the row: loss and accuracy on (at most 200) held-out pairs, KL and length of sampled answers."
-    order,run_valid = 62,False # after DPO, before CSVLog
+    order,run_valid = Evaluate.order+2,False
     columns = 'valid_accuracy kl answer_tokens'.split()
     def __init__(self,
         tok:Tokenizer,
@@ -396,10 +396,8 @@ class PairEval(Callback):
     ): self.tok,self.ref,self.every,self.n_prompts,self.max_new_tokens = tok,ref,every,n_prompts,max_new_tokens
     def after_batch(self):
         n = self.opt_steps
-        if not self.stepped or (n > 1 and n%self.every and n != getattr(self.learn, 'n_steps', None)): return
-        if self.row is None:
-            self.learn.row = dict(step=self.opt_steps, tokens=self.tokens); getattr(self.learn, 'rows', []).append(self.learn.row)
-        with self.learn.pause(): self.learn.row.update(self.measure())
+        if not self.learn.due(self.every) and not (self.stepped and n == 1): return
+        with self.learn.pause(): self.learn.note(**self.measure())
     def measure(self):
         data = self.dls.valid.data.head(200); logps = answer_logps(self.model, data, self.amp)
         n = torch.tensor([[len(r.chosen), len(r.rejected)] for r in data.rows]).T.flatten()

@@ -19,7 +19,7 @@ from safetensors.torch import save_file, load_file
 from fastai.learner import Learner
 from fastai.callback.progress import ProgressCallback # adds `no_bar` to `Learner`
 from fastai.optimizer import OptimWrapper
-from fastai.callback.core import Callback, CancelBatchException, CancelFitException, CancelValidException
+from fastai.callback.core import Callback, TrainEvalCallback, CancelBatchException, CancelFitException, CancelValidException
 from fastcore.basics import patch, noop
 from fastcore.foundation import L
 from ..model.gpt import GPT, GPTConfig, lm_loss
@@ -37,14 +37,25 @@ class LMLearner(Learner):
         cbs=None, # callbacks
         **kwargs, # to `Learner`
     ):
-        self.opt_steps,self.tokens,self.paused,self.stepped,self.interrupted = 0,0,0.,False,False
-        self.row,self.grad_norm,self.amp = None,None,contextlib.nullcontext
+        self.opt_steps,self.n_steps,self.tokens,self.paused = 0,None,0,0.                # steps done and to be done, tokens, seconds of pauses
+        self.stepped,self.interrupted,self.grad_norm = False,False,None                  # of the last batch; did somebody ask for an end?
+        self.row,self.rows,self.samples = None,[],[]                                     # figures of this step, all figures, last texts
+        self.amp = contextlib.nullcontext                                                # what the forward pass is computed in
         super().__init__(dls, model, loss_func=loss_func, opt_func=opt_func or adamw, lr=lr, splitter=kwargs.pop('splitter', decay_groups),
                          cbs=[Counter(), *L(cbs)], **kwargs)
 
     def _split(self, b):
         x,y,loss_mask,seqlens = b
         self.xb,self.yb = (x,None,seqlens),(y,loss_mask)
+
+    def due(self, every:int)->bool: # at a step in which something happens that happens every so many, and at the end
+        "Is it time?"
+        return self.stepped and (self.opt_steps%every == 0 or self.opt_steps == self.n_steps)
+
+    def note(self, **figures):
+        "Put figures into the row of this step."
+        if self.row is None: self.row = dict(step=self.opt_steps, tokens=self.tokens); self.rows.append(self.row)
+        self.row.update(figures)
 
     @contextlib.contextmanager
     def pause(self):
@@ -56,14 +67,14 @@ class LMLearner(Learner):
 # %% ../../nbs/20_train.learner.ipynb #428fac68
 class Counter(Callback):
     "Count optimiser steps and training tokens in `learn.opt_steps` and `learn.tokens`."
-    order,run_valid = -10,False
+    order,run_valid = TrainEvalCallback.order,False
     def before_batch(self): self.learn.stepped, self.learn.row = False,None
     def after_step(self):   self.learn.opt_steps += 1; self.learn.stepped = True
     def after_batch(self):  self.learn.tokens += self.xb[0].numel()
 
 class StopAt(Callback):
     "End the fit after `steps` optimiser steps in all, or when somebody asked for an end."
-    order,run_valid = 100,False
+    order,run_valid = Counter.order+110,False
     def __init__(self, steps:int): self.steps = steps
     def before_fit(self):
         if self.opt_steps >= self.steps: raise CancelFitException()
@@ -108,7 +119,7 @@ def fit_steps(self:LMLearner,
 
 class NoEpochValidation(Callback):
     "Steps decide when to validate, not epochs."
-    order = -20
+    order = Counter.order-10
     def before_validate(self): raise CancelValidException()
 
 # %% ../../nbs/20_train.learner.ipynb #5660291f
@@ -132,7 +143,7 @@ def cosine(step, total, warmup=0, final=0.1, **_)->float:
 # %% ../../nbs/20_train.learner.ipynb #975d1ab9
 class Schedule(Callback):
     "Multiply each group's learning rate by `func(opt_steps, total, **kwargs)`."
-    order,run_valid = 30,False
+    order,run_valid = Counter.order+40,False
     def __init__(self, total:int, func=trapezoid, **kwargs): self.total,self.func,self.kwargs = total,func,kwargs
     def before_fit(self): self.base = [self.learn.lr]*len(self.opt.hypers)
     def before_step(self): self.opt.set_hyper('lr', [b*self.mult() for b in self.base])
@@ -149,7 +160,7 @@ def autocast(
 
 class AutoCast(Callback):
     "Compute model and loss in `dtype`; parameters, gradients and optimiser stay in float32."
-    order = 10
+    order = Schedule.order-20
     def __init__(self, dtype:str='auto'): self.dtype = dtype
     def before_fit(self): self.learn.amp = autocast(next(self.model.parameters()).device.type, self.dtype)
     def before_batch(self): self.ctx = self.learn.amp(); self.ctx.__enter__()
@@ -161,7 +172,7 @@ class AutoCast(Callback):
 # %% ../../nbs/20_train.learner.ipynb #b0f8fcc1
 class TokenAccumulation(Callback):
     "Step after at least `n_tokens` unmasked tokens and `n_batches` batches; the gradient is the mean over all of these tokens."
-    order,run_valid = 5,False
+    order,run_valid = AutoCast.order-5,False
     def __init__(self, n_tokens:int=0, n_batches:int=1): self.n_tokens,self.n_batches = n_tokens,n_batches
     def before_fit(self): self.seen,self.k = 0,0
     def after_loss(self):
@@ -174,7 +185,7 @@ class TokenAccumulation(Callback):
 # %% ../../nbs/20_train.learner.ipynb #2f75132c
 class GradClip(Callback):
     "Scale gradients down to a norm of at most `max_norm`; keep the norm in `learn.grad_norm`; stop at NaN."
-    order,run_valid = 20,False
+    order,run_valid = AutoCast.order+10,False
     def __init__(self, max_norm:float=1.0): self.max_norm = max_norm
     def before_step(self):
         self.learn.grad_norm = nn.utils.clip_grad_norm_(self.model.parameters(), self.max_norm).item()
@@ -212,46 +223,41 @@ def evaluate(
 # %% ../../nbs/20_train.learner.ipynb #04af62c2
 class TrainLog(Callback):
     "Every `every` optimiser steps put a row of figures into `learn.row` and `learn.rows`."
-    order,run_valid = 55,False
+    order,run_valid = Schedule.order+25,False
     def __init__(self,
         every:int=10, # optimiser steps
         flops_per_token:float|None=None, # training cost of a token; 6N if not given
         peak:float|None=None, # FLOP/s that count as 100 %; no MFU if not given
     ): self.every,self.cost,self.peak = every,flops_per_token,peak
     def before_fit(self):
-        if not hasattr(self.learn, 'rows'): self.learn.rows = []
         self.cost = self.cost or 6*sum(p.numel() for p in self.model.parameters())
         self._restart(); self.t_start = self.t0
     def _restart(self): self.t0,self.tok0,self.loss_sum,self.n = time.perf_counter()-self.paused,self.tokens,0.,0
     def after_batch(self):
         self.loss_sum,self.n = self.loss_sum+self.loss.detach(), self.n+1
-        last = self.opt_steps==getattr(self.learn, 'n_steps', None)
-        if not self.stepped or (self.opt_steps%self.every and not last and not self.interrupted): return
+        if not self.learn.due(self.every) and not (self.stepped and self.interrupted): return
         loss = (self.loss_sum/self.n).item() # waits for the device, so the clock is right
         dt = time.perf_counter()-self.paused-self.t0
         speed = (self.tokens-self.tok0)/dt
-        row = dict(step=self.opt_steps, tokens=self.tokens, loss=loss, lr=self.opt.hypers[0]['lr'], grad_norm=self.grad_norm,
-                   tokens_per_s=speed, mfu=speed*self.cost/self.peak if self.peak else None, epoch=self.epoch)
-        self.learn.row = row; self.learn.rows.append(row); self._restart()
+        self.learn.note(loss=loss, lr=self.opt.hypers[0]['lr'], grad_norm=self.grad_norm, tokens_per_s=speed,
+                        mfu=speed*self.cost/self.peak if self.peak else None, epoch=self.epoch)
+        self._restart()
 
 # %% ../../nbs/20_train.learner.ipynb #3d8ad48d
 class Evaluate(Callback):
     "Every `every` steps, and at the end, add `valid_loss` and `valid_bpb` to the row."
-    order,run_valid = 60,False
+    order,run_valid = TrainLog.order+5,False
     def __init__(self, token_bytes:np.ndarray, every:int=100, max_batches:int|None=None):
         self.token_bytes,self.every,self.max_batches = token_bytes,every,max_batches
     def after_batch(self):
-        if not self.stepped or (self.opt_steps%self.every and self.opt_steps!=getattr(self.learn, 'n_steps', None)): return
+        if not self.learn.due(self.every): return
         with self.learn.pause(): m = evaluate(self.model, self.dls.valid, self.token_bytes, self.amp, self.max_batches)
-        if self.row is None:
-            self.learn.row = dict(step=self.opt_steps, tokens=self.tokens)
-            getattr(self.learn, 'rows', []).append(self.learn.row)
-        self.learn.row.update(valid_loss=m['loss'].value, valid_bpb=m['bpb'].value)
+        self.learn.note(valid_loss=m['loss'].value, valid_bpb=m['bpb'].value)
 
 # %% ../../nbs/20_train.learner.ipynb #36e4c574
 class CSVLog(Callback):
     "Append each row to a CSV file; when resuming, rows after the current step are dropped."
-    order,run_valid = 70,False
+    order,run_valid = Evaluate.order+10,False
     columns = 'step tokens epoch loss lr grad_norm tokens_per_s mfu valid_loss valid_bpb'.split()
     def __init__(self, path:str|Path, extra=()): self.path,self.columns = Path(path),[*self.columns, *extra] # more names of figures
     def before_fit(self):
@@ -268,7 +274,7 @@ class CSVLog(Callback):
 
 class Bar(Callback):
     "A progress bar of optimiser steps with loss, validation and speed beside it; silent where nobody watches."
-    order,run_valid = 75,False
+    order,run_valid = CSVLog.order+5,False
     def before_fit(self): self.pbar,self.shown = progress(desc='train', total=self.learn.n_steps, unit='it', initial=self.opt_steps), {}
     def after_batch(self):
         if self.stepped: self.pbar.update(1)
@@ -281,7 +287,7 @@ class Bar(Callback):
 # %% ../../nbs/20_train.learner.ipynb #2d06d42c
 class TensorBoardLog(Callback):
     "Send each row to TensorBoard (needs the package `tensorboard`)."
-    order,run_valid = 70,False
+    order,run_valid = CSVLog.order,False
     def __init__(self, path:str|Path): self.path = Path(path)
     def before_fit(self):
         try: from torch.utils.tensorboard import SummaryWriter
@@ -294,7 +300,7 @@ class TensorBoardLog(Callback):
 
 class WandbLog(Callback):
     "Send each row to Weights & Biases (needs the package `wandb` and an account, or `WANDB_MODE=offline`)."
-    order,run_valid = 70,False
+    order,run_valid = CSVLog.order,False
     def __init__(self, **kwargs): self.kwargs = kwargs # to `wandb.init`
     def before_fit(self):
         try: import wandb
@@ -307,14 +313,14 @@ class WandbLog(Callback):
 # %% ../../nbs/20_train.learner.ipynb #3a058c09
 class Samples(Callback):
     "Every `every` steps, and at the end, complete each prompt that the context holds and append the texts to `path`."
-    order,run_valid = 80,False
+    order,run_valid = Bar.order+5,False
     def __init__(self, tok, prompts:list, every:int=500, path:str|Path|None=None, show=noop, **params):
         self.tok,self.prompts,self.every,self.show,self.path = tok,prompts,every,show,Path(path) if path else None
         self.params = dict(max_new_tokens=100, temperature=.8, top_p=.95, seed=42) | params
     def before_fit(self):
         if self.prompts: room = self.model.cfg.max_seq_len; self.prompts = [p for p in self.prompts if len(_prompt_ids(self.tok, p)) < room]
     def after_batch(self):
-        if not self.stepped or (self.opt_steps%self.every and self.opt_steps!=getattr(self.learn, 'n_steps', None)): return
+        if not self.learn.due(self.every): return
         with self.learn.pause(): texts = self.sample()
         shown = [p if isinstance(p, str) else p[-1]['content'].replace('\n', ' ')+' → ' for p in self.prompts]
         quoted = '\n'.join(f'> **{p}**{quote(t)}\n' for p,t in zip(shown, texts))
@@ -413,7 +419,7 @@ def load_checkpoint(self:LMLearner,
 # %% ../../nbs/20_train.learner.ipynb #1b5efa01
 class Checkpoint(Callback):
     "Every `every` steps (or `minutes`), and when interrupted, write a checkpoint under `root`."
-    order,run_valid = 90,False
+    order,run_valid = Samples.order+10,False
     def __init__(self, root:str|Path, every:int|None=None, minutes:float|None=None, keep:int=2,
                  **extra): # more for `state.json`: values, or functions that return one
         self.root,self.every,self.minutes,self.keep,self.extra = Path(root),every,minutes,keep,extra
@@ -429,7 +435,7 @@ class Checkpoint(Callback):
 
 class GracefulStop(Callback):
     "Turn the first Ctrl-C (or SIGTERM) into an orderly end after the current step."
-    order,run_valid = -15,False
+    order,run_valid = Counter.order-5,False
     def before_fit(self):
         self.old = {}
         if threading.current_thread() is threading.main_thread():

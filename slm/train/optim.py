@@ -92,7 +92,7 @@ def find_lr(self:LMLearner,
 # %% ../../nbs/21_train.optim.ipynb #389d1da7
 class SpikeGuard(Callback):
     "Stop when the median loss over `window` steps is more than `rise` nats above its best."
-    order,run_valid = 21,False
+    order,run_valid = GradClip.order+1,False
     def __init__(self,
         rise:float=1.0, # nats a token
         window:int=20, # optimiser steps

@@ -137,7 +137,7 @@ def reward_accuracy(
 
 class RewardLog(Callback):
     "Learn to score: set the loss, log scores, margin and accuracy; every `every` steps the accuracy on (at most 200) held-out pairs."
-    order = 57 # after TrainLog
+    order = TrainLog.order+2
     columns = 'reward_chosen reward_rejected margin accuracy valid_accuracy'.split()
     def __init__(self, center:float=0., every:int=50): self.center,self.every = center,every
     def before_fit(self): self.seen = []; self.learn.loss_func = self.loss
@@ -147,7 +147,7 @@ class RewardLog(Callback):
         c,r = torch.cat(self.seen, 1); self.seen = []
         right = ((c > r).float()+(c == r).float()/2).mean()
         self.learn.row.update(zip(self.columns, [v.item() for v in (c.mean(), r.mean(), (c-r).mean(), right)]))
-        if self.opt_steps%self.every == 0 or self.opt_steps == self.n_steps:
+        if self.learn.due(self.every):
             with self.learn.pause(): held = reward_accuracy(self.model, self.dls.valid.data, self.amp, 200)
             self.learn.row['valid_accuracy'] = held.value
 

@@ -202,7 +202,7 @@ def load_state_dict(self:RolloutLoader,
 # %% ../../nbs/28_train.rlhf.ipynb #385d83fd
 class GRPO(Callback):
     "Learn from the rewards of the model's own answers: the loss is `grpo_loss`, the training loader is a `RolloutLoader`."
-    order = 57 # after TrainLog
+    order = TrainLog.order+2
     columns = 'reward reward_std flat kl_token clipped entropy len_answer'.split()
     def __init__(self,
         beta:float=.04, # what distance from the reference costs
@@ -254,7 +254,7 @@ def measure_policy(
 
 class PolicyEval(Callback):
     "Every `every` steps, and at the beginning, put the figures of `measure_policy` into the row."
-    order,run_valid = 62,False # after GRPO, before CSVLog
+    order,run_valid = Evaluate.order+2,False
     columns = 'valid_reward valid_judge judge_noise kl answer_tokens'.split()
     def __init__(self,
         every:int, # optimiser steps
@@ -262,10 +262,9 @@ class PolicyEval(Callback):
     ): self.every,self.kw = every,kw
     def after_batch(self):
         n = self.opt_steps
-        if not self.stepped or (n > 1 and n%self.every and n != self.n_steps): return
-        if self.row is None: self.learn.row = dict(step=n, tokens=self.tokens); getattr(self.learn, 'rows', []).append(self.learn.row)
+        if not self.learn.due(self.every) and not (self.stepped and n == 1): return
         with self.learn.pause(): m = measure_policy(self.model, **self.kw)
-        self.learn.row.update({k: v.value for k,v in m.items()})
+        self.learn.note(**{k: v.value for k,v in m.items()})
         if j := m.get('valid_judge'): self.learn.row['judge_noise'] = (j.hi-j.lo)/2
 
 # %% ../../nbs/28_train.rlhf.ipynb #439c6f4d

@@ -276,7 +276,7 @@ def fill_up(
 
 class AnswersOnly(Callback):
     "Compute scores only for the tokens that count, and for as many others as fill up."
-    order,run_valid = 8,False
+    order,run_valid = AutoCast.order-2,False
     def before_batch(self):
         (x,_,seqlens),(y,m) = self.xb,self.yb; keep = fill_up(m)
         self.learn.xb,self.learn.yb = (x, None, seqlens, None, keep),(y[keep][None], m[keep][None])
