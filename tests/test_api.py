@@ -71,9 +71,9 @@ def url(engine):
     with running(engine, queue=6, max_tokens=2000) as (_, url): yield url
 
 @pytest.fixture(scope='module')
-def client(url): return openai.OpenAI(base_url=f'{url}/v1', api_key='none', max_retries=0, timeout=60)
+def client(url): return openai.OpenAI(base_url=f'{url}/v1', api_key='none', max_retries=0, timeout=300)
 
-def post(url, path='completions', headers=None, timeout=60, **kw):
+def post(url, path='completions', headers=None, timeout=300, **kw):
     return httpx.post(f'{url}/v1/{path}', json=dict(model='tiny') | kw, headers=headers, timeout=timeout)
 
 def error(r, status, **want):
@@ -461,7 +461,7 @@ def caller(engine, monkeypatch):
     plain = engine.tok
     def template(mark): engine.tok = copy.copy(plain); engine.tok.chat_template = TEMPLATE.replace('MARK', mark)
     template('<tool_call>\n{"name": "')
-    with running(engine, max_tokens=2000) as (_, url): yield openai.OpenAI(base_url=f'{url}/v1', api_key='none', max_retries=0, timeout=60), template
+    with running(engine, max_tokens=2000) as (_, url): yield openai.OpenAI(base_url=f'{url}/v1', api_key='none', max_retries=0, timeout=300), template
     engine.tok = plain
 
 @pytest.mark.parametrize('choice', ['required', dict(type='function', function=dict(name='sub-it'))], ids=['required', 'named'])
@@ -498,7 +498,7 @@ def test_a_history_with_calls_is_rendered_and_its_marks_stay_text(caller, engine
 def test_langchain_s_shape_of_bind_tools(caller):
     client, _ = caller; body = dict(model='tiny', messages=[dict(role='user', content='Hi')], stream=False, temperature=0.0, max_completion_tokens=300, n=1, parallel_tool_calls=False, seed=None,
         tools=[ADD, SUB], tool_choice=dict(type='function', function=dict(name='add')))
-    r = httpx.post(f'{client.base_url}chat/completions', json=body, timeout=60).json()
+    r = httpx.post(f'{client.base_url}chat/completions', json=body, timeout=300).json()
     assert r['choices'][0]['message']['tool_calls'][0]['function']['name'] == 'add'
 
 def test_tools_that_cannot_be_held_to(caller, url):
@@ -571,16 +571,16 @@ def process(tiny):
 
 def test_sigterm_finishes_what_runs_and_exits_0_without_torch(tiny):
     with process(tiny) as (p, url):
-        with httpx.Client(timeout=60) as keep, keep.stream('POST', f'{url}/v1/completions', json=dict(model='tiny', prompt='a', max_tokens=2000, temperature=0, n=6, stream=True)) as s: # seconds of work
+        with httpx.Client(timeout=300) as keep, keep.stream('POST', f'{url}/v1/completions', json=dict(model='tiny', prompt='a', max_tokens=2000, temperature=0, n=6, stream=True)) as s: # seconds of work
             lines = s.iter_lines(); next(lines); p.send_signal(signal.SIGTERM)
             r = wait_for(lambda: (r := httpx.get(f'{url}/readyz')).status_code == 503 and r); error(r, 503, code='draining')
             r = post(url, prompt='b'); error(r, 503, code='draining', type='server_error'); assert int(r.headers['retry-after']) > 0
             assert httpx.get(f'{url}/healthz').status_code == 200
             rest = [l for l in lines if l]; assert rest[-1] == 'data: [DONE]' and json.loads(rest[-2][6:])['choices'][0]['finish_reason'] == 'length' and len(rest) > 100
-        assert p.wait(10) == 0 and p.stdout.read().strip() == 'False'
+        assert p.wait(120) == 0 and p.stdout.read().strip() == 'False'
 
 def test_ctrl_c_ends_an_idle_server_at_once(tiny):
-    with process(tiny) as (p, url): p.send_signal(signal.SIGINT); assert p.wait(50) == 0 # a request might take 60 s
+    with process(tiny) as (p, url): p.send_signal(signal.SIGINT); assert p.wait(58) == 0 # a request might take 60 s
 
 def test_a_taken_port_is_one_line():
     with socket.create_server(('127.0.0.1', 0)) as s, pytest.raises(SLMError, match='cannot listen'): doors.listen('127.0.0.1', s.getsockname()[1])

@@ -19,7 +19,7 @@ def home(tmp_path_factory):
     os.environ.pop('SLM_HOME') if old is None else os.environ.__setitem__('SLM_HOME', old)
 
 def run(*args, **env):
-    return subprocess.run(SLM+[str(a) for a in args], capture_output=True, text=True, errors='replace', timeout=240,
+    return subprocess.run(SLM+[str(a) for a in args], capture_output=True, text=True, errors='replace', timeout=1200,
                           env={**os.environ, **env})
 
 def fails(capsys, monkeypatch, *args):
@@ -120,7 +120,7 @@ def wait_for(cond, p, seconds=120):
 def test_ctrl_c_saves_and_resume_ends_bit_identical(whole, tmp_path, capsys, monkeypatch):
     out = tmp_path/'cut'; p = start(out)
     wait_for(lambda: any((out/'checkpoints').glob('[0-9]*')), p)
-    p.send_signal(signal.SIGINT); so,se = p.communicate(timeout=60)
+    p.send_signal(signal.SIGINT); so,se = p.communicate(timeout=600)
     assert p.returncode == 130 and f'slm resume {out}' in so, (so, se)
     assert json.loads((out/'run.json').read_text())['status'] == 'interrupted'
     bad = shutil.copytree(out, tmp_path/'bad'); f = sorted((bad/'checkpoints').glob('*/optim.safetensors'))[-1]
@@ -313,7 +313,7 @@ def test_disk_that_fills_up_loses_nothing(whole, small_disk):
         try:
             while True: f.write(bytes(2**20)); f.flush()
         except OSError: pass
-    so,se = p.communicate(timeout=120)
+    so,se = p.communicate(timeout=600)
     assert p.returncode == 2 and se.count('slm: error:') == 1 and 'disk' in se and 'Traceback' not in se, (so, se)
     assert not list(out.rglob('*.tmp'))
     (small_disk/'filler').unlink()

@@ -39,7 +39,7 @@ def url(engine):
 
 ASK = [dict(role='user', content='Who has the kite?')]
 def chat(url, messages=ASK, **kw):
-    return httpx.post(f'{url}/v1/chat/completions', json=dict(model='m', messages=messages, max_tokens=4) | kw, timeout=60)
+    return httpx.post(f'{url}/v1/chat/completions', json=dict(model='m', messages=messages, max_tokens=4) | kw, timeout=300)
 
 def error(r, status, **want):
     assert r.status_code == status, r.text
@@ -66,7 +66,7 @@ def test_head_is_get_without_a_body(url, path):
 
 def test_a_slash_at_the_end_changes_nothing(url):
     for path in ('/v1/models/', '/v1/models/m/', '/healthz/'): assert httpx.get(url+path).status_code == 200
-    assert httpx.post(f'{url}/v1/chat/completions/', json=dict(model='m', messages=ASK, max_tokens=2), timeout=60).status_code == 200
+    assert httpx.post(f'{url}/v1/chat/completions/', json=dict(model='m', messages=ASK, max_tokens=2), timeout=300).status_code == 200
 
 @pytest.mark.parametrize('headers', [{}, {'Content-Type': 'text/plain'}, {'Content-Type': 'application/x-www-form-urlencoded'}])
 def test_what_is_not_said_to_be_json_is_415(url, headers):
@@ -141,7 +141,7 @@ def test_one_client_cannot_keep_all_connections(engine, monkeypatch):
 def embedder(engine, plain):
     with running(engine, embed=dict(emb=api.gguf_embed(plain, threads=1))) as url: yield url
 
-def embed(url, given, **kw): return httpx.post(f'{url}/v1/embeddings', json=dict(model='emb', input=given) | kw, timeout=60)
+def embed(url, given, **kw): return httpx.post(f'{url}/v1/embeddings', json=dict(model='emb', input=given) | kw, timeout=300)
 
 def test_embeddings_of_many_texts(embedder):
     assert len(embed(embedder, ['a']*2048).json()['data']) == 2048
@@ -202,7 +202,7 @@ def handy_url(handy):
     with running(handy, tokens=()) as url: yield url
 
 @pytest.fixture(scope='module')
-def client(handy_url): return openai.OpenAI(base_url=f'{handy_url}/v1', api_key='none', max_retries=0, timeout=60)
+def client(handy_url): return openai.OpenAI(base_url=f'{handy_url}/v1', api_key='none', max_retries=0, timeout=300)
 
 def is_call(name, arguments):
     return name == 'weather' and arguments in (dict(city='Ulm'), dict(city='Rom')) or \
@@ -283,7 +283,7 @@ def test_as_langchain_binds_tools(handy_url):
     bound = [tool('weather', CITY, strict=True)]
     base = dict(model='m', stream=False, n=1, temperature=.7, max_completion_tokens=300, tools=bound, parallel_tool_calls=False)
     def ask(messages, **kw):
-        r = httpx.post(f'{handy_url}/v1/chat/completions', json=base | dict(messages=messages) | kw, timeout=60)
+        r = httpx.post(f'{handy_url}/v1/chat/completions', json=base | dict(messages=messages) | kw, timeout=300)
         return r.json()['choices'][0]
     for choice in ('required', NAMED):
         m = ask([dict(content='Weather in Rome?', role='user')], tool_choice=choice)['message']; call, = m['tool_calls']

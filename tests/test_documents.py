@@ -127,7 +127,7 @@ def test_the_reading_process_has_no_network_and_starts_nothing(tmp_path):
 import socket, subprocess
 for f in (lambda: socket.create_connection(('127.0.0.1', 9)), lambda: subprocess.run(['true']), lambda: os.system('true')):
     try: f(); print('done')
-    except PermissionError as e: print('refused', file=out)
+    except PermissionError as e: print('refused', file=out, flush=True)
 '''
     said = subprocess.run([sys.executable, '-c', code, str(2**31), '60', '100'], capture_output=True, text=True)
     assert said.stdout.split() == ['refused']*3, said.stderr

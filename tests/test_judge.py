@@ -127,7 +127,7 @@ class Before(ThreadingHTTPServer):
                 f = before.fault(n, self.path, body)
                 if f == 'drop': self.connection.shutdown(socket.SHUT_RDWR); return
                 if f is None:
-                    r = httpx.request(self.command, before.to+self.path, content=body, headers={'content-type': 'application/json'}, timeout=60); f = r.status_code,{},r.text
+                    r = httpx.request(self.command, before.to+self.path, content=body, headers={'content-type': 'application/json'}, timeout=300); f = r.status_code,{},r.text
                 status,headers,text = f; data = text.encode(); self.send_response(status)
                 for k,v in (headers | {'Content-Length': str(len(data))}).items(): self.send_header(k, v)
                 self.end_headers(); self.wfile.write(data)
@@ -295,8 +295,8 @@ def test_interrupted_and_gone_on_with(models, server, tmp_path, slm):
             t0 = time.time()
             while seen() < until:                                                           # one question is let through for each that waits
                 if len(asked) > given: go.release(); given += 1
-                assert time.time()-t0 < 200 and q.poll() is None, q.stderr.read(); time.sleep(.1)
-            q.send_signal(how); out_,err = q.communicate(timeout=200); assert q.returncode == code, err
+                assert time.time()-t0 < 900 and q.poll() is None, q.stderr.read(); time.sleep(.1)
+            q.send_signal(how); out_,err = q.communicate(timeout=900); assert q.returncode == code, err
             if how == signal.SIGINT: assert err == 'interrupted: the same call goes on\n' and RunDir.open(out).info['status'] == 'interrupted'
         had,n,b.fault = seen(),len(b.chats),lambda *a: None; assert 12 <= had < 24
         r = slm(*args, '--by', b.url); assert r.returncode == 0, r.stderr

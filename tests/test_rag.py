@@ -186,7 +186,7 @@ TOKEN = 'open-sesame'
 def running(engine, index, **settings):
     with in_background(rag_app(RagEngine(engine, index, k=3), Settings(tokens=(TOKEN,), **settings)), http=api.Protocol) as url:
         wait_for(lambda: httpx.get(f'{url}/readyz').status_code == 200)
-        yield url, httpx.Client(base_url=url, headers=dict(Authorization=f'Bearer {TOKEN}'), timeout=60)
+        yield url, httpx.Client(base_url=url, headers=dict(Authorization=f'Bearer {TOKEN}'), timeout=300)
 
 @pytest.fixture(scope='module')
 def server(engine, shared):
