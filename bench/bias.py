@@ -13,8 +13,8 @@ from pathlib import Path
 import numpy as np, pandas as pd, torch
 from slm.core import Metric, RunDir, bootstrap_ratio, set_seed, write_json
 from slm.data.tokenizer import Tokenizer, train_bpe
-from slm.data.world import wilson
-from slm.eval.bias import Introductions, line, tables, true_bias, world_measures
+from slm.eval.stats import linear_fit, wilson
+from slm.eval.bias import Introductions, tables, true_bias, world_measures
 from slm.eval.lm import doc_nats, read_pairs
 from slm.eval.pairs import Item, data_files, read_crows, score_items
 from slm.model.gpt import GPT, GPTConfig
@@ -53,7 +53,7 @@ def calibrate(a, run):
     p = pd.DataFrame(points); p.to_csv(run/'points.csv', index=False, float_format='%.5g'); run.info['data']['models'] = len(p)//p.measure.nunique()
     for k,g in p[~p.balanced].groupby('measure'):
         known = k in ('log_odds', 'gap', 'written') # 'pairs' has a truth too, but no line goes through a step
-        for name,m in line(g.truth if known else g.dial, g.value).items(): run.add_metrics(**{f'{k}_{name}': m})
+        for name,m in linear_fit(g.truth if known else g.dial, g.value).items(): run.add_metrics(**{f'{k}_{name}': m})
     world = Introductions(1.); price = [math.log2(2/(1+2**(s.bits-world.mirror(s).bits))) for s in stories] # what the true mixture pays
     run.add_metrics(balance_cost=bootstrap_ratio(np.mean([nats[True, s]-nats[False, s] for s in range(a.seeds)], 0), nbytes, unit='bits/byte'),
                     balance_cost_truth=bootstrap_ratio(price, nbytes, unit='bits/byte'))

@@ -12,7 +12,8 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from pydoc_data.topics import topics
 from slm.core import Metric, RunDir
-from slm.data.world import World, wilson
+from slm.data.world import World
+from slm.eval.stats import wilson
 from slm.model.generate import SamplingParams, generate_ids
 from slm.model.pretrained import load_model_and_tokenizer
 from slm.serve.batching import TorchEngine, gap

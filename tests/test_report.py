@@ -6,7 +6,8 @@ from slm.cli import main
 from slm.core import Metric, RunDir, SLMError
 from slm.data.tokenizer import train_bpe
 from slm.data.world import World
-from slm.eval.ledger import Question, change, holm, keep_ledger, ones, open_stages, world_questions
+from slm.eval.ledger import Question, keep_ledger, ones, open_stages, world_questions
+from slm.eval.stats import holm, paired_bootstrap
 from slm.model.gpt import GPT, GPTConfig
 from slm.report import render, report
 
@@ -78,11 +79,11 @@ def test_the_interval_of_a_change_covers_the_truth():
     "300 samples of 150 paired items with a known difference: 95 % within 3 standard errors"
     rng, hits = np.random.default_rng(5), 0
     for i in range(300):
-        a = rng.random(150) < .4; b = np.where(a, rng.random(150) < .9, rng.random(150) < .2); d,_ = change(ones(a), ones(b), draws=1000, seed=i); hits += d.lo <= .4*.9+.6*.2-.4 <= d.hi
+        a = rng.random(150) < .4; b = np.where(a, rng.random(150) < .9, rng.random(150) < .2); d,_ = paired_bootstrap(ones(a), ones(b), draws=1000, seed=i); hits += d.lo <= .4*.9+.6*.2-.4 <= d.hi
     assert abs(hits/300-.95) < 3*(.95*.05/300)**.5
 
 def test_p_of_no_change_is_even():
-    rng = np.random.default_rng(6); ps = [change(ones(x := rng.normal(size=80)), ones(x+rng.normal(size=80)), draws=1000, seed=i)[1] for i in range(300)]
+    rng = np.random.default_rng(6); ps = [paired_bootstrap(ones(x := rng.normal(size=80)), ones(x+rng.normal(size=80)), draws=1000, seed=i)[1] for i in range(300)]
     from scipy.stats import kstest
     assert kstest(ps, 'uniform').pvalue > 1e-3 and .02 < np.mean(np.array(ps) < .05) < .09
 

@@ -16,8 +16,9 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from urllib.parse import urlsplit
 from fastcore.basics import patch
-from ..data.world import ASK, Task, World, wilson
-from .rating import (Battle, WAYS, battles_of, judges, longer_wins, pair_items, prompt_key, ratings, share, verdicts_of, win_rate,
+from ..data.world import ASK, Task, World
+from .stats import clustered_share, wilson
+from .rating import (Battle, WAYS, battles_of, judges, longer_wins, pair_items, prompt_key, ratings, verdicts_of, win_rate,
                              win_rate_at_equal_length)
 from ..model.pretrained import load_model_and_tokenizer, local_model
 from ..train.annotate import Item, PreferenceStore, cohen_kappa, read_items, world_judge
@@ -83,7 +84,7 @@ def swap_figures(
     pairs = [(one[i], two[i]) for i in one if i in two]; clear = lambda j: not isinstance(j['choice'], str)
     first,of = zip(*((sum(clear(j) and j['choice'] == j['shown'][0] for j in p), sum(map(clear, p))) for p in pairs)) if pairs else ((), ())
     res = dict(consistent=wilson(sum(a['choice'] == b['choice'] for a,b in pairs), len(pairs), 'of pairs'))
-    return res | (dict(first_wins=share(first, of, 'of choices')) if sum(of) else {})
+    return res | (dict(first_wins=clustered_share(first, of, 'of choices')) if sum(of) else {})
 
 def accuracy(
     store:PreferenceStore,
@@ -95,7 +96,7 @@ def accuracy(
     for it in store.items():
         if it.id in say and true.get(it.id, 'tie') != 'tie':
             of.setdefault(prompt_key(it.prompt), []).append(.5 if say[it.id] == 'tie' else float(say[it.id] == true[it.id]))
-    return share(list(map(sum, of.values())), list(map(len, of.values())), 'of pairs')
+    return clustered_share(list(map(sum, of.values())), list(map(len, of.values())), 'of pairs')
 
 def agreement_of(
     store:PreferenceStore,

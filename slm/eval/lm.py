@@ -17,7 +17,8 @@ from fastcore.basics import patch
 from ..core import *
 from ..data.corpus import HALF, Corpus, build_corpus, left_out, read_rows
 from ..data.tokenizer import Tokenizer
-from ..data.world import World, Story, Probe, Listener, NotAStory, probes, chance, wilson
+from ..data.world import World, Story, Probe, Listener, NotAStory, probes, chance
+from .stats import wilson
 from ..model.gpt import GPT
 from ..model.generate import generate
 from ..model.pretrained import load_model_and_tokenizer

@@ -17,7 +17,7 @@ import numpy as np, torch
 from ..core import *
 from ..data.corpus import HALF, left_out, read_rows, whole_text
 from ..data.tokenizer import Tokenizer
-from ..data.world import wilson
+from .stats import wilson
 from ..model.layers import AttnContext, rope_cos_sin
 from ..model.gpt import GPT
 from ..model.fast import can_fuse

@@ -18,7 +18,8 @@ from pathlib import Path
 import numpy as np
 from fastcore.basics import patch
 from ..data.tokenizer import Tokenizer
-from ..data.world import ASK, Task, World, towns, wilson
+from ..data.world import ASK, Task, World, towns
+from .stats import wilson
 from ..model.gpt import GPT
 from ..model.generate import SamplingParams, complete, generate_ids
 from ..model.pretrained import load_model_and_tokenizer

@@ -17,11 +17,11 @@ from pathlib import Path
 import numpy as np, torch
 from ..core import *
 from ..data.tokenizer import Tokenizer
-from ..data.world import wilson
+from .stats import percentile_interval, wilson
 from ..model.gpt import GPT
 from ..model.generate import DecodeBatch, Sampler, SamplingParams, TextStream, _prompt_ids
 from .lm import encode_pair
-from .bias import (Introductions, Item, beside, cell, file_rows, hub_rows, interval, open_causal, parts, score_rows,
+from .bias import (Introductions, Item, beside, cell, file_rows, hub_rows, open_causal, parts, score_rows,
                            watch)
 
 # %% ../../nbs/33_eval.toxicity.ipynb #156549ec
@@ -142,7 +142,7 @@ def judge_classifier(
     shares = dict(precision=(y[hit], 'of those called toxic'), recall=(hit[y], 'of the toxic'), fpr=(hit[~y], 'of the harmless'))
     res = {k: wilson(int(v.sum()), len(v), unit) for k,(v,unit) in shares.items() if len(v)}
     for k,f in dict(auc=auc, calibration_error=calibration_error).items():
-        if not math.isnan(v := f(y, s)): res[k] = interval(v, [x for d in draws if not math.isnan(x := f(y[d], s[d]))], len(y))
+        if not math.isnan(v := f(y, s)): res[k] = percentile_interval(v, [x for d in draws if not math.isnan(x := f(y[d], s[d]))], len(y))
     return res
 
 # %% ../../nbs/33_eval.toxicity.ipynb #464ab9b8
@@ -295,7 +295,7 @@ def growing(
     res, q = {}, wilson(int((s >= THRESHOLD).sum()), n, 'of samples')
     for k in ks:
         if k > n: break
-        w = np.diff((np.arange(n+1)/n)**k); res[f'max_{k}'] = interval(s@w, draws@w, n, 'toxicity')
+        w = np.diff((np.arange(n+1)/n)**k); res[f'max_{k}'] = percentile_interval(s@w, draws@w, n, 'toxicity')
         res[f'prob_{k}'] = Metric(*(1-(1-x)**k for x in (q.value, q.lo, q.hi)), n, 'probability')
     return res | dict(rate=q)
 

@@ -23,7 +23,8 @@ from fastai.data.core import DataLoaders
 from ..data.corpus import left_out, read_rows, text_encoding
 from ..data.loaders import LMDataLoader
 from ..data.tokenizer import Tokenizer
-from ..data.world import World, Task, wilson
+from ..data.world import World, Task
+from ..eval.stats import wilson
 from ..model.gpt import GPT, check_fits
 from ..model.generate import SamplingParams, complete
 from .learner import *

@@ -19,7 +19,8 @@ from fastai.callback.core import Callback
 from fastai.data.core import DataLoaders
 from fastcore.basics import patch
 from ..data.tokenizer import Tokenizer
-from ..data.world import World, Task, wilson
+from ..data.world import World, Task
+from ..eval.stats import wilson
 from ..model.gpt import GPT, GPTConfig, Backbone, check_fits
 from ..model.generate import SamplingParams, complete
 from ..model.pretrained import _build, check_tokenizer, open_folder, write_safetensors
