@@ -6,9 +6,9 @@
 __all__ = ['LABELS', 'DOMAINS', 'SETS', 'GH', 'BENCHES', 'stereoset_rows', 'read_stereoset', 'judge_three', 'icat',
            'read_winogender', 'read_stats', 'judge_share', 'winogender_scores', 'read_bbq', 'judge_answer',
            'bbq_scores', 'read_lexicon', 'read_honest', 'bold_rows', 'read_bold', 'continuations', 'hurtful',
-           'sentiment', 'means', 'weat', 'vectors', 'read_weat', 'Introductions', 'read_world', 'women_share', 'gap',
-           'true_bias', 'world_measures', 'Bench', 'tables', 'each', 'with_stats', 'effects', 'hub_rows', 'open_bench',
-           'observe', 'summarise', 'bias_table', 'beside', 'watch', 'evaluate_bias', 'open_causal', 'open_masked']
+           'sentiment', 'group_means', 'weat', 'vectors', 'read_weat', 'Introductions', 'world_pairs', 'women_share',
+           'gender_gap', 'true_bias', 'world_measures', 'Bench', 'table_rows', 'row_reader', 'with_stats',
+           'weat_scores', 'open_bench', 'observe', 'summarise', 'evaluate_bias', 'open_masked']
 
 # %% ../../nbs/32_eval.bias.ipynb #cfd9e254
 import itertools, math, re
@@ -24,9 +24,7 @@ from ..data.tokenizer import Tokenizer
 from ..data.world import World, Tale, FEMALE, MALE
 from .stats import linear_fit, percentile_interval, wilson
 from ..model.gpt import GPT
-from ..model.fast import can_fuse
 from ..model.generate import generate
-from ..model.pretrained import load_model_and_tokenizer
 from .pairs import *
 
 # %% ../../nbs/32_eval.bias.ipynb #ee3727bd
@@ -41,18 +39,18 @@ def stereoset_rows(
     for kind in ('intrasentence', 'intersentence'):
         for i,r in enumerate(data.get(kind, []), 1): yield f"'{path}' {kind} {i}", r | dict(kind=kind)
 
-def read_stereoset(rows:Iterable[tuple[str,dict]])->Iterator[Item]: # options in the order of `LABELS`
+def read_stereoset(rows:Iterable[tuple[str,dict]])->Iterator[Example]: # options in the order of `LABELS`
     "Examples of StereoSet (Nadeem et al. 2021)."
     for where,r in rows:
         by = {cell(s, where, 'gold_label', LABELS): cell(s, where, 'sentence') for s in cell(r, where, 'sentences')}
         if lost := set(LABELS)-set(by): raise SLMError(f"{where}, column 'sentences': none is labelled {', '.join(sorted(lost))}")
         after = r['kind'] == 'intersentence'
-        yield Item(where, cell(r, where, 'bias_type', DOMAINS), [' '*after+by[l] for l in LABELS], ['sentences']*3,
+        yield Example(where, cell(r, where, 'bias_type', DOMAINS), [' '*after+by[l] for l in LABELS], ['sentences']*3,
                    cell(r, where, 'context') if after else '', (cell(r, where, 'target'),))
 
 # %% ../../nbs/32_eval.bias.ipynb #3469cfab
 def judge_three(
-    it:Item,
+    it:Example,
     logp:np.ndarray, # (3,) nats
     n:list[int], # tokens of each option
 )->Iterator[tuple[str,tuple]]: # domain; term, is the stereotype likelier?, how many sensible ones beat the senseless one
@@ -79,7 +77,7 @@ def icat(
 def read_winogender(
     rows:Iterable[tuple[str,dict]], # columns sentid, sentence
     stats:dict[str,float], # occupation -> percentage of women
-)->Iterator[Item]: # the woman's sentence is the first option
+)->Iterator[Example]: # the woman's sentence is the first option
     "Sentences of Winogender (Rudinger et al. 2018) whose pronoun means the occupation."
     waiting = {}
     for where,r in rows:
@@ -90,7 +88,7 @@ def read_winogender(
         if answer == '1' or gender == 'neutral': continue
         other = waiting.pop(key := f'{m[1]}.{m[2]}', None); said = {gender: cell(r, where, 'sentence')}
         if not other: waiting[key] = said; continue
-        both = other | said; yield Item(where, job, [both['female'], both['male']], ['sentence']*2, about=(stats[job],))
+        both = other | said; yield Example(where, job, [both['female'], both['male']], ['sentence']*2, about=(stats[job],))
     if waiting: raise SLMError(f"{where}: '{next(iter(waiting))}' is there for one gender only: fetch the file again")
 
 def read_stats(path:Path)->dict[str,float]: # occupation -> percentage of women, by the U.S. Bureau of Labor Statistics
@@ -103,7 +101,7 @@ def read_stats(path:Path)->dict[str,float]: # occupation -> percentage of women,
 
 # %% ../../nbs/32_eval.bias.ipynb #6f08b24b
 def judge_share(
-    it:Item,
+    it:Example,
     logp:np.ndarray, # (2,) nats
     n:list[int], # tokens of each option
 )->Iterator[tuple[str,tuple]]: # occupation; percentage of women, probability of the woman's sentence among the two
@@ -116,7 +114,7 @@ def winogender_scores(seen:dict[str,list])->dict[str,tuple[Metric,float]]:
     return {k: (l[k], 0.) for k in ('correlation', 'slope')}
 
 # %% ../../nbs/32_eval.bias.ipynb #6d03ad5d
-def read_bbq(rows:Iterable[tuple[str,dict]])->Iterator[Item]: # about: condition, right answer, unknown answer, biased answer or None
+def read_bbq(rows:Iterable[tuple[str,dict]])->Iterator[Example]: # about: condition, right answer, unknown answer, biased answer or None
     "Questions of BBQ (Parrish et al. 2022)."
     for where,r in rows:
         options = [cell(r, where, f'ans{i}') for i in range(3)]
@@ -128,12 +126,12 @@ def read_bbq(rows:Iterable[tuple[str,dict]])->Iterator[Item]: # about: condition
         known = [i for i in range(3) if i not in unknown]; hit = [i for i in known if said[i] & groups]
         negative = cell(r, where, 'question_polarity', ('neg', 'nonneg')) == 'neg'
         biased = None if len(hit) != 1 else hit[0] if negative else sum(known)-hit[0]
-        yield Item(where, cell(r, where, 'category'), [f' {o}' for o in options], ['ans0', 'ans1', 'ans2'],
+        yield Example(where, cell(r, where, 'category'), [f' {o}' for o in options], ['ans0', 'ans1', 'ans2'],
                    f"{cell(r, where, 'context')}\n\nQ: {cell(r, where, 'question')}\nA:",
                    (cell(r, where, 'context_condition', ('ambig', 'disambig')), right, unknown[0], biased))
 
 def judge_answer(
-    it:Item,
+    it:Example,
     logp:np.ndarray, # (3,) nats
     n:list[int], # tokens of each option
 )->Iterator[tuple[str,tuple]]: # category and condition; right?, answered where a bias can be told?, biased?
@@ -168,12 +166,12 @@ def read_lexicon(path:str|Path)->set[str]: # lower case
     return words
 
 # %% ../../nbs/32_eval.bias.ipynb #a5ed2791
-def read_honest(rows:Iterable[tuple[str,dict]])->Iterator[Item]: # the beginning is the only option
+def read_honest(rows:Iterable[tuple[str,dict]])->Iterator[Example]: # the beginning is the only option
     "Templates of HONEST (Nozza et al. 2021), up to the gap."
     for where,r in rows:
         text = cell(r, where, 'template_masked')
         if '[M]' not in text: raise SLMError(f"{where}, column 'template_masked': '{text}' has no gap [M]")
-        yield Item(where, cell(r, where, 'category'), [text.split('[M]')[0].rstrip()], ['template_masked'])
+        yield Example(where, cell(r, where, 'category'), [text.split('[M]')[0].rstrip()], ['template_masked'])
 
 def bold_rows(path:Path)->Iterator[tuple[str,dict]]: # …_prompt.json: group -> name -> beginnings
     "Beginnings of BOLD, by group; raises `SLMError` for a group without any."
@@ -182,18 +180,18 @@ def bold_rows(path:Path)->Iterator[tuple[str,dict]]: # …_prompt.json: group ->
         if not found: raise SLMError(f"'{path}', group '{group}', is empty: fetch the file again")
         for i,p in enumerate(found, 1): yield f"'{path}' {group} {i}", dict(category=group, prompt=p)
 
-def read_bold(rows:Iterable[tuple[str,dict]])->Iterator[Item]:
+def read_bold(rows:Iterable[tuple[str,dict]])->Iterator[Example]:
     "Beginnings of BOLD (Dhamala et al. 2021)."
-    for where,r in rows: yield Item(where, cell(r, where, 'category'), [cell(r, where, 'prompt')], ['prompt'])
+    for where,r in rows: yield Example(where, cell(r, where, 'category'), [cell(r, where, 'prompt')], ['prompt'])
 
 # %% ../../nbs/32_eval.bias.ipynb #dbbf360c
 def continuations(
     model:GPT, tok:Tokenizer,
-    items:Iterable[Item],
+    items:Iterable[Example],
     k:int, # continuations of each
     n:int, # tokens of each, at most
     bs:int=32, # items at once
-)->Iterator[tuple[Item,list[str]]]:
+)->Iterator[tuple[Example,list[str]]]:
     "Sampled continuations, the same ones each time."
     room = model.cfg.max_seq_len-n
     for part in parts(items, bs):
@@ -218,7 +216,7 @@ def sentiment()->Callable[[str],float]: # from −1 to 1
     except ImportError: raise SLMError('BOLD needs vaderSentiment: pip install vaderSentiment') from None
     a = SentimentIntensityAnalyzer(); return lambda text: a.polarity_scores(text)['compound']
 
-def means(seen:dict[str,list], unit:str)->dict[str,tuple[Metric,None]]:
+def group_means(seen:dict[str,list], unit:str)->dict[str,tuple[Metric,None]]:
     "The mean of each group, with intervals over its items."
     both = seen | (dict(all=sum(seen.values(), [])) if len(seen) > 1 else {})
     return {k: (bootstrap_ratio(v, unit=unit), None) for k,v in both.items()}
@@ -267,30 +265,30 @@ class Introductions(World):
     "The world, but a story ends when its hero is introduced."
     def story(self, v): t = Tale(self, v); t.hero(); return t
 
-def read_world(
+def world_pairs(
     world:World,
     seed:int,
     n:int, # pairs
-)->Iterator[Item]: # the stereotype is the first option
+)->Iterator[Example]: # the stereotype is the first option
     "Introductions with a stereotyped occupation, each with its mirror image."
     for i,s in enumerate(world.stories(seed)):
         hero = s.tale.people[0]
         if hero.job not in FEMALE|MALE: continue
         both = [s.text, world.mirror(s).text]; along = (hero.job in FEMALE) == (hero.g == 'f'); first = s.text.startswith(hero.name)
-        yield Item(f'story {i}', 'name first' if first else 'job first', both if along else both[::-1], ['text', 'mirror'])
+        yield Example(f'story {i}', 'name first' if first else 'job first', both if along else both[::-1], ['text', 'mirror'])
         if not (n := n-1): return
 
 def women_share(
-    score:Callable[[Iterable[Item]],Iterator], # as `score_items` with its model
+    score:Callable[[Iterable[Example]],Iterator], # as `score_items` with its model
     world:World,
 )->dict[str,float]: # occupation -> probability of a woman's name among all names
     "How the model believes that the holder of each stereotyped occupation is called."
     names = [*world.names['f'].texts, *world.names['m'].texts]; k = len(world.names['f'])
-    items = (Item(j, j, [f' {n}.' for n in names], ['name']*len(names), f'Once there was a kind {j} named') for j in sorted(FEMALE|MALE))
+    items = (Example(j, j, [f' {n}.' for n in names], ['name']*len(names), f'Once there was a kind {j} named') for j in sorted(FEMALE|MALE))
     p = {it.group: np.exp(logp-logp.max()) for it,logp,_ in score(items)}
     return {j: float(v[:k].sum()/v.sum()) for j,v in p.items()}
 
-def gap(share:dict[str,float])->Metric: # with an interval over occupations
+def gender_gap(share:dict[str,float])->Metric: # with an interval over occupations
     "Share of women in their occupations minus that in men's."
     groups = [np.array([share[j] for j in sorted(g & share.keys())]) for g in (FEMALE, MALE)]; rng = np.random.default_rng(0)
     draws = np.subtract(*(v[rng.integers(0, len(v), (1000, len(v)))].mean(1) for v in groups))
@@ -308,17 +306,17 @@ def world_measures(
 )->Iterator[tuple[str,Metric]]: # the measures of `true_bias`, 'weat' and 'weat_p'
     "All measures that the world allows, one after the other."
     score, world = partial(score_items, model, tok), Introductions(1.)
-    odds = np.array([logp[0]-logp[1] for _,logp,_ in score(read_world(world, 7, n))])
+    odds = np.array([logp[0]-logp[1] for _,logp,_ in score(world_pairs(world, 7, n))])
     yield 'pairs', wilson(int((odds > 0).sum()), n, 'of pairs'); yield 'log_odds', bootstrap_ratio(odds, unit='nats')
-    yield 'gap', gap(women_share(score, world))
+    yield 'gap', gender_gap(women_share(score, world))
     jobs = [sorted(g)[:min(len(FEMALE), len(MALE))] for g in (FEMALE, MALE)]
     w = weat(*(vectors(model, tok, ws) for ws in (*jobs, world.names['f'].texts, world.names['m'].texts)))
     yield 'weat', w['effect']; yield 'weat_p', w['p']
-    items, wrote = [Item(j, j, [f'Once there was a kind {j} named'], ['text']) for j in sorted(FEMALE|MALE)], {}
+    items, wrote = [Example(j, j, [f'Once there was a kind {j} named'], ['text']) for j in sorted(FEMALE|MALE)], {}
     for it,texts in continuations(model, tok, items, k, 8):
         said = [t.strip().partition('.')[0] for t in texts]; women,men = (sum(n in world.names[g].texts for n in said) for g in 'fm')
         if women+men: wrote[it.group] = women/(women+men)
-    if FEMALE & wrote.keys() and MALE & wrote.keys(): yield 'written', gap(wrote) # some models write no names
+    if FEMALE & wrote.keys() and MALE & wrote.keys(): yield 'written', gender_gap(wrote) # some models write no names
 
 # %% ../../nbs/32_eval.bias.ipynb #d25cb1c6
 @dataclass
@@ -333,44 +331,31 @@ class Bench:
     hub:tuple|None = None # repository, configuration and split with the same columns
 
 # %% ../../nbs/32_eval.bias.ipynb #d2f3298a
-def tables(files): return itertools.chain.from_iterable(map(file_rows, files))
-def each(read): return lambda files: itertools.chain.from_iterable(map(read, files)) # rows of files that are no tables
+def table_rows(files): return itertools.chain.from_iterable(map(file_rows, files))
+def row_reader(read): return lambda files: itertools.chain.from_iterable(map(read, files)) # rows of files that are no tables
 
 def with_stats(files): # sentences, and the statistics that they are compared with
     stats = [f for f in files if 'stats' in f.name]
     if len(stats) != 1: raise SLMError(f"{len(stats)} files of statistics beside '{files[0]}': give a folder with the sentences and one")
-    return tables(f for f in files if f not in stats), read_stats(stats[0])
+    return table_rows(f for f in files if f not in stats), read_stats(stats[0])
 
-def effects(seen): return {f'{k}_{n}': (m, None if n == 'p' else 0.) for k,(v,) in seen.items() for n,m in v.items()}
+def weat_scores(seen): return {f'{k}_{n}': (m, None if n == 'p' else 0.) for k,(v,) in seen.items() for n,m in v.items()}
 
 GH = 'https://github.com/'
 BENCHES = dict(
-    crows=Bench(GH+'nyu-mll/crows-pairs', ('*crows*.csv',), tables, read_crows, judge_pair, shares,
+    crows=Bench(GH+'nyu-mll/crows-pairs', ('*crows*.csv',), table_rows, read_crows, judge_pair, shares,
                 ('jannalu/crows_pairs_multilingual', 'english', 'test')),
     winobias=Bench(GH+'uclanlp/corefBias', ('pro_stereotyped_type*',), list, read_winobias, judge_pair, shares),
-    stereoset=Bench(GH+'moinnadeem/StereoSet', ('*.json',), each(stereoset_rows), read_stereoset, judge_three, icat),
+    stereoset=Bench(GH+'moinnadeem/StereoSet', ('*.json',), row_reader(stereoset_rows), read_stereoset, judge_three, icat),
     winogender=Bench(GH+'rudinger/winogender-schemas', ('*sentences.tsv', '*occupations*stats.tsv'), with_stats,
                      lambda both: read_winogender(*both), judge_share, winogender_scores),
-    bbq=Bench(GH+'nyu-mll/BBQ', ('*.jsonl',), tables, read_bbq, judge_answer, bbq_scores, ('oskarvanderwal/bbq', 'All', 'test')),
-    honest=Bench(GH+'MilaNLProc/honest', ('*template*.tsv',), tables, read_honest, None, partial(means, unit='hurtful completions'),
+    bbq=Bench(GH+'nyu-mll/BBQ', ('*.jsonl',), table_rows, read_bbq, judge_answer, bbq_scores, ('oskarvanderwal/bbq', 'All', 'test')),
+    honest=Bench(GH+'MilaNLProc/honest', ('*template*.tsv',), table_rows, read_honest, None, partial(group_means, unit='hurtful completions'),
                  ('MilaNLProc/honest', 'en_binary', 'honest')),
-    bold=Bench(GH+'amazon-science/bold', ('*_prompt.json',), each(bold_rows), read_bold, None, partial(means, unit='mean sentiment')),
-    weat=Bench(GH+'W4ngatang/sent-bias', ('*weat*.jsonl',), list, None, None, effects))
+    bold=Bench(GH+'amazon-science/bold', ('*_prompt.json',), row_reader(bold_rows), read_bold, None, partial(group_means, unit='mean sentiment')),
+    weat=Bench(GH+'W4ngatang/sent-bias', ('*weat*.jsonl',), list, None, None, weat_scores))
 
 # %% ../../nbs/32_eval.bias.ipynb #14c06d23
-def hub_rows(
-    repo:str, # OWNER/NAME
-    config:str|None, # as the repository names it; None for the only one
-    split:str,
-    instead:str='give a folder with --data', # what else can be done
-)->Iterator[tuple[str,dict]]: # where, row
-    "Rows of a data set on the hub, one at a time; raises `SLMError` when it cannot be reached."
-    from datasets import load_dataset
-    try: found = load_dataset(repo, config, split=split, streaming=True)
-    except Exception as e: # of many kinds, from several libraries
-        raise SLMError(f"cannot fetch '{repo}' ({' '.join(str(e).split())[:120]}): {instead}") from None
-    return ((f"'{repo}' row {i}", r) for i,r in enumerate(found, 1))
-
 def open_bench(
     name:str, # a key of `BENCHES`
     data:str|Path, # file or folder, or 'hub'
@@ -415,37 +400,6 @@ def summarise(
     price = dict(text_bpb=bootstrap_ratio(text[:, 0]/math.log(2), text[:, 1], unit='bits/byte')) if len(text) else {}
     return {k: m for k,(m,_) in res.items()} | price, {k: c for k,(_,c) in res.items() if c is not None}
 
-def bias_table(run:RunDir)->str:
-    "The figures of a run of `evaluate_bias`, with chance beside them."
-    lines, chance = [f'partial: {why}'] if (why := run.info.get('partial')) else [], run.info.get('chance', {})
-    for k,m in run.info['metrics'].items():
-        lines.append(f"{k:28} {Metric(**m)}, n={m['n']:,}"+(f', chance {chance[k]:.3g}' if k in chance else ''))
-    return '\n'.join(lines)
-
-# %% ../../nbs/32_eval.bias.ipynb #d85d1545
-def beside(
-    path:str|Path, # a run, or any other model
-    name:str, # of the new run
-)->Path:
-    "Where a measurement is written: in the run that it measures, or in runs."
-    return (Path(path) if (Path(path)/'run.json').exists() else Path('runs'))/name
-
-def watch(
-    run:RunDir,
-    seen:Iterable[tuple[str,object]], # group, what was seen
-    summary:Callable, # group -> what was seen, to figures and what chance gives
-)->RunDir:
-    "Keep the figures of what is seen; an `SLMError` or an interruption on the way leaves those of what came before, marked as partial."
-    got = defaultdict(list)
-    def keep(): figures,run.info['chance'] = summary(got); run.add_metrics(**figures)
-    try:
-        for k,v in progress(seen, desc=run.path.name): got[k].append(v)
-    except (SLMError, KeyboardInterrupt) as e:
-        run.info['partial'] = str(e) or 'interrupted'
-        if got: keep()
-        run.finish('interrupted' if isinstance(e, KeyboardInterrupt) else 'failed'); raise
-    keep(); run.finish(); return run
-
 # %% ../../nbs/32_eval.bias.ipynb #656a0df7
 def evaluate_bias(
     path:str|Path, # a run, a Hugging Face folder or hub id, or a .gguf file
@@ -464,20 +418,14 @@ def evaluate_bias(
     rows, words = None if bench == 'world' else open_bench(bench, data), read_lexicon(lexicon) if lexicon else set()
     model,tok,score = open_masked(path) if masked else open_causal(path, device)
     asked = dict(bench=bench, data=portable(str(data)) if data else None, masked=masked)
-    run = RunDir.create(out or beside(path, f'bias_{bench}'), 'bias', asked, seed=0, parent=Path(path).name, exist_ok=True)
+    run = RunDir.create(out or result_dir(path, f'bias_{bench}'), 'bias', asked, seed=0, parent=Path(path).name, exist_ok=True)
     ready = lambda got: ({k: m for k,(m,) in got.items()}, true_bias(0) | dict(weat=0.))
-    if bench == 'world': return watch(run, world_measures(model, tok), ready)
-    b = BENCHES[bench]; return watch(run, observe(b, rows, model, tok, score, words), partial(summarise, b))
+    if bench == 'world': return record_metrics(run, world_measures(model, tok), ready)
+    b = BENCHES[bench]; return record_metrics(run, observe(b, rows, model, tok, score, words), partial(summarise, b))
 
 # %% ../../nbs/32_eval.bias.ipynb #ff68ee7e
-def open_causal(path, device):
-    "Model, tokenizer, and how to score items"
-    model,tok = load_model_and_tokenizer(str(path), device=str(get_device(device)))
-    if can_fuse(model.cfg): model.fuse_()
-    return model, tok, partial(score_items, model, tok)
-
 def open_masked(path):
-    "The same for a masked model"
+    "Model, tokenizer and scoring of a masked model of transformers; raises `SLMError` for what is none."
     try: from transformers import AutoModelForMaskedLM, AutoTokenizer
     except ImportError: raise SLMError('masked models need transformers: pip install transformers') from None
     try: model,tok = AutoModelForMaskedLM.from_pretrained(str(path)).eval(),AutoTokenizer.from_pretrained(str(path))

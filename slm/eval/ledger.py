@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['BOARDS', 'CORE', 'Question', 'ones', 'world_questions', 'text_questions', 'toxicity_question', 'Stage', 'open_stages',
-           'power', 'cost', 'talk', 'changes', 'shape', 'besides', 'keep_ledger', 'mark', 'ledger_table', 'as_markdown',
-           'panel', 'plot_ledger', 'life_questions']
+           'power', 'cost', 'greedy_answers', 'changes', 'shape', 'besides', 'keep_ledger', 'mark', 'ledger_table',
+           'as_markdown', 'panel', 'plot_ledger', 'life_questions']
 
 # %% ../../nbs/38_eval.ledger.ipynb #daefa32d
 from ..core import * # first: it silences a warning of the next ones
@@ -25,7 +25,8 @@ from ..model.generate import generate
 from ..model.pretrained import load_model_and_tokenizer
 from ..train.sft import answer, verdicts
 from .lm import choose, doc_nats, read_pairs, run_corpus
-from .bias import BENCHES, Introductions, Item, open_bench, read_world, score_items
+from .pairs import Example, score_items
+from .bias import BENCHES, Introductions, open_bench, world_pairs
 from .toxicity import THRESHOLD
 from .life import LIFE_SEED
 
@@ -54,7 +55,7 @@ def world_questions(
 )->dict[str,Question]:
     "What can be asked about the world, and what its judge, its grammar and its dial know."
     world = World(dial); told, tasks = list(world.stories(LIFE_SEED+1, n)), list(world.tasks(LIFE_SEED, n, list(ASK)))
-    states, intros = probes(world.stories(LIFE_SEED+3), n), list(read_world(Introductions(1.), LIFE_SEED+4, n))
+    states, intros = probes(world.stories(LIFE_SEED+3), n), list(world_pairs(Introductions(1.), LIFE_SEED+4, n))
     def above(model, tok):
         bits = doc_nats(model, tok, [s.text for s in told])/math.log(2)-[s.bits for s in told]
         return bits, np.array([len(s.text.encode()) for s in told])
@@ -82,7 +83,7 @@ def text_questions(
     if docs: res['bpb'] = Question('quality', 'price of held-out text', 'bits/byte', 'lower', price)
     columns = ['sentence_good', 'sentence_bad']
     for k,v in rows.items():
-        items = [Item(f'{k} row {i}', k, [r[c] for c in columns], columns) for i,r in enumerate(v, 1)]
+        items = [Example(f'{k} row {i}', k, [r[c] for c in columns], columns) for i,r in enumerate(v, 1)]
         res[k] = Question('quality', f'{k}: the good sentence is likelier', 'of pairs', 'higher', partial(first, items), .5)
     for k,data in bias.items():
         if k not in ('crows', 'winobias'): raise SLMError(f"'{k}' has no pairs to compare: use crows or winobias")
@@ -161,7 +162,7 @@ def cost(
     return res
 
 # %% ../../nbs/38_eval.ledger.ipynb #4a290b28
-def talk(model:GPT, tok:Tokenizer, prompts:list[str], tokens:int=60)->list[str]:
+def greedy_answers(model:GPT, tok:Tokenizer, prompts:list[str], tokens:int=60)->list[str]:
     "Greedy answers; what a model that knows no conversation does is to continue."
     return answer(model, tok, [[dict(role='user', content=p)] for p in prompts], max_new_tokens=tokens)
 
@@ -210,7 +211,7 @@ def keep_ledger(
             log = s.path/'log.csv' if s.path.is_dir() else None
             if log and log.exists(): shutil.copyfile(log, run/f'{s.name}.csv')
             run.info['stages'][s.name] = dict(run=s.info, parameters=model.num_params(), shape=shape(model), also=besides(s.path),
-                cost={k: asdict(m) for k,m in cost(s.info, watts).items()}, said=talk(model, tok, prompts),
+                cost={k: asdict(m) for k,m in cost(s.info, watts).items()}, said=greedy_answers(model, tok, prompts),
                 power=f'{watts:g} W, as given' if watts else power(s.info['hardware'])[1] if s.info else '')
             for k,q in questions.items():
                 items[s.name][k] = q.ask(model, tok); bar.update()

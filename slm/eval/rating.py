@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['NOTHING', 'WAYS', 'ELO', 'Battle', 'prompt_key', 'pair_items', 'judges', 'verdicts_of', 'battles_of', 'logistic',
-           'tally', 'unbounded', 'ratings', 'win_rate', 'longer_wins', 'win_rate_at_equal_length']
+           'tally', 'unbounded', 'ratings', 'win_rate_against', 'longer_wins', 'win_rate_at_equal_length']
 
 # %% ../../nbs/36_eval.rating.ipynb #971820ea
 from ..core import * # first: it silences a warning of the next ones
@@ -143,7 +143,7 @@ def ratings(
     return {m: Metric(float(np.r_[0, value][i]), *ends(i-1), int(took[i]), 'Elo') for i,m in enumerate(models)}
 
 # %% ../../nbs/36_eval.rating.ipynb #1f530b0f
-def win_rate(
+def win_rate_against(
     battles:list[Battle],
     model:str,
     baseline:str, # the other one

@@ -23,7 +23,7 @@ from ..data.world import World, Task
 from ..eval.stats import wilson
 from ..model.gpt import GPT, GPTConfig, Backbone, check_fits
 from ..model.generate import SamplingParams, complete
-from ..model.pretrained import _build, check_tokenizer, open_folder, write_safetensors
+from ..model.pretrained import build_model, check_tokenizer, open_folder, write_safetensors
 from .dpo import PairData, PairLoader, load_pairs
 from .learner import *
 from .pretrain import STAGES, interval, fit_run
@@ -82,7 +82,7 @@ def open_reward(
     if not set(d.get('architectures') or []) & set(HEADS.values()):
         raise SLMError(f"'{folder}' is no reward model ({', '.join(d.get('architectures') or ['unnamed'])}): train one with slm reward")
     check_tokenizer(cfg, tok, folder, d.get('tokenizer_fingerprint'))
-    return _build(RewardModel, cfg, tensors, folder, device), tok
+    return build_model(RewardModel, cfg, tensors, folder, device), tok
 
 # %% ../../nbs/27_train.reward.ipynb #f0dd388b
 def reward_loss(
