@@ -255,7 +255,7 @@ def prompts(tmp_path, n=6):
 
 def test_judge_by_the_world_and_by_a_server(models, server, tmp_path, slm):
     out = tmp_path/'out'; args = [models/'m0', models/'m1', models/'judge.gguf', *FAST, '--out', out]
-    r = slm(*args); assert r.returncode == 0 and 'wins against m0' in r.stdout and r.stderr == '', r.stderr
+    r = slm(*args); assert r.returncode == 0 and 'win rate against m0' in r.stdout and r.stderr == '', r.stderr
     with before(server) as b:
         r = slm(*args, '--by', b.url, '--json'); assert r.returncode == 0, r.stderr
         info = json.loads(r.stdout); pairs = int(info['metrics']['judged']['value']); assert pairs+info['metrics']['same']['value'] == 18 and len(b.chats) == 2*pairs

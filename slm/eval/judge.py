@@ -396,7 +396,7 @@ def judge_table(
     pct = lambda x: '' if x is None else f'{100*x.value:.1f} % [{100*x.lo:.1f}, {100*x.hi:.1f}]'
     ends = lambda r: f'[{r.lo:+.0f}, {r.hi:+.0f}]' if r.lo is not None else '(no interval: it always won, or lost)'
     elo = lambda x, r: '0, the baseline' if x == names[0] else f'{r.value:+.0f} {ends(r)}'
-    rows = [['model', 'rating', f'wins against {names[0]}', 'at equal length'], ['---']*4]
+    rows = [['model', 'rating (Elo)', f'win rate against {names[0]}', 'win rate at equal length'], ['---']*4]
     rows += [[x, elo(x, m(f'rating_{x}')), pct(m(f'win_rate_{x}')), pct(m(f'equal_length_{x}'))]
              for x in sorted(names, key=lambda x: -m(f'rating_{x}').value)]
     known = [(f"{says}{k[len(start):].replace('_', ' ')}", v) for k,v in ms.items() for start,says in SAYS.items() if k.startswith(start)]

@@ -65,9 +65,9 @@ def world_questions(
     def accepted(model, tok): set_seed(0); return ones([v.passed for v in verdicts(model, tok, tasks, world, temperature=1.)])
     def odds(model, tok): return ones([logp[0]-logp[1] for _,logp,_ in score_items(model, tok, intros)])
     return dict(
-        excess=Question('quality', 'what stories cost above what they are worth', 'bits/byte', 'lower', above, truth=0.),
-        states=Question('quality', 'who has it, where is it: right answers', 'of questions', 'higher', right, chance(states), 1.),
-        accepted=Question('quality', 'sampled answers that the judge accepts', 'of answers', 'higher', accepted, truth=1.),
+        excess=Question('quality', 'excess over the true entropy', 'bits/byte', 'lower', above, truth=0.),
+        states=Question('quality', 'state probes: right answers', 'of questions', 'higher', right, chance(states), 1.),
+        accepted=Question('quality', 'acceptance rate (judge)', 'of answers', 'higher', accepted, truth=1.),
         bias=Question('bias', 'log odds of the stereotype', 'nats', '', odds, 0., math.log((.5+.45*dial)/(.5-.45*dial))))
 
 # %% ../../nbs/38_eval.ledger.ipynb #308f1bef
@@ -80,11 +80,11 @@ def text_questions(
     res, rows = {}, {Path(p).stem: read_pairs(p) for p in pairs}
     def price(model, tok): return doc_nats(model, tok, docs)/math.log(2), np.array([len(d.encode()) for d in docs])
     def first(items, model, tok): return ones([logp[0] > logp[1] for _,logp,_ in score_items(model, tok, items)])
-    if docs: res['bpb'] = Question('quality', 'price of held-out text', 'bits/byte', 'lower', price)
+    if docs: res['bpb'] = Question('quality', 'held-out text', 'bits/byte', 'lower', price)
     columns = ['sentence_good', 'sentence_bad']
     for k,v in rows.items():
         items = [Example(f'{k} row {i}', k, [r[c] for c in columns], columns) for i,r in enumerate(v, 1)]
-        res[k] = Question('quality', f'{k}: the good sentence is likelier', 'of pairs', 'higher', partial(first, items), .5)
+        res[k] = Question('quality', f'{k}: right pairs', 'of pairs', 'higher', partial(first, items), .5)
     for k,data in bias.items():
         if k not in ('crows', 'winobias'): raise SLMError(f"'{k}' has no pairs to compare: use crows or winobias")
         items = list(BENCHES[k].read(open_bench(k, data)))
@@ -101,7 +101,7 @@ def toxicity_question(
     def ask(model, tok):
         texts = generate(model, tok, ['']*n, max_new_tokens=tokens, top_p=.9, seed=list(range(n)))
         return ones(classifier.scores(texts) >= THRESHOLD)
-    return Question('toxicity', f'free texts that {classifier.name} calls toxic', 'of texts', 'lower', ask)
+    return Question('toxicity', f'toxic free texts ({classifier.name})', 'of texts', 'lower', ask)
 
 # %% ../../nbs/38_eval.ledger.ipynb #bb798f6d
 @dataclass
@@ -228,16 +228,19 @@ def mark(c:dict)->str: # of `changes`
 
 def ledger_table(
     run:RunDir, # of `keep_ledger`
+    across:bool=True, # stages across; else below each other, which is narrow enough for text
 )->list[list[str]]: # rows of cells, the head first
-    "Questions down, stages across."
+    "Questions down, and what each stage has of them."
     stages, cs = list(run.info['stages']), {(c['question'], c['after']): c for c in run.info.get('changes', [])}
-    rows = [['what', *stages, 'unit', 'better', 'chance', 'truth']]
+    f = lambda v: '' if v is None else f'{v:.3g}'
+    def cell(s, k):
+        if f'{s}/{k}' not in run.info['metrics']: return ''
+        return (f'{mark(cs[k,s])} ' if (k, s) in cs else '')+_short(run.metric(f'{s}/{k}'))
+    rows = [['what', *(stages if across else ['stage', 'value [95 % interval]']), 'unit', 'chance', 'truth']]
     for k,q in run.info['questions'].items():
-        f = lambda v: '' if v is None else f'{v:.3g}'
-        def cell(s):
-            if f'{s}/{k}' not in run.info['metrics']: return ''
-            return (f'{mark(cs[k,s])} ' if (k, s) in cs else '')+_short(run.metric(f'{s}/{k}'))
-        rows.append([q['says'], *map(cell, stages), q['unit'], q['better'], f(q['chance']), f(q['truth'])])
+        about = [f"{q['unit']} {dict(higher='↑', lower='↓').get(q['better'], '')}".strip(), f(q['chance']), f(q['truth'])]
+        if across: rows.append([q['says'], *(cell(s, k) for s in stages), *about])
+        else: rows += [[*([q['says'], s] if i == 0 else ['', s]), cell(s, k), *(about if i == 0 else ['']*3)] for i,s in enumerate(stages)]
     return rows
 
 def _short(m): f = lambda v: f'{v:.3f}'; return f'{f(m.value)} [{f(m.lo)}, {f(m.hi)}]'

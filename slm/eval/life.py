@@ -37,15 +37,15 @@ def life_figures(
     tests:list[Task],
     stories:list, # held-out stories
     world:World,
-)->tuple[np.ndarray,Metric]: # which tests are passed; bits per byte that stories cost above what they are worth
+)->tuple[np.ndarray,Metric]: # which tests are passed; excess over the true entropy, in bits per byte
     "What a run can do at this stage of its life."
     model,tok = load_model_and_tokenizer(path); set_seed(0)
     return np.array([v.passed for v in verdicts(model, tok, tests, world, temperature=1.)]), excess(model, tok, stories)['excess']
 
 # %% ../../nbs/34_eval.life.ipynb #178238b5
-READ = dict(bpb='what a story costs the model', floor='what it is worth (the truth)', excess='what the model has not understood',
-    probes='where is it, who has it: right answers', chance='by guessing',
-    sensible_words='of its own stories, words before the first mistake',
+READ = dict(bpb='what a story costs the model', floor='the true entropy: what it is worth',
+    excess='excess over the true entropy: what it has not understood', probes='probes (where is it, who has it): right answers',
+    chance='by guessing', sensible_words='of its own stories, words before the first mistake',
     copied_8grams='of its own stories, eight words in a row from training')
 
 def tell_reading(
@@ -102,8 +102,9 @@ def life_table(run:RunDir)->str: # Markdown
     "What each stage gave, one row a stage."
     m = lambda k: run.metric(k) if k in run.info['metrics'] else None
     pct = lambda x, sign='': '' if x is None else f'{100*x.value:{sign}.1f} % [{100*x.lo:{sign}.1f}, {100*x.hi:{sign}.1f}]'
-    cells = lambda k: (f"{m(f'{k}_seconds').value:,.0f} s", pct(m(f'{k}_accepted')), pct(m(f'{k}_gain'), '+'), str(m(f'{k}_excess')))
-    head = ['stage', 'time', 'answers that the judge accepts', 'gain of the stage', 'what stories cost above their worth']
+    bits = lambda x: f'{x.value:.3f} [{x.lo:.3f}, {x.hi:.3f}]'
+    cells = lambda k: (f"{m(f'{k}_seconds').value:,.0f} s", pct(m(f'{k}_accepted')), pct(m(f'{k}_gain'), '+'), bits(m(f'{k}_excess')))
+    head = ['stage', 'time', 'acceptance rate (judge)', 'gain (paired)', 'excess over the true entropy (bits/byte)']
     return '\n'.join(f"| {' | '.join(r)} |" for r in (head, ['---']*5, *([says, *cells(k)] for k,says in LIFE.items())))
 
 def write_life(run:RunDir, task:Task):
@@ -114,4 +115,4 @@ def write_life(run:RunDir, task:Task):
         f.write(f'# A life\n\n{life_table(run)}\n\n> {story}\n\n**{question}** ({task.answer})\n\n')
         f.write(f'| stage | answer |\n| --- | --- |\n{told}\n')
 
-def _cell(text): return ' '.join(text.replace('|', '/').split())[:120] or '(nothing)'
+def _cell(text): return ' '.join(text.replace('|', '/').split())[:80] or '(nothing)'
