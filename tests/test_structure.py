@@ -1,5 +1,5 @@
 "The package as a graph: which module imports what of which, in the order of the chapters."
-import ast, json, re
+import ast, functools, json, re
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -11,6 +11,7 @@ PRIVATE = {('slm.train.lora', 'slm.train.sft', '_sft'), ('slm.train.rlhf', 'slm.
 LATER = {('slm.data.corpus', 'slm.data.world')} # the world needs no corpus: it may stand before it
 TWICE = {'STAGES': ('slm.train.lora', 'slm.train.pretrain')}
 
+@functools.cache
 def sources(root):
     "Module -> its syntax tree"
     files = [f for f in sorted((root/'slm').rglob('*.py')) if f.stem != '_modidx']
@@ -28,6 +29,7 @@ def imports(tree, here, modules):
             if inner in modules: yield inner, None
             elif base in modules: yield base, a.name
 
+@functools.cache
 def graph(root):
     "Module -> modules that it imports"
     trees = sources(root)
