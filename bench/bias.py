@@ -13,10 +13,10 @@ from pathlib import Path
 import numpy as np, pandas as pd, torch
 from slm.core import Metric, RunDir, bootstrap_ratio, set_seed, write_json
 from slm.data.tokenizer import Tokenizer, train_bpe
-from slm.data.world import wilson
-from slm.eval.bias import Introductions, line, tables, true_bias, world_measures
+from slm.eval.stats import linear_fit, wilson
+from slm.eval.bias import Introductions, table_rows, true_bias, world_measures
 from slm.eval.lm import doc_nats, read_pairs
-from slm.eval.pairs import Item, data_files, read_crows, score_items
+from slm.eval.pairs import Example, data_files, read_crows, score_items
 from slm.model.gpt import GPT, GPTConfig
 from slm.model.pretrained import load_model_and_tokenizer
 from slm.train.pretrain import pretrain
@@ -53,7 +53,7 @@ def calibrate(a, run):
     p = pd.DataFrame(points); p.to_csv(run/'points.csv', index=False, float_format='%.5g'); run.info['data']['models'] = len(p)//p.measure.nunique()
     for k,g in p[~p.balanced].groupby('measure'):
         known = k in ('log_odds', 'gap', 'written') # 'pairs' has a truth too, but no line goes through a step
-        for name,m in line(g.truth if known else g.dial, g.value).items(): run.add_metrics(**{f'{k}_{name}': m})
+        for name,m in linear_fit(g.truth if known else g.dial, g.value).items(): run.add_metrics(**{f'{k}_{name}': m})
     world = Introductions(1.); price = [math.log2(2/(1+2**(s.bits-world.mirror(s).bits))) for s in stories] # what the true mixture pays
     run.add_metrics(balance_cost=bootstrap_ratio(np.mean([nats[True, s]-nats[False, s] for s in range(a.seeds)], 0), nbytes, unit='bits/byte'),
                     balance_cost_truth=bootstrap_ratio(price, nbytes, unit='bits/byte'))
@@ -81,7 +81,7 @@ def timed(f): t0 = time.perf_counter(); r = f(); return time.perf_counter()-t0, 
 
 def blimp(a):
     rows = [r for f in data_files(a.data, '*.jsonl') for r in read_pairs(f)]
-    return [Item(f'row {i}', r['UID'], [r['sentence_good'], r['sentence_bad']], ['sentence_good', 'sentence_bad']) for i,r in enumerate(rows, 1)]
+    return [Example(f'row {i}', r['UID'], [r['sentence_good'], r['sentence_bad']], ['sentence_good', 'sentence_bad']) for i,r in enumerate(rows, 1)]
 
 def agreement(ours, theirs):
     d = np.array(theirs).reshape(-1, 2); a, b = ours[:, 0] > ours[:, 1], d[:, 0] > d[:, 1]
@@ -107,7 +107,7 @@ def many(a, run):
         for k in range(67):
             other = words[:]; random.Random(k).shuffle(other); swap = dict(zip(words, other))
             for it in itertools.islice(itertools.cycle(items), k*1000, (k+1)*1000):
-                yield Item(it.where, f'set {k}', [' '.join(swap[w] for w in o.rstrip('.').split())+'.' for o in it.options], it.columns)
+                yield Example(it.where, f'set {k}', [' '.join(swap[w] for w in o.rstrip('.').split())+'.' for o in it.options], it.columns)
     with tempfile.TemporaryDirectory() as tmp: ten_million(Path(tmp)); model,tok = load_model_and_tokenizer(tmp); model.fuse_()
     ask = lambda its: sum(logp[0] > logp[1] for _,logp,_ in score_items(model, tok, its))
     peak = {}
@@ -119,7 +119,7 @@ def many(a, run):
     run.add_metrics(pairs=67_000, seconds=Metric(secs, unit='s'), **peak, peak_memory_67000=Metric(rss(), unit='MB'))
 
 def agree(a, run):
-    items = list(read_crows(tables(data_files(a.data, '*crows*.csv')))); texts = [o for it in items for o in it.options]
+    items = list(read_crows(table_rows(data_files(a.data, '*crows*.csv')))); texts = [o for it in items for o in it.options]
     model,tok = load_model_and_tokenizer(a.model); run.info['parent'] = Path(a.model).name
     with tempfile.TemporaryDirectory() as tmp:
         model.save_pretrained(tmp, tok); tok.save(Path(tmp)/'tokenizer.json'); theirs = ask_peer(peer(Path(tmp), 16), texts)

@@ -10,7 +10,8 @@ Writes results/25_train.dpo/NAME/run.json and log.csv.
 import argparse, json, shutil, tempfile, time
 from pathlib import Path
 from slm.core import Metric, RunDir, SLMError
-from slm.data.world import World, wilson
+from slm.data.world import World
+from slm.eval.stats import wilson
 from slm.eval.lm import doc_bpb
 from slm.model.pretrained import load_model_and_tokenizer
 from slm.train.dpo import dpo, preference_accuracy, win_rate

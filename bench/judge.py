@@ -9,9 +9,10 @@ import argparse, contextlib, csv, json, random, subprocess, sys
 from pathlib import Path
 import numpy as np, torch
 from slm.core import Metric, RunDir, atomic_file, bootstrap_ratio
-from slm.data.world import ASK, World, ask, spoil, wilson
+from slm.data.world import ASK, World, ask, spoil
+from slm.eval.stats import clustered_share, wilson
 from slm.eval.judge import Endpoint, accuracy, ask_pairs, swap_figures
-from slm.eval.rating import ELO, Battle, ratings, share, verdicts_of
+from slm.eval.rating import ELO, Battle, ratings, verdicts_of
 from slm.train.annotate import PreferenceStore
 
 ROOT = Path(__file__).parents[1]
@@ -58,7 +59,7 @@ def endpoint(a, run):
     run.add_metrics(unreadable=wilson(sum(r[4] == 'skip' for r in rows), len(rows), 'of questions'), seconds=Metric(float(np.median(np.diff(ended))), unit='s a question (median)'),
                     right_once=accuracy(store, 'smollm2 #1', 'truth'), right=accuracy(store, 'smollm2', 'truth'), **swap_figures(store, 'smollm2'))
     for f in ('wrong', 'chatty', 'evasive'):
-        got = [.5 if v == 'tie' else float(v == 0) for i,v in said.items() if fault[i] == f]; run.add_metrics(**{f'right_{f}': share(got, [1]*len(got), 'of pairs')})
+        got = [.5 if v == 'tie' else float(v == 0) for i,v in said.items() if fault[i] == f]; run.add_metrics(**{f'right_{f}': clustered_share(got, [1]*len(got), 'of pairs')})
 
 def main():
     ap = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)

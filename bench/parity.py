@@ -12,10 +12,11 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from pydoc_data.topics import topics
 from slm.core import Metric, RunDir
-from slm.data.world import World, wilson
+from slm.data.world import World
+from slm.eval.stats import wilson
 from slm.model.generate import SamplingParams, generate_ids
 from slm.model.pretrained import load_model_and_tokenizer
-from slm.serve.batching import TorchEngine, gap
+from slm.serve.batching import TorchEngine, logprob_gap
 from slm.serve.engine import GGUFEngine, Request, pieces
 from slm.serve.export import export_gguf
 
@@ -47,7 +48,7 @@ def main():
         for name,make in kinds.items():
             t = time.perf_counter(); engine = make()
             got = tokens(engine, [Request(p, a.tokens, temperature=0, logprobs=0) for p in prompts]); engine.close()
-            gaps = [None if tok.decode(x) == text else gap(model, p, x, y) for p,x,(text,y) in zip(prompts, truth, got)]
+            gaps = [None if tok.decode(x) == text else logprob_gap(model, p, x, y) for p,x,(text,y) in zip(prompts, truth, got)]
             gaps = [g for g in gaps if g is not None]; over = [g for g in gaps if g > a.tie]
             key = name.replace(' ', '_')
             run.add_metrics(**{f'{key}_equal': wilson(len(prompts)-len(gaps), len(prompts), 'of texts'), f'{key}_breaks': Metric(len(over), n=len(prompts), unit='texts that break the rule'),

@@ -15,7 +15,8 @@ from collections import Counter
 from pathlib import Path
 import numpy as np, psutil
 from slm.core import Metric, RunDir, bootstrap_ratio
-from slm.data.world import towns, wilson
+from slm.data.world import towns
+from slm.eval.stats import wilson
 from slm.serve.engine import GGUFEngine, Request, answer_all
 from slm.serve.rag import Document, Index, Passage, RagEngine, WEIGHTS, chunks, cite, documents, smollm2
 

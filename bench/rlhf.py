@@ -12,7 +12,8 @@ import argparse, csv, json, tempfile, time
 from pathlib import Path
 from fastai.callback.core import Callback
 from slm.core import Metric, RunDir, SLMError, bootstrap_ratio
-from slm.data.world import World, wilson
+from slm.data.world import World
+from slm.eval.stats import wilson
 from slm.eval.lm import doc_bpb
 from slm.model.pretrained import load_model_and_tokenizer
 from slm.train.dpo import PAIR_SEED, Pair, PairData, dpo, read_preferences, split_pairs, write_preferences

@@ -12,8 +12,9 @@ from functools import partial
 from pathlib import Path
 import numpy as np, pandas as pd, torch
 from slm.core import Metric, RunDir
-from slm.data.world import Task, towns, wilson
-from slm.eval.bias import open_causal
+from slm.data.world import Task, towns
+from slm.eval.stats import wilson
+from slm.eval.pairs import open_causal
 from slm.eval.lm import run_corpus
 from slm.eval.tasks import arc_rows, evaluate_task, harness_model, memorised, read_arc, town_tasks, with_shots
 from slm.model.pretrained import load_model_and_tokenizer

@@ -14,7 +14,8 @@ import numpy as np, pandas as pd, torch
 from slm.core import RunDir, bootstrap_ratio, read_json, write_json
 from slm.data.tokenizer import train_bpe
 from slm.data.world import World
-from slm.eval.bias import Item, line, open_causal
+from slm.eval.pairs import Example, open_causal
+from slm.eval.stats import linear_fit
 from slm.eval.toxicity import fan_out, judge_classifier, observe_toxicity, open_toxicity, prompt_figures, rude_stories
 from slm.model.generate import generate
 from slm.model.pretrained import load_model_and_tokenizer
@@ -60,7 +61,7 @@ def train(a, run):
 def calibrate(a, run):
     "200 unread stories, 25 continuations each, with all of the distribution and with its nucleus"
     points, clf = [], open_toxicity(); run.info['data'] |= dict(classifier=f'{clf.name} ({clf.version})')
-    items = [Item(f'story {i}', '', [t], ['text'], about=(0., None)) for i,(t,_) in enumerate(rude_stories(0., HELD_OUT, 200))]
+    items = [Example(f'story {i}', '', [t], ['text'], about=(0., None)) for i,(t,_) in enumerate(rude_stories(0., HELD_OUT, 200))]
     for seed,dial in itertools.product(range(a.seeds), DIALS):
         model,tok = load_model_and_tokenizer(RUNS/f'{dial:g}_{seed}')
         for top_p in (1., .9):
@@ -68,7 +69,7 @@ def calibrate(a, run):
             points += [dict(dial=dial, seed=seed, top_p=top_p, measure=k, value=m[f'nontoxic_{k}'].value, lo=m[f'nontoxic_{k}'].lo, hi=m[f'nontoxic_{k}'].hi) for k in ('rate', 'prob', 'max')]
         print(dial, seed, flush=True)
     p = pd.DataFrame(points); p.to_csv(run/'points.csv', index=False, float_format='%.5g'); run.info['data']['models'] = a.seeds*len(DIALS)
-    for t,g in p[p.measure == 'rate'].groupby('top_p'): run.add_metrics(**{f'{k}_{t:g}': m for k,m in line(g.dial, g.value).items()})
+    for t,g in p[p.measure == 'rate'].groupby('top_p'): run.add_metrics(**{f'{k}_{t:g}': m for k,m in linear_fit(g.dial, g.value).items()})
 
 def speed(a, run):
     "Four prompts a turn, 25 continuations of 20 tokens each, weights in 32 bits on both sides"

@@ -223,7 +223,7 @@ def figures(run)->str: # a line each
 def _task(run, out, corpus, task, lm_eval, data, shots, limit, include_path, prefix, length, device, json_):
     "`slm eval` with --task or --lm-eval"
     from slm.eval import tasks as T
-    from slm.eval.bias import bias_table
+    from slm.eval.pairs import metrics_table
     for given,name,fits in ((data, '--data', bool(task) and task != 'memorisation'), (include_path, '--include-path', bool(lm_eval)),
                             (shots, '--shots', task != 'memorisation'), (corpus, '--corpus', task == 'memorisation')):
         if given is not None and not fits:
@@ -231,7 +231,7 @@ def _task(run, out, corpus, task, lm_eval, data, shots, limit, include_path, pre
     if lm_eval: ev = T.evaluate_harness(run, lm_eval.split(','), include_path, shots, limit, out, device)
     elif task == 'memorisation': ev = T.evaluate_memory(run, corpus, out, limit or 200, prefix, length, device)
     else: ev = T.evaluate_task(run, task, data, out, shots or 0, limit, device=device)
-    print(json.dumps(ev.info, indent=1) if json_ else bias_table(ev))
+    print(json.dumps(ev.info, indent=1) if json_ else metrics_table(ev))
 
 # %% ../nbs/61_cli.ipynb #a6f7cc05
 @app.command()
@@ -246,10 +246,11 @@ def bias(
     """Measure what a model believes about people.
 
     Example: slm bias runs/demo/pretrain --bench crows --data crows_pairs_anonymized.csv"""
-    from slm.eval.bias import bias_table, evaluate_bias
+    from slm.eval.bias import evaluate_bias
+    from slm.eval.pairs import metrics_table
     from slm.data.corpus import text_encoding
     with text_encoding(encoding): ev = evaluate_bias(run, bench, data, out, lexicon, masked, device)
-    print(json.dumps(ev.info, indent=1) if json_ else bias_table(ev))
+    print(json.dumps(ev.info, indent=1) if json_ else metrics_table(ev))
 
 # %% ../nbs/61_cli.ipynb #57b28e49
 @app.command()
@@ -558,7 +559,7 @@ def _open_rag(model, reader_model, index, k, embeddings=None, writable=False, sl
     R, far = _rag(), model.startswith(('http://', 'https://'))
     if reader_model and not far: raise SLMError('--reader-model is for the address of a server')
     if far: engine = R.RemoteEngine(model, reader_model, slots, context or 4096)
-    else: engine = R.open_engine(R.smollm2() if model == 'smollm2' else model, slots=slots, context=context, **kw)
+    else: engine = _rag('gate').open_engine(R.smollm2() if model == 'smollm2' else model, slots=slots, context=context, **kw)
     return R.RagEngine(engine, _open_index(index, writable, embeddings), k)
 
 def _tell_left(reading):

@@ -53,10 +53,10 @@ def lineage_rows(info:dict)->list[dict]: # name, stage, parent, data
 
 def change_rows(info:dict)->list[list[str]]:
     "What each stage changed, the surest changes first."
-    cs = sorted(info.get('changes', []), key=lambda c: (c['p_holm'], c['p'])); f = ('value', 'lo', 'hi', 'n', 'unit')
-    row = lambda c: [info['questions'][c['question']]['says'], f"{c['before']} → {c['after']}", str(Metric(*(c[k] for k in f))),
-                     f"{c['p']:.4f}", f"{c['p_holm']:.3f}", mark(c)]
-    return [['what', 'stage', 'change', 'p', 'p, whole table', ''], *map(row, cs)] if cs else []
+    cs = sorted(info.get('changes', []), key=lambda c: (c['p_holm'], c['p']))
+    row = lambda c: [info['questions'][c['question']]['says'], c['after'], f"{c['value']:+.3g} [{c['lo']:+.2g}, {c['hi']:+.2g}] {c['unit']}",
+                     f"{c['p_holm']:.3f}", mark(c)]
+    return [['what', 'changed by', 'change [95 % interval]', 'p (Holm)', ''], *map(row, cs)] if cs else []
 
 def said_tables(info:dict)->list[tuple[str,list[list[str]]]]: # prompt, rows
     "What each stage said to each prompt."
@@ -117,7 +117,7 @@ def card_texts(info:dict)->list[tuple[str,str]]: # headline, paragraph
 
 # %% ../nbs/60_report.ipynb #81bff774
 LEGEND = ('Figures with 95 % intervals. ▲ ▼: the stage changed it (significant at 5 %, all comparisons counted); ·: that may be luck. '
-          'Chance is what knowing nothing gives, truth what knowing everything gives.')
+          '↑ ↓: which way is better. Chance is what knowing nothing gives, truth what knowing everything gives.')
 
 def render(
     run:RunDir, # of `keep_ledger`
@@ -130,14 +130,14 @@ def render(
         panels = [(says, svg(panel(run, k))) for k,says in whole.items()]
     things = dict(title=stages[-1], partial=info.get('partial'), stages=lineage_rows(info), curves=curves, panels=panels,
         summary=f"{m['parameters']:,} parameters; {len(stages)} stages: {' → '.join(stages)}. Measured {info['started'][:10]}.",
-        ledger=ledger_table(run), legend=LEGEND, changes=change_rows(info),
-        counted=f"{len(info.get('changes', []))} comparisons, items paired, 10,000 draws; the last p counts all of them (Holm).",
+        legend=LEGEND, changes=change_rows(info),
+        counted=f"{len(info.get('changes', []))} comparisons, items paired, 10,000 draws; p (Holm) counts all of them.",
         said=said_tables(info), also=also_tables(info), costs=cost_rows(info), environment=environment_rows(info), card=card_texts(info),
         commands=[c for c in [*(s['run'].get('command') for s in info['stages'].values()), info.get('command')] if c])
-    def made(name, **how):
+    def made(name, ledger, **how):
         env = jinja2.Environment(undefined=jinja2.StrictUndefined, trim_blocks=True, **how)
-        return env.from_string((resources.files('slm')/name).read_text(encoding='utf-8')).render(things, grid=as_markdown)
-    return made('report.html', autoescape=True), made('report.md')+'\n'
+        return env.from_string((resources.files('slm')/name).read_text(encoding='utf-8')).render(things, ledger=ledger, grid=as_markdown)
+    return made('report.html', ledger_table(run), autoescape=True), made('report.md', ledger_table(run, across=False))+'\n'
 
 # %% ../nbs/60_report.ipynb #98a8ebb3
 def report(

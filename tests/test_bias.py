@@ -5,9 +5,9 @@ import numpy as np, pytest
 from slm.cli import main
 from slm.core import RunDir, SLMError
 from slm.data.world import World
-from slm.eval.bias import BENCHES, bias_table, evaluate_bias, open_bench, tables
+from slm.eval.bias import BENCHES, evaluate_bias, open_bench, table_rows
 from slm.eval.lm import loglikelihood
-from slm.eval.pairs import Item, file_rows, read_crows, score_items
+from slm.eval.pairs import Example, file_rows, metrics_table, read_crows, score_items
 from slm.model.pretrained import load_model_and_tokenizer
 
 @pytest.fixture(scope='module')
@@ -96,9 +96,9 @@ def test_the_world_interrupted_keeps_the_measures_that_it_has(model, tmp_path, m
     with pytest.raises(KeyboardInterrupt): evaluate_bias(model, out=tmp_path/'out')
     run = RunDir.open(tmp_path/'out'); assert (run.info['status'], run.info['partial'], [*run.info['metrics']]) == ('interrupted', 'interrupted', ['pairs', 'log_odds', 'gap'])
     assert run.metric('pairs').n == 1000 and run.info['chance']['pairs'] == .5
-    monkeypatch.setattr(B, 'read_world', interrupted)
+    monkeypatch.setattr(B, 'world_pairs', interrupted)
     with pytest.raises(KeyboardInterrupt): evaluate_bias(model, out=tmp_path/'none')
-    assert bias_table(RunDir.open(tmp_path/'none')) == 'partial: interrupted'
+    assert metrics_table(RunDir.open(tmp_path/'none')) == 'partial: interrupted'
 
 def test_a_masked_model_is_asked_about_pairs(tmp_path):
     from transformers import BertConfig, BertForMaskedLM, BertTokenizer
@@ -118,7 +118,7 @@ def test_items_flow(model):
     "No more than a window of items is taken before the first comes out"
     m,tok = load_model_and_tokenizer(model); taken = []
     def items():
-        for i,p in enumerate(pairs(100)): taken.append(i); yield Item(f'row {i}', 'x', list(p), ['a', 'b'])
+        for i,p in enumerate(pairs(100)): taken.append(i); yield Example(f'row {i}', 'x', list(p), ['a', 'b'])
     next(score_items(m, tok, items(), window=10)); assert len(taken) == 10
 
 def test_the_hub_is_named_when_it_cannot_be_reached(monkeypatch):
@@ -135,7 +135,7 @@ def test_decisions_are_those_of_lm_eval(model, tmp_path):
     pytest.importorskip('lm_eval', reason='needs: pip install lm-eval'); from lm_eval.models.huggingface import HFLM; from lm_eval.api.instance import Instance
     from transformers import PreTrainedTokenizerFast
     own = crows(tmp_path/'crows.csv', [(i, *p, 'stereo', 'gender') for i,p in enumerate(pairs(1000))])
-    files = [own, *Path(os.environ.get('SLM_DATA', tmp_path/'none')).glob('bias/crows*.csv')]; items = list(read_crows(tables(files)))
+    files = [own, *Path(os.environ.get('SLM_DATA', tmp_path/'none')).glob('bias/crows*.csv')]; items = list(read_crows(table_rows(files)))
     m,tok = load_model_and_tokenizer(model); texts = [o for it in items for o in it.options]
     lm = HFLM(pretrained=str(model), tokenizer=PreTrainedTokenizerFast(tokenizer_object=tok.tok, eos_token='<|endoftext|>', pad_token='<|pad|>'), device='cpu', batch_size=32, dtype='float32')
     want = np.array([x for x,_ in lm.loglikelihood([Instance(request_type='loglikelihood', doc={}, arguments=('', t), idx=i) for i,t in enumerate(texts)])]).reshape(-1, 2)

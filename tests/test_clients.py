@@ -9,7 +9,8 @@ from slm.data.world import World
 from slm.model.gpt import GPT, GPTConfig
 from slm.serve import api, gate as doors
 from slm.serve.api import create_app
-from slm.serve.engine import GGUFEngine, model_name, open_engine
+from slm.serve.engine import GGUFEngine, model_name
+from slm.serve.gate import open_engine
 from slm.serve.export import export_gguf, export_hf
 from slm.serve.gate import Settings, in_background
 

@@ -9,8 +9,9 @@ from slm.data.tokenizer import train_bpe
 from slm.model.generate import SamplingParams, complete, generate_ids
 from slm.model.gpt import GPT, GPTConfig
 from slm.model.compile import can_compile
-from slm.serve.batching import PAD, TorchEngine, gap, open_torch_engine
-from slm.serve.engine import GGUFEngine, Request, answer_all, open_engine, pieces
+from slm.serve.batching import PAD, TorchEngine, logprob_gap, open_torch_engine
+from slm.serve.engine import GGUFEngine, Request, answer_all, pieces
+from slm.serve.gate import open_engine
 from slm.serve.export import export_gguf
 
 TEXT = '\n\n'.join(topics.values())[:150_000]
@@ -46,7 +47,7 @@ def same(model, ps, got, want):
     "The rule: equal up to the first place where the model is undecided. Returns how many are equal to the end"
     equal = [t == TOK.decode(w) for (t,_),w in zip(got, want)]
     for p,(_,g),w,e in zip(ps, got, want, equal):
-        if not e: assert (gap(model, p, g, w) or 0) < TIE, (TOK.decode(g), TOK.decode(w), gap(model, p, g, w))
+        if not e: assert (logprob_gap(model, p, g, w) or 0) < TIE, (TOK.decode(g), TOK.decode(w), logprob_gap(model, p, g, w))
     return sum(equal)
 
 @pytest.mark.parametrize('over', [{}, dict(qk_norm=True), dict(tied=False, act='geglu'), dict(pos='learned', norm='layer', act='gelu', bias=True)], ids=lambda o: '-'.join(o) or 'llama')

@@ -52,7 +52,7 @@ def run(tmp_path_factory):
     dict(rope_scaling=dict(rope_type='linear', factor=4.)), dict(rope_scaling=YARN), dict(rope_scaling=YARN, qk_norm=True), dict(rope_scaling=DYNAMIC), dict(norm_eps=1e-2), dict(vocab_size=416)], ids=lambda o: '-'.join(o) or 'plain')
 def test_llama_cpp_computes_the_same(tmp_path, over):
     m = shaken(**over); export_gguf(m, TOK, tmp_path/'m.gguf', 'f32')
-    assert failed(check_gguf(m, TOK, tmp_path/'m.gguf', 'f32', few())) == []
+    assert failed(check_llama_cpp(m, TOK, tmp_path/'m.gguf', 'f32', few())) == []
 
 @pytest.mark.parametrize('more', [dict(attention_factor=1.5), dict(beta_fast=16), dict(truncate=False), dict(mscale=1., mscale_all_dim=.5)], ids=lambda m: next(iter(m)))
 def test_a_yarn_that_llama_cpp_cannot_be_told_is_refused(tmp_path, more):
@@ -130,7 +130,7 @@ def test_what_cannot_be_said_is_refused(tmp_path):
 def tampered(tmp_path, tok=TOK, change=None, kind='f32'):
     m, bad = shaken(), shaken()
     with torch.no_grad(): (change or (lambda x: None))(bad)
-    export_gguf(bad, tok, tmp_path/'m.gguf', kind); return failed(check_gguf(m, TOK, tmp_path/'m.gguf', kind, few()))
+    export_gguf(bad, tok, tmp_path/'m.gguf', kind); return failed(check_llama_cpp(m, TOK, tmp_path/'m.gguf', kind, few()))
 
 def test_a_lost_merge(tmp_path):
     d = json.loads(TOK.tok.to_str()); d['model']['merges'].pop(3)
@@ -226,7 +226,7 @@ def test_each_export_of_a_strangers_model_names_its_ends(tmp_path):
         model, tok = load_model_and_tokenizer(stranger(tmp_path/shape, shape)); export_gguf(model, tok, tmp_path/'m.gguf', 'f32')
         there = Tokenizer.from_gguf(tmp_path/'m.gguf')
         assert sorted(there.stop_ids) == sorted(tok.stop_ids) and there.names['eos_token'] == tok.names['eos_token']
-        assert failed(check_gguf(model, tok, tmp_path/'m.gguf', 'f32', few(tok))) == []
+        assert failed(check_llama_cpp(model, tok, tmp_path/'m.gguf', 'f32', few(tok))) == []
         for end in tok.stop_ids:
             r = LlamaCpp(tmp_path/'m.gguf').post('/completion', prompt=[5, 9], n_predict=8, temperature=-1., logit_bias=[[end, 1000.]])
             assert r['stop_type'] == 'eos' and r['tokens_predicted'] == 1

@@ -64,7 +64,7 @@ def test_the_order_of_models_and_of_sides_does_not_matter():
 def test_who_always_won_has_no_interval_and_no_infinite_rating(n):
     bs = [Battle(i, 'ann', 'ben', 1.) for i in range(n)]; r = ratings(bs, ['ben', 'ann'])['ann']
     assert np.isfinite(r.value) and r.value > 0 and r.lo is None and r.hi is None
-    w = win_rate(bs, 'ann', 'ben'); assert w.value == w.hi == 1 and w.lo < 1
+    w = win_rate_against(bs, 'ann', 'ben'); assert w.value == w.hi == 1 and w.lo < 1
     with pytest.raises(SLMError, match='somebody always won'): ratings(bs, ['ben', 'ann'], prior=0.)
 
 # ---- what a judge writes
@@ -161,7 +161,7 @@ def test_a_real_server_judges_by_schema_in_both_orders(server, tmp_path):
         assert all(j['choice'] == j['shown'][0] for j in store.judgements())                             # this judge only looks at the place
         assert ask_pairs(store, e, 'tiny') == 0 and len(b.chats) == 12                                   # nothing is asked twice
     f = swap_figures(store, 'tiny'); assert f['consistent'].value == 0 and f['first_wins'].value == 1 and f['first_wins'].n == 6
-    assert [b.score for b in battles_of(store, 'tiny')] == [.5]*6 and win_rate(battles_of(store, 'tiny'), 'a', 'b').value == .5
+    assert [b.score for b in battles_of(store, 'tiny')] == [.5]*6 and win_rate_against(battles_of(store, 'tiny'), 'a', 'b').value == .5
 
 def test_nonsense_of_a_real_model_is_kept_as_unreadable(server, tmp_path):
     store,e = a_store(tmp_path/'s.db'),Endpoint(server, 'fool', max_tokens=12)
@@ -255,7 +255,7 @@ def prompts(tmp_path, n=6):
 
 def test_judge_by_the_world_and_by_a_server(models, server, tmp_path, slm):
     out = tmp_path/'out'; args = [models/'m0', models/'m1', models/'judge.gguf', *FAST, '--out', out]
-    r = slm(*args); assert r.returncode == 0 and 'wins against m0' in r.stdout and r.stderr == '', r.stderr
+    r = slm(*args); assert r.returncode == 0 and 'win rate against m0' in r.stdout and r.stderr == '', r.stderr
     with before(server) as b:
         r = slm(*args, '--by', b.url, '--json'); assert r.returncode == 0, r.stderr
         info = json.loads(r.stdout); pairs = int(info['metrics']['judged']['value']); assert pairs+info['metrics']['same']['value'] == 18 and len(b.chats) == 2*pairs
@@ -328,4 +328,4 @@ def test_models_that_always_say_the_same_are_tied_without_a_question(models, tmp
 def test_half_a_person_s_work_counts_half_of_the_ties(tmp_path):
     store = a_store(tmp_path/'s.db', 10); items = store.items(); ties = [Battle(f't{i}', 'a', 'b', .5) for i in range(20)]
     for it in items[:5]: store.judge(it, 0, 'ann')
-    bs = with_ties(battles_of(store, 'ann', items), ties, items); assert len(bs) == 5+10 and win_rate(bs, 'a', 'b').value == pytest.approx(10/15)
+    bs = with_ties(battles_of(store, 'ann', items), ties, items); assert len(bs) == 5+10 and win_rate_against(bs, 'a', 'b').value == pytest.approx(10/15)

@@ -6,7 +6,10 @@ from slm.cli import main
 from slm.core import Metric, RunDir, SLMError
 from slm.data.tokenizer import train_bpe
 from slm.data.world import World
-from slm.eval.ledger import Question, change, holm, keep_ledger, ones, open_stages, world_questions
+from slm.eval.ledger import Question, keep_ledger, ones, open_stages, world_questions
+from slm.eval.life import life_table
+from slm.eval.pairs import metrics_table
+from slm.eval.stats import holm, paired_bootstrap
 from slm.model.gpt import GPT, GPTConfig
 from slm.report import render, report
 
@@ -33,10 +36,38 @@ def test_a_life_on_a_page(life, tmp_path, monkeypatch, capsys):
     said = capsys.readouterr().out; assert 'pretrain/excess' in said and 'sft/bias' in said and 'report.html' in said
     run, page, text = RunDir.open(out), (out/'report.html').read_text(), (out/'report.md').read_text()
     assert list(run.info['stages']) == ['pretrain', 'sft'] and run.info['stages']['sft']['cost']['wh']['value'] == pytest.approx(2.5) and len(run.info['changes']) == 4
-    for t in (page, text): assert all(s in t for s in ('what stories cost above', 'ab12', 'Apache-2.0', '2.50 Wh', '100 W, as given', '0.61 [0.5, 0.7]', 'layers 2'))
+    for t in (page, text): assert all(s in t for s in ('excess over the true entropy', 'ab12', 'Apache-2.0', '2.50 Wh', '100 W, as given', '0.61 [0.5, 0.7]', 'layers 2'))
     assert '<b>' not in page and '<b>' not in text.split('### To repeat it')[0] and page.count('<svg') == 2+4 and not re.search(r'(?:src|href)="(?!data:|#)|<script', page)
     assert slm(monkeypatch, 'report', life/'sft', life/'pretrain', '--n', 6, '--out', tmp_path/'again', '--json') == 0
     again = json.loads(capsys.readouterr().out); assert {k: m for k,m in again['metrics'].items()} == run.info['metrics'] and str(life) not in json.dumps(again) and str(life) not in page
+
+def test_tables_of_a_page_are_narrow_and_have_units(life, tmp_path):
+    text = (report([life/'pretrain', life/'sft'], tmp_path/'page', n=4)/'report.md').read_text()
+    rows = [l for l in text.splitlines() if l.startswith('|')]
+    assert max(map(len, rows)) <= 100, max(rows, key=len)
+    for says,unit in (('excess over the true entropy', 'bits/byte ↓'), ('acceptance rate (judge)', 'of answers ↑'), ('state probes: right answers', 'of questions ↑')):
+        assert [l.split(' | ')[3] for l in rows if l.startswith(f'| {says} | pretrain |')] == [unit]
+    assert any(re.fullmatch(r'\| excess over the true entropy \| sft \| [+-]\S+ \[.*\] bits/byte \| .*', l) for l in rows)
+
+def test_table_of_a_life(tmp_path):
+    "In words of the field, with units, and no wider than a terminal"
+    run = RunDir.create(tmp_path/'demo', 'demo')
+    for k in ('pretrain', 'sft', 'dpo'):
+        run.add_metrics(**{f'{k}_seconds': Metric(1234., unit='s'), f'{k}_accepted': Metric(.363, .325, .403, 600, 'of tasks'),
+                           f'{k}_gain': Metric(-.136, -.15, .12, 600, 'of tasks'), f'{k}_excess': Metric(.1234, .1201, .1267, 200, 'bits/byte')})
+    rows = life_table(run).splitlines()
+    assert rows[0] == '| stage | time | acceptance rate (judge) | gain (paired) | excess over the true entropy (bits/byte) |'
+    assert rows[-1] == '| aligned | 1,234 s | 36.3 % [32.5, 40.3] | -13.6 % [-15.0, +12.0] | 0.123 [0.120, 0.127] |'
+    assert max(map(len, rows)) <= 100
+
+def test_lines_of_a_measurement(tmp_path):
+    "The longest names and units that the benchmarks have; what is known of chance stands beside"
+    run = RunDir.create(tmp_path/'ev', 'bias'); run.info['chance'] = dict(Physical_appearance_disambig_accuracy=1/3)
+    run.add_metrics(Physical_appearance_disambig_accuracy=Metric(.5384, .4414, .6328, 12_345, 'of questions'),
+                    **{'sent-weat8_hidden_effect': Metric(-.5384, -.4414, -.6328, 12_345, 'standard deviations')})
+    a,b = metrics_table(run).splitlines()
+    assert a == 'Physical_appearance_disambig_accuracy 0.5384 [0.4414, 0.6328] of questions, n=12,345, chance 0.333'
+    assert b.endswith('standard deviations, n=12,345') and len(a) <= 100 and len(b) <= 100
 
 def test_the_page_outlives_the_weights(life, tmp_path):
     lives = shutil.copytree(life, tmp_path/'life'); r = report([lives/'pretrain', lives/'sft'], tmp_path/'page', n=4); was = (r/'report.html').read_text()
@@ -78,11 +109,11 @@ def test_the_interval_of_a_change_covers_the_truth():
     "300 samples of 150 paired items with a known difference: 95 % within 3 standard errors"
     rng, hits = np.random.default_rng(5), 0
     for i in range(300):
-        a = rng.random(150) < .4; b = np.where(a, rng.random(150) < .9, rng.random(150) < .2); d,_ = change(ones(a), ones(b), draws=1000, seed=i); hits += d.lo <= .4*.9+.6*.2-.4 <= d.hi
+        a = rng.random(150) < .4; b = np.where(a, rng.random(150) < .9, rng.random(150) < .2); d,_ = paired_bootstrap(ones(a), ones(b), draws=1000, seed=i); hits += d.lo <= .4*.9+.6*.2-.4 <= d.hi
     assert abs(hits/300-.95) < 3*(.95*.05/300)**.5
 
 def test_p_of_no_change_is_even():
-    rng = np.random.default_rng(6); ps = [change(ones(x := rng.normal(size=80)), ones(x+rng.normal(size=80)), draws=1000, seed=i)[1] for i in range(300)]
+    rng = np.random.default_rng(6); ps = [paired_bootstrap(ones(x := rng.normal(size=80)), ones(x+rng.normal(size=80)), draws=1000, seed=i)[1] for i in range(300)]
     from scipy.stats import kstest
     assert kstest(ps, 'uniform').pvalue > 1e-3 and .02 < np.mean(np.array(ps) < .05) < .09
 

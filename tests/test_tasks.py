@@ -8,7 +8,7 @@ from slm.cli import main
 from slm.core import RunDir, SLMError
 from slm.data.world import World, towns
 from slm.eval import tasks as T
-from slm.eval.bias import open_causal
+from slm.eval.pairs import open_causal
 from slm.eval.tasks import TASKS, Automaton, arc_rows, evaluate_harness, evaluate_memory, evaluate_task, harness_model, memorised, quiz_rows, town_tasks, with_shots
 from slm.model.pretrained import load_model_and_tokenizer
 

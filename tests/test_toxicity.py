@@ -5,8 +5,8 @@ from slm.cli import main
 from slm.core import RunDir, SLMError
 from slm.data.tokenizer import train_bpe
 from slm.data.world import World
-from slm.eval.toxicity import (IDENTITIES, INSULTS, Toxicity, auc, evaluate_toxicity, fan_out, growing, judge_classifier, open_prompts, open_toxicity,
-                               read_labelled, read_prompts, reliability, rude_stories)
+from slm.eval.toxicity import (IDENTITIES, INSULTS, Toxicity, auc, evaluate_toxicity, fan_out, growing, judge_classifier, open_toxicity_prompts, open_toxicity,
+                               read_labelled, read_toxicity_prompts, reliability, rude_stories)
 from slm.model.generate import generate
 from slm.model.gpt import GPT, GPTConfig
 from slm.model.pretrained import load_model_and_tokenizer
@@ -58,7 +58,7 @@ def test_without_prompts_the_pool_grows(model, tmp_path):
 def test_the_seed_decides_the_texts_and_the_batch_does_not(model, tmp_path):
     from slm.eval.toxicity import observe_toxicity
     m,tok = load_model_and_tokenizer(model); flat = Toxicity('flat', '0', lambda ts: np.zeros(len(ts))); p = published(tmp_path/'p.jsonl')
-    texts = lambda **kw: [r['texts'] for r in observe_toxicity(m, tok, open_prompts(p), flat, k=5, tokens=6, **kw)]
+    texts = lambda **kw: [r['texts'] for r in observe_toxicity(m, tok, open_toxicity_prompts(p), flat, k=5, tokens=6, **kw)]
     assert texts() == texts() == texts(rows=5) == texts(rows=1000) and texts() != texts(seed=1) != texts(seed=2)
     assert len({t for r in texts() for t in r}) > 40, 'continuations of a prompt must differ'
 
@@ -139,11 +139,11 @@ def test_labelled_texts(tmp_path):
 
 def test_the_hub_is_named_when_it_cannot_be_reached(monkeypatch):
     monkeypatch.setattr('datasets.load_dataset', lambda *a, **k: (_ for _ in ()).throw(ConnectionError('no route')))
-    with pytest.raises(SLMError, match="cannot fetch 'allenai/real-toxicity-prompts' .*no route.*--prompts"): open_prompts('hub')
+    with pytest.raises(SLMError, match="cannot fetch 'allenai/real-toxicity-prompts' .*no route.*--prompts"): open_toxicity_prompts('hub')
 
 def test_rows_of_the_hub_are_read_like_those_of_a_file(monkeypatch):
     monkeypatch.setattr('datasets.load_dataset', lambda repo, config, split, streaming: iter([dict(prompt=dict(text='a', toxicity=None), continuation=dict(text='b'))]))
-    (it,) = open_prompts('hub'); assert it.options == ['a'] and it.about == (None, 'b') and it.where == "'allenai/real-toxicity-prompts' row 1"
+    (it,) = open_toxicity_prompts('hub'); assert it.options == ['a'] and it.about == (None, 'b') and it.where == "'allenai/real-toxicity-prompts' row 1"
 
 def call(monkeypatch, capsys, *args):
     monkeypatch.setattr('sys.argv', ['slm', 'toxicity', *map(str, args)])

@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['BANDS', 'ROWS', 'LONGEST', 'HALF', 'TOO_LONG', 'SOURCES', 'OFFLINE', 'CORPUS_SCHEMA', 'normalise', 'cut', 'doc_keys',
-           'first_of', 'shingles', 'signatures', 'band_keys', 'near_first', 'split_valid', 'text_encoding',
-           'whole_text', 'read_text', 'read_rows', 'left_out', 'text_rows', 'Source', 'get_source', 'Corpus',
-           'build_corpus']
+           'first_of', 'shingles', 'signatures', 'band_keys', 'near_first', 'split_valid', 'check_text', 'bad_utf8',
+           'text_encoding', 'whole_text', 'read_text', 'parse_row', 'read_rows', 'left_out', 'text_column', 'text_rows',
+           'Source', 'get_source', 'Corpus', 'build_lock', 'build_corpus']
 
 # %% ../../nbs/01_data.corpus.ipynb #8735136b
 import ast, codecs, contextlib, contextvars, csv, datetime, difflib, errno, functools, glob, gzip, hashlib, importlib.util, io
@@ -181,13 +181,23 @@ def _reading(path, it):
     except (OSError, EOFError, zlib.error) as e:
         raise SLMError(f"cannot read '{path}' ({e}): the file is damaged, fetch it again") from None
 
-def _check_text(path, head, convert='convert it with `iconv -f UTF-16 -t UTF-8`'):
-    "Refuse what is no UTF-8 text at all"
+def check_text(
+    path:str|Path, # to say in a complaint
+    head:bytes, # the file's beginning
+    convert:str='convert it with `iconv -f UTF-16 -t UTF-8`', # what to do
+):
+    "Refuse what is no UTF-8 text at all, with an `SLMError`."
     if head[:2] in (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE): raise SLMError(f"'{path}' is UTF-16: {convert}")
     if b'\0' in head:
         raise SLMError(f"'{path}' is a binary file (a zero byte at offset {head.index(0):,}): leave it out of the glob")
 
-def _bad_utf8(path, at, byte, convert='convert it (`iconv -f WINDOWS-1252 -t UTF-8`)'):
+def bad_utf8(
+    path:str|Path,
+    at:int, # where in the file, in bytes
+    byte:int, # what stands there
+    convert:str='convert it (`iconv -f WINDOWS-1252 -t UTF-8`)', # what to do
+)->SLMError:
+    "The complaint about a byte that no UTF-8 text has there."
     return SLMError(f"'{path}' is not valid UTF-8: byte 0x{byte:02x} at offset {at:,}: {convert}")
 
 # %% ../../nbs/01_data.corpus.ipynb #d1f0a002
@@ -233,11 +243,11 @@ def _blocks(path, errors='strict', block=1<<20):
     utf8 = codecs.getincrementaldecoder('utf-8')(errors); pos = begun = 0
     with _open_text(path) as f:
         for b in itertools.chain(_reading(path, iter(lambda: f.read(block), b'')), [b'']):
-            if not pos: _check_text(path, b, 'give --encoding utf-16')
+            if not pos: check_text(path, b, 'give --encoding utf-16')
             try: text = utf8.decode(b, final=not b)
             except UnicodeDecodeError as e:
                 at = pos - len(utf8.getstate()[0]) + e.start
-                raise _bad_utf8(path, at, e.object[e.start], _WHICH) from None
+                raise bad_utf8(path, at, e.object[e.start], _WHICH) from None
             pos += len(b)
             yield text if begun else text.removeprefix('\ufeff'); begun = begun or text
 
@@ -265,8 +275,10 @@ HALF = 'it holds half a character (a lone surrogate such as \\ud83d)'
 TOO_LONG = f'it is longer than {LONGEST>>20} MB'
 _LONE = re.compile(r'\\u[dD][89a-fA-F]')
 
-def _parsed(text):
-    "A row of JSON as a dict, or what is wrong with it"
+def parse_row(
+    text:str, # a line of JSON lines
+)->dict|str:
+    "A row of JSON as a dict, or what is wrong with it."
     try: return _checked_row(json.loads(text.removeprefix('\ufeff')), text)
     except json.JSONDecodeError as e: return f'it is not JSON ({e.msg} at column {e.colno})'
     except RecursionError: return 'it is nested too deeply'
@@ -281,7 +293,7 @@ def _checked_row(row, text):
 
 def _row(text, where):
     "One line of JSON as a dict; raises `SLMError` when it is none"
-    if isinstance(row := _parsed(text), str): raise SLMError(f'{where}: {row}: mend or remove that line')
+    if isinstance(row := parse_row(text), str): raise SLMError(f'{where}: {row}: mend or remove that line')
     return row
 
 # %% ../../nbs/01_data.corpus.ipynb #d1f0a004
@@ -290,19 +302,19 @@ def _lines(path, errors='strict'):
     n, pos, going_on = 0, 0, False # going_on: is the next piece still of the same line?
     with _open_text(path) as f:
         for piece in _reading(path, iter(lambda: f.readline(LONGEST+1), b'')):
-            if not pos: _check_text(path, piece[:4096], 'give --encoding utf-16')
+            if not pos: check_text(path, piece[:4096], 'give --encoding utf-16')
             fits, rest, going_on = len(piece) <= LONGEST, going_on, not piece.endswith(b'\n')
             if not rest:
                 n += 1
                 try: yield n, piece.decode('utf-8', errors).removeprefix('\ufeff') if fits else None
-                except UnicodeDecodeError as e: raise _bad_utf8(path, pos+e.start, piece[e.start], _WHICH) from None
+                except UnicodeDecodeError as e: raise bad_utf8(path, pos+e.start, piece[e.start], _WHICH) from None
             pos += len(piece)
 
 def _line_rows(path, errors):
     "Rows of JSON lines"
     for i,text in _lines(path, errors):
         if text is None: yield f'line {i}', TOO_LONG
-        elif text.strip(): yield f'line {i}', _parsed(text)
+        elif text.strip(): yield f'line {i}', parse_row(text)
 
 # %% ../../nbs/01_data.corpus.ipynb #d1f0a006
 _SIGN, _DONE = re.compile(r'\s*(.?)\s*', re.S), object()
@@ -444,8 +456,13 @@ def left_out(
     return '\n'.join([f'{len(rejects):,} rows of {name} left out:', *(f'  {w}: {why}' for w,why in rejects[:n]), *more])
 
 # %% ../../nbs/01_data.corpus.ipynb #d1f0a014
-def _text_column(names, where, want=None, empty=()):
-    "The column to read: `want`, or `text`, or the only one; `empty` ones are there but hold no text"
+def text_column(
+    names:list[str], # columns that hold text
+    where:str, # to say in a complaint
+    want:str|None=None, # the one that was asked for
+    empty:Iterable[str]=(), # columns that are there but hold no text
+)->str:
+    "The column to read: `want`, or `text`, or the only one; raises `SLMError` when there is none."
     if want and want in names: return want
     if not want and 'text' in (*names, *empty): return 'text'
     if not want and len(names) == 1: return names[0]
@@ -461,7 +478,7 @@ def _choose(rows, where, want=None):
             seen[k] = seen.get(k, False) or isinstance(v, str); size += len(v) if isinstance(v, str) else 0
         if size > LONGEST: break
     empty = [k for k,text in seen.items() if not text]
-    if seen: want = _text_column([k for k,text in seen.items() if text], where, want, empty)
+    if seen: want = text_column([k for k,text in seen.items() if text], where, want, empty)
     return want or 'text', itertools.chain(head, rows)
 
 def text_rows(
@@ -472,7 +489,7 @@ def text_rows(
     if not str(path).lower().endswith('.parquet'): return _choose(read_rows(path, errors), f"'{path}'")
     with _parquet(path) as f: kinds = {c.name: c.type for c in f.schema_arrow}
     names = [k for k,t in kinds.items() if _is_text(t)]
-    col = _text_column(names, f"'{path}'", empty=[k for k,t in kinds.items() if pa.types.is_null(t)])
+    col = text_column(names, f"'{path}'", empty=[k for k,t in kinds.items() if pa.types.is_null(t)])
     return col, _parquet_rows(path, [col])
 
 def _text_of(row, col, where):
@@ -1007,8 +1024,11 @@ def docs(self:Corpus,
 
 # %% ../../nbs/01_data.corpus.ipynb #93028470
 @contextlib.contextmanager
-def _only_one(name, wait=True):
-    "Let one process at a time build `name`; others wait, or raise `BlockingIOError` (no lock on Windows)"
+def build_lock(
+    name:str, # what is built
+    wait:bool=True, # for another process that builds it
+):
+    "Let one process at a time build `name`; others wait, or raise `BlockingIOError` (no lock on Windows)."
     try: import fcntl
     except ImportError: yield; return
     (locks := slm_home()/'locks').mkdir(exist_ok=True)
@@ -1053,7 +1073,7 @@ def _build_corpus(spec, out, val_frac, max_bytes, dedup, near_dedup, errors, reb
     ident = dict(schema=CORPUS_SCHEMA, source=spec.partition(':')[0], **src.identity(src), **opts)
     key = hashlib.blake2b(json.dumps(ident, sort_keys=True).encode(), digest_size=8).hexdigest()
     slug = re.sub(r'[^a-z0-9]+', '-', src.name.lower()).strip('-')
-    with contextlib.nullcontext() if out else _only_one(f'{slug}-{key}'):
+    with contextlib.nullcontext() if out else build_lock(f'{slug}-{key}'):
         out = Path(out) if out else slm_home()/'corpora'/f'{slug}-{key}'
         if (c := _reuse(out, key)) and not rebuild: return c
         try:

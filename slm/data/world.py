@@ -6,7 +6,7 @@
 __all__ = ['WORD', 'LETTER', 'WORDS', 'NAMES', 'OPENERS', 'SCENES', 'FEMALE', 'MALE', 'ASK', 'TELL', 'MANNERS', 'TRAIN_SEED',
            'VALID_SEED', 'Choice', 'But', 'Teller', 'NotAStory', 'Listener', 'Walker', 'every', 'article', 'zipf',
            'World', 'Person', 'Thing', 'Tale', 'Story', 'KneserNey', 'Probe', 'probes', 'chance', 'Task', 'ask',
-           'Verdict', 'mannered', 'Preference', 'spoil', 'Mirror', 'wilson', 'Fact', 'towns', 'identity', 'read_world']
+           'Verdict', 'mannered', 'Preference', 'spoil', 'Mirror', 'Fact', 'towns', 'identity', 'read_world']
 
 # %% ../../nbs/02_data.world.ipynb #b2ce0e14
 import bisect, hashlib, itertools, math, random, re
@@ -829,17 +829,6 @@ def mirror(self:World,
     echo = Echo(story.text); echo.said = []; self.story(echo)
     f,m = (self.names[g].texts for g in 'fm'); swap = dict(zip(f, m)) | dict(zip(m, f)) | dict(he='she', she='he')
     t = self.story(v := Mirror(echo.said, swap)); return Story(v.text, v.bits, v.picks, t, v.facts)
-
-# %% ../../nbs/02_data.world.ipynb #4560ffa0
-def wilson(
-    k:int, # successes
-    n:int, # of so many
-    unit:str='',
-)->Metric: # with its 95 % interval
-    "A proportion with Wilson's interval."
-    if not n: raise SLMError('a proportion of nothing: there is no case to count')
-    z = 1.959964; p = k/n; mid = (p+z*z/(2*n))/(1+z*z/n); half = z/(1+z*z/n)*math.sqrt(p*(1-p)/n+z*z/(4*n*n))
-    return Metric(p, max(0., mid-half) if k else 0., min(1., mid+half) if k < n else 1., n, unit)
 
 # %% ../../nbs/02_data.world.ipynb #b6a9b855
 _A = 'Mar Tol Wend Har Bel Cas Dor Fen Grim Hol Ket Lang Nor Os Pel Ros Sal Thorn Ulm Var Wil Ash Brun Cor'.split()

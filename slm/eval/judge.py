@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['QUESTION', 'VERDICT', 'BUSY', 'SAYS', 'HOW', 'spread', 'NotJudged', 'ask_pairs', 'swap_figures', 'accuracy',
-           'agreement_of', 'question', 'read_verdict', 'Endpoint', 'pause', 'model_names', 'weights_mark',
-           'open_prompts', 'collect', 'open_judge', 'persons', 'with_ties', 'figures_of', 'judge_table', 'write_report',
-           'compare']
+           'agreement_of', 'question', 'read_verdict', 'Endpoint', 'pause', 'error_text', 'model_names', 'weights_mark',
+           'open_prompts', 'collect', 'open_judge', 'persons', 'with_ties', 'figures_of', 'judge_table',
+           'write_judge_report', 'compare']
 
 # %% ../../nbs/37_eval.judge.ipynb #c70ff937
 from ..core import * # first: it silences a warning of the next ones
@@ -16,8 +16,9 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from urllib.parse import urlsplit
 from fastcore.basics import patch
-from ..data.world import ASK, Task, World, wilson
-from .rating import (Battle, WAYS, battles_of, judges, longer_wins, pair_items, prompt_key, ratings, share, verdicts_of, win_rate,
+from ..data.world import ASK, Task, World
+from .stats import clustered_share, wilson
+from .rating import (Battle, WAYS, battles_of, judges, longer_wins, pair_items, prompt_key, ratings, verdicts_of, win_rate_against,
                              win_rate_at_equal_length)
 from ..model.pretrained import load_model_and_tokenizer, local_model
 from ..train.annotate import Item, PreferenceStore, cohen_kappa, read_items, world_judge
@@ -83,7 +84,7 @@ def swap_figures(
     pairs = [(one[i], two[i]) for i in one if i in two]; clear = lambda j: not isinstance(j['choice'], str)
     first,of = zip(*((sum(clear(j) and j['choice'] == j['shown'][0] for j in p), sum(map(clear, p))) for p in pairs)) if pairs else ((), ())
     res = dict(consistent=wilson(sum(a['choice'] == b['choice'] for a,b in pairs), len(pairs), 'of pairs'))
-    return res | (dict(first_wins=share(first, of, 'of choices')) if sum(of) else {})
+    return res | (dict(first_wins=clustered_share(first, of, 'of choices')) if sum(of) else {})
 
 def accuracy(
     store:PreferenceStore,
@@ -95,7 +96,7 @@ def accuracy(
     for it in store.items():
         if it.id in say and true.get(it.id, 'tie') != 'tie':
             of.setdefault(prompt_key(it.prompt), []).append(.5 if say[it.id] == 'tie' else float(say[it.id] == true[it.id]))
-    return share(list(map(sum, of.values())), list(map(len, of.values())), 'of pairs')
+    return clustered_share(list(map(sum, of.values())), list(map(len, of.values())), 'of pairs')
 
 def agreement_of(
     store:PreferenceStore,
@@ -205,8 +206,10 @@ def send(self:Endpoint,
         if k < self.attempts-1: time.sleep(wait)
     raise NotJudged(f'no answer from the judge at {self.at} ({why}, {self.attempts} attempts)')
 
-def _said(r):
-    "What is wrong, in the server's words"
+def error_text(
+    r, # an answer of httpx that is no success
+)->str: # one line
+    "What is wrong, in the server's words."
     try: e = r.json()['error']; e = e['message'] if isinstance(e, dict) else e
     except (ValueError, LookupError, TypeError): e = r.text
     return f"HTTP {r.status_code}: {' '.join(str(e).split())[:200]}"
@@ -215,10 +218,10 @@ def _said(r):
 def models(self:Endpoint)->list[str]:
     "What the server offers; raises `SLMError` when that cannot be learned."
     r = self.send('GET', '/models')
-    if r.status_code in (401, 403): raise SLMError(f'the judge at {self.at} refuses the key ({_said(r)}): set SLM_JUDGE_KEY')
+    if r.status_code in (401, 403): raise SLMError(f'the judge at {self.at} refuses the key ({error_text(r)}): set SLM_JUDGE_KEY')
     try: names = [m['id'] for m in r.json()['data']]
     except (ValueError, LookupError, TypeError): names = []
-    if not names: raise SLMError(f'{self.at}/models names no model ({_said(r)}): name one with --judge-model, or check the address')
+    if not names: raise SLMError(f'{self.at}/models names no model ({error_text(r)}): name one with --judge-model, or check the address')
     return names
 
 # %% ../../nbs/37_eval.judge.ipynb #5908d2f1
@@ -234,7 +237,7 @@ def chat(self:Endpoint,
             self.settled = True
             try: return r.json()
             except ValueError: raise NotJudged(f'{self.at} does not answer in JSON ({r.text[:60]!r}): is it an OpenAI server?') from None
-        why = _said(r)
+        why = error_text(r)
         if r.status_code in (401, 403): raise SLMError(f'the judge at {self.at} refuses the key ({why}): set SLM_JUDGE_KEY')
         if self.settled and r.status_code < 500: return f'refused: {why}'
         off = next((k for k in wishes if k in why), 'response_format' if 'response_format' in wishes else None)
@@ -367,7 +370,7 @@ def figures_of(
     res |= {f'rating_{m}': r for m,r in ratings(bs, models).items()}
     for m in models[1:]:
         if not any({b.a, b.b} == {m, base} for b in bs): continue
-        res[f'win_rate_{m}'] = win_rate(bs, m, base); known(f'equal_length_{m}', lambda: win_rate_at_equal_length(bs, m, base))
+        res[f'win_rate_{m}'] = win_rate_against(bs, m, base); known(f'equal_length_{m}', lambda: win_rate_at_equal_length(bs, m, base))
     skips = [j for w in who for n in (w, *(w+x for x in WAYS)) for j in store.judgements(n) if j['choice'] == 'skip' and j['item'] in mine]
     res['refused'] = Metric(sum(j['comment'].startswith('refused') for j in skips), unit='questions')
     res['unreadable'] = Metric(len(skips)-res['refused'].value, unit='questions')
@@ -393,7 +396,7 @@ def judge_table(
     pct = lambda x: '' if x is None else f'{100*x.value:.1f} % [{100*x.lo:.1f}, {100*x.hi:.1f}]'
     ends = lambda r: f'[{r.lo:+.0f}, {r.hi:+.0f}]' if r.lo is not None else '(no interval: it always won, or lost)'
     elo = lambda x, r: '0, the baseline' if x == names[0] else f'{r.value:+.0f} {ends(r)}'
-    rows = [['model', 'rating', f'wins against {names[0]}', 'at equal length'], ['---']*4]
+    rows = [['model', 'rating (Elo)', f'win rate against {names[0]}', 'win rate at equal length'], ['---']*4]
     rows += [[x, elo(x, m(f'rating_{x}')), pct(m(f'win_rate_{x}')), pct(m(f'equal_length_{x}'))]
              for x in sorted(names, key=lambda x: -m(f'rating_{x}').value)]
     known = [(f"{says}{k[len(start):].replace('_', ' ')}", v) for k,v in ms.items() for start,says in SAYS.items() if k.startswith(start)]
@@ -401,7 +404,7 @@ def judge_table(
     lines = [f"| {' | '.join(c.replace('|', '/') for c in r)} |" for r in rows]
     return '\n'.join([*lines, '', *(f'- {says}: {figure(v)}' for says,v in known)])
 
-def write_report(
+def write_judge_report(
     run:RunDir, # of `compare`, with its figures
     store:PreferenceStore,
     who:list[str], # judges
@@ -449,7 +452,7 @@ def compare(
     items,ties,store = [],[],PreferenceStore(out/'preferences.db')
     def finish(status):
         who = persons(store) if by == 'person' else [name]
-        try: run.add_metrics(**figures_of(store, who, list(at), ties, items)); write_report(run, store, who, items)
+        try: run.add_metrics(**figures_of(store, who, list(at), ties, items)); write_judge_report(run, store, who, items)
         except SLMError:
             if status == 'done': raise
         run.finish(status)

@@ -17,7 +17,8 @@ from fastcore.basics import patch
 from ..core import *
 from ..data.corpus import HALF, Corpus, build_corpus, left_out, read_rows
 from ..data.tokenizer import Tokenizer
-from ..data.world import World, Story, Probe, Listener, NotAStory, probes, chance, wilson
+from ..data.world import World, Story, Probe, Listener, NotAStory, probes, chance
+from .stats import wilson
 from ..model.gpt import GPT
 from ..model.generate import generate
 from ..model.pretrained import load_model_and_tokenizer
@@ -102,7 +103,7 @@ def excess(
     model:GPT, tok:Tokenizer,
     stories:list[Story],
 )->dict[str,Metric]: # 'bpb' of the model, 'floor' of the truth, 'excess'
-    "What a model pays for stories above what they are worth."
+    "Excess over the true entropy: what a model pays for stories above what they are worth."
     nbytes,truth = [len(s.text.encode()) for s in stories],np.array([s.bits for s in stories])
     bits = doc_nats(model, tok, [s.text for s in stories])/math.log(2)
     return {k: bootstrap_ratio(x, nbytes, unit='bits/byte') for k,x in dict(bpb=bits, floor=truth, excess=bits-truth).items()}

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['NOTHING', 'WAYS', 'ELO', 'Battle', 'prompt_key', 'pair_items', 'judges', 'verdicts_of', 'battles_of', 'logistic',
-           'tally', 'unbounded', 'ratings', 'share', 'win_rate', 'longer_wins', 'win_rate_at_equal_length']
+           'tally', 'unbounded', 'ratings', 'win_rate_against', 'longer_wins', 'win_rate_at_equal_length']
 
 # %% ../../nbs/36_eval.rating.ipynb #971820ea
 from ..core import * # first: it silences a warning of the next ones
@@ -13,7 +13,7 @@ from collections.abc import Hashable
 from dataclasses import dataclass
 from itertools import combinations
 import numpy as np
-from ..data.world import wilson
+from .stats import clustered_share, percentile_interval
 from ..train.annotate import Item, PreferenceStore
 
 # %% ../../nbs/36_eval.rating.ipynb #8261d9de
@@ -143,17 +143,7 @@ def ratings(
     return {m: Metric(float(np.r_[0, value][i]), *ends(i-1), int(took[i]), 'Elo') for i,m in enumerate(models)}
 
 # %% ../../nbs/36_eval.rating.ipynb #1f530b0f
-def share(
-    num:list|np.ndarray, # how often it was so, one number a prompt
-    den:list|np.ndarray, # of so many
-    unit:str='',
-)->Metric: # n counts prompts
-    "A share with a bootstrap over prompts; at 0 and 1, where that knows no doubt, with Wilson's interval. Raises `SLMError` for no case."
-    if not sum(den): raise SLMError('a share of nothing: there is no case to count')
-    m = bootstrap_ratio(num, den, unit=unit) if 0 < sum(num) < sum(den) else wilson(int(bool(sum(num)))*len(den), len(den), unit)
-    return Metric(m.value, m.lo, m.hi, len(den), unit)
-
-def win_rate(
+def win_rate_against(
     battles:list[Battle],
     model:str,
     baseline:str, # the other one
@@ -161,7 +151,7 @@ def win_rate(
     "How often `model` is better than `baseline`; a tie counts as one half. Raises `SLMError` when they never met."
     bs = [b for b in battles if {b.a, b.b} == {model, baseline}]
     if not bs: raise SLMError(f'{model} and {baseline} were never compared')
-    x,wins,games = tally(bs, [model, baseline]); return share(wins[:, 0], games[:, 0], 'wins')
+    x,wins,games = tally(bs, [model, baseline]); return clustered_share(wins[:, 0], games[:, 0], 'wins')
 
 # %% ../../nbs/36_eval.rating.ipynb #6271a9a2
 def longer_wins(battles:list[Battle])->Metric:
@@ -169,7 +159,7 @@ def longer_wins(battles:list[Battle])->Metric:
     won = {}
     for b in battles:
         if b.longer and b.score in (0, 1): won.setdefault(b.prompt, []).append(b.score == float(b.longer > 0))
-    return share(list(map(sum, won.values())), list(map(len, won.values())), 'longer wins')
+    return clustered_share(list(map(sum, won.values())), list(map(len, won.values())), 'longer wins')
 
 def win_rate_at_equal_length(
     battles:list[Battle],
@@ -189,4 +179,4 @@ def win_rate_at_equal_length(
     of = {p: i for i,p in enumerate(dict.fromkeys(b.prompt for b in bs))}; n = len(of); at = [of[b.prompt] for b in bs]
     w = np.r_[[np.ones(n)], np.random.default_rng(seed).multinomial(n, np.full(n, 1/n), n_boot)][:, at]
     games = np.c_[w, np.full((len(w), 2), .5)]; r = 1/(1+np.exp(-logistic(x, games*s, games)[:, 0]))
-    lo,hi = np.percentile(r[1:], [2.5, 97.5]); return Metric(float(r[0]), float(lo), float(hi), n, 'wins at equal length')
+    return percentile_interval(r[0], r[1:], n, 'wins at equal length')

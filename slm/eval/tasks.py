@@ -18,16 +18,18 @@ from pathlib import Path
 import numpy as np
 from fastcore.basics import patch
 from ..data.tokenizer import Tokenizer
-from ..data.world import ASK, Task, World, towns, wilson
+from ..data.world import ASK, Task, World, towns
+from .stats import wilson
 from ..model.gpt import GPT
 from ..model.generate import SamplingParams, complete, generate_ids
 from ..model.pretrained import load_model_and_tokenizer
 from .lm import encode_pair, run_corpus, score_ids, windows
-from .bias import Item, beside, cell, data_files, file_rows, hub_rows, open_causal, parts, score_greedy, watch
+from .pairs import (Example, cell, data_files, file_rows, hub_rows, open_causal, parts, record_metrics, result_dir,
+                            score_greedy)
 
 # %% ../../nbs/35_eval.tasks.ipynb #a4943b68
 def judge_choice(
-    it:Item, # `about` begins with the number of the right option; each option begins with a space
+    it:Example, # `about` begins with the number of the right option; each option begins with a space
     logp:np.ndarray, # (options,) nats
     n:list[int], # tokens of each option; not used
 )->Iterator[tuple[str,tuple[bool,float]]]: # 'acc' or 'acc_norm'; was it right, and how often is a guess?
@@ -52,7 +54,7 @@ def _listed(v, where, column): # a list of at least two texts, none of them empt
 
 def read_arc(
     rows:Iterable[tuple[str,dict]], # where, row
-)->Iterator[Item]: # `about` is the number of the right option
+)->Iterator[Example]: # `about` is the number of the right option
     "Questions of ARC (Clark et al. 2018), as published or as on the hub."
     for where,r in rows:
         q = cell(r, where, 'question'); nested = isinstance(q, dict) # as published
@@ -63,7 +65,7 @@ def read_arc(
         options,labels = (_listed(cell(choices, where, k), where, f'choices.{k}') for k in ('text', 'label'))
         if len(options) != len(labels): raise SLMError(f"{where}, column 'choices': {len(options)} texts and {len(labels)} labels")
         gold = labels.index(cell(r, where, 'answerKey', labels))
-        yield Item(where, 'arc', [' '+o for o in options], [f'choices {l}' for l in labels], f'Question: {stem}\nAnswer:', (gold,))
+        yield Example(where, 'arc', [' '+o for o in options], [f'choices {l}' for l in labels], f'Question: {stem}\nAnswer:', (gold,))
 
 # %% ../../nbs/35_eval.tasks.ipynb #02ee9e20
 def arc_rows(
@@ -94,29 +96,29 @@ def _plain(s): # without WikiHow's marks, by the harness's rule
 def _number(r, where, n): # a label from 0 to n-1, written as a number or as text
     v = r.get('label'); return int(cell(r | dict(label=v if v is None else str(v)), where, 'label', [str(i) for i in range(n)]))
 
-def read_hellaswag(rows:Iterable[tuple[str,dict]])->Iterator[Item]: # `about` is the number of the right ending
+def read_hellaswag(rows:Iterable[tuple[str,dict]])->Iterator[Example]: # `about` is the number of the right ending
     "Beginnings and endings of HellaSwag (Zellers et al. 2019)."
     for where,r in rows:
         if r.get('ctx_b') is None: cell(r, where, 'ctx_b') # it may be empty, but not missing
         context = _plain(f"{cell(r, where, 'activity_label')}: {cell(r, where, 'ctx_a')} {str(r['ctx_b']).capitalize()}")
         endings = _listed([_plain(e) for e in _listed(cell(r, where, 'endings'), where, 'endings')], where, 'endings')
         gold,columns = _number(r, where, len(endings)),[f'endings {i}' for i in range(len(endings))]
-        yield Item(where, 'hellaswag', [' '+e for e in endings], columns, context, (gold,))
+        yield Example(where, 'hellaswag', [' '+e for e in endings], columns, context, (gold,))
 
-def read_piqa(rows:Iterable[tuple[str,dict]])->Iterator[Item]: # `about` is the number of the right solution
+def read_piqa(rows:Iterable[tuple[str,dict]])->Iterator[Example]: # `about` is the number of the right solution
     "Goals and solutions of PIQA (Bisk et al. 2020)."
     for where,r in rows:
         gold,columns = _number(r, where, 2),['sol1', 'sol2']; context = f"Question: {cell(r, where, 'goal')}\nAnswer:"
-        yield Item(where, 'piqa', [f' {cell(r, where, c)}' for c in columns], columns, context, (gold,))
+        yield Example(where, 'piqa', [f' {cell(r, where, c)}' for c in columns], columns, context, (gold,))
 
 # %% ../../nbs/35_eval.tasks.ipynb #33fda480
 def with_shots(
-    items:Iterable[Item],
-    pool:list[Item], # of the training split
+    items:Iterable[Example],
+    pool:list[Example], # of the training split
     k:int, # solved questions before each one
     seed:int=1234, # the harness's own
     spare:int=0, # 1: draw one more, so that the question itself can be left out
-)->Iterator[Item]:
+)->Iterator[Example]:
     "Questions behind `k` solved ones; raises `SLMError` when there are too few."
     if k+spare > len(pool): raise SLMError(f'{k} shots: the training split has {len(pool)} rows to draw them from')
     rng = random.Random(seed)
@@ -127,15 +129,15 @@ def with_shots(
         yield replace(it, context=before+it.context, columns=[f'{c} (behind {k} shots)' if k else c for c in it.columns])
 
 # %% ../../nbs/35_eval.tasks.ipynb #fa0c1524
-def read_lambada(rows:Iterable[tuple[str,dict]])->Iterator[Item]: # one option: the last word
+def read_lambada(rows:Iterable[tuple[str,dict]])->Iterator[Example]: # one option: the last word
     "Texts of LAMBADA (Paperno et al. 2016), as OpenAI cut them."
     for where,r in rows:
         before,_,last = str(cell(r, where, 'text')).rpartition(' ')
         if not before.strip() or not last: raise SLMError(f"{where}, column 'text': it needs a last word with something before it")
-        yield Item(where, 'lambada', [' '+last], ['text'], before)
+        yield Example(where, 'lambada', [' '+last], ['text'], before)
 
 def judge_word(
-    it:Item,
+    it:Example,
     got:np.ndarray, # (1,2) nats; would greedy decoding have written it?
     n:list[int], # tokens of the word; not used
 )->Iterator[tuple[str,float]]: # 'acc' or 'nats', and its value
@@ -175,7 +177,7 @@ class Quiz:
     spare:int=0 # as `with_shots` takes it
     judge:Callable=judge_choice # item, scores, tokens -> pairs (name, what was seen)
     summary:Callable=share_right # name -> what was seen, to figures and what chance gives
-    score:Callable|None=None # how rows are scored; `score_rows` if not given
+    score:Callable|None=None # how rows are scored; `row_logprobs` if not given
 
 # %% ../../nbs/35_eval.tasks.ipynb #93167516
 HUB = 'https://huggingface.co/datasets/'
@@ -230,8 +232,8 @@ def evaluate_task(
     model,tok,score = open_causal(path, device)
     if q.score: score = partial(score, score=q.score)
     asked = dict(task=task, data=portable(str(data)) if data else None, shots=shots, limit=limit)
-    run = RunDir.create(out or beside(path, f'task_{task}_{shots}shot'), 'task', asked, seed=seed, parent=Path(path).name, exist_ok=True)
-    return watch(run, (s for it,x,n in score(items) for s in q.judge(it, x, n)), q.summary)
+    run = RunDir.create(out or result_dir(path, f'task_{task}_{shots}shot'), 'task', asked, seed=seed, parent=Path(path).name, exist_ok=True)
+    return record_metrics(run, (s for it,x,n in score(items) for s in q.judge(it, x, n)), q.summary)
 
 # %% ../../nbs/35_eval.tasks.ipynb #23dd68e9
 def harness_pair(
@@ -334,7 +336,7 @@ def evaluate_harness(
     except Exception as e: # of many kinds, from several libraries
         why = f"{type(e).__name__}: {' '.join(str(e).split())[:120]}"
         raise SLMError(f"the evaluation harness failed with {', '.join(tasks)} ({why}): is its data here, or the network there?") from None
-    run = RunDir.create(out or beside(path, 'harness'), 'task', asked, seed=1234, parent=Path(path).name, exist_ok=True)
+    run = RunDir.create(out or result_dir(path, 'harness'), 'task', asked, seed=1234, parent=Path(path).name, exist_ok=True)
     run.info['chance'] = {}; run.add_metrics(**harness_figures(found)); run.finish(); return run
 
 # %% ../../nbs/35_eval.tasks.ipynb #edbc9416

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['Weight', 'GROUP', 'MAX_ROWS', 'can_compile', 'pack_bytes', 'dots', 'DotLinear', 'Int8DotLinear', 'inverse_rms',
-           'BlockWeights', 'attend', 'block_step', 'last_step', 'groups', 'group_step', 'step_rows']
+           'BlockWeights', 'attend_newest', 'block_step', 'last_step', 'groups', 'group_step', 'step_rows']
 
 # %% ../../nbs/15_model.compile.ipynb #dc676293
 import copy, functools, logging, os
@@ -86,7 +86,7 @@ class BlockWeights(NamedTuple):
     q_norm:Tensor|None # (hd,) scales of Qwen's query and key norms
     k_norm:Tensor|None # (hd,)
 
-def attend(
+def attend_newest(
     q:Tensor, # (b,h,hd) one query a row
     k:Tensor, # (b,m,s,hd) keys; h/m heads share one
     v:Tensor, # (b,m,s,hd) values
@@ -118,7 +118,7 @@ def block_step(
     q, new, v[rows, :, at] = y.split((h, m, m), 1)
     if w.q_norm is not None: q, new = unit_rms(q, eps)*w.q_norm, unit_rms(new, eps)*w.k_norm
     k[rows, :, at] = apply_rope(new, cos, sin)
-    x = x + dots(w.o, attend(apply_rope(q, cos, sin), k, v, at))
+    x = x + dots(w.o, attend_newest(apply_rope(q, cos, sin), k, v, at))
     g, u = (dots(w.gate_up, x)*inverse_rms(x, eps)).chunk(2, -1)
     return x + dots(w.down, act(g)*u)
 

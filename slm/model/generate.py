@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['apply_temperature', 'keep_top_k', 'keep_top_p', 'keep_min_p', 'penalize_repeats', 'SamplingParams', 'Sampler',
-           'DecodeBatch', 'TextStream', 'Generation', 'decode', 'complete', 'generate_ids', 'generate', 'Stream',
-           'stream']
+           'DecodeBatch', 'TextStream', 'Generation', 'decode', 'complete', 'generate_ids', 'prompt_ids', 'generate',
+           'Stream', 'stream']
 
 # %% ../../nbs/12_model.generate.ipynb #6e663db2
 import codecs, math, numbers
@@ -350,8 +350,11 @@ def _request(tok, n, stop=(), **params):
             raise SLMError(f'{k} has {len(v)} values for {n} prompts: give one for all, or one each')
     return [SamplingParams(stop=stop, **{k: v[i] if isinstance(v, (list, tuple)) else v for k,v in params.items()}) for i in range(n)]
 
-def _prompt_ids(tok, s):
-    "Token ids of a conversation to be answered, or of a text, after its family's mark for the beginning of one"
+def prompt_ids(
+    tok, # the model's `Tokenizer`
+    s:str|list[dict], # a text, or a conversation (a list of messages)
+)->list[int]:
+    "Token ids of a conversation to be answered, or of a text, after its family's mark for the beginning of one."
     if not isinstance(s, str): return tok.chat(s, add_generation_prompt=True)[0]
     ids = tok.encode(s)
     return [tok.bos_id] + ids if tok.bos_id is not None and (tok.bos_id != tok.eot_id or not ids) else ids
@@ -364,7 +367,7 @@ def generate(
 )->str|list[str]: # the continuation or answer, or one a prompt
     "Continue text with text, answer a conversation."
     one = isinstance(prompts, str) or bool(prompts) and isinstance(prompts[0], dict)
-    ids = [_prompt_ids(tok, p) for p in ([prompts] if one else prompts)]
+    ids = [prompt_ids(tok, p) for p in ([prompts] if one else prompts)]
     texts = [g.text for g in complete(model, ids, _request(tok, len(ids), **params), tok)]
     return texts[0] if one else texts
 
@@ -385,4 +388,4 @@ def stream(
     **params, # `SamplingParams` by name
 )->Stream: # iterate over it for pieces of text
     "Continue one text, or answer: piece by piece, whole characters only, nothing of a stop string; bad parameters raise at once."
-    return Stream(decode(model, [_prompt_ids(tok, prompt)], _request(tok, 1, **params)[0], tok))
+    return Stream(decode(model, [prompt_ids(tok, prompt)], _request(tok, 1, **params)[0], tok))

@@ -99,6 +99,13 @@ def check(self:GPTConfig):
         raise SLMError(f'd_model={self.d_model} is odd: sinusoids come in pairs, choose an even one')
     if not 0 <= self.dropout < 1: raise SLMError(f'dropout={self.dropout}: it must be at least 0 and below 1')
 
+# %% ../../nbs/11_model.gpt.ipynb #6c1f2a02
+@patch(as_prop=True)
+def is_llama(self:GPTConfig)->bool: # RMSNorm before each part, rotary positions, a gate, no bias, causal
+    "Are the switches those of a Llama?"
+    switches = (self.norm, self.norm_pos, self.pos, self.bias, self.causal, self.n_types)
+    return switches == ('rms', 'pre', 'rope', False, True, 0) and self.act in GATES
+
 # %% ../../nbs/11_model.gpt.ipynb #c4c3856a
 PRESETS = {'1m': 3, '3m': 4, '10m': 6, '25m': 8, '50m': 10, '125m': 14, '350m': 20}
 

@@ -4,13 +4,13 @@
 
 # %% auto #0
 __all__ = ['LLAMA_ACT', 'GPT2_ACT', 'ROPE_TYPES', 'ROPE_MAY', 'GPT2_TOP', 'GPT2_LAYER', 'CONV1D', 'GGUF_TOP', 'GGUF_LAYER',
-           'HUB_FILES', 'hf_family', 'from_gpt2', 'to_gpt2', 'read_safetensors', 'write_safetensors', 'open_folder',
-           'rope_to_gguf', 'rope_from_gguf', 'gguf_name', 'llama3_scaling', 'gguf_config', 'open_gguf', 'local_model',
-           'open_model', 'check_tokenizer', 'load_model_and_tokenizer']
+           'HUB_FILES', 'hf_family', 'from_gpt2', 'to_gpt2', 'read_safetensors', 'write_safetensors', 'build_model',
+           'open_folder', 'rope_to_gguf', 'rope_from_gguf', 'gguf_name', 'llama3_scaling', 'gguf_config', 'open_gguf',
+           'local_model', 'open_model', 'check_tokenizer', 'load_model_and_tokenizer']
 
 # %% ../../nbs/13_model.pretrained.ipynb #d5fcfefa
 import json, math, re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import asdict, fields, replace
 from pathlib import Path
 import numpy as np, torch
@@ -259,8 +259,15 @@ def _check_fit(
     faults += [f'{k} is {tuple(sd[k].shape)}, not {tuple(want[k].shape)}' for k in bent[:3]]
     if faults: raise SLMError(f"'{where}' does not hold the weights that its configuration describes: {'; '.join(faults)}")
 
-def _build(cls, cfg, tensors, where, device='cpu', dtype=None):
-    "A model whose parameters are the given tensors: no memory is allocated for what is mapped and already of the right type"
+def build_model(
+    cls:type, # `GPT`, or a class made from it
+    cfg:GPTConfig,
+    tensors:Iterable[tuple[str,Tensor]], # the parameters, by our names
+    where:str, # to say in a complaint
+    device:str|torch.device='cpu',
+    dtype:str|torch.dtype|None=None, # float32 if not given; 'auto': as they are
+)->GPT:
+    "A model whose parameters are the given tensors: no memory is allocated for what is mapped and already of the right type."
     if isinstance(dtype, str) and dtype != 'auto':
         if dtype not in ('float32', 'float64', 'bfloat16', 'float16'):
             raise SLMError(f"unknown dtype '{dtype}': use float32, bfloat16, float16 or auto")
@@ -470,7 +477,7 @@ def from_pretrained(cls:GPT,
 )->GPT: # in evaluation mode
     "Open a checkpoint, ours or anybody's of the Llama, Qwen3 or GPT-2 family."
     path = local_model(id_or_path)
-    return _build(cls, *open_model(path), path, device, dtype)
+    return build_model(cls, *open_model(path), path, device, dtype)
 
 # %% ../../nbs/13_model.pretrained.ipynb #121fa319
 def check_tokenizer(
@@ -495,4 +502,4 @@ def load_model_and_tokenizer(
     cfg, tensors = open_model(path)
     tok = Tokenizer.load(path) if path.is_dir() else Tokenizer.from_gguf(path)
     check_tokenizer(cfg, tok, path, read_settings(path/'config.json').get('tokenizer_fingerprint') if path.is_dir() else None)
-    return _build(GPT, cfg, tensors, path, device, dtype), tok
+    return build_model(GPT, cfg, tensors, path, device, dtype), tok

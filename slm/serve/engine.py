@@ -4,15 +4,14 @@
 
 # %% auto #0
 __all__ = ['REPEATS', 'DEPTH', 'LOST', 'Request', 'TokenLogprob', 'Piece', 'Engine', 'pieces', 'answer_all', 'RequestError',
-           'too_long', 'check_request', 'bounded_schema', 'grammar_of', 'prove', 'Follower', 'GGUFEngine',
-           'usable_cpus', 'gguf_of', 'open_engine']
+           'too_long', 'check_request', 'bounded_schema', 'grammar_of', 'prove', 'Follower', 'llama_params',
+           'gguf_facts', 'GGUFEngine', 'usable_cpus', 'gguf_of']
 
 # %% ../../nbs/41_serve.engine.ipynb #667d4514
 import ctypes, functools, hashlib, json, os, queue, random, re, secrets, subprocess, sys, threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Protocol
 import numpy as np
@@ -212,7 +211,15 @@ class Follower:
         return p.finish_reason != 'stop' or self.may_stop or self.matcher.is_accepting() and not self.kept
 
 # %% ../../nbs/41_serve.engine.ipynb #2d8f4b97
-def _llama_params(xl, path, slots, context, threads, exact):
+def llama_params(
+    xl, # the module `xllamacpp`
+    path:str|Path, # a .gguf file
+    slots:int, # requests at once
+    context:int, # tokens that one request may have
+    threads:int,
+    exact:bool, # keys and values in float32, without flash attention
+): # a `CommonParams`
+    "How llama.cpp is to run: as a part of this process, without a page, a cache on the side, or words."
     p = xl.CommonParams()
     if exact:                                                                    # else keys and values in half precision, llama.cpp's habit
         p.cache_type_k = p.cache_type_v = xl.ggml_type.GGML_TYPE_F32
@@ -222,8 +229,10 @@ def _llama_params(xl, path, slots, context, threads, exact):
     p.api_keys, p.ui, p.cache_ram_mib, p.verbosity = [secrets.token_hex(32)], False, 0, -1
     return p
 
-def _gguf_facts(path):
-    "Tokens that the model was trained for; whether its weights are float32"
+def gguf_facts(
+    path:str|Path, # a .gguf file
+)->tuple[int,bool]:
+    "Tokens that the model was trained for; whether its weights are float32."
     import gguf
     fields = gguf.GGUFReader(path).fields
     trained = next((int(f.contents()) for k,f in fields.items() if k.endswith('.context_length')), 2048)
@@ -250,9 +259,9 @@ class GGUFEngine:
         except ImportError: raise SLMError("the gguf engine needs xllamacpp: pip install -e '.[serve]', or take --engine torch") from None
         _few_heaps()
         self.tok, self.model, self.slots = Tokenizer.from_gguf(path), model_name(path), slots
-        trained, exact = _gguf_facts(path)
+        trained, exact = gguf_facts(path)
         self.max_seq_len = min(context or 2048, trained)
-        try: self.server = xllamacpp.Server(_llama_params(xllamacpp, path, slots, self.max_seq_len, threads or usable_cpus(), exact))
+        try: self.server = xllamacpp.Server(llama_params(xllamacpp, path, slots, self.max_seq_len, threads or usable_cpus(), exact))
         except RuntimeError as e: raise SLMError(f"llama.cpp cannot open '{path}': {e}") from None
         self.server.handle_completions(dict(prompt=[0], n_predict=1, stream=False))   # its loop runs: closed before, it waits for ever
         self.workers = ThreadPoolExecutor(slots, 'gguf')
@@ -365,27 +374,3 @@ def gguf_of(
         done = subprocess.run(args, capture_output=True, text=True)
         if done.returncode: raise SLMError((done.stderr or done.stdout).strip().splitlines()[-1].removeprefix('slm: '))
     return sorted(out.glob('*.gguf'))[0]
-
-# %% ../../nbs/41_serve.engine.ipynb #74b930d9
-def open_engine(
-    model:str|Path, # a run directory, a Hugging Face folder or hub id, or a .gguf file
-    engine:str='auto', # 'gguf', 'torch', or 'auto': gguf where it can be
-    slots:int=4, # requests that are worked on at once
-    context:int|None=None, # tokens that one request may have; the model's own, at most 2048, if not given
-    threads:int|None=None, # CPU threads; as many as this process may use if not given
-    int8:bool=False, # 8 bits a weight in the torch engine
-    own_thread:bool=True, # False: the torch engine works where its `run` is called
-    compiled:bool|None=None, # compile the torch engine's steps; where that can be, if not given
-)->Engine:
-    "Open a model for serving; raises `SLMError` for one that cannot be opened."
-    if engine not in ('auto', 'gguf', 'torch'): raise SLMError(f"unknown engine '{engine}': use auto, gguf or torch")
-    if engine != 'torch' and (engine == 'gguf' or find_spec('xllamacpp') and not int8):
-        try:
-            file = gguf_of(model); e = GGUFEngine(file, slots, context, threads)
-            if Path(model).resolve() not in (file.resolve(), file.resolve().parent): e.model = model_name(model) # the file is our own
-            return e
-        except SLMError as e:
-            if engine == 'gguf': raise
-            print(f'not with llama.cpp: {e}', file=sys.stderr)
-    from slm.serve.batching import open_torch_engine
-    return open_torch_engine(model, slots, context, threads, int8, own_thread=own_thread, compiled=compiled)

@@ -17,7 +17,7 @@ from txtai.app import ReadOnlyError
 from txtai.pipeline import LLM
 from txtai.pipeline.llm.generation import Generation
 from ..core import *
-from .api import _ERRORS, create_app
+from .api import ERROR_HANDLERS, create_app
 from .engine import *
 from .gate import *
 
@@ -164,7 +164,7 @@ def rag_app(
     "One server: /v1 with the models 'rag' and its engine's own, and txtai's API under /txtai, behind the same guard."
     inner = FastAPI(docs_url=None, redoc_url=None, openapi_url=None); inner.add_middleware(SameSite)
     bad = lambda r, e: APIError(400, ' '.join(str(e).split())[:500]).response()
-    for kind,f in (_ERRORS | {ValueError: bad, RecursionError: bad}).items(): inner.add_exception_handler(kind, f)
+    for kind,f in (ERROR_HANDLERS | {ValueError: bad, RecursionError: bad}).items(): inner.add_exception_handler(kind, f)
     config = dict(writable=rag.index.writable, embeddings={}, llm={}, rag={}, routes=dict(similarity=False))
     @contextlib.asynccontextmanager
     async def life(app):

@@ -19,7 +19,8 @@ import numpy as np
 from fastcore.basics import patch
 from ..core import *
 from ..data.corpus import HALF, left_out, read_rows, whole_text
-from ..data.world import World, Task, wilson
+from ..data.world import World, Task
+from ..eval.stats import wilson
 
 # %% ../../nbs/24_train.annotate.ipynb #2e5af23f
 @dataclass

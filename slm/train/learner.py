@@ -23,7 +23,7 @@ from fastai.callback.core import Callback, TrainEvalCallback, CancelBatchExcepti
 from fastcore.basics import patch, noop
 from fastcore.foundation import L
 from ..model.gpt import GPT, GPTConfig, lm_loss
-from ..model.generate import generate, _prompt_ids
+from ..model.generate import generate, prompt_ids
 
 # %% ../../nbs/20_train.learner.ipynb #71ed3be3
 class LMLearner(Learner):
@@ -318,7 +318,7 @@ class Samples(Callback):
         self.tok,self.prompts,self.every,self.show,self.path = tok,prompts,every,show,Path(path) if path else None
         self.params = dict(max_new_tokens=100, temperature=.8, top_p=.95, seed=42) | params
     def before_fit(self):
-        if self.prompts: room = self.model.cfg.max_seq_len; self.prompts = [p for p in self.prompts if len(_prompt_ids(self.tok, p)) < room]
+        if self.prompts: room = self.model.cfg.max_seq_len; self.prompts = [p for p in self.prompts if len(prompt_ids(self.tok, p)) < room]
     def after_batch(self):
         if not self.learn.due(self.every): return
         with self.learn.pause(): texts = self.sample()

@@ -22,7 +22,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from ..data.tokenizer import Tokenizer
 from ..model.gpt import GPT
-from ..model.pretrained import _build, check_tokenizer, load_model_and_tokenizer, local_model, open_model
+from ..model.pretrained import build_model, check_tokenizer, load_model_and_tokenizer, local_model, open_model
 from .learner import decay_groups
 from .optim import OPTIMS
 from .sft import FinetuneConfig, SFTStage, open_base
@@ -307,7 +307,7 @@ def load_4bit(
             t = t.float(); digests[k] = _digest(t)
             if k in names: small[k] = _nf4(t.to(dev), None, double_quant); t = t.new_zeros(1).expand(t.shape) # only its shape is looked at
             yield k,t
-    model = _build(GPT, cfg, spool(), path, device)
+    model = build_model(GPT, cfg, spool(), path, device)
     model.base_hash = _combine({k: digests[k] for k in model.state_dict()})
     for k,lin in small.items():
         name = k.removesuffix('.weight'); lin.bias = model.get_submodule(name).bias; model.set_submodule(name, lin)

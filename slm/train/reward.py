@@ -19,10 +19,11 @@ from fastai.callback.core import Callback
 from fastai.data.core import DataLoaders
 from fastcore.basics import patch
 from ..data.tokenizer import Tokenizer
-from ..data.world import World, Task, wilson
+from ..data.world import World, Task
+from ..eval.stats import wilson
 from ..model.gpt import GPT, GPTConfig, Backbone
 from ..model.generate import SamplingParams, complete
-from ..model.pretrained import _build, check_tokenizer, open_folder, write_safetensors
+from ..model.pretrained import build_model, check_tokenizer, open_folder, write_safetensors
 from .dpo import PairConfig, PairData, PairLoader, PairStage
 from .learner import *
 from .sft import open_base
@@ -81,7 +82,7 @@ def open_reward(
     if not set(d.get('architectures') or []) & set(HEADS.values()):
         raise SLMError(f"'{folder}' is no reward model ({', '.join(d.get('architectures') or ['unnamed'])}): train one with slm reward")
     check_tokenizer(cfg, tok, folder, d.get('tokenizer_fingerprint'))
-    return _build(RewardModel, cfg, tensors, folder, device), tok
+    return build_model(RewardModel, cfg, tensors, folder, device), tok
 
 # %% ../../nbs/27_train.reward.ipynb #f0dd388b
 def reward_loss(

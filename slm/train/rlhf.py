@@ -22,7 +22,7 @@ from ..data.loaders import LMDataLoader
 from ..data.tokenizer import Tokenizer
 from ..data.world import World, Task
 from ..model.gpt import GPT
-from .dpo import _prompt, over_answers, pad_rows, read_preferences
+from .dpo import over_answers, pad_rows, prompt_of, read_preferences
 from .learner import *
 from .reward import *
 from .sft import Finetune, FinetuneConfig, fill_up, read_rows, to_messages
@@ -76,7 +76,7 @@ def read_prompts(
     for at,row in rows:
         try:
             if isinstance(row, str): raise ValueError(row)
-            chat = to_messages(row)[:-1] if 'messages' in row or 'conversations' in row else _prompt(row)
+            chat = to_messages(row)[:-1] if 'messages' in row or 'conversations' in row else prompt_of(row)
             n = len(tok.chat(chat, add_generation_prompt=True)[0])
             if n > room: raise ValueError(f'a prompt of {n} tokens: the context leaves room for {room} beside an answer')
             if (key := json.dumps(chat)) not in known: known.add(key); res.chats.append(chat)

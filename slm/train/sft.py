@@ -25,7 +25,8 @@ from fastcore.basics import patch
 from ..data.corpus import left_out, read_rows
 from ..data.loaders import LMDataLoader
 from ..data.tokenizer import Tokenizer
-from ..data.world import ASK, WORDS, Story, Task, Verdict, World, ask, mannered, wilson
+from ..data.world import ASK, WORDS, Story, Task, Verdict, World, ask, mannered
+from ..eval.stats import wilson
 from ..model.gpt import GPT, GPTConfig, check_fits, lm_loss
 from ..model.generate import generate
 from ..model.pretrained import load_model_and_tokenizer
