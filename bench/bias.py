@@ -6,7 +6,7 @@
     python bench/bias.py agree --data crows.csv --model MODEL   # item by item against lm-eval
 
 `speed` and `agree` need lm-eval (pip install lm-eval); `speed` and `many` need a folder of BLiMP's .jsonl files.
-Writes run.json into results/32_eval.bias/calibrate, and into results/31_eval.pairs/NAME for the others.
+Writes run.json into results/33_eval.bias/calibrate, and into results/32_eval.pairs/NAME for the others.
 """
 import argparse, itertools, json, math, random, resource, tempfile, time
 from pathlib import Path
@@ -132,7 +132,7 @@ def main():
     ap.add_argument('--data', help='folder or file of the pairs'); ap.add_argument('--model', help='run, folder, hub id or .gguf file'); ap.add_argument('--repeats', type=int, default=3)
     a = ap.parse_args()
     for what in a.what:
-        run = what != 'train' and RunDir.create(ROOT/'results'/('32_eval.bias' if what == 'calibrate' else '31_eval.pairs')/what, 'bench', dict(seeds=a.seeds, repeats=a.repeats, threads=torch.get_num_threads()), seed=0, exist_ok=True)
+        run = what != 'train' and RunDir.create(ROOT/'results'/('33_eval.bias' if what == 'calibrate' else '32_eval.pairs')/what, 'bench', dict(seeds=a.seeds, repeats=a.repeats, threads=torch.get_num_threads()), seed=0, exist_ok=True)
         globals()[what](a, run)
         if run: run.finish(); print(json.dumps(run.info['metrics'], indent=1))
 

@@ -3,7 +3,7 @@
     python bench/image.py [gguf torch rag]
 
 There is no image without a Docker daemon, but what an image adds to its base is an environment, and that can be made anywhere. Where pip's index has only the CUDA build of PyTorch,
-the CUDA packages are not installed and its CUDA libraries are not counted: an estimate of the CPU build, which has about the same remaining files. Writes results/47_serve.cluster/image/run.json.
+the CUDA packages are not installed and its CUDA libraries are not counted: an estimate of the CPU build, which has about the same remaining files. Writes results/49_serve.cluster/image/run.json.
 """
 import argparse, json, re, subprocess, sys, tempfile, venv
 from importlib.metadata import distributions
@@ -42,7 +42,7 @@ def compiler():
 def main():
     ap = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     ap.add_argument('targets', nargs='*', default=['gguf', 'torch', 'rag']); a = ap.parse_args()
-    run, largest = RunDir.create(ROOT/'results'/'47_serve.cluster'/'image', 'bench', dict(targets=a.targets), exist_ok=True), {}
+    run, largest = RunDir.create(ROOT/'results'/'49_serve.cluster'/'image', 'bench', dict(targets=a.targets), exist_ok=True), {}
     for t in a.targets:
         with tempfile.TemporaryDirectory(prefix='slm-image-') as d:
             site, cuda = environment(t, Path(d)); by = sizes(site)

@@ -5,7 +5,7 @@
 
 The rule: the same tokens, up to the first place where the plain model's two candidates are closer than --tie nats. `torch`, compiled or not, and `gguf f32` must keep
 it for every prompt; for the 8-bit engines the share of equal texts and the gap at the first difference are drift, and reported.
-Writes results/42_serve.batching/parity-NAME/run.json.
+Writes results/44_serve.batching/parity-NAME/run.json.
 """
 import argparse, statistics, tempfile, time
 from concurrent.futures import ThreadPoolExecutor
@@ -35,7 +35,7 @@ def main():
     model, tok = fresh()
     if a.name == 'world': prompts = [tok.chat([dict(role='user', content=t.prompt)], True)[0] for t in World().tasks(seed=9, n=a.prompts)]
     else: text = '\n'.join(topics.values()); prompts = [tok.encode(text[i*997:][:40+i]) for i in range(a.prompts)]
-    run = RunDir.create(ROOT/'results'/'42_serve.batching'/f'parity-{a.name}', 'bench', dict(model=a.name, prompts=a.prompts, tokens=a.tokens, tie=a.tie), seed=9, exist_ok=True)
+    run = RunDir.create(ROOT/'results'/'44_serve.batching'/f'parity-{a.name}', 'bench', dict(model=a.name, prompts=a.prompts, tokens=a.tokens, tie=a.tie), seed=9, exist_ok=True)
     ends = set(tok.stop_ids)
     truth = []
     for i in range(0, len(prompts), 8): truth += generate_ids(model, prompts[i:i+8], SamplingParams(temperature=0, max_new_tokens=a.tokens), stop_ids=list(ends))

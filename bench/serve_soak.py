@@ -4,7 +4,7 @@
 
 Starts a server of its own, measures first what HTTP adds to a streamed token (the same text through the server and straight from an engine in this process, in turns, medians over
 the repeats, one core left to HTTP), then lets the clients loose, and ends the server with SIGTERM while they go on. Says how many requests there were of each kind and how they were answered, and how the memory of
-the server grew from the first fifth of the time to the last. Exits with 1 when a request got an answer that it should not have. Writes results/44_serve.api/soak/run.json.
+the server grew from the first fifth of the time to the last. Exits with 1 when a request got an answer that it should not have. Writes results/46_serve.api/soak/run.json.
 """
 import argparse, asyncio, contextlib, http.client, json, os, random, signal, subprocess, sys, time
 from collections import Counter
@@ -133,7 +133,7 @@ def main():
     ap = argparse.ArgumentParser(description=__doc__.split('\n')[0])
     ap.add_argument('model', type=Path, help='a .gguf file'); ap.add_argument('--minutes', type=float, default=10); ap.add_argument('--clients', type=int, default=16)
     ap.add_argument('--slots', type=int, default=4); ap.add_argument('--queue', type=int, default=8); ap.add_argument('--threads', type=int, default=usable_cpus()); ap.add_argument('--repeats', type=int, default=15)
-    ap.add_argument('--out', type=Path, default=Path(__file__).parents[1]/'results'/'44_serve.api'/'soak')
+    ap.add_argument('--out', type=Path, default=Path(__file__).parents[1]/'results'/'46_serve.api'/'soak')
     a = ap.parse_args(); signal.signal(signal.SIGTERM, lambda *_: sys.exit('ended'))                # so that the server ends too
     run = RunDir.create(a.out, 'bench', config={k: v for k,v in vars(a).items() if k not in ('out', 'model')} | dict(model=a.model.stem, bytes=a.model.stat().st_size), seed=0, exist_ok=True)
     spare = max(1, a.threads-1)                                                           # the server and its client are programs too: a core for them

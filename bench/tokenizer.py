@@ -53,7 +53,7 @@ def main():
     p = argparse.ArgumentParser(description=__doc__.split('\n')[0])
     p.add_argument('--files', required=True, help='glob of UTF-8 text files')
     p.add_argument('--vocab', type=int, nargs='+', default=[4096, 8192]); p.add_argument('--repeat', type=int, default=3)
-    p.add_argument('--out', type=Path, default=Path(__file__).parents[1]/'results'/'03_data.tokenizer'/'bench')
+    p.add_argument('--out', type=Path, default=Path(__file__).parents[1]/'results'/'04_data.tokenizer'/'bench')
     a = p.parse_args()
     docs = list(documents(a.files))
     if not docs: sys.exit(f"no text in '{a.files}'")

@@ -6,7 +6,7 @@
     python bench/toxicity.py speed --model MODEL --data DATA # continuations a second: prompts read once, read for each, and transformers
 
 DATA is a folder with sft/preferences.json (instruction, input, chosen, rejected) and bias/ldnoobw_en.txt (one word a line).
-Writes results/33_eval.toxicity/NAME/run.json.
+Writes results/34_eval.toxicity/NAME/run.json.
 """
 import argparse, itertools, json, random, time
 from pathlib import Path
@@ -93,7 +93,7 @@ def main():
     ap.add_argument('--data', help='folder of labelled texts'); ap.add_argument('--model', help='a .gguf file'); ap.add_argument('--repeats', type=int, default=3)
     a = ap.parse_args()
     for what in a.what:
-        run = what not in ('train', 'prompts') and RunDir.create(ROOT/'results'/'33_eval.toxicity'/what, 'bench', dict(seeds=a.seeds, repeats=a.repeats, threads=torch.get_num_threads()), seed=0, exist_ok=True)
+        run = what not in ('train', 'prompts') and RunDir.create(ROOT/'results'/'34_eval.toxicity'/what, 'bench', dict(seeds=a.seeds, repeats=a.repeats, threads=torch.get_num_threads()), seed=0, exist_ok=True)
         globals()[what](a, run)
         if run: run.finish(); print(json.dumps(run.info['metrics'], indent=1))
 

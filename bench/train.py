@@ -5,7 +5,7 @@
     python bench/train.py shakespeare [--data tinyshakespeare.txt] [--seeds 3]   # validation loss for seconds, on nanoGPT's split
 
 Everything runs on the processor, in the faster of float32 and bfloat16. Peers take turns, so that a busy machine hits both; figures are medians
-with bootstrap intervals. Prints JSON and writes it to results/20_train.learner/bench_NAME/run.json.
+with bootstrap intervals. Prints JSON and writes it to results/19_train.learner/bench_NAME/run.json.
 """
 import argparse, json, time
 from pathlib import Path
@@ -109,7 +109,7 @@ def main():
     ap.add_argument('--data', help='tinyshakespeare.txt; fetched if not given'); ap.add_argument('--seeds', type=int, default=3)
     a = ap.parse_args()
     for what in a.what or ['speed', 'overhead']:
-        run = RunDir.create(ROOT/'results'/'20_train.learner'/f'bench_{what}', 'bench', config=dict(repeats=a.repeats, seeds=a.seeds), seed=0, exist_ok=True)
+        run = RunDir.create(ROOT/'results'/'19_train.learner'/f'bench_{what}', 'bench', config=dict(repeats=a.repeats, seeds=a.seeds), seed=0, exist_ok=True)
         globals()[what](a, run); run.finish(); print(json.dumps(run.info['metrics'], indent=1))
 
 if __name__ == '__main__': main()

@@ -1,5 +1,5 @@
 "The book as a book: configuration, sidebar, links, symbols, bibliography, README, and what every chapter keeps to."
-import ast, copy, json, re, subprocess, sys
+import ast, copy, functools, json, re, subprocess, sys
 from pathlib import Path
 import pytest, yaml
 
@@ -136,10 +136,61 @@ def test_chapter_opens_and_closes_as_the_others(nb):
     first = prose(nb)[0]
     assert docs.cells(nb)[0]['cell_type'] == 'markdown' and re.match(r'# \S.*\n+> \S', first), f'{nb.name} opens with a title and one sentence'
     if nb.stem == 'index': return
-    title = first.partition('\n')[0][2:].strip()
-    assert title == re.sub(r'^\d+[a-z]?_', '', nb.stem), f'{nb.name} is titled {title!r}'
+    title, module = first.partition('\n')[0][2:].strip(), re.sub(r'^\d+[a-z]?_', '', nb.stem)
+    assert title.endswith(f' · {module}') and len(title) > len(module)+6, f'{nb.name} is titled {title!r}: a title for people · {module}'
+    assert title.removesuffix(f' · {module}') == sidebar_titles()[nb.name].removesuffix(' ★'), 'the sidebar has another title'
     if '#| default_exp' in '\n'.join(map(docs.src, code(nb))):
         assert '## Export -' in prose(nb)[-1] and 'nbdev_export()' in docs.src(code(nb)[-1]), nb.name
+
+def sidebar_titles():
+    "File name -> what the sidebar calls it"
+    return {c['href']: c['text'] for part in docs.config()['website']['sidebar']['contents'] for c in part['contents'] if isinstance(c, dict)}
+
+def following():
+    "(chapter, the one that the sidebar has next)"
+    pages = [p for p in docs.sidebar() if p[:2].isdigit()]; return list(zip(pages, pages[1:]))
+
+@pytest.mark.parametrize('nb,then', following(), ids=lambda n: n[:-6])
+def test_a_chapter_leads_to_the_next(nb, then):
+    "Its last paragraph links to the chapter that the sidebar has next"
+    said = [t for s in prose(docs.NBS/nb) if (t := s.partition('## Export -')[0].strip())]
+    assert f']({then}' in said[-1], f'{nb} ends with: {said[-1][-200:]}'
+
+def commands(root, path=()):
+    "(verb, …) -> its options, of the whole command line"
+    res = {}
+    for name, c in root.commands.items():
+        if hasattr(c, 'commands'): res |= commands(c, (*path, name))
+        else: res[(*path, name)] = {o for p in c.get_params(c.context_class(c)) for o in (*p.opts, *p.secondary_opts)}
+    return res
+
+@functools.cache
+def command_line():
+    import typer
+    from slm.cli import app
+    return commands(typer.main.get_command(app))
+
+def faults_of_commands(texts):
+    "Calls of `slm` in blocks and in backticks whose verb or option does not exist"
+    calls = [l for t in texts for block in re.findall(r'^```\w*\n(.*?)^```', t, re.S | re.M) for l in block.splitlines() if l.startswith('slm ')]
+    calls += [c for t in texts for c in re.findall(r'`(slm [^`]+)`', re.sub(r'^```.*?^```', '', t, flags=re.S | re.M))]
+    bad = []
+    for call in calls:
+        words = re.sub(r'\s#.*', '', call.replace('\n', ' ')).split()[1:]; verb = next((v for n in (2, 1) if (v := tuple(words[:n])) in command_line()), None)
+        group = any(v[0] == words[0] for v in command_line())
+        if not verb and not group and re.fullmatch(r'[a-z-]+', words[0]): bad.append(f'{call}: no such verb')
+        for o in re.findall(r'(?<!\S)(--[a-z][\w-]*)', ' '.join(words)) if verb else ():
+            if o not in command_line()[verb] | {'--help'}: bad.append(f'{call}: no option {o}')
+    return bad
+
+@chapter
+def test_commands_in_prose_are_those_of_the_help(nb):
+    assert faults_of_commands(prose(nb)) == []
+
+def test_wrong_commands_are_found():
+    good = ['```sh\nslm sft RUN --data chats.jsonl --seq-len 128 # teach --it\nslm rag index a --out b\n```', 'Say `slm --help`, `slm annotate` or `slm VERB --help`.']
+    assert faults_of_commands(good) == []
+    assert len(faults_of_commands(['`slm teach RUN`', '```sh\nslm sft RUN --speed 3\n```', '`slm rag ask x --shots 2`'])) == 3
 
 @chapter
 def test_exported_cells_can_be_read_at_a_glance(nb):

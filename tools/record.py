@@ -9,7 +9,7 @@ from slm.core import atomic_file, git_commit, hardware, versions, write_json
 ROOT = Path(__file__).resolve().parent.parent
 INSTALL = re.compile(r'making \.venv|installing |WARNING: |\[notice\]')
 
-KEEP = dict(demo={'runs/demo': '34_eval.life/demo', 'runs/demo/sft': '23_train.sft/world'}) # records of its runs
+KEEP = dict(demo={'runs/demo': '31_eval.life/demo', 'runs/demo/sft': '23_train.sft/world'}) # records of its runs
 FILES = ('run.json', 'log.csv', 'samples.md')
 
 def shorten(lines, first=24, last=12):
