@@ -116,7 +116,8 @@ def options_of(
     for c in config.__mro__:
         if '__dataclass_fields__' not in vars(c): continue
         said = docments(c, full=True); own = inspect.get_annotations(c)
-        order |= {k: None for k in own if k not in order}; docs |= {k: said[k].docment for k in own if docs.get(k) is None and said[k].docment}
+        order |= {k: None for k in own if k not in order}
+        docs |= {k: said[k].docment for k in own if docs.get(k) is None and said[k].docment}
     by = {f.name: f for f in dataclasses.fields(config)}
     return [_option(k, kinds[k], by[k].default, docs[k]) for k in order if k in by and kinds[k] is not dict]
 
@@ -134,7 +135,7 @@ def stage_command(
     from slm.train.stage import Stage, find_stage, TensorBoardLog, WandbLog
     stage = find_stage(verb); fields = options_of(stage.Config)
     def run(out, tensorboard, wandb, prompt=None, **given):
-        lists = {k for k,v in given.items() if v is None and isinstance(getattr(stage.Config, k, None), str)}  # nothing repeated: the default
+        lists = {k for k,v in given.items() if v is None and isinstance(getattr(stage.Config, k, None), str)} # nothing given: the default
         cbs = [TensorBoardLog(out/'tensorboard')]*tensorboard + [WandbLog(name=out.name)]*wandb
         if 'base' in given: prompt = [[dict(role='user', content=p)] for p in prompt or []]
         _end(stage.start({k: v for k,v in given.items() if k not in lists}, out, cbs, prompt))

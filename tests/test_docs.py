@@ -178,7 +178,7 @@ def faults_of_commands(texts):
     for call in calls:
         words = re.sub(r'\s#.*', '', call.replace('\n', ' ')).split()[1:]; verb = next((v for n in (2, 1) if (v := tuple(words[:n])) in command_line()), None)
         group = any(v[0] == words[0] for v in command_line())
-        if not verb and not group and re.fullmatch(r'[a-z-]+', words[0]): bad.append(f'{call}: no such verb')
+        if not verb and not group and re.fullmatch(r'[a-z][a-z-]*', words[0]): bad.append(f'{call}: no such verb')
         for o in re.findall(r'(?<!\S)(--[a-z][\w-]*)', ' '.join(words)) if verb else ():
             if o not in command_line()[verb] | {'--help'}: bad.append(f'{call}: no option {o}')
     return bad

@@ -27,7 +27,7 @@ def span(s): return f'{s/86400:.1f} days' if s >= 1.5*86400 else f'{s/3600:.1f} 
 
 def row(m, preset, corpus, amount, unit, vocab, what):
     "One run: what it costs and the command"
-    c = resolve(PretrainConfig(corpus=corpus, preset=preset, steps=1, device='cpu', dtype=m['dtype']), 1, 1)
+    c = resolve(PretrainConfig(corpus=corpus, preset=preset, steps=1, device='cpu', dtype=m['dtype']))
     cfg = GPTConfig.preset(preset, vocab_size=vocab, max_seq_len=c.seq_len); per_token = cfg.flops_per_token(c.seq_len)
     tokens = amount if unit=='tokens' else amount*60*m['flops']/per_token
     seconds = tokens*per_token/m['flops']; mem = memory_estimate(cfg, c.micro_batch, c.seq_len, dtype=m['dtype'])

@@ -37,10 +37,10 @@ class LMLearner(Learner):
         cbs=None, # callbacks
         **kwargs, # to `Learner`
     ):
-        self.opt_steps,self.n_steps,self.tokens,self.paused = 0,None,0,0.                # steps done and to be done, tokens, seconds of pauses
-        self.stepped,self.interrupted,self.grad_norm = False,False,None                  # of the last batch; did somebody ask for an end?
-        self.row,self.rows,self.samples = None,[],[]                                     # figures of this step, all figures, last texts
-        self.amp = contextlib.nullcontext                                                # what the forward pass is computed in
+        self.opt_steps,self.n_steps,self.tokens,self.paused = 0,None,0,0.        # steps done and to be done, tokens, seconds of pauses
+        self.stepped,self.interrupted,self.grad_norm = False,False,None          # of the last batch; did somebody ask for an end?
+        self.row,self.rows,self.samples = None,[],[]                             # figures of this step, all figures, last texts
+        self.amp = contextlib.nullcontext                                        # what the forward pass is computed in
         super().__init__(dls, model, loss_func=loss_func, opt_func=opt_func or adamw, lr=lr, splitter=kwargs.pop('splitter', decay_groups),
                          cbs=[Counter(), *L(cbs)], **kwargs)
 

@@ -378,7 +378,8 @@ class LoRAStage(SFTStage):
     def open(self):
         self.model,self.tok = open_adapted(self.c); self.base = base_fingerprint(self.model)
         if self.run and self.base != self.run.info['base_fingerprint']:
-            raise SLMError(f"'{self.c.base}' has changed since '{self.run.path}' was started: bring the old weights back, or start a new run")
+            raise SLMError(f"'{self.c.base}' has changed since '{self.run.path}' was started: bring the old weights back, "
+                           'or start a new run')
     def begin(self): self.run.info['base_fingerprint'] = self.base; super().begin()
     def counts(self, learn): n = param_counts(self.model); return dict(params=n['all'], trained=n['trained'])
     def token_flops(self, learn): return 4*param_counts(self.model)['all']         # frozen weights need no gradient

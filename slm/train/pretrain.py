@@ -155,7 +155,8 @@ def build(self:PretrainStage)->GPT:
 @patch
 def loaders(self:PretrainStage):
     "Windows of the tape to train on, and fixed ones to validate on."
-    c = self.c; return token_dls(self.data, bs=c.micro_batch, seq_len=c.seq_len, seed=c.seed, device=c.device, block_diagonal=c.block_diagonal)
+    c = self.c
+    return token_dls(self.data, bs=c.micro_batch, seq_len=c.seq_len, seed=c.seed, device=c.device, block_diagonal=c.block_diagonal)
 
 @patch
 def accumulation(self:PretrainStage):

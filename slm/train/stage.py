@@ -53,13 +53,13 @@ STAGES = {} # name -> class; filled by the classes themselves
 
 class Stage:
     "A kind of training. A subclass declares what is its own; `start`, `train` and `resume` do the rest."
-    name:str|None = None                                                         # in `run.json`; a class without one is only to be derived from
-    Config = StageConfig                                                         # its options
-    sources, code = (), ()                                                       # options that say where something is; those that may name a function
-    loss_func = staticmethod(lm_loss)                                            # called with logits, y, loss_mask
-    columns = ()                                                                 # what its callbacks add to `log.csv`
-    longest_warmup, last_seconds = 50, 0.                                        # optimiser steps; what the end of a run takes
-    doctor, picture = None, None                                                 # of a finished run: what is wrong with it; heading and file of a plot
+    name:str|None = None # in `run.json`; a class without one is only to be derived from
+    Config = StageConfig # its options
+    sources, code = (), () # options that say where something is; those that may name a function
+    loss_func = staticmethod(lm_loss) # called with logits, y, loss_mask
+    columns = () # what its callbacks add to `log.csv`
+    longest_warmup, last_seconds = 50, 0. # optimiser steps; what the end of a run takes
+    doctor, picture = None, None # of a finished run: what is wrong with it; heading and file of a plot
     def __init_subclass__(cls): STAGES.update({cls.name: cls} if cls.name else {})
     def __init__(self, c, run=None, **given):                                    # given: functions that were named by themselves
         self.c,self.run,self.given,self.model,self.tok = dataclasses.replace(c),run,given,None,None
@@ -151,13 +151,15 @@ def start(cls:Stage,
     kept = dataclasses.asdict(c) | {k: portable(v) for k,v in self.places().items()}
     parent = Path(c.base).name if hasattr(c, 'base') else None
     self.run = RunDir.create(out, self.name, config=kept, seed=c.seed, parent=parent, data=self.about())
-    self.run.info['prompts'] = prompts or self.prompts(); self.run.save(); self.tok.save(self.run.path if parent else self.run/'tokenizer.json'); self.begin()
+    self.run.info['prompts'] = prompts or self.prompts(); self.run.save()
+    self.tok.save(self.run.path if parent else self.run/'tokenizer.json'); self.begin()
     return self.train(cbs)
 
 @patch(cls_method=True)
 def _of(cls:Stage, options, run=None):
     "A stage with these options, whose functions are kept beside their names"
-    given = {k: v for k,v in options.items() if callable(v)}; named = {k: name_of(v) if callable(v) or isinstance(v, Path) else v for k,v in options.items()}
+    given = {k: v for k,v in options.items() if callable(v)}
+    named = {k: name_of(v) if callable(v) or isinstance(v, Path) else v for k,v in options.items()}
     return cls(cls.Config.again(named) if run else cls.Config(**named), run, **given)
 
 @patch
@@ -308,7 +310,8 @@ def resume(
 def _place(run, stage, config, given):
     "The options of a run with what the person says of its sources"
     given = {k: v for k,v in given.items() if v is not None}
-    if wrong := [k for k in given if k not in stage.sources]: raise SLMError(f"--{wrong[0]} means nothing to a run of stage {run.info['stage']}")
+    if wrong := [k for k in given if k not in stage.sources]:
+        raise SLMError(f"--{wrong[0]} means nothing to a run of stage {run.info['stage']}")
     for k in stage.code:
         v = config.get(k)
         if k not in given and v is not None and ':' in str(v) and not Path(str(v)).is_dir():
