@@ -174,7 +174,8 @@ def changes(
     names, res = list(items), []
     for a,b in zip(names, names[1:]):
         for k in items[a].keys() & items[b].keys():
-            d,p = paired_bootstrap(items[a][k], items[b][k], unit=units[k]); res.append(dict(question=k, before=a, after=b, **asdict(d), p=p))
+            d,p = paired_bootstrap(items[a][k], items[b][k], unit=units[k])
+            res.append(dict(question=k, before=a, after=b, **asdict(d), p=p))
     res.sort(key=lambda r: (list(units).index(r['question']), names.index(r['before'])))
     return [r | dict(p_holm=h) for r,h in zip(res, holm([r['p'] for r in res]))]
 

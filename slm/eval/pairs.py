@@ -22,7 +22,7 @@ from ..data.tokenizer import Tokenizer
 from .stats import wilson
 from ..model.layers import AttnContext, rope_cos_sin
 from ..model.gpt import GPT
-from ..model import fast # gives a model `fuse_`
+from ..model.fast import * # gives a model `fuse_`
 from ..model.pretrained import load_model_and_tokenizer
 from .lm import encode_pair, score_ids
 

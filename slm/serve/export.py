@@ -343,7 +343,8 @@ def modelfile(
     p = chat_parts(tok); texts = [p['default'], p['prompt'], *(t for r in CHAT_ROLES for t in p[r])]
     if any(s in t for t in texts for s in ('"""', '{{', '}}')):
         raise SLMError("this chat template holds quotes or braces that Go's would read")
-    said = ''.join(f'{{{{ {w} eq .Role "{r}" }}}}{p[r][0]}{{{{ .Content }}}}{p[r][1]}' for r,w in zip(CHAT_ROLES, ('if', 'else if', 'else if')))
+    said = ''.join(f'{{{{ {w} eq .Role "{r}" }}}}{p[r][0]}{{{{ .Content }}}}{p[r][1]}'
+                   for r,w in zip(CHAT_ROLES, ('if', 'else if', 'else if')))
     head = f'{{{{ if ne (index .Messages 0).Role "system" }}}}{p["default"]}{{{{ end }}}}' if p['default'] else ''
     stops = [n for n,i in tok.special_ids.items() if i in tok.stop_ids]
     return '\n'.join([f'FROM ./{gguf}', f'TEMPLATE """{head}{{{{ range .Messages }}}}{said}{{{{ end }}}}{{{{ end }}}}{p["prompt"]}"""',
