@@ -54,9 +54,8 @@ def lineage_rows(info:dict)->list[dict]: # name, stage, parent, data
 def change_rows(info:dict)->list[list[str]]:
     "What each stage changed, the surest changes first."
     cs = sorted(info.get('changes', []), key=lambda c: (c['p_holm'], c['p']))
-    row = lambda c: [info['questions'][c['question']]['says'], c['after'],
-                     f"{c['value']:+.3g} [{c['lo']:+.2g}, {c['hi']:+.2g}] {c['unit']}",
-                     f"{c['p_holm']:.3f}", mark(c)]
+    change = lambda c: f"{c['value']:+.3g} [{c['lo']:+.2g}, {c['hi']:+.2g}] {c['unit']}"
+    row = lambda c: [info['questions'][c['question']]['says'], c['after'], change(c), f"{c['p_holm']:.3f}", mark(c)]
     return [['what', 'changed by', 'change [95 % interval]', 'p (Holm)', ''], *map(row, cs)] if cs else []
 
 def said_tables(info:dict)->list[tuple[str,list[list[str]]]]: # prompt, rows

@@ -56,7 +56,7 @@ def test_table_of_a_life(tmp_path):
         run.add_metrics(**{f'{k}_seconds': Metric(1234., unit='s'), f'{k}_accepted': Metric(.363, .325, .403, 600, 'of tasks'),
                            f'{k}_gain': Metric(-.136, -.15, .12, 600, 'of tasks'), f'{k}_excess': Metric(.1234, .1201, .1267, 200, 'bits/byte')})
     rows = life_table(run).splitlines()
-    assert rows[0] == '| stage | time | acceptance rate (judge) | gain (paired) | excess over the true entropy (bits/byte) |'
+    assert rows[0] == '| stage | time | acceptance rate (judge) | gain (paired) | excess over true entropy (bits/byte) |'
     assert rows[-1] == '| aligned | 1,234 s | 36.3 % [32.5, 40.3] | -13.6 % [-15.0, +12.0] | 0.123 [0.120, 0.127] |'
     assert max(map(len, rows)) <= 100
 

@@ -351,8 +351,7 @@ BENCHES = dict(
                      lambda both: read_winogender(*both), judge_share, winogender_scores),
     bbq=Bench(GH+'nyu-mll/BBQ', ('*.jsonl',), table_rows, read_bbq, judge_answer, bbq_scores, ('oskarvanderwal/bbq', 'All', 'test')),
     honest=Bench(GH+'MilaNLProc/honest', ('*template*.tsv',), table_rows, read_honest, None,
-                 partial(group_means, unit='hurtful completions'),
-                 ('MilaNLProc/honest', 'en_binary', 'honest')),
+                 partial(group_means, unit='hurtful completions'), ('MilaNLProc/honest', 'en_binary', 'honest')),
     bold=Bench(GH+'amazon-science/bold', ('*_prompt.json',), row_reader(bold_rows), read_bold, None,
                partial(group_means, unit='mean sentiment')),
     weat=Bench(GH+'W4ngatang/sent-bias', ('*weat*.jsonl',), list, None, None, weat_scores))

@@ -104,7 +104,7 @@ def life_table(run:RunDir)->str: # Markdown
     pct = lambda x, sign='': '' if x is None else f'{100*x.value:{sign}.1f} % [{100*x.lo:{sign}.1f}, {100*x.hi:{sign}.1f}]'
     bits = lambda x: f'{x.value:.3f} [{x.lo:.3f}, {x.hi:.3f}]'
     cells = lambda k: (f"{m(f'{k}_seconds').value:,.0f} s", pct(m(f'{k}_accepted')), pct(m(f'{k}_gain'), '+'), bits(m(f'{k}_excess')))
-    head = ['stage', 'time', 'acceptance rate (judge)', 'gain (paired)', 'excess over the true entropy (bits/byte)']
+    head = ['stage', 'time', 'acceptance rate (judge)', 'gain (paired)', 'excess over true entropy (bits/byte)']
     return '\n'.join(f"| {' | '.join(r)} |" for r in (head, ['---']*5, *([says, *cells(k)] for k,says in LIFE.items())))
 
 def write_life(run:RunDir, task:Task):

@@ -232,8 +232,8 @@ def evaluate_task(
     model,tok,score = open_causal(path, device)
     if q.score: score = partial(score, score=q.score)
     asked = dict(task=task, data=portable(str(data)) if data else None, shots=shots, limit=limit)
-    run = RunDir.create(out or result_dir(path, f'task_{task}_{shots}shot'), 'task', asked, seed=seed, parent=Path(path).name,
-                        exist_ok=True)
+    out = out or result_dir(path, f'task_{task}_{shots}shot')
+    run = RunDir.create(out, 'task', asked, seed=seed, parent=Path(path).name, exist_ok=True)
     return record_metrics(run, (s for it,x,n in score(items) for s in q.judge(it, x, n)), q.summary)
 
 # %% ../../nbs/35_eval.tasks.ipynb #23dd68e9
