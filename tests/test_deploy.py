@@ -325,6 +325,16 @@ def test_pins_satisfy_what_the_package_asks_for(target):
     for p in pins(target):
         if r := asked.get(p.name.replace('-', '_')): assert r.specifier.contains(str(p.specifier)[2:]), f'{p} is not {r}'
 
+def test_every_extra_is_resolved_in_bounded_time():
+    "By a job of the workflow; extras are those of setup.py"
+    sys.path.insert(0, str(ROOT/'tools'))
+    import resolve
+    cp = ConfigParser(delimiters=['=']); cp.read(ROOT/'settings.ini')
+    assert {'', 'all', 'dev,all'} | {k.removesuffix('_requirements') for k in cp['DEFAULT'] if k.endswith('_requirements')} == set(resolve.extras())
+    jobs = yaml.safe_load((ROOT/'.github'/'workflows'/'test.yml').read_text())['jobs']
+    assert any(s.get('run') == 'make resolve' for j in jobs.values() for s in j['steps'])
+    with pytest.raises(RuntimeError, match='not resolved in 0.01 s'): resolve.resolve(sys.executable, 'dev,all', .01)
+
 # The image's environment, made anew from its list (a test in our own could not tell what is missing), in a mount namespace in which all is read-only but a fresh /tmp (/root is empty: an interpreter that lives there is put back), as nobody,
 # without capabilities, with the environment of the Dockerfile and the arguments of the manifest.
 ENTER = '''set -e
@@ -442,7 +452,7 @@ print(answer_all(e, [Request(ids, 3, temperature=0)])[0][1].completion_tokens); 
 ''', rag='''
 import slm.cli, slm.serve.grounded
 from slm.serve.rag import Index, documents
-i = Index(MODEL+'-index', writable=True); i.upsert(documents([MODEL+'.md'])); print(len(i)); i.close()
+i = Index(MODEL+'-index', writable=True); i.upsert(documents([MODEL+'.md', MODEL+'.html'])); print(len(i)); i.close()
 ''')
 
 def pins(target):
@@ -458,10 +468,12 @@ def test_the_lists_are_enough(target, tmp_path):
     import slm.model.pretrained                                       # gives GPT its save_pretrained
     if target == 'rag': pytest.importorskip('slm.serve.grounded', reason="needs: pip install -e '.[serve,rag]'")
     tok = train_bpe(['Ann has the kite. Ben has the lamp. ']*50, 270); model = tmp_path/'model'; (tmp_path/'model.md').write_text('# Kites\n\nAnn has the kite.\n')
+    (tmp_path/'model.html').write_text('<h1>Lamps</h1><p>Ben has the lamp.</p>')  # read by a process of its own
     GPT(GPTConfig(vocab_size=tok.vocab_size, n_layer=1, n_head=2, d_model=32, max_seq_len=128)).save_pretrained(model, tok)
     wants = [*pins(target), *(pins('no-deps') if target == 'rag' else [])]
     site = linked(wants, tmp_path/'site'); assert (site/'torch').exists() and not (site/'fastai').exists()
     env = os.environ | dict(SLM_HOME=str(tmp_path/'home'), PYTHONPATH=f'{site}{os.pathsep}{ROOT}')
-    r = subprocess.run([sys.executable, '-S', '-W', 'ignore', '-c', f'MODEL = {str(model)!r}'+USE[target]], capture_output=True, text=True, env=env)
+    venv.create(tmp_path/'bare', symlinks=True)                       # whatever is started from there has nothing else
+    r = subprocess.run([tmp_path/'bare'/'bin'/'python', '-W', 'ignore', '-c', f'MODEL = {str(model)!r}'+USE[target]], capture_output=True, text=True, env=env)
     assert r.returncode == 0, r.stderr[-3000:]
     assert int(r.stdout.split()[-1]) > 0
