@@ -192,6 +192,7 @@ def hub():
     class Hub(Store):
         def do_GET(self):
             seen.append((self.path, self.headers.get('Authorization')))
+            if self.path.startswith('/ben/nonsense'): return self.wfile.write(b'nonsense\r\n\r\n')
             if self.path != f'/ann/kites/resolve/{REVISION}/kites.gguf': return self.send_error(404)
             self.send_response(302); self.send_header('Location', f'http://127.0.0.1:{store.server_port}/blob'); self.end_headers()
     hub, store = (http.server.ThreadingHTTPServer(('127.0.0.1', 0), h) for h in (Hub, Store))
@@ -226,7 +227,7 @@ def test_a_file_that_has_changed_is_not_left_to_be_served(tmp_path, hub):
 
 @pytest.mark.parametrize('bad,says', [
     (dict(MODEL_REVISION='main'), "MODEL_REVISION 'main'"), (dict(MODEL_SHA256=''), 'MODEL_SHA256'), (dict(MODEL_FILE='../kites.gguf'), 'MODEL_FILE'),
-    (dict(MODEL_REPO='ben/lamps'), '404'), (dict(HF_ENDPOINT='http://127.0.0.1:9'), 'refused'), (dict(HF_ENDPOINT='nowhere'), 'nowhere')])
+    (dict(MODEL_REPO='ben/lamps'), '404'), (dict(MODEL_REPO='ben/nonsense'), 'nonsense'), (dict(HF_ENDPOINT='http://127.0.0.1:9'), 'refused'), (dict(HF_ENDPOINT='nowhere'), 'nowhere')])
 def test_a_model_that_cannot_be_fetched_is_one_line(tmp_path, hub, bad, says):
     code, said, left = fetched(tmp_path, hub[0], **bad)
     assert (code, left, said.count('\n')) == (1, set(), 1) and said.startswith('cannot fetch the model: ') and says in said
@@ -308,6 +309,11 @@ def test_everything_is_installed_by_hash():
     for p in (DEPLOY/'requirements').glob('*.txt'):
         reqs = re.sub(r'\\\n', ' ', re.sub('^#.*\n', '', p.read_text(), flags=re.M)).splitlines()
         assert reqs and all(re.search(r'--hash=sha256:[0-9a-f]{64}', r) for r in reqs), p.name
+
+def test_any_builder_makes_the_images_and_they_hold_no_cache():
+    text = (DEPLOY/'Dockerfile').read_text(); assert '--mount' not in text and '# syntax' not in text # BuildKit's alone
+    for op,arg in (o for n in final_stages() for o in stages()[n]):
+        if 'apt-get' in arg: assert arg.endswith('rm -rf /var/lib/apt/lists/* /var/cache/apt/*.bin')
 
 def test_only_the_torch_image_has_a_compiler():
     assert ['g++' in str(stages()[n]) for n in final_stages()] == [False, True, False]

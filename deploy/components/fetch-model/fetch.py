@@ -4,6 +4,7 @@ What to fetch is in MODEL_REPO, MODEL_REVISION (a commit), MODEL_FILE and MODEL_
 Under the file's name there is only ever what has the hash: a server that starts meanwhile waits for it.
 """
 import hashlib, os, re, sys
+from http.client import HTTPException
 from pathlib import Path
 from urllib.request import Request, urlopen
 
@@ -41,4 +42,4 @@ def main(folder, env):
 
 if __name__ == '__main__':
     try: main(sys.argv[1], os.environ)
-    except (OSError, ValueError) as e: sys.exit(f'cannot fetch the model: {e}')
+    except (OSError, ValueError, HTTPException) as e: sys.exit(f'cannot fetch the model: {" ".join(str(e).split())}')
