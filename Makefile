@@ -11,7 +11,7 @@ CORES := $(shell getconf _NPROCESSORS_ONLN 2>/dev/null || echo 2)
 WORKERS ?= $(shell n=$(CORES); [ $$n -gt 4 ] && n=4; echo $$n)
 SHELL := bash
 .DEFAULT_GOAL := help
-.PHONY: help demo install test notebooks pytest check prepare clean-nbs docs slow lab bench run pins record
+.PHONY: help demo install test notebooks pytest check prepare clean-nbs docs slow lab bench run pins resolve record
 
 help:
 	@grep -hE '^[a-z-]+:.*## ' Makefile | sed -E 's/^([a-z-]+):.*## (.*)/make \1|\2/' | awk -F'|' '{printf "%-15s %s\n", $$1, $$2}'
@@ -81,8 +81,11 @@ lab: .venv/.dev ## open the book in Jupyter
 	@cd nbs && PATH="$(CURDIR)/$(BIN):$$PATH" $(CURDIR)/$(BIN)/jupyter lab
 
 pins: ## the hashes of deploy/requirements/*.txt anew, from *.in (needs uv; torch-cpu.txt and the base's digest are changed by hand)
-	@cd deploy/requirements && for f in build gguf torch rag no-deps; do uv pip compile -q --python-platform linux --python-version 3.11 --generate-hashes \
+	@cd deploy/requirements && for f in build gguf torch rag no-deps; do uv pip compile -q --python-platform linux --python-version 3.11.0 --generate-hashes \
 	  --no-emit-package torch --no-annotate --no-header --override no-cuda.in $$([ $$f = no-deps ] && echo --no-deps) $$f.in -o $$f.txt; done
+
+resolve: ## does each extra of settings.ini resolve, in an empty environment and five minutes? Installs nothing
+	@$(PYTHON) tools/resolve.py
 
 record: .venv/.dev ## what the README shows of make demo and make test, anew, from a fresh clone of HEAD
 	@$(BIN)/python tools/record.py demo test

@@ -278,11 +278,29 @@ def test_token_and_names(engine):
         assert httpx.get(f'{url}/', headers=dict(Host='evil.example')).status_code == 200           # it has no token
         error(httpx.post(f'{url}/'), 401)
 
+def test_a_metrics_token_opens_the_figures_alone(engine):
+    with running(engine, tokens=('client-token', 'metrics look-only-token')) as (app, url):
+        ask = lambda token, path, how='GET', **kw: httpx.request(how, url+path, headers={'Authorization': f'Bearer {token}'}, **kw)
+        for path in ('/metrics', '/metrics/'): assert 'slm_http_requests' in ask('look-only-token', path).text
+        for path in ('/v1/models', '/openapi.json', '/nothing', '/metrics/x', '//metrics'):
+            error(ask('look-only-token', path), 403, code='metrics_only')
+        error(ask('look-only-token', '/v1/completions', 'POST', json=dict(model='tiny', prompt='a', max_tokens=1)), 403)
+        error(ask('look-only-token', '/v1/chat/completions', 'POST', json={}), 403)
+        for t in ('look-only', 'metrics', 'metrics look-only-token'): error(ask(t, '/metrics'), 401)
+        for path in ('/metrics', '/v1/models'): assert ask('client-token', path).status_code == 200
+        error(httpx.get(f'{url}/metrics', headers={'Authorization': 'Basic look-only-token'}), 401)
+        error(httpx.get(f'{url}/v1/models', headers={'Authorization': 'Basic look-only-token'}), 401)
+    with running(engine, tokens=('metrics look-only-token',)) as (app, url):                      # no client's token is no open door
+        error(httpx.get(f'{url}/v1/models'), 401)
+
 def test_token_file(tmp_path):
     f = tmp_path/'t'; f.write_text('# one\n\n  a-good-token  \nanother-one\n'); f.chmod(0o600); assert doors.read_tokens(f) == ('a-good-token', 'another-one')
+    f.write_text('a-good-token\n  metrics   another-one\n'); assert doors.read_tokens(f) == ('a-good-token', 'metrics another-one')
     f.chmod(0o644)
     with pytest.warns(UserWarning, match='chmod 600'): doors.read_tokens(f)
-    for bad,says in (('', 'no token'), ('# a\n', 'no token'), ('short', '8 characters'), ('with space inside', '8 characters')):
+    for bad,says in (('', 'no token'), ('# a\n', 'no token'), ('short', '8 characters'), ('with space inside', '8 characters'),
+                     ('a-good-token\nmetrics short', '8 characters'), ('a-good-token\nfigures another-one', '8 characters'),
+                     ('metrics another-one', 'no token of a client'), ('a-good-token\nmetrics a-good-token', 'the same token')):
         f.write_text(bad); f.chmod(0o600)
         with pytest.raises(SLMError, match=says): doors.read_tokens(f)
     with pytest.raises(SLMError, match='cannot read'): doors.read_tokens(tmp_path/'none')

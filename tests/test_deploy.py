@@ -1,5 +1,5 @@
 "What deploy/ promises: manifests that are valid and agree with the code, and an image whose entry point runs as nobody, with nothing to write but /tmp."
-import json, os, re, shlex, shutil, signal, socket, subprocess, sys, time, urllib.error, urllib.request, venv
+import hashlib, http.server, json, os, re, shlex, shutil, signal, socket, subprocess, sys, threading, time, urllib.error, urllib.request, venv
 from configparser import ConfigParser
 from importlib import metadata
 from pathlib import Path
@@ -74,7 +74,7 @@ def test_what_is_named_is_there(built, overlay):
     for d in of(docs, 'ServiceMonitor'):
         e, = d['spec']['endpoints']; s = named(docs, 'Service', 'slm')
         assert fits(d['spec']['selector'], s['metadata']['labels']) and e['port'] in [p['name'] for p in s['spec']['ports']]
-        assert e['path'] in gate.PROBES and e['path'] not in gate.OPEN and e['authorization']['credentials']['name'] == 'slm-tokens'
+        assert e['path'] in gate.PROBES and e['path'] not in gate.OPEN and e['authorization']['credentials'] == dict(name='slm-tokens', key='metrics')
     for name,pod in pods(docs).items():
         volumes = {v['name']: v for v in pod['spec']['volumes']}
         for v in volumes.values():
@@ -166,9 +166,71 @@ def test_jobs_say_what_the_commands_know(built, overlay):
     for name,pod in pods(built[overlay]).items():
         for c in pod['spec']['containers']:
             if 'command' not in c: arguments(c['args'])
-    fetch = pods(built[overlay])['fetch-model']['spec']['containers'][0]['command']
-    r = subprocess.run([Path(sys.executable).with_name('hf'), 'download', '--help'], capture_output=True, text=True, env=os.environ | dict(COLUMNS='200'))
-    assert fetch[:2] == ['hf', 'download'] and '--local-dir' in fetch and '--local-dir' in r.stdout
+
+# ---- the model comes by revision and hash
+
+FETCH, REVISION, MODEL = DEPLOY/'components'/'fetch-model'/'fetch.py', 'c0ffee'.ljust(40, '0'), os.urandom(3_000_000)
+
+@servers
+def test_the_job_fetches_what_the_settings_pin(built, overlay):
+    job, = (p['spec'] for n,p in pods(built[overlay]).items() if n == 'fetch-model'); c, = job['containers']
+    script = next(d['data'] for d in of(built[overlay], 'ConfigMap') if d['metadata']['name'].startswith('fetch-model'))
+    assert script == {'fetch.py': FETCH.read_text()} and c['command'] == ['python', '/fetch/fetch.py', '/models']
+    mounts = {m['mountPath']: (m['name'], m.get('readOnly', False)) for m in c['volumeMounts']}
+    assert mounts['/fetch'] == ('fetch', True) and mounts['/models'] == ('models', False)
+    s = settings(built[overlay]); assert re.fullmatch('[0-9a-f]{40}', s['MODEL_REVISION']) and re.fullmatch('[0-9a-f]{64}', s['MODEL_SHA256'])
+
+@pytest.fixture
+def hub():
+    "A hub with one model, which sends whoever asks on to another server; gives its address, what the two were asked, and what they answer"
+    seen, answer = [], dict(body=MODEL)
+    class Store(http.server.BaseHTTPRequestHandler):
+        def do_GET(self):
+            seen.append((self.path, self.headers.get('Authorization')))
+            self.send_response(200); self.send_header('Content-Length', len(MODEL)); self.end_headers(); self.wfile.write(answer['body'])
+        def log_message(self, *a): pass
+    class Hub(Store):
+        def do_GET(self):
+            seen.append((self.path, self.headers.get('Authorization')))
+            if self.path.startswith('/ben/nonsense'): return self.wfile.write(b'nonsense\r\n\r\n')
+            if self.path != f'/ann/kites/resolve/{REVISION}/kites.gguf': return self.send_error(404)
+            self.send_response(302); self.send_header('Location', f'http://127.0.0.1:{store.server_port}/blob'); self.end_headers()
+    hub, store = (http.server.ThreadingHTTPServer(('127.0.0.1', 0), h) for h in (Hub, Store))
+    for s in (hub, store): threading.Thread(target=s.serve_forever, daemon=True).start()
+    yield f'http://127.0.0.1:{hub.server_port}', seen, answer
+    for s in (hub, store): s.shutdown(); s.server_close()
+
+def fetched(folder, url, **sets):
+    "Exit code and what is said, and what the folder holds after it"
+    sets = dict(MODEL_REPO='ann/kites', MODEL_REVISION=REVISION, MODEL_FILE='kites.gguf', MODEL_SHA256=hashlib.sha256(MODEL).hexdigest(), HF_ENDPOINT=url) | sets
+    r = subprocess.run([sys.executable, FETCH, folder], env=sets, capture_output=True, text=True, timeout=60)
+    return r.returncode, r.stdout+r.stderr, {p.name for p in folder.iterdir()}
+
+def test_a_model_with_the_right_hash_is_fetched_once(tmp_path, hub):
+    url, seen, _ = hub
+    assert fetched(tmp_path, url, HF_TOKEN='private') == (0, 'kites.gguf: 3,000,000 bytes, with the right hash\n', {'kites.gguf'})
+    assert (tmp_path/'kites.gguf').read_bytes() == MODEL
+    assert seen == [(f'/ann/kites/resolve/{REVISION}/kites.gguf', 'Bearer private'), ('/blob', None)] # the token stays with the hub
+    assert fetched(tmp_path, url)[0] == 0 and len(seen) == 2
+
+@pytest.mark.parametrize('body', [b'x'*len(MODEL), MODEL[:-1], b''])
+def test_a_model_with_another_hash_leaves_nothing(tmp_path, hub, body):
+    url, _, answer = hub; answer['body'] = body
+    code, said, left = fetched(tmp_path, url); assert (code, left) == (1, set())
+    assert said.count('\n') == 1 and hashlib.sha256(body).hexdigest() in said and 'nothing is kept' in said
+
+def test_a_file_that_has_changed_is_not_left_to_be_served(tmp_path, hub):
+    url, _, answer = hub; (tmp_path/'kites.gguf').write_bytes(b'changed')
+    assert fetched(tmp_path, url)[0] == 0 and (tmp_path/'kites.gguf').read_bytes() == MODEL
+    (tmp_path/'kites.gguf').write_bytes(b'changed'); answer['body'] = b'changed'
+    code, _, left = fetched(tmp_path, url); assert (code, left) == (1, set())
+
+@pytest.mark.parametrize('bad,says', [
+    (dict(MODEL_REVISION='main'), "MODEL_REVISION 'main'"), (dict(MODEL_SHA256=''), 'MODEL_SHA256'), (dict(MODEL_FILE='../kites.gguf'), 'MODEL_FILE'),
+    (dict(MODEL_REPO='ben/lamps'), '404'), (dict(MODEL_REPO='ben/nonsense'), 'nonsense'), (dict(HF_ENDPOINT='http://127.0.0.1:9'), 'refused'), (dict(HF_ENDPOINT='nowhere'), 'nowhere')])
+def test_a_model_that_cannot_be_fetched_is_one_line(tmp_path, hub, bad, says):
+    code, said, left = fetched(tmp_path, hub[0], **bad)
+    assert (code, left, said.count('\n')) == (1, set(), 1) and said.startswith('cannot fetch the model: ') and says in said
 
 def test_the_model_image_replaces_the_claim(tmp_path, built):
     shutil.copytree(DEPLOY/'base', tmp_path/'base'); shutil.copytree(DEPLOY/'components'/'model-image', tmp_path/'model-image')
@@ -179,9 +241,28 @@ def test_the_model_image_replaces_the_claim(tmp_path, built):
     kubernetes_validate.validate(named(docs, 'Deployment', 'slm'), '1.33', strict=True)
 
 def test_the_example_of_the_secrets_makes_what_is_referred_to(tmp_path, built):
-    shutil.copy(DEPLOY/'secrets.example'/'kustomization.yaml', tmp_path); (tmp_path/'tokens').write_text('a'*48); (tmp_path/'metrics').write_text('b'*48)
+    text = (DEPLOY/'secrets.example'/'kustomization.yaml').read_text(); shutil.copy(DEPLOY/'secrets.example'/'kustomization.yaml', tmp_path)
+    if not shutil.which('openssl'): pytest.skip('needs openssl, which makes the tokens')
+    made, = re.findall(r'^# +(.*openssl.*)$', text, re.M); subprocess.run(['sh', '-c', made], cwd=tmp_path, check=True)
+    tokens, figures = (tmp_path/'tokens', (tmp_path/'metrics').read_text()); tokens.chmod(0o600)
+    for_figures(gate.read_tokens(tokens), figures)
     r = subprocess.run(['kubectl', 'kustomize', tmp_path], capture_output=True, text=True); assert r.returncode == 0, r.stderr
     secret, = yaml.safe_load_all(r.stdout); assert secret['metadata']['name'] == 'slm-tokens' and secret['data'].keys() == {'tokens', 'metrics'}
+
+def for_figures(tokens, figures):
+    "Prometheus' token opens the figures and no other door, a client's opens doors"
+    g = gate.Gate({}, gate.Settings(tokens)); bearer = lambda t: {b'authorization': b'Bearer '+t.encode()}
+    assert g.allowed(bearer(figures), '/metrics') and not any(map(str.isspace, figures))
+    with pytest.raises(gate.APIError, match='/metrics alone'): g.allowed(bearer(figures), '/v1/models')
+    assert g.allowed(bearer(next(t for t in tokens if not t.startswith('metrics '))), '/v1/models')
+
+def test_the_external_secret_makes_a_token_for_figures_alone(built, tmp_path):
+    spec = named(built['flux'], 'ExternalSecret', 'slm-tokens')['spec']; values = dict(tokens='ann-has-one\nben-has-one', metrics='look-only-token')
+    assert {d['secretKey'] for d in spec['data']} == values.keys()
+    fill = lambda s: re.sub(r'\{\{ \.(\w+) \}\}', lambda m: values[m[1]], s)
+    made = {k: fill(v) for k,v in spec['target']['template']['data'].items()}; assert made.keys() == {'tokens', 'metrics'}
+    (tmp_path/'tokens').write_text(made['tokens']); (tmp_path/'tokens').chmod(0o600)
+    for_figures(gate.read_tokens(tmp_path/'tokens'), made['metrics'])
 
 def test_flux_release_is_in_the_cluster_s_style(built):
     docs = built['flux']; r = named(docs, 'HelmRelease', 'slm')['spec']; chart = named(docs, 'OCIRepository', 'slm')
@@ -229,6 +310,11 @@ def test_everything_is_installed_by_hash():
         reqs = re.sub(r'\\\n', ' ', re.sub('^#.*\n', '', p.read_text(), flags=re.M)).splitlines()
         assert reqs and all(re.search(r'--hash=sha256:[0-9a-f]{64}', r) for r in reqs), p.name
 
+def test_any_builder_makes_the_images_and_they_hold_no_cache():
+    text = (DEPLOY/'Dockerfile').read_text(); assert '--mount' not in text and '# syntax' not in text # BuildKit's alone
+    for op,arg in (o for n in final_stages() for o in stages()[n]):
+        if 'apt-get' in arg: assert arg.endswith('rm -rf /var/lib/apt/lists/* /var/cache/apt/*.bin')
+
 def test_only_the_torch_image_has_a_compiler():
     assert ['g++' in str(stages()[n]) for n in final_stages()] == [False, True, False]
 
@@ -244,6 +330,16 @@ def test_pins_satisfy_what_the_package_asks_for(target):
     assert all(re.fullmatch(r'==[\d.]+', str(p.specifier)) for p in pins(target))
     for p in pins(target):
         if r := asked.get(p.name.replace('-', '_')): assert r.specifier.contains(str(p.specifier)[2:]), f'{p} is not {r}'
+
+def test_every_extra_is_resolved_in_bounded_time():
+    "By a job of the workflow; extras are those of setup.py"
+    sys.path.insert(0, str(ROOT/'tools'))
+    import resolve
+    cp = ConfigParser(delimiters=['=']); cp.read(ROOT/'settings.ini')
+    assert {'', 'all', 'dev,all'} | {k.removesuffix('_requirements') for k in cp['DEFAULT'] if k.endswith('_requirements')} == set(resolve.extras())
+    jobs = yaml.safe_load((ROOT/'.github'/'workflows'/'test.yml').read_text())['jobs']
+    assert any(s.get('run') == 'make resolve' for j in jobs.values() for s in j['steps'])
+    with pytest.raises(RuntimeError, match='not resolved in 0.01 s'): resolve.resolve(sys.executable, 'dev,all', .01)
 
 # The image's environment, made anew from its list (a test in our own could not tell what is missing), in a mount namespace in which all is read-only but a fresh /tmp (/root is empty: an interpreter that lives there is put back), as nobody,
 # without capabilities, with the environment of the Dockerfile and the arguments of the manifest.
@@ -362,7 +458,7 @@ print(answer_all(e, [Request(ids, 3, temperature=0)])[0][1].completion_tokens); 
 ''', rag='''
 import slm.cli, slm.serve.grounded
 from slm.serve.rag import Index, documents
-i = Index(MODEL+'-index', writable=True); i.upsert(documents([MODEL+'.md'])); print(len(i)); i.close()
+i = Index(MODEL+'-index', writable=True); i.upsert(documents([MODEL+'.md', MODEL+'.html'])); print(len(i)); i.close()
 ''')
 
 def pins(target):
@@ -378,10 +474,12 @@ def test_the_lists_are_enough(target, tmp_path):
     import slm.model.pretrained                                       # gives GPT its save_pretrained
     if target == 'rag': pytest.importorskip('slm.serve.grounded', reason="needs: pip install -e '.[serve,rag]'")
     tok = train_bpe(['Ann has the kite. Ben has the lamp. ']*50, 270); model = tmp_path/'model'; (tmp_path/'model.md').write_text('# Kites\n\nAnn has the kite.\n')
+    (tmp_path/'model.html').write_text('<h1>Lamps</h1><p>Ben has the lamp.</p>')  # read by a process of its own
     GPT(GPTConfig(vocab_size=tok.vocab_size, n_layer=1, n_head=2, d_model=32, max_seq_len=128)).save_pretrained(model, tok)
     wants = [*pins(target), *(pins('no-deps') if target == 'rag' else [])]
     site = linked(wants, tmp_path/'site'); assert (site/'torch').exists() and not (site/'fastai').exists()
     env = os.environ | dict(SLM_HOME=str(tmp_path/'home'), PYTHONPATH=f'{site}{os.pathsep}{ROOT}')
-    r = subprocess.run([sys.executable, '-S', '-W', 'ignore', '-c', f'MODEL = {str(model)!r}'+USE[target]], capture_output=True, text=True, env=env)
+    venv.create(tmp_path/'bare', symlinks=True)                       # whatever is started from there has nothing else
+    r = subprocess.run([tmp_path/'bare'/'bin'/'python', '-W', 'ignore', '-c', f'MODEL = {str(model)!r}'+USE[target]], capture_output=True, text=True, env=env)
     assert r.returncode == 0, r.stderr[-3000:]
     assert int(r.stdout.split()[-1]) > 0
