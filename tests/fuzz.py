@@ -1,0 +1,377 @@
+"""Damaged and hostile files for everything that opens files: each is read well, or refused in one line, within limits of time and memory.
+
+    python tests/fuzz.py [--minutes 10] [--inputs N] [--only NAME …] [--seed 0] [--out fuzz-failures]
+    python tests/fuzz.py --repeat fuzz-failures/NAME-1
+
+Good files are changed: as bytes, and as the JSON, tables or numbers that they hold. A change that runs a line of `slm` that none ran before is
+itself changed further. What does neither one nor the other (another exception, a crash, more than 20 seconds of a processor, 3 GB more of memory)
+is kept in a folder, with the reason. The readers' process is their own; it is started anew when it dies.
+"""
+import argparse, collections, faulthandler, gzip, io, itertools, json, math, os, random, re, resource, select, shutil, signal, subprocess, sys
+import tempfile, time, traceback, zlib
+from pathlib import Path
+
+GB, CPU, WALL = 2**30, 20, 180 # bytes; seconds of a processor, and of the clock, for one input
+READERS = {} # name -> what makes the good files, and what reads them
+
+def reader(make): return lambda f: READERS.setdefault(f.__name__, (make, f)) and f
+
+# ---- changes
+
+NUMBERS = [0, -1, 1, 2, 3, 127, 255, 256, 2**15, 2**16, 2**31-1, 2**31, 2**32-1, 2**32, 2**40, 2**63-1, 2**63, 2**64-1]
+VALUES = [None, True, False, *NUMBERS, -2**63, 10**20, 10**400, .5, -1.5, 1e-320, 1e308, math.inf, math.nan, '', 'x', '\ud83d', '\0', 'a\nb', 'a\x1b[31m',
+          '../x', '9'*400, 'x'*10_000, [], {}, [1], ['x'], [None], {'a': 1}, {'': None}, [[[[[]]]]]]
+PIECES = [b'null', b'[', b']', b'{', b'}', b'"', b',', b':', b'\\', b'\n', b'\r', b'\0', b'\xff', b'\xef\xbb\xbf', b'\\ud83d', b'\\u0000', b'-1', b'1e999',
+          b'NaN', b'9'*5000, b'['*2000, b'{"a":'*2000, b'x'*70_000, b'\xed\xa0\xbd', b'\xe2\x80\xa8', b'\x1b[2J', b'{{', b'%}', b'<|end|>', b'../']
+
+def places(v, path=()):
+    "Where a value can be changed"
+    for k in v if isinstance(v, dict) else range(len(v)) if isinstance(v, list) else (): yield v, k; yield from places(v[k])
+
+def edit_json(v, rng):
+    box = [v]; spots = [(box, 0), *itertools.islice(places(v), 20_000)]; o, k = rng.choice(spots); what = rng.randrange(7)
+    if what == 0 and o is not box: del o[k]
+    elif what == 1 and isinstance(o, dict): o[rng.choice(['x', '', 'text', 'content', *o])] = o.pop(k)
+    elif what == 2: p, j = rng.choice(spots); o[k] = json.loads(json.dumps(p[j]))
+    elif what == 3 and isinstance(o[k], (int, float)): o[k] = rng.choice([o[k]+1, o[k]-1, o[k]*2, -o[k], str(o[k]), float(o[k])])
+    elif what == 4 and isinstance(o[k], list) and o[k]: o[k] = o[k]*2 if rng.random() < .5 else o[k][:-1]
+    elif what == 5 and isinstance(o[k], str): o[k] = edit_bytes(o[k].encode('utf-8', 'surrogatepass'), rng).decode('utf-8', 'replace')
+    else: o[k] = rng.choice(VALUES)
+    return box[0]
+
+def edit_bytes(b, rng):
+    at, n, what = rng.randrange(len(b)+1), rng.choice([1, 1, 2, 4, 8, 64, 1000]), rng.randrange(6)
+    if what == 0: return b[:at]+rng.randbytes(min(n, 8))+b[at+n:]
+    if what == 1: return b[:at]+rng.choice(PIECES)+b[at+rng.choice([0, n]):]
+    if what == 2: size = rng.choice([1, 2, 4, 8]); return b[:at]+(rng.choice(NUMBERS) % 256**size).to_bytes(size, 'little')+b[at+size:]
+    if what == 3: return b[:at]+b[at+n:]
+    if what == 4: return b[:at]+b[at:at+n]*rng.choice([2, 2, 3, 100])+b[at+n:]
+    return b[:at] if rng.random() < .3 else b[:at]+bytes([b[at] ^ 1 << rng.randrange(8)])+b[at+1:] if at < len(b) else b+b'\0'
+
+def edit_gguf(b, rng):
+    "A number behind one of the keys"
+    m = rng.choice(list(re.finditer(rb'[a-z0-9_]+(\.[a-z0-9_]+)+', b[:len(b)//2]))); at = m.end()+rng.choice([0, 4, 4, 8, 8, 12, 16, 20]); size = rng.choice([4, 4, 8])
+    if rng.random() < .2: at, size = m.start()-8, 8
+    return b[:at]+(rng.choice(NUMBERS) % 256**size).to_bytes(size, 'little')+b[at+size:]
+
+def edit(name, b, rng):
+    "One change of a file"
+    if name.endswith('.gz') and rng.random() < .7:
+        try: return gzip.compress(edit(name[:-3], gzip.decompress(b), rng), 1)
+        except (OSError, EOFError, zlib.error): pass
+    if name.endswith('.safetensors') and rng.random() < .7 and len(b) > 8:
+        n = int.from_bytes(b[:8], 'little'); head = edit('x.json', b[8:8+n], rng); return len(head).to_bytes(8, 'little')+head+b[8+n:]
+    if name.endswith('.gguf') and rng.random() < .6: return edit_gguf(b, rng)
+    if name.endswith(('json', 'jsonl', 'ipynb')) and rng.random() < .75:
+        lines = b.split(b'\n') if name.endswith('jsonl') else [b]; i = rng.randrange(len(lines))
+        try: lines[i] = json.dumps(edit_json(json.loads(lines[i]), rng)).encode(); return b'\n'.join(lines)
+        except (ValueError, RecursionError): pass
+    return edit_bytes(b, rng)
+
+def change(files, rng):
+    "Some of the files changed, a few times"
+    files = dict(files)
+    for _ in range(rng.choice([1, 1, 1, 2, 3, 6])): name = rng.choice(sorted(files)); files[name] = edit(name, files[name], rng)
+    return files
+
+# ---- what reads
+
+def taken(folder, but=()):
+    "The files of a folder by their names, and the folder gone"
+    res = {str(p.relative_to(folder)): p.read_bytes() for p in sorted(Path(folder).rglob('*')) if p.is_file() and p.name not in but}
+    shutil.rmtree(folder); return res
+
+CHAT = [dict(role='system', content='Be kind.'), dict(role='user', content='Where is it? <|end|>'), dict(role='assistant', content='There.'), dict(role='user', content='Ah.')]
+
+def small_tokenizer():
+    from slm.data.tokenizer import train_bpe
+    return train_bpe(['the cat sat on the mat and the dog too']*5, 270)
+
+def small_models():
+    from slm.model.pretrained import GPT, GPTConfig
+    yarn = dict(rope_type='yarn', factor=2., original_max_position_embeddings=16)
+    for kw in (dict(), dict(qk_norm=True, n_kv_head=1), dict(norm='layer', pos='learned', act='gelu_tanh', bias=True), dict(rope_scaling=yarn), dict(norm_pos='post')):
+        yield GPT(GPTConfig(**dict(vocab_size=270, n_layer=1, d_model=32, n_head=2, max_seq_len=32) | kw))
+
+def folders():
+    for net in small_models(): net.save_pretrained('s', small_tokenizer()); yield taken('s', ['tokenizer.json'])
+
+def answers(net):
+    import torch
+    ids = torch.tensor([[1, 2, 3]]) % net.cfg.vocab_size
+    with torch.no_grad(): assert net(ids).shape == (1, 3, net.cfg.vocab_size)
+
+@reader(folders)
+def model(d):
+    from slm.model.pretrained import GPT
+    answers(GPT.from_pretrained(d))
+
+def tokenizer_folders():
+    from slm.data.tokenizer import PRE_TOKENIZERS, CHAT_TEMPLATE
+    from tokenizers import AddedToken, processors
+    for pre in (None, *PRE_TOKENIZERS):
+        tok = small_tokenizer()
+        if pre:
+            tok.tok.pre_tokenizer = PRE_TOKENIZERS[pre]; tok.tok.add_tokens([AddedToken('<think>', special=False)])
+            tok.tok.post_processor = processors.TemplateProcessing(single='<|end|> $A', special_tokens=[('<|end|>', tok.tok.token_to_id('<|end|>'))])
+        tok.save('s'); Path('s/config.json').write_text(json.dumps(dict(vocab_size=272, eos_token_id=[1, 2], bos_token_id=0)))
+        Path('s/special_tokens_map.json').write_text(json.dumps(dict(pad_token=dict(content='<pad>'))))
+        if pre: Path('s/chat_template.jinja').write_text(CHAT_TEMPLATE)
+        yield taken('s')
+
+def speaks(tok):
+    "What a tokenizer is asked for"
+    from slm.core import SLMError
+    ids = tok.encode('The cat’s <|end|> 12345 \U0001f600\n\n sat')
+    tok.decode(ids); tok.fingerprint, tok.id_bytes, tok.stop_ids, tok.names, tok.generation_config(), tok.pad_id, tok.bos_id
+    try: tok.chat(CHAT)
+    except SLMError as e: assert_one_line(e)
+
+@reader(tokenizer_folders)
+def tokenizer(d):
+    from slm.data.tokenizer import Tokenizer
+    speaks(Tokenizer.load(d))
+
+def templates():
+    sys.path.insert(0, str(Path(__file__).parent))
+    import strangers
+    from slm.data.tokenizer import CHAT_TEMPLATE, TEXT_TEMPLATE
+    for t in (CHAT_TEMPLATE, TEXT_TEMPLATE, strangers.CHATML, strangers.DEEPSEEK, strangers.LLAMA3, strangers.QWEN3): yield dict(template=t.encode())
+
+WORDS = re.compile(r'\{[{%]-?|-?[}%]\}|\w+|\s+|.', re.S)
+JINJA = ['{{', '}}', '{%', '%}', 'for', 'in', 'endfor', 'if', 'endif', 'set', 'macro', 'endmacro', 'namespace', 'range', '(', ')', '[', ']', '.', '|', '~', '*', '+', '**', '%', ',',
+    '=', 'x', 'messages', 'message', 'loop', 'loop.index', '0', '-1', '9999999999', "'a'", '"%s"', 'tojson', 'join', 'replace', 'dict', 'list', 'length', 'upper', 'split',
+    '__class__', 'format', 'caller', 'call', 'endcall', 'filter', 'endfilter', 'recursive', 'include', 'import', 'extends', 'block', 'endblock', 'self', 'cycler', 'joiner', 'is',
+    'not', 'defined', 'none', 'true', 'slice', 'batch', 'center', 'wordwrap', 'strftime_now', 'raise_exception', 'generation', 'endgeneration', 'map', 'select', 'attribute', ':', ' ',
+    'sort', 'groupby', 'sum', 'indent', 'string', 'int', 'float', 'random', 'tools', 'bos_token', 'content', 'role', 'first', 'last', 'trim', 'break', 'continue']
+
+def change_template(files, rng):
+    words = WORDS.findall(files['template'].decode('utf-8', 'replace'))
+    for _ in range(rng.choice([1, 2, 3, 5])):
+        at, n = rng.randrange(len(words)+1), rng.choice([0, 0, 1, 1, 2, 9]); a, b = sorted(rng.randrange(len(words)+1) for _ in 'ab')
+        words[at:at+n] = rng.choice([rng.choices(JINJA, k=rng.choice([1, 1, 2, 4])), words[a:b][:40], words[at:at+n]*2, []])
+    return dict(template=''.join(words[:20_000]).encode())
+
+@reader(templates)
+def template(d, tok=[]):
+    from slm.data.tokenizer import Tokenizer
+    tok = tok or tok.append(small_tokenizer()) or tok
+    t = Tokenizer(tok[0].tok, (d/'template').read_text(errors='replace')); t.stop_ids; t.render_chat(CHAT, True); t.chat(CHAT)
+
+def ggufs():
+    from slm.serve.export import export_gguf
+    for net in itertools.islice(small_models(), 2): Path('s').mkdir(); export_gguf(net, small_tokenizer(), 's/m.gguf', 'f16'); yield taken('s')
+
+@reader(ggufs)
+def gguf(d):
+    from slm.data.tokenizer import Tokenizer
+    from slm.model.pretrained import GPT
+    speaks(Tokenizer.from_gguf(d/'m.gguf')); answers(GPT.from_pretrained(d/'m.gguf'))
+
+@reader(ggufs)
+def llama(d):
+    from slm.serve.engine import GGUFEngine, Request, answer_all
+    e = GGUFEngine(d/'m.gguf', slots=1, threads=1)
+    try: answer_all(e, [Request([1, 2], 2)])
+    finally: e.close()
+
+def learner(net):
+    import torch
+    from fastai.data.core import DataLoaders
+    from slm.data.loaders import TokenLoader
+    from slm.train.learner import LMLearner
+    import numpy as np
+    dl = TokenLoader(np.arange(400, dtype=np.uint16) % 200, seq_len=16, bs=2)
+    return LMLearner(DataLoaders(dl, dl), net)
+
+def runs():
+    from safetensors.torch import save_file
+    from slm.core import RunDir
+    from slm.train.pretrain import PretrainConfig
+    from dataclasses import asdict
+    net = next(small_models()); c = Path('s/runs/a/checkpoints/00000001')
+    r = RunDir.create('s/runs/a', 'pretrain', asdict(PretrainConfig(steps=9)), seed=1, data=dict(name='x', fingerprint='f')); r.add_metrics(bpb=2.5)
+    c.mkdir(parents=True); save_file(net.state_dict(), c/'model.safetensors'); save_file({}, c/'optim.safetensors')
+    (c/'state.json').write_text(json.dumps(dict(step=1, tokens=1, loader=dict(epoch=0, pos=0), rng={}, optim={}, sources={}, seconds=1.)))
+    net.save_pretrained('s/runs/a', small_tokenizer()); r.finish(); yield taken('s')
+
+@reader(runs)
+def run(d):
+    from slm.core import RunDir, list_runs
+    from slm.train.learner import checkpoints, read_state
+    from slm.train.pretrain import PretrainConfig
+    [(str(r), r.info['status'], r.info.get('started')) for r in list_runs(d/'runs')]
+    r = RunDir.open(d/'runs'/'a'); [str(r.metric(k)) for k in r.info['metrics']]; PretrainConfig.again(r.info['config'])
+    for c in checkpoints(r/'checkpoints'): read_state(c)
+
+def tables():
+    import pyarrow as pa, pyarrow.parquet as pq
+    rows = [dict(text='one, "two"', n=[1, {'a': None}]), dict(text='猫 \U0001f600 é'), dict(text=None, n=[])]*3
+    f = io.BytesIO(); pq.write_table(pa.table(dict(text=[str(r['text']) for r in rows], m=[[dict(role='user', content='a')]]*len(rows))), f)
+    lines = '\n'.join(map(json.dumps, rows)).encode()
+    for name,b in {'a.jsonl': lines, 'a.json': json.dumps(rows, indent=1).encode(), 'a.jsonl.gz': gzip.compress(lines), 'a.csv': b'id,text\n1,"a\nb"\n2,c\n',
+                   'a.tsv': b'id\ttext\n1\ta\n', 'a.parquet': f.getvalue(), 'a.txt': 'Ein Stück.\n\nUnd noch eins.\r\n'.encode()*99}.items(): yield {name: b}
+
+@reader(tables)
+def rows(d):
+    from slm.data.corpus import read_rows, text_rows
+    (p,) = d.iterdir()
+    for where,row in itertools.chain(read_rows(p), text_rows(p)[1]): assert isinstance(row, dict) or row and len(row.splitlines()) == 1, (where, row)
+
+@reader(tables)
+def corpus(d):
+    from slm.data.corpus import build_corpus
+    c = build_corpus(f'files:{d}/*', 'out', rebuild=True); c.card(); list(c.docs('train'))
+
+def corpora():
+    from slm.data.corpus import build_corpus
+    Path('t').mkdir(); Path('t/a.txt').write_text('A story of a lamp.\n\n'*200+'And one of a kite.\n\n'*200)
+    build_corpus('files:t/a.txt', 's'); yield taken('s')
+
+@reader(corpora)
+def corpus_folder(d):
+    from slm.data.corpus import Corpus
+    c = Corpus.open(d); repr(c), c.card()
+    for split in ('train', 'valid'): list(c.docs(split))
+
+DOC = '# Lamps\n\nAn *old* lamp.\n\n## Kites\n\n```python\n# no heading\n```\n\nA red kite.\n'
+def papers():
+    import zipfile
+    word, f = 'http://schemas.openxmlformats.org/wordprocessingml/2006/main', io.BytesIO()
+    kinds = ('<?xml version="1.0"?><Types xmlns="http://schemas.openxmlformats.org/package/2006/content-types"><Default Extension="xml" '
+             'ContentType="application/vnd.openxmlformats-officedocument.wordprocessingml.document.main+xml"/></Types>')
+    with zipfile.ZipFile(f, 'w') as z: # not deflated, so that a change is one of the text
+        z.writestr('[Content_Types].xml', kinds); z.writestr('word/document.xml', f'<w:document xmlns:w="{word}"><w:body><w:p><w:r><w:t>A lamp</w:t></w:r></w:p></w:body></w:document>')
+    cells = [dict(cell_type='markdown', source=['# Lamps\n', 'old']), dict(cell_type='code', source='#| export\ndef f(): "A lamp."', outputs=[])]
+    html = '<html><head><title>x</title></head><body><h1>Lamps</h1><p>An &eacute; old<table><tr><td>1</td></tr></table><!-- c --></body></html>'
+    for name,b in {'a.md': DOC, 'a.py': '"""A lamp."""\nclass A:\n    "Kites."\n    def f(self): "B"\n', 'a.csv': 'id,text\n1,lamp\n', 'a.ipynb': json.dumps(dict(cells=cells)),
+                   'a.jsonl': '{"id": 1, "title": "t", "text": "lamp"}\n{"id": 1, "text": "kite"}', 'a.html': html, 'a.txt': DOC}.items(): yield {name: b.encode()}
+    yield {'a.docx': f.getvalue()}
+
+@reader(papers)
+def documents(d):
+    from slm.serve.rag import Reading, chunks
+    r = Reading([d], strict=False)
+    for doc in r:
+        for c in chunks(doc): assert c.text == doc.text[c.start:c.end] and c.text.strip()
+    for why in r.bad: assert len(why.splitlines()) == 1, why
+
+def indexes():
+    from slm.serve.rag import Document, Index
+    ix = Index('s', writable=True, embeddings='none'); ix.upsert([Document(f'd{i}', f'An old lamp {i}.') for i in range(9)]); ix.close()
+    yield taken('s')
+
+@reader(indexes)
+def index(d):
+    import hashlib
+    from slm.serve.rag import Index
+    try: # the hashes are put right, or they would refuse every change
+        card = json.loads((d/'config.json').read_text()); card['files'] = {p.name: hashlib.sha256(p.read_bytes()).hexdigest() for p in d.iterdir() if p.name != 'config.json'}
+        (d/'config.json').write_text(json.dumps(card))
+    except (ValueError, TypeError): pass
+    ix = Index(d, embeddings='none')
+    try: ix.search('old lamp'); ix.query("select id from txtai where similar('lamp')"); len(ix)
+    finally: ix.close()
+
+# ---- the process that reads
+
+def assert_one_line(e): assert len(s := str(e)) < 2000 and len(s.splitlines()) == 1 and s.isprintable(), f'no line: {s!r}'[:500]
+
+def watched(f, d, seen):
+    "Run `f`; 'read', 'refused', or what is wrong; and whether it came to lines that none came to before"
+    from slm.core import SLMError
+    new, home = set(), str(Path(sys.modules['slm'].__file__).parent)
+    def lines(frame, event, arg):
+        if event == 'line' and (at := (frame.f_code, frame.f_lineno)) not in seen: seen.add(at); new.add(at)
+        return lines
+    try:
+        sys.settrace(lambda frame, event, arg: lines if frame.f_code.co_filename.startswith(home) else None)
+        try: f(d)
+        finally: sys.settrace(None)
+        return 'read', new
+    except SLMError as e:
+        try: assert_one_line(e); return 'refused', new
+        except AssertionError: return ''.join(traceback.format_exc()), new
+    except (KeyboardInterrupt, SystemExit): raise
+    except BaseException: return ''.join(traceback.format_exc()), new
+
+def limits():
+    "For one input"
+    signal.setitimer(signal.ITIMER_PROF, CPU)
+    if (p := Path('/proc/self/statm')).exists():
+        resource.setrlimit(resource.RLIMIT_AS, (int(p.read_text().split()[0])*os.sysconf('SC_PAGE_SIZE')+3*GB, resource.RLIM_INFINITY))
+
+def work():
+    "Answer each line 'NAME SEED N' (or 'NAME FOLDER') with what became of the input, which lies in the folder `input` meanwhile"
+    out, err = os.fdopen(os.dup(1), 'w'), open('stderr', 'w'); os.dup2(err.fileno(), 1); os.dup2(err.fileno(), 2)
+    faulthandler.enable(err); faulthandler.register(signal.SIGPROF, err, chain=True); resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+    pools, seen, d = {}, collections.defaultdict(set), Path('input').absolute()
+    for line in sys.stdin:
+        name, *rest = line.split(); make, read = READERS[name]; err.truncate(0)
+        if len(rest) == 2:
+            if name not in pools: pools[name] = list(make())
+            rng = random.Random(line); files = (change_template if name == 'template' else change)(rng.choice(pools[name]), rng)
+        else: files = {str(p.relative_to(rest[0])): p.read_bytes() for p in Path(rest[0]).rglob('*') if p.is_file() and p.name != 'why.txt'}
+        shutil.rmtree(d, ignore_errors=True)
+        for f,b in files.items(): (d/f).parent.mkdir(parents=True, exist_ok=True); (d/f).write_bytes(b)
+        limits(); said, new = watched(read, d, seen[name]); signal.setitimer(signal.ITIMER_PROF, 0)
+        if new and sum(map(len, files.values())) < 1e6: pools.setdefault(name, []).append(files)
+        out.write(json.dumps(said)+'\n'); out.flush()
+
+class Reader:
+    "The process, started when it is needed"
+    def __init__(self, home): self.home, self.p = Path(home), None
+    def start(self):
+        env = os.environ | dict(OMP_NUM_THREADS='1', TQDM_DISABLE='1', TOKENIZERS_PARALLELISM='false', SLM_HOME=str(self.home/'home'), HF_HUB_OFFLINE='1',
+                                PYTHONPATH=os.pathsep.join([str(Path(__file__).parents[1]), *sys.path]))
+        self.p = subprocess.Popen([sys.executable, __file__, '--work'], cwd=self.home, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=env)
+    def ask(self, line):
+        "What it says: 'read', 'refused', or why it is a failure"
+        if not self.p or self.p.poll() is not None: self.start()
+        self.p.stdin.write(line+'\n'); self.p.stdin.flush()
+        said = self.p.stdout.readline() if select.select([self.p.stdout], [], [], WALL)[0] else ''
+        if said: return json.loads(said)
+        if self.p.poll() is None and not select.select([self.p.stdout], [], [], 1)[0]: self.p.kill(); how = f'it waits for more than {WALL} s'
+        else: how = f'the process died: {self.p.wait()}'
+        self.p.wait(); return (self.home/'stderr').read_text(errors='replace')[-20_000:].lstrip('\0')+'\n'+how
+    def close(self):
+        if self.p: self.p.stdin.close(); self.p.wait(); self.p.stdout.close()
+
+def sign(why):
+    "What two failures of one kind have in common: the last line of `slm`, and the kind of error"
+    at = re.findall(r'File "[^"]*/(slm/[\w/]+\.py)", line (\d+)', why); last = why.strip().split('\n')[-1]
+    spot = (at[-1] if why.lstrip().startswith('Traceback') else at[0]) if at else ('?', '?')
+    return f"{':'.join(spot)} {last.partition(':')[0] if 'died' not in last else last}"
+
+def keep(out, name, k, home, why):
+    "Put a failing input aside"
+    if not (home/'input').exists(): sys.exit(why) # it is this script that fails
+    to = Path(out)/f'{name}-{k}'; shutil.rmtree(to, ignore_errors=True); shutil.copytree(home/'input', to)
+    (to/'why.txt').write_text(f'python tests/fuzz.py --repeat {to}\n\n{why}\n', errors='replace')
+
+def fuzz(name, minutes, inputs=None, seed=0, out='fuzz-failures'):
+    "Try one reader; how often each thing happened, and the failures by kind"
+    said, kinds, n, begin = collections.Counter(), {}, 0, time.monotonic()
+    with tempfile.TemporaryDirectory() as home:
+        r = Reader(home)
+        while n < inputs if inputs else time.monotonic() < begin+60*minutes:
+            why = r.ask(f'{name} {seed} {n}'); n += 1; said[why if why in ('read', 'refused') else 'failed'] += 1
+            if why in ('read', 'refused'): continue
+            if (k := sign(why)) not in kinds: keep(out, name, len(kinds)+1, Path(home), why)
+            kinds[k] = kinds.get(k, 0)+1
+        r.close()
+    print(f"{name:14} {n:7,} inputs {said['read']:7,} read {said['refused']:7,} refused {said['failed']:5,} failed in {time.monotonic()-begin:5.0f} s", flush=True)
+    for i,(k,m) in enumerate(kinds.items(), 1): print(f'    {m:5,} times {k}: {out}/{name}-{i}', flush=True)
+    return said, kinds
+
+def main():
+    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter); a = p.add_argument
+    a('--minutes', type=float, default=10); a('--inputs', type=int); a('--only', nargs='+', choices=READERS, default=[*READERS]); a('--seed', type=int, default=0)
+    a('--out', default='fuzz-failures'); a('--repeat'); a('--work', action='store_true', help=argparse.SUPPRESS); o = p.parse_args()
+    if o.work: return work()
+    if o.repeat:
+        with tempfile.TemporaryDirectory() as home: r = Reader(home); print(r.ask(f"{Path(o.repeat).name.rpartition('-')[0]} {Path(o.repeat).absolute()}")); return r.close()
+    failed = [fuzz(name, o.minutes/len(o.only), o.inputs, o.seed, o.out)[0]['failed'] for name in o.only]
+    sys.exit(1 if any(failed) else 0)
+
+if __name__ == '__main__': main()
