@@ -11,7 +11,7 @@ import argparse, collections, faulthandler, gzip, io, itertools, json, math, os,
 import tempfile, time, traceback, zlib
 from pathlib import Path
 
-GB, CPU, WALL = 2**30, 20, 180 # bytes; seconds of a processor, and of the clock, for one input
+GB, CPU, WALL = 2**30, 20, 60 # bytes; seconds of a processor, and of the clock, for one input
 READERS = {} # name -> what makes the good files, and what reads them
 
 def reader(make): return lambda f: READERS.setdefault(f.__name__, (make, f)) and f
