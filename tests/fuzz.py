@@ -50,7 +50,7 @@ def edit_bytes(b, rng):
 
 def edit_gguf(b, rng):
     "A number behind one of the keys"
-    m = rng.choice(list(re.finditer(rb'[a-z0-9_]+(\.[a-z0-9_]+)+', b[:len(b)//2]))); at = m.end()+rng.choice([0, 4, 4, 8, 8, 12, 16, 20]); size = rng.choice([4, 4, 8])
+    m = rng.choice(list(re.finditer(rb'[a-z0-9_]{1,40}(?:\.[a-z0-9_]{1,40}){1,4}', b[:len(b)//2]))); at = m.end()+rng.choice([0, 4, 4, 8, 8, 12, 16, 20]); size = rng.choice([4, 4, 8])
     if rng.random() < .2: at, size = m.start()-8, 8
     return b[:at]+(rng.choice(NUMBERS) % 256**size).to_bytes(size, 'little')+b[at+size:]
 
@@ -65,7 +65,7 @@ def edit(name, b, rng):
     if name.endswith(('json', 'jsonl', 'ipynb')) and rng.random() < .75:
         lines = b.split(b'\n') if name.endswith('jsonl') else [b]; i = rng.randrange(len(lines))
         try: lines[i] = json.dumps(edit_json(json.loads(lines[i]), rng)).encode(); return b'\n'.join(lines)
-        except (ValueError, RecursionError): pass
+        except (ValueError, RecursionError, OverflowError): pass
     return edit_bytes(b, rng)
 
 def change(files, rng):
@@ -133,10 +133,10 @@ def tokenizer(d):
     speaks(Tokenizer.load(d))
 
 def templates():
-    sys.path.insert(0, str(Path(__file__).parent))
-    import strangers
     from slm.data.tokenizer import CHAT_TEMPLATE, TEXT_TEMPLATE
-    for t in (CHAT_TEMPLATE, TEXT_TEMPLATE, strangers.CHATML, strangers.DEEPSEEK, strangers.LLAMA3, strangers.QWEN3): yield dict(template=t.encode())
+    last = ("{% set ns = namespace(last=-1) %}{% for m in messages %}{% if m['role'] == 'user' %}{% set ns.last = loop.index0 %}{% endif %}{% endfor %}"
+            "{% for m in messages %}{{ '<|' + m['role']|upper + '|>' + (m['content']|trim if loop.index0 < ns.last else m.content.split('a')[-1]) }}{% endfor %}")
+    for t in (CHAT_TEMPLATE, TEXT_TEMPLATE, last): yield dict(template=t.encode())
 
 WORDS = re.compile(r'\{[{%]-?|-?[}%]\}|\w+|\s+|.', re.S)
 JINJA = ['{{', '}}', '{%', '%}', 'for', 'in', 'endfor', 'if', 'endif', 'set', 'macro', 'endmacro', 'namespace', 'range', '(', ')', '[', ']', '.', '|', '~', '*', '+', '**', '%', ',',
@@ -145,11 +145,31 @@ JINJA = ['{{', '}}', '{%', '%}', 'for', 'in', 'endfor', 'if', 'endif', 'set', 'm
     'not', 'defined', 'none', 'true', 'slice', 'batch', 'center', 'wordwrap', 'strftime_now', 'raise_exception', 'generation', 'endgeneration', 'map', 'select', 'attribute', ':', ' ',
     'sort', 'groupby', 'sum', 'indent', 'string', 'int', 'float', 'random', 'tools', 'bos_token', 'content', 'role', 'first', 'last', 'trim', 'break', 'continue']
 
+ATOMS = ['messages', 'messages[0]', "messages[1]['content']", 'x', '0', '3', '-1', '99999', '10**9', "'a'", "'%s{}'", 'none', 'true', '[]', '{}', '[1, [2]]', 'range(9)', 'range(99999)', 'n.s',
+         'loop', 'loop.index', 'bos_token', 'tools', 'namespace', 'dict', 'f', 'raise_exception', 'strftime_now']
+SHAPES = ['({}+{})', '({}*{})', '({}~{})', '({}%{})', '({}**{})', '({}-{})', '{}[{}]', '{}[{}:]', '{}.{}', '{}|{}', '{}|{}({})', '{}.{}({})', '{}({})', '[{}, {}]', '{{{}: {}}}', '({} if {} else {})',
+          '({} in {})', '({} == {})', '({} is defined)', '(not {})', 'namespace(s={})', 'dict(a={})', "{}|map(attribute='role')", "{}|join({})", '{}|tojson', '{}|replace({}, {})', '{}.split({})', '{}|length',
+          '{}|list', '{}|string', '{}|indent({})', '{}|sort', '{}|groupby({})', '{}|slice({})', '{}|batch({})', '{}.items()', '{}.strip()', '{}.format({})', '{}|sum', '{}|select({})', '{}|trim', '{}|upper']
+BLOCKS = ['{{{{ {} }}}}', '{{% set x = {} %}}', '{{% set n.s = {} %}}', '{{% set n = namespace(s={}) %}}', '{{% for i in {} %}}{}{{% endfor %}}', '{{% if {} %}}{}{{% else %}}{}{{% endif %}}',
+          '{{% macro f(a, b={}) %}}{}{{% endmacro %}}', '{{% call f({}) %}}{}{{% endcall %}}', '{{% filter upper %}}{}{}{{% endfilter %}}', '{{% generation %}}{}{}{{% endgeneration %}}',
+          '{{% set x %}}{}{}{{% endset %}}', '{{% block c %}}{}{}{{% endblock %}}', '{{% for k, v in {} recursive %}}{}{{{{ loop(v) }}}}{{% endfor %}}', '{{% include {} %}}']
+NAMES = re.compile(r'\.\{\}|\|\{\}')
+
+def expression(rng, depth=0):
+    if depth > 3 or rng.random() < .3: return rng.choice(ATOMS)
+    shape = NAMES.sub(lambda m: m[0][0]+rng.choice(JINJA[45:]+['items', 'keys', 'join', 'replace', 'format', 'upper', '__class__', 'append', 'pop']), rng.choice(SHAPES))
+    return shape.format(*[expression(rng, depth+1) for _ in 'abc'])
+
+def block(rng, depth=0):
+    if depth > 2: return rng.choice(['', 'text', '{{ x }}', '{{ i }}'])
+    return rng.choice(BLOCKS).format(expression(rng), *[block(rng, depth+1) for _ in 'ab'])
+
 def change_template(files, rng):
     words = WORDS.findall(files['template'].decode('utf-8', 'replace'))
-    for _ in range(rng.choice([1, 2, 3, 5])):
+    for _ in range(rng.choice([1, 1, 2, 4])):
         at, n = rng.randrange(len(words)+1), rng.choice([0, 0, 1, 1, 2, 9]); a, b = sorted(rng.randrange(len(words)+1) for _ in 'ab')
-        words[at:at+n] = rng.choice([rng.choices(JINJA, k=rng.choice([1, 1, 2, 4])), words[a:b][:40], words[at:at+n]*2, []])
+        if rng.random() < .7: at = rng.choice([i+1 for i,w in enumerate(words) if w[-1:] == '}' and len(w) > 1] or [0]); words[at:at] = [block(rng)]
+        else: words[at:at+n] = rng.choice([rng.choices(JINJA, k=rng.choice([1, 1, 2, 4])), words[a:b][:40], words[at:at+n]*2, []])
     return dict(template=''.join(words[:20_000]).encode())
 
 @reader(templates)
@@ -322,16 +342,17 @@ class Reader:
     "The process, started when it is needed"
     def __init__(self, home): self.home, self.p = Path(home), None
     def start(self):
-        env = os.environ | dict(OMP_NUM_THREADS='1', TQDM_DISABLE='1', TOKENIZERS_PARALLELISM='false', SLM_HOME=str(self.home/'home'), HF_HUB_OFFLINE='1',
+        env = os.environ | dict(OMP_NUM_THREADS='1', TQDM_DISABLE='1', TOKENIZERS_PARALLELISM='false', SLM_HOME=str(self.home/'home'), HF_HUB_OFFLINE='1', GGML_NO_BACKTRACE='1',
                                 PYTHONPATH=os.pathsep.join([str(Path(__file__).parents[1]), *sys.path]))
         self.p = subprocess.Popen([sys.executable, __file__, '--work'], cwd=self.home, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=env)
     def ask(self, line):
         "What it says: 'read', 'refused', or why it is a failure"
-        if not self.p or self.p.poll() is not None: self.start()
+        wall = WALL
+        if not self.p or self.p.poll() is not None: self.start(); wall *= 10      # what it imports, and the good files, take their time
         self.p.stdin.write(line+'\n'); self.p.stdin.flush()
-        said = self.p.stdout.readline() if select.select([self.p.stdout], [], [], WALL)[0] else ''
+        said = self.p.stdout.readline() if select.select([self.p.stdout], [], [], wall)[0] else ''
         if said: return json.loads(said)
-        if self.p.poll() is None and not select.select([self.p.stdout], [], [], 1)[0]: self.p.kill(); how = f'it waits for more than {WALL} s'
+        if self.p.poll() is None and not select.select([self.p.stdout], [], [], 1)[0]: self.p.kill(); how = f'it waits for more than {wall} s'
         else: how = f'the process died: {self.p.wait()}'
         self.p.wait(); return (self.home/'stderr').read_text(errors='replace')[-20_000:].lstrip('\0')+'\n'+how
     def close(self):
@@ -351,16 +372,16 @@ def keep(out, name, k, home, why):
 
 def fuzz(name, minutes, inputs=None, seed=0, out='fuzz-failures'):
     "Try one reader; how often each thing happened, and the failures by kind"
-    said, kinds, n, begin = collections.Counter(), {}, 0, time.monotonic()
+    said, kinds, n, slowest, begin = collections.Counter(), {}, 0, 0., time.monotonic()
     with tempfile.TemporaryDirectory() as home:
         r = Reader(home)
         while n < inputs if inputs else time.monotonic() < begin+60*minutes:
-            why = r.ask(f'{name} {seed} {n}'); n += 1; said[why if why in ('read', 'refused') else 'failed'] += 1
+            t = time.monotonic(); why = r.ask(f'{name} {seed} {n}'); n += 1; slowest = max(slowest, (time.monotonic()-t)*(n > 1)); said[why if why in ('read', 'refused') else 'failed'] += 1
             if why in ('read', 'refused'): continue
             if (k := sign(why)) not in kinds: keep(out, name, len(kinds)+1, Path(home), why)
             kinds[k] = kinds.get(k, 0)+1
         r.close()
-    print(f"{name:14} {n:7,} inputs {said['read']:7,} read {said['refused']:7,} refused {said['failed']:5,} failed in {time.monotonic()-begin:5.0f} s", flush=True)
+    print(f"{name:14} {n:7,} inputs {said['read']:7,} read {said['refused']:7,} refused {said['failed']:5,} failed in {time.monotonic()-begin:5.0f} s, the slowest {slowest:.1f} s", flush=True)
     for i,(k,m) in enumerate(kinds.items(), 1): print(f'    {m:5,} times {k}: {out}/{name}-{i}', flush=True)
     return said, kinds
 

@@ -626,7 +626,9 @@ def read_settings(
     if not path.exists(): return {}
     if not path.is_file(): raise SLMError(f"'{path}' is not a file: it cannot be read")
     if (n := path.stat().st_size) > most: raise SLMError(f"'{path}' has {n:,} bytes, which is no such file's size: fetch it again")
-    try: d = json.loads(path.read_text(encoding='utf-8-sig'))
+    try:
+        d = json.loads(text := path.read_text(encoding='utf-8-sig'))
+        if re.search(r'\\u[dD][89a-fA-F]', text): json.dumps(d, ensure_ascii=False).encode() # half a character
     except (ValueError, RecursionError, OSError) as e:
         raise SLMError(f"'{path}' is not valid JSON ({' '.join(str(e).split())[:120]}): fetch it again") from None
     if not isinstance(d, dict): raise SLMError(f"'{path}' is not a JSON object: fetch it again")
@@ -727,14 +729,15 @@ class _Header:
 # %% ../../nbs/03_data.tokenizer.ipynb #e60b7d42
 def _gguf_tensors_fit(h, n, align):
     "Do the tensors lie within the file, one beside the other?"
-    from gguf import GGML_QUANT_SIZES
+    from gguf import GGML_QUANT_SIZES, GGMLQuantizationType as T
     seen, ends = set(), []
     for _ in range(n):
         name = h.string(63); dims, = h.take('I')
         if name in seen: raise ValueError(f"two tensors '{name}'")
         if not 1 <= dims <= 4: raise ValueError(f"'{name}' has {dims} dimensions")
         shape, (kind, at) = h.take('Q', dims), (h.take('I')[0], h.take('Q')[0]); seen.add(name)
-        if kind not in GGML_QUANT_SIZES: raise ValueError(f"'{name}' is of the unknown type {kind}")
+        if kind not in GGML_QUANT_SIZES or kind in (T.I8, T.I16, T.I32, T.I64, T.F64) or dims == 1 and kind != T.F32:
+            raise ValueError(f"'{name}', of {dims} dimensions, is of the type {kind}")
         per, size = GGML_QUANT_SIZES[kind]
         if math.prod(shape) > 1<<44 or 0 in shape or shape[0] % per or at % align: raise ValueError(f"'{name}' has the shape {shape}")
         ends.append(at+math.prod(shape)//per*size)
