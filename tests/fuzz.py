@@ -49,8 +49,11 @@ def edit_bytes(b, rng):
     return b[:at] if rng.random() < .3 else b[:at]+bytes([b[at] ^ 1 << rng.randrange(8)])+b[at+1:] if at < len(b) else b+b'\0'
 
 def edit_gguf(b, rng):
-    "A number behind one of the keys"
-    m = rng.choice(list(re.finditer(rb'[a-z0-9_]{1,40}(?:\.[a-z0-9_]{1,40}){1,4}', b[:len(b)//2]))); at = m.end()+rng.choice([0, 4, 4, 8, 8, 12, 16, 20]); size = rng.choice([4, 4, 8])
+    "A number behind one of the keys, or another architecture"
+    if rng.random() < .05: old = rng.choice([b'llama', b'qwen3']); return b.replace(old, rng.choice([b'gemma', b'qwen2', b'bloom', b'mamba', b'olmo2', b'rwkv6', b'llama', b'qwen3']))
+    keys = list(re.finditer(rb'[a-z0-9_]{1,40}(?:\.[a-z0-9_]{1,40}){1,4}', b[:len(b)//2]))
+    if not keys: return edit_bytes(b, rng)
+    m = rng.choice(keys); at = m.end()+rng.choice([0, 4, 4, 8, 8, 12, 16, 20]); size = rng.choice([4, 4, 8])
     if rng.random() < .2: at, size = m.start()-8, 8
     return b[:at]+(rng.choice(NUMBERS) % 256**size).to_bytes(size, 'little')+b[at+size:]
 
@@ -179,8 +182,21 @@ def template(d, tok=[]):
     t = Tokenizer(tok[0].tok, (d/'template').read_text(errors='replace')); t.stop_ids; t.render_chat(CHAT, True); t.chat(CHAT)
 
 def ggufs():
+    from unittest.mock import patch
+    import gguf
     from slm.serve.export import export_gguf
-    for net in itertools.islice(small_models(), 2): Path('s').mkdir(); export_gguf(net, small_tokenizer(), 's/m.gguf', 'f16'); yield taken('s')
+    plain = gguf.GGUFWriter.write_header_to_file
+    def with_more(w, path): # keys that other programs write
+        for k,v in {'expert_count': 0, 'expert_used_count': 0, 'attention.sliding_window': 32, 'pooling_type': 0, 'leading_dense_block_count': 0}.items(): w.add_uint32(f'{w.arch}.{k}', v)
+        for k in ('unknown', 'seperator', 'mask', 'fim_pre', 'eom', 'cls'): w.add_uint32(f'tokenizer.ggml.{k}_token_id', 1)
+        w.add_bool(f'{w.arch}.attention.causal', True); w.add_bool('tokenizer.ggml.add_space_prefix', False); w.add_array('tokenizer.ggml.scores', [0.]*270)
+        w.add_float32(f'{w.arch}.attention.scale', 1.); w.add_uint16('split.count', 1); w.add_uint32('general.alignment', 32); plain(w, path)
+    models = [*small_models()]
+    for net in (models[0], models[1], models[3]):
+        for header in (plain, with_more):
+            Path('s').mkdir()
+            with patch('gguf.GGUFWriter.write_header_to_file', header): export_gguf(net, small_tokenizer(), 's/m.gguf', 'f16' if header is plain else 'q8_0')
+            yield taken('s')
 
 @reader(ggufs)
 def gguf(d):
@@ -355,7 +371,8 @@ class Reader:
         if self.p.poll() is None and not select.select([self.p.stdout], [], [], 1)[0]: self.p.kill(); how = f'it waits for more than {wall} s'
         else: how = f'the process died: {self.p.wait()}'
         self.p.wait(); return (self.home/'stderr').read_text(errors='replace')[-20_000:].lstrip('\0')+'\n'+how
-    def close(self):
+    def __enter__(self): return self
+    def __exit__(self, *e):
         if self.p: self.p.stdin.close(); self.p.wait(); self.p.stdout.close()
 
 def sign(why):
@@ -373,14 +390,13 @@ def keep(out, name, k, home, why):
 def fuzz(name, minutes, inputs=None, seed=0, out='fuzz-failures'):
     "Try one reader; how often each thing happened, and the failures by kind"
     said, kinds, n, slowest, begin = collections.Counter(), {}, 0, 0., time.monotonic()
-    with tempfile.TemporaryDirectory() as home:
-        r = Reader(home)
+    with tempfile.TemporaryDirectory() as home, Reader(home) as r:
         while n < inputs if inputs else time.monotonic() < begin+60*minutes:
-            t = time.monotonic(); why = r.ask(f'{name} {seed} {n}'); n += 1; slowest = max(slowest, (time.monotonic()-t)*(n > 1)); said[why if why in ('read', 'refused') else 'failed'] += 1
+            t = time.monotonic(); why = r.ask(f'{name} {seed} {n}'); n += 1; said[why if why in ('read', 'refused') else 'failed'] += 1
+            if n > 1: slowest = max(slowest, time.monotonic()-t)
             if why in ('read', 'refused'): continue
             if (k := sign(why)) not in kinds: keep(out, name, len(kinds)+1, Path(home), why)
             kinds[k] = kinds.get(k, 0)+1
-        r.close()
     print(f"{name:14} {n:7,} inputs {said['read']:7,} read {said['refused']:7,} refused {said['failed']:5,} failed in {time.monotonic()-begin:5.0f} s, the slowest {slowest:.1f} s", flush=True)
     for i,(k,m) in enumerate(kinds.items(), 1): print(f'    {m:5,} times {k}: {out}/{name}-{i}', flush=True)
     return said, kinds
@@ -391,7 +407,8 @@ def main():
     a('--out', default='fuzz-failures'); a('--repeat'); a('--work', action='store_true', help=argparse.SUPPRESS); o = p.parse_args()
     if o.work: return work()
     if o.repeat:
-        with tempfile.TemporaryDirectory() as home: r = Reader(home); print(r.ask(f"{Path(o.repeat).name.rpartition('-')[0]} {Path(o.repeat).absolute()}")); return r.close()
+        with tempfile.TemporaryDirectory() as home, Reader(home) as r:
+            return print(r.ask(f"{Path(o.repeat).name.rpartition('-')[0]} {Path(o.repeat).absolute()}"))
     failed = [fuzz(name, o.minutes/len(o.only), o.inputs, o.seed, o.out)[0]['failed'] for name in o.only]
     sys.exit(1 if any(failed) else 0)
 

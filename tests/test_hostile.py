@@ -571,6 +571,20 @@ def test_types_of_tensors_at_which_llama_cpp_aborts(tmp_path):
                 b = bytearray(whole); struct.pack_into('<I', b, whole.index(name)+len(name)+4+8*dims, kind); Path('bad.gguf').write_bytes(b); refuse(check_gguf, Path('bad.gguf'))
     """, tmp_path)
 
+@pytest.mark.parametrize('said', [dict(add_rope_scaling_type='x'), dict(add_expert_count=1), dict(add_expert_used_count=2), dict(add_expert_count=2, add_expert_used_count=3),
+                                  dict(add_expert_count=4, add_expert_used_count=2, add_expert_group_used_count=9), dict(add_expert_count=513, add_expert_used_count=2),
+                                  *(dict(add_layer_norm_rms_eps=x) for x in (float('nan'), float('inf'), -1.)), *(dict(add_rope_scaling_factor=x) for x in (float('nan'), 0., -1.))])
+def test_facts_at_which_llama_cpp_aborts(said, tmp_path):
+    gguf = pytest.importorskip('gguf')
+    from slm.core import SLMError
+    from slm.data.tokenizer import check_gguf
+    def write(**said):
+        w = gguf.GGUFWriter(tmp_path/'m.gguf', 'llama')
+        for k,v in said.items(): w.add_string('llama.rope.scaling.type', v) if k == 'add_rope_scaling_type' else getattr(w, k)(v)
+        w.write_header_to_file(); w.write_kv_data_to_file(); w.write_tensors_to_file(); w.close(); return check_gguf(tmp_path/'m.gguf')
+    with pytest.raises(SLMError, match='expert|rope|epsilon'): write(**said)
+    assert write(add_expert_count=8, add_expert_used_count=2, add_rope_scaling_type='yarn')['llama.expert_count'] == 8
+
 def test_a_key_of_a_gguf_file_that_is_no_text_is_one_line(tmp_path):
     pytest.importorskip('xllamacpp', reason='needs: pip install xllamacpp')
     holds("""
@@ -591,3 +605,13 @@ def test_cells_of_a_notebook_with_odd_sources(tmp_path):
     cells = [dict(cell_type='code', source=s) for s in (127, None, True, {'a': 1}, [1, 'x = 1'], 'y = 2')]
     (tmp_path/'a.ipynb').write_text(json.dumps(dict(cells=cells)))
     (d,) = Reading([tmp_path]); assert 'x = 1' in d.text and 'y = 2' in d.text
+
+def test_a_few_seconds_of_fuzzing(tmp_path):
+    "The same changes in each run; to look for others, by the minute: python tests/fuzz.py"
+    import fuzz
+    with fuzz.Reader(tmp_path) as r:
+        for name in fuzz.READERS:
+            if name in ('gguf', 'llama', 'documents', 'index'): pytest.importorskip(dict(gguf='gguf', llama='xllamacpp').get(name, 'txtai'))
+            for n in range(4 if name == 'index' else 12):
+                why = r.ask(f'{name} 0 {n}')
+                assert why in ('read', 'refused'), (name, n, why)

@@ -771,6 +771,14 @@ def check_gguf(
     return facts
 
 # %% ../../nbs/03_data.tokenizer.ipynb #f8c2d917
+def _experts_fit(facts, arch):
+    "Do the counts of a mixture of experts go together? llama.cpp ends the process where they do not"
+    count, used, groups, at_once = (facts.get(f'{arch}.expert_{k}count', 0) for k in ('', 'used_', 'group_', 'group_used_'))
+    used = max(used, default=0) if isinstance(used, list) else used
+    whole = all(type(n) is int and n >= 0 for n in (count, used, groups, at_once))
+    if not whole or not used <= count <= 512 or bool(count) != bool(used) or not at_once <= groups <= count:
+        raise ValueError(f'{used} of {count} experts, {at_once} of {groups} groups')
+
 def _gguf_facts_fit(facts):
     "Are the values of the kinds that readers take for granted?"
     arch, words = facts.get('general.architecture'), facts.get('tokenizer.ggml.tokens')
@@ -781,6 +789,13 @@ def _gguf_facts_fit(facts):
         if k.startswith(f'{arch}.') and name in _GGUF_LIMITS:
             for v in facts[k] if isinstance(facts[k], list) else [facts[k]]:
                 if not isinstance(v, int) or not 0 < v <= _GGUF_LIMITS[name]: raise ValueError(f'{k} = {v}')
+    if (way := facts.get(f'{arch}.rope.scaling.type', 'none')) not in ('none', 'linear', 'yarn', 'longrope'):
+        raise ValueError(f'rope scaling by {way!r}')
+    _experts_fit(facts, arch)
+    for k,v in facts.items():
+        if not k.startswith(f'{arch}.') or not isinstance(v, float): continue
+        least = 1e-30 if '.rope.' in k else 0 if k.endswith('epsilon') else -1e30
+        if not least <= v <= 1e30: raise ValueError(f'{k} = {v}')
     for k,kind in dict(tokens=str, merges=str, token_type=int, scores=float).items():
         v = facts.get(f'tokenizer.ggml.{k}')
         if v is None: continue
