@@ -770,7 +770,7 @@ def check_gguf(
         raise SLMError(f"'{path}' is not a readable GGUF file ({' '.join(str(e).split())[:160]}): fetch it again") from None
     return facts
 
-# %% ../../nbs/03_data.tokenizer.ipynb #f8c2d917
+# %% ../../nbs/03_data.tokenizer.ipynb #f8c2d916
 def _experts_fit(facts, arch):
     "Do the counts of a mixture of experts go together? llama.cpp ends the process where they do not"
     count, used, groups, at_once = (facts.get(f'{arch}.expert_{k}count', 0) for k in ('', 'used_', 'group_', 'group_used_'))
@@ -779,6 +779,7 @@ def _experts_fit(facts, arch):
     if not whole or not used <= count <= 512 or bool(count) != bool(used) or not at_once <= groups <= count:
         raise ValueError(f'{used} of {count} experts, {at_once} of {groups} groups')
 
+# %% ../../nbs/03_data.tokenizer.ipynb #f8c2d917
 def _gguf_facts_fit(facts):
     "Are the values of the kinds that readers take for granted?"
     arch, words = facts.get('general.architecture'), facts.get('tokenizer.ggml.tokens')
