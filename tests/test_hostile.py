@@ -533,8 +533,8 @@ def test_a_damaged_card_of_a_corpus_is_one_line(tmp_path):
     (tmp_path/'a.txt').write_text('A story of a lamp.\n\n'*200+'And one of a kite.\n\n'*200)
     c = build_corpus(f'files:{tmp_path}/a.txt', tmp_path/'c'); card = tmp_path/'c'/'corpus.json'; info = json.loads(card.read_text())
     elsewhere = [dict(info['files']['train'][0], name='../c/train-00000.parquet')]
-    for change in ([], 3, None, dict(schema='x'), dict(files=[]), dict(files=dict(train=3)), dict(files=dict(train=[dict(name='x'*300)])), dict(files=dict(train=elsewhere)),
-                   dict(statistics=dict(documents=3)), dict(statistics=None), dict(options={}), dict(revision=[1]), dict(left_out=[])):
+    for change in ([], 3, None, dict(schema='x'), dict(files=[]), dict(files=dict(train=3)), dict(files=dict(train=[dict(name='x'*300)])),
+                   dict(files=dict(train=elsewhere)), dict(statistics=dict(documents=3)), dict(statistics=None), dict(options={}), dict(revision=[1]), dict(left_out=[])):
         card.write_text(json.dumps(info | change if isinstance(change, dict) else change))
         try: repr(c := Corpus.open(c.path)), c.card()
         except SLMError as e: assert 'is damaged' in str(e) and 'build the corpus again' in str(e)
@@ -568,12 +568,16 @@ def test_types_of_tensors_at_which_llama_cpp_aborts(tmp_path):
         export_gguf(GPT.from_pretrained(m), tok, 'm.gguf', 'f16'); whole = Path('m.gguf').read_bytes()
         for name,dims,kinds in ((b'output_norm.weight', 1, (1, 30, 28, 26)), (b'blk.0.ffn_up.weight', 2, (24, 26, 28))):
             for kind in kinds:
-                b = bytearray(whole); struct.pack_into('<I', b, whole.index(name)+len(name)+4+8*dims, kind); Path('bad.gguf').write_bytes(b); refuse(check_gguf, Path('bad.gguf'))
+                b = bytearray(whole); struct.pack_into('<I', b, whole.index(name)+len(name)+4+8*dims, kind)
+                Path('bad.gguf').write_bytes(b); refuse(check_gguf, Path('bad.gguf'))
     """, tmp_path)
 
-@pytest.mark.parametrize('said', [dict(add_rope_scaling_type='x'), dict(add_expert_count=1), dict(add_expert_used_count=2), dict(add_expert_count=2, add_expert_used_count=3),
-                                  dict(add_expert_count=4, add_expert_used_count=2, add_expert_group_used_count=9), dict(add_expert_count=513, add_expert_used_count=2),
-                                  *(dict(add_layer_norm_rms_eps=x) for x in (float('nan'), float('inf'), -1.)), *(dict(add_rope_scaling_factor=x) for x in (float('nan'), 0., -1.))])
+def experts(count, used, **more): return dict(add_expert_count=count, add_expert_used_count=used, **more)
+NAN, INF = float('nan'), float('inf')
+
+@pytest.mark.parametrize('said', [dict(add_rope_scaling_type='x'), *(dict(add_rope_scaling_factor=x) for x in (NAN, 0., -1.)),
+                                  *(dict(add_layer_norm_rms_eps=x) for x in (NAN, INF, -1.)), dict(add_expert_count=1), experts(0, 2),
+                                  experts(2, 3), experts(4, 2, add_expert_group_used_count=9), experts(513, 2)])
 def test_facts_at_which_llama_cpp_aborts(said, tmp_path):
     gguf = pytest.importorskip('gguf')
     from slm.core import SLMError
@@ -583,7 +587,7 @@ def test_facts_at_which_llama_cpp_aborts(said, tmp_path):
         for k,v in said.items(): w.add_string('llama.rope.scaling.type', v) if k == 'add_rope_scaling_type' else getattr(w, k)(v)
         w.write_header_to_file(); w.write_kv_data_to_file(); w.write_tensors_to_file(); w.close(); return check_gguf(tmp_path/'m.gguf')
     with pytest.raises(SLMError, match='expert|rope|epsilon'): write(**said)
-    assert write(add_expert_count=8, add_expert_used_count=2, add_rope_scaling_type='yarn')['llama.expert_count'] == 8
+    assert write(**experts(8, 2), add_rope_scaling_type='yarn')['llama.expert_count'] == 8
 
 def test_a_key_of_a_gguf_file_that_is_no_text_is_one_line(tmp_path):
     pytest.importorskip('xllamacpp', reason='needs: pip install xllamacpp')
@@ -611,7 +615,8 @@ def test_a_few_seconds_of_fuzzing(tmp_path):
     import fuzz
     with fuzz.Reader(tmp_path) as r:
         for name in fuzz.READERS:
-            if name in ('gguf', 'llama', 'documents', 'index'): pytest.importorskip(dict(gguf='gguf', llama='xllamacpp').get(name, 'txtai'))
+            needs = dict(gguf='gguf', llama='xllamacpp', documents='txtai', index='txtai').get(name, 'torch')
+            pytest.importorskip(needs, reason=f'needs: pip install {needs}')
             for n in range(4 if name == 'index' else 12):
                 why = r.ask(f'{name} 0 {n}')
                 assert why in ('read', 'refused'), (name, n, why)
