@@ -534,7 +534,8 @@ def test_a_damaged_card_of_a_corpus_is_one_line(tmp_path):
     c = build_corpus(f'files:{tmp_path}/a.txt', tmp_path/'c'); card = tmp_path/'c'/'corpus.json'; info = json.loads(card.read_text())
     elsewhere = [dict(info['files']['train'][0], name='../c/train-00000.parquet')]
     for change in ([], 3, None, dict(schema='x'), dict(files=[]), dict(files=dict(train=3)), dict(files=dict(train=[dict(name='x'*300)])),
-                   dict(files=dict(train=elsewhere)), dict(statistics=dict(documents=3)), dict(statistics=None), dict(options={}), dict(revision=[1]), dict(left_out=[])):
+                   dict(files=dict(train=elsewhere)), dict(statistics=dict(documents=3)), dict(statistics=None), dict(options={}),
+                   dict(revision=[1]), dict(left_out=[])):
         card.write_text(json.dumps(info | change if isinstance(change, dict) else change))
         try: repr(c := Corpus.open(c.path)), c.card()
         except SLMError as e: assert 'is damaged' in str(e) and 'build the corpus again' in str(e)
@@ -550,6 +551,14 @@ def test_a_shard_that_was_exchanged_is_one_line(kind, tmp_path):
     if kind == 'bytes': shard.write_bytes(b'PAR1'+shard.read_bytes()[4:-12]+b'\xff'*8+b'PAR1')
     else: pq.write_table(pa.table(dict(text=[1, 2])), shard)
     with pytest.raises(SLMError, match='train-00000.parquet'): list(c.docs('train'))
+
+def test_switches_of_our_own_configuration_that_are_none(tmp_path):
+    holds("""
+        GPT(GPTConfig(vocab_size=270, n_layer=1, d_model=64, max_seq_len=64, norm_pos='post')).save_pretrained('p'); p = Path('p')
+        config = json.loads((p/'config.json').read_text()); assert config['model_type'] == 'slm'
+        for k in ('bias', 'qk_norm', 'causal', 'tied', 'n_types', 'dropout'):
+            for v in ('slm', None, -1, [], {}): (p/'config.json').write_text(json.dumps(config | dict(slm=config['slm'] | {k: v}))); refuse(GPT.from_pretrained, p)
+    """, tmp_path)
 
 def test_half_a_character_in_the_settings_of_a_model_is_one_line(tmp_path):
     holds("""
