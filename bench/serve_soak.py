@@ -101,9 +101,11 @@ class Crowd:
         except httpx.TimeoutException: self.note('hangs up', 'left', True)
 
     async def bad(self, c, rng):
-        body, want = rng.choice([(b'{', {422}), (json.dumps(chat(rng, temperature=9)).encode(), {422}), (json.dumps(chat(rng, tools=[1])).encode(), {400}), (json.dumps(chat(rng, model='x')).encode(), {404}),
-            (json.dumps(chat(rng, messages=[dict(role='user', content='word '*9000)])).encode(), {400, 429}), (b'x'*2**21, {413}), (json.dumps(chat(rng, max_tokens=10**6)).encode(), {400, 429}), (os.urandom(300), {400, 422})])
-        r = await c.post(f'{self.url}/v1/chat/completions', content=body, headers={'Content-Type': 'application/json'}); self.note('nonsense', r.status_code, r.status_code in want)
+        long = [dict(role='user', content='word '*9000)]
+        bad = [(chat(rng, temperature=9), 422), (chat(rng, tools=[1]), 422), (chat(rng, model='x'), 404), (chat(rng, messages=long), 400),
+               (chat(rng, max_tokens=10**6), 400)]
+        body, want = rng.choice([*((json.dumps(b).encode(), w) for b,w in bad), (b'{', 400), (b'x'*2**21, 413), (os.urandom(300), 400)])
+        r = await c.post(f'{self.url}/v1/chat/completions', content=body, headers={'Content-Type': 'application/json'}); self.note('nonsense', r.status_code, r.status_code in (want, 429))
 
     async def client(self, seed, until):
         rng = random.Random(seed)

@@ -23,6 +23,9 @@ warnings.filterwarnings('ignore', message='.torch.jit.script. is deprecated') # 
 # %% ../nbs/00_core.ipynb #3f6381d2
 class SLMError(Exception):
     "A fault in what the user gave us; its text is one line that says what is wrong, where, and what to do."
+    def __init__(self, text:object=''):
+        text = ''.join(c if c.isprintable() else ' ' for c in str(text))
+        super().__init__(text if len(text) <= 1500 else f'{text[:1000]} … {text[-400:]}')
 
 # %% ../nbs/00_core.ipynb #e0ca0a8a
 def _fsync_dir(path):

@@ -519,3 +519,113 @@ def fuzz(changes, says):
     except SLMError as e: counts['refused'] += 1; assert len(str(e).splitlines()) == 1, str(e)
 fuzz(); print(counts['opened'] > 0, counts['refused'] > 0)''', tmp_path, memory=8*GB, cpu=int(os.environ.get('SLM_FUZZ', 40))+120)
     assert (code, out) == (0, 'True True\n'), err[-2000:]
+
+# ---- what fuzzing found (tests/fuzz.py looks for more)
+
+def test_an_error_is_one_short_line_whatever_it_quotes():
+    from slm.core import SLMError
+    assert str(SLMError('no column a\r\nb\x1b]0;title\x07\u2028\u202e: choose another')) == 'no column a  b ]0;title   : choose another'
+    assert len(long := str(SLMError(f"no column '{'x'*10**6}': choose another"))) < 1500 and long.endswith("x': choose another")
+
+def test_a_damaged_card_of_a_corpus_is_one_line(tmp_path):
+    from slm.core import SLMError
+    from slm.data.corpus import Corpus, build_corpus
+    (tmp_path/'a.txt').write_text('A story of a lamp.\n\n'*200+'And one of a kite.\n\n'*200)
+    c = build_corpus(f'files:{tmp_path}/a.txt', tmp_path/'c'); card = tmp_path/'c'/'corpus.json'; info = json.loads(card.read_text())
+    elsewhere = [dict(info['files']['train'][0], name='../c/train-00000.parquet')]
+    for change in ([], 3, None, dict(schema='x'), dict(files=[]), dict(files=dict(train=3)), dict(files=dict(train=[dict(name='x'*300)])),
+                   dict(files=dict(train=elsewhere)), dict(statistics=dict(documents=3)), dict(statistics=None), dict(options={}),
+                   dict(revision=[1]), dict(left_out=[])):
+        card.write_text(json.dumps(info | change if isinstance(change, dict) else change))
+        try: repr(c := Corpus.open(c.path)), c.card()
+        except SLMError as e: assert 'is damaged' in str(e) and 'build the corpus again' in str(e)
+        else: assert change == dict(revision=[1])
+
+@pytest.mark.parametrize('kind', ['bytes', 'numbers'])
+def test_a_shard_that_was_exchanged_is_one_line(kind, tmp_path):
+    import pyarrow as pa, pyarrow.parquet as pq
+    from slm.core import SLMError
+    from slm.data.corpus import Corpus, build_corpus
+    (tmp_path/'a.txt').write_text('A story of a lamp.\n\n'*200+'And one of a kite.\n\n'*200)
+    c = build_corpus(f'files:{tmp_path}/a.txt', tmp_path/'c'); shard = c.files('train')[0]
+    if kind == 'bytes': shard.write_bytes(b'PAR1'+shard.read_bytes()[4:-12]+b'\xff'*8+b'PAR1')
+    else: pq.write_table(pa.table(dict(text=[1, 2])), shard)
+    with pytest.raises(SLMError, match='train-00000.parquet'): list(c.docs('train'))
+
+def test_switches_of_our_own_configuration_that_are_none(tmp_path):
+    holds("""
+        GPT(GPTConfig(vocab_size=270, n_layer=1, d_model=64, max_seq_len=64, norm_pos='post')).save_pretrained('p'); p = Path('p')
+        config = json.loads((p/'config.json').read_text()); assert config['model_type'] == 'slm'
+        for k in ('bias', 'qk_norm', 'causal', 'tied', 'n_types', 'dropout'):
+            for v in ('slm', None, -1, [], {}): (p/'config.json').write_text(json.dumps(config | dict(slm=config['slm'] | {k: v}))); refuse(GPT.from_pretrained, p)
+    """, tmp_path)
+
+def test_half_a_character_in_the_settings_of_a_model_is_one_line(tmp_path):
+    holds("""
+        tok.save('t')
+        for f in ('tokenizer_config.json', 'special_tokens_map.json', 'generation_config.json'):
+            p = Path('t')/f; was = p.read_text() if p.exists() else '{}'
+            p.write_text(json.dumps(json.loads(was) | dict(eos_token=chr(0xd83d)))); refuse(Tokenizer.load, Path('t')); p.write_text(was)
+    """, tmp_path)
+
+def test_types_of_tensors_at_which_llama_cpp_aborts(tmp_path):
+    "A norm in half precision ended the process, and so the server, at the first token"
+    pytest.importorskip('gguf')
+    holds("""
+        import struct
+        from slm.serve.export import export_gguf
+        export_gguf(GPT.from_pretrained(m), tok, 'm.gguf', 'f16'); whole = Path('m.gguf').read_bytes()
+        for name,dims,kinds in ((b'output_norm.weight', 1, (1, 30, 28, 26)), (b'blk.0.ffn_up.weight', 2, (24, 26, 28))):
+            for kind in kinds:
+                b = bytearray(whole); struct.pack_into('<I', b, whole.index(name)+len(name)+4+8*dims, kind)
+                Path('bad.gguf').write_bytes(b); refuse(check_gguf, Path('bad.gguf'))
+    """, tmp_path)
+
+def experts(count, used, **more): return dict(add_expert_count=count, add_expert_used_count=used, **more)
+NAN, INF = float('nan'), float('inf')
+
+@pytest.mark.parametrize('said', [dict(add_rope_scaling_type='x'), *(dict(add_rope_scaling_factor=x) for x in (NAN, 0., -1.)),
+                                  *(dict(add_layer_norm_rms_eps=x) for x in (NAN, INF, -1.)), dict(add_expert_count=1), experts(0, 2),
+                                  experts(2, 3), experts(4, 2, add_expert_group_used_count=9), experts(513, 2)])
+def test_facts_at_which_llama_cpp_aborts(said, tmp_path):
+    gguf = pytest.importorskip('gguf')
+    from slm.core import SLMError
+    from slm.data.tokenizer import check_gguf
+    def write(**said):
+        w = gguf.GGUFWriter(tmp_path/'m.gguf', 'llama')
+        for k,v in said.items(): w.add_string('llama.rope.scaling.type', v) if k == 'add_rope_scaling_type' else getattr(w, k)(v)
+        w.write_header_to_file(); w.write_kv_data_to_file(); w.write_tensors_to_file(); w.close(); return check_gguf(tmp_path/'m.gguf')
+    with pytest.raises(SLMError, match='expert|rope|epsilon'): write(**said)
+    assert write(**experts(8, 2), add_rope_scaling_type='yarn')['llama.expert_count'] == 8
+
+def test_a_key_of_a_gguf_file_that_is_no_text_is_one_line(tmp_path):
+    pytest.importorskip('xllamacpp', reason='needs: pip install xllamacpp')
+    holds("""
+        from slm.serve.api import gguf_embed
+        from slm.serve.engine import GGUFEngine
+        from slm.serve.export import export_gguf
+        export_gguf(GPT.from_pretrained(m), tok, 'm.gguf', 'f16'); whole = Path('m.gguf').read_bytes()
+        def opened(f):
+            try: GGUFEngine(f, slots=1, threads=1).close()
+            except SLMError: pass
+        Path('k.gguf').write_bytes(whole.replace(b'general.name', b'gen\\x80ral.name')); opened('k.gguf')
+        Path('n.gguf').write_bytes(whole.replace(b'tokenizer.ggml.tokens', b'tokenizer.ggml.tokenz')); refuse(gguf_embed, 'n.gguf')
+    """, tmp_path, memory=8*GB)
+
+def test_cells_of_a_notebook_with_odd_sources(tmp_path):
+    pytest.importorskip('txtai', reason='needs: pip install txtai')
+    from slm.serve.rag import Reading
+    cells = [dict(cell_type='code', source=s) for s in (127, None, True, {'a': 1}, [1, 'x = 1'], 'y = 2')]
+    (tmp_path/'a.ipynb').write_text(json.dumps(dict(cells=cells)))
+    (d,) = Reading([tmp_path]); assert 'x = 1' in d.text and 'y = 2' in d.text
+
+def test_a_few_seconds_of_fuzzing(tmp_path):
+    "The same changes in each run; to look for others, by the minute: python tests/fuzz.py"
+    import fuzz
+    with fuzz.Reader(tmp_path) as r:
+        for name in fuzz.READERS:
+            needs = dict(gguf='gguf', llama='xllamacpp', documents='txtai', index='txtai').get(name, 'torch')
+            pytest.importorskip(needs, reason=f'needs: pip install {needs}')
+            for n in range(4 if name == 'index' else 12):
+                why = r.ask(f'{name} 0 {n}')
+                assert why in ('read', 'refused'), (name, n, why)

@@ -402,12 +402,12 @@ def _open_parquet(path):
     return pq.ParquetFile(path, read_dictionary=[c.path for c in columns if c.physical_type == 'BYTE_ARRAY'])
 
 @contextlib.contextmanager
-def _parquet(path):
+def _parquet(path, opener=_open_parquet):
     "The file open; faults of it are `SLMError`"
     _open(path).close()
     try:
-        with _open_parquet(path) as f: yield f
-    except (pa.ArrowException, OSError, MemoryError) as e:
+        with opener(path) as f: yield f
+    except (pa.ArrowException, OSError, MemoryError, UnicodeDecodeError) as e:
         raise SLMError(f"'{path}' is not a readable parquet file ({_brief(e)}): fetch it again") from None
 
 def _parquet_rows(path, columns=None):
@@ -997,14 +997,19 @@ def open(cls:Corpus,
     "Open a corpus; raises `SLMError` when it is none, or is not whole."
     path = Path(path)
     if not (path/'corpus.json').is_file(): raise SLMError(f"'{path}' is not a corpus: it has no corpus.json")
-    info = read_json(path/'corpus.json')
-    if lost := {'schema', 'name', 'fingerprint', 'license', 'files', 'statistics'} - set(info):
-        raise SLMError(f"'{path/'corpus.json'}' is damaged: it lacks {', '.join(sorted(lost))}: build the corpus again")
-    if info['schema'] > CORPUS_SCHEMA: raise SLMError(f"'{path}' was written by a newer version (schema {info['schema']}): update slm")
-    for f in itertools.chain(*info['files'].values()):
-        if (size := (path/f['name']).stat().st_size if (path/f['name']).exists() else -1) != f['disk']:
-            raise SLMError(f"'{path/f['name']}' is {'missing' if size < 0 else 'damaged'}: build the corpus again")
-    return cls(path, info)
+    c = cls(path, read_json(path/'corpus.json'))
+    try:
+        if c.info['schema'] > CORPUS_SCHEMA: raise SLMError(f"'{path}' was written by a newer version (schema {c.info['schema']}): update slm")
+        files = {f['name']: f['disk'] for f in itertools.chain(*c.info['files'].values())}
+        if bad := [n for n in files if not re.fullmatch(r'(train|valid)-\d{5,}\.parquet', n)]: raise ValueError(f'{bad[0][:60]!r} is no file of it')
+        repr(c), c.card() # what they say is there
+    except (LookupError, TypeError, ValueError, AttributeError) as e:
+        why = f'it lacks {e}' if isinstance(e, KeyError) else e
+        raise SLMError(f"'{path/'corpus.json'}' is damaged ({why}): build the corpus again") from None
+    for name,disk in files.items():
+        if (size := (path/name).stat().st_size if (path/name).is_file() else -1) != disk:
+            raise SLMError(f"'{path/name}' is {'missing' if size < 0 else 'damaged'}: build the corpus again")
+    return c
 
 # %% ../../nbs/03_data.corpus.ipynb #5c967e31
 @patch
@@ -1019,7 +1024,8 @@ def docs(self:Corpus,
 )->Iterator[str]: # documents, in the order of the source
     "Stream the documents of a split."
     for p in self.files(split):
-        with pq.ParquetFile(p) as f:
+        with _parquet(p, pq.ParquetFile) as f:
+            if f.schema_arrow.types != _TEXT.types: raise SLMError(f"'{p}' holds something else than text: build the corpus again")
             for b in f.iter_batches(batch_size=256): yield from b.column(0).to_pylist()
 
 # %% ../../nbs/03_data.corpus.ipynb #93028470

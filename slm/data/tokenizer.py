@@ -626,7 +626,9 @@ def read_settings(
     if not path.exists(): return {}
     if not path.is_file(): raise SLMError(f"'{path}' is not a file: it cannot be read")
     if (n := path.stat().st_size) > most: raise SLMError(f"'{path}' has {n:,} bytes, which is no such file's size: fetch it again")
-    try: d = json.loads(path.read_text(encoding='utf-8-sig'))
+    try:
+        d = json.loads(text := path.read_text(encoding='utf-8-sig'))
+        if re.search(r'\\u[dD][89a-fA-F]', text): json.dumps(d, ensure_ascii=False).encode() # half a character
     except (ValueError, RecursionError, OSError) as e:
         raise SLMError(f"'{path}' is not valid JSON ({' '.join(str(e).split())[:120]}): fetch it again") from None
     if not isinstance(d, dict): raise SLMError(f"'{path}' is not a JSON object: fetch it again")
@@ -727,14 +729,15 @@ class _Header:
 # %% ../../nbs/04_data.tokenizer.ipynb #e60b7d42
 def _gguf_tensors_fit(h, n, align):
     "Do the tensors lie within the file, one beside the other?"
-    from gguf import GGML_QUANT_SIZES
+    from gguf import GGML_QUANT_SIZES, GGMLQuantizationType as T
     seen, ends = set(), []
     for _ in range(n):
         name = h.string(63); dims, = h.take('I')
         if name in seen: raise ValueError(f"two tensors '{name}'")
         if not 1 <= dims <= 4: raise ValueError(f"'{name}' has {dims} dimensions")
         shape, (kind, at) = h.take('Q', dims), (h.take('I')[0], h.take('Q')[0]); seen.add(name)
-        if kind not in GGML_QUANT_SIZES: raise ValueError(f"'{name}' is of the unknown type {kind}")
+        if kind not in GGML_QUANT_SIZES or kind in (T.I8, T.I16, T.I32, T.I64, T.F64) or dims == 1 and kind != T.F32:
+            raise ValueError(f"'{name}', of {dims} dimensions, is of the type {kind}")
         per, size = GGML_QUANT_SIZES[kind]
         if math.prod(shape) > 1<<44 or 0 in shape or shape[0] % per or at % align: raise ValueError(f"'{name}' has the shape {shape}")
         ends.append(at+math.prod(shape)//per*size)
@@ -767,6 +770,15 @@ def check_gguf(
         raise SLMError(f"'{path}' is not a readable GGUF file ({' '.join(str(e).split())[:160]}): fetch it again") from None
     return facts
 
+# %% ../../nbs/04_data.tokenizer.ipynb #f8c2d916
+def _experts_fit(facts, arch):
+    "Do the counts of a mixture of experts go together? llama.cpp ends the process where they do not"
+    count, used, groups, at_once = (facts.get(f'{arch}.expert_{k}count', 0) for k in ('', 'used_', 'group_', 'group_used_'))
+    used = max(used, default=0) if isinstance(used, list) else used
+    whole = all(type(n) is int and n >= 0 for n in (count, used, groups, at_once))
+    if not whole or not used <= count <= 512 or bool(count) != bool(used) or not at_once <= groups <= count:
+        raise ValueError(f'{used} of {count} experts, {at_once} of {groups} groups')
+
 # %% ../../nbs/04_data.tokenizer.ipynb #f8c2d917
 def _gguf_facts_fit(facts):
     "Are the values of the kinds that readers take for granted?"
@@ -778,6 +790,13 @@ def _gguf_facts_fit(facts):
         if k.startswith(f'{arch}.') and name in _GGUF_LIMITS:
             for v in facts[k] if isinstance(facts[k], list) else [facts[k]]:
                 if not isinstance(v, int) or not 0 < v <= _GGUF_LIMITS[name]: raise ValueError(f'{k} = {v}')
+    if (way := facts.get(f'{arch}.rope.scaling.type', 'none')) not in ('none', 'linear', 'yarn', 'longrope'):
+        raise ValueError(f'rope scaling by {way!r}')
+    _experts_fit(facts, arch)
+    for k,v in facts.items():
+        if not k.startswith(f'{arch}.') or not isinstance(v, float): continue
+        least = 1e-30 if '.rope.' in k else 0 if k.endswith('epsilon') else -1e30
+        if not least <= v <= 1e30: raise ValueError(f'{k} = {v}')
     for k,kind in dict(tokens=str, merges=str, token_type=int, scores=float).items():
         v = facts.get(f'tokenizer.ggml.{k}')
         if v is None: continue

@@ -126,7 +126,7 @@ def _from_llama(d, family):
     return dict(n_layer=d['num_hidden_layers'], n_head=n_head, n_kv_head=d.get('num_key_value_heads') or n_head, d_model=d['hidden_size'],
         d_ff=d['intermediate_size'], head_dim=d.get('head_dim') or d['hidden_size']//n_head, max_seq_len=context,
         norm='rms', norm_eps=d['rms_norm_eps'], pos='rope', rope_theta=theta, rope_scaling=scaling, act=acts[act],
-        bias=bool(d.get('attention_bias')), qk_norm=family == 'qwen3', tied=d.get('tie_word_embeddings', False),
+        bias=bool(d.get('attention_bias')), qk_norm=family == 'qwen3', tied=d.get('tie_word_embeddings') or False,
         dropout=d.get('attention_dropout') or 0.)
 
 def _from_gpt2(d):
@@ -137,7 +137,7 @@ def _from_gpt2(d):
     return dict(n_layer=d['n_layer'], n_head=d['n_head'], n_kv_head=d['n_head'], d_model=d['n_embd'],
         d_ff=d.get('n_inner') or 4*d['n_embd'], head_dim=d['n_embd']//d['n_head'], max_seq_len=d['n_positions'],
         norm='layer', norm_eps=d.get('layer_norm_epsilon', 1e-5), pos='learned',
-        act=acts[act], bias=True, qk_norm=False, tied=d.get('tie_word_embeddings', True), dropout=d.get('resid_pdrop', 0.))
+        act=acts[act], bias=True, qk_norm=False, tied=d.get('tie_word_embeddings', True) or False, dropout=d.get('resid_pdrop', 0.))
 
 # %% ../../nbs/13_model.pretrained.ipynb #4f788a14
 @patch(cls_method=True)

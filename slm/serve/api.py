@@ -27,7 +27,7 @@ from starlette.exceptions import HTTPException
 from starlette.middleware.cors import CORSMiddleware
 from uvicorn.protocols.http.h11_impl import H11Protocol
 from ..core import *
-from ..data.tokenizer import Tokenizer
+from ..data.tokenizer import Tokenizer, check_gguf
 from .engine import *
 from .gate import *
 
@@ -438,12 +438,10 @@ def gguf_embed(
     threads:int|None=None, # CPU threads; as many as this process may use if not given
 )->Embed:
     "Embeddings by llama.cpp, of length 1; raises `SLMError` when it cannot open the file."
-    import gguf, xllamacpp as xl
-    try: fields = gguf.GGUFReader(path).fields
-    except Exception as e: raise SLMError(f"'{path}' is not a readable GGUF file ({e})") from None
-    known, context = len(fields['tokenizer.ggml.tokens'].data), min(context or 8192, gguf_facts(path)[0])
+    import xllamacpp as xl
+    facts = check_gguf(path); known, context = len(facts.get('tokenizer.ggml.tokens', ())), min(context or 8192, gguf_facts(path)[0])
     p = llama_params(xl, path, 1, context, threads or usable_cpus(), False); p.embedding, p.n_batch, p.n_ubatch = True, context, context
-    if not any(k.endswith('.pooling_type') for k in fields): p.pooling_type = xl.llama_pooling_type.LLAMA_POOLING_TYPE_MEAN
+    if not any(k.endswith('.pooling_type') for k in facts): p.pooling_type = xl.llama_pooling_type.LLAMA_POOLING_TYPE_MEAN
     try: server = xl.Server(p)
     except RuntimeError as e: raise SLMError(f"llama.cpp cannot open '{path}': {e}") from None
     def embed(texts):

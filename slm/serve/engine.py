@@ -17,7 +17,7 @@ from typing import Protocol
 import numpy as np
 from fastcore.basics import patch
 from ..core import *
-from ..data.tokenizer import Tokenizer
+from ..data.tokenizer import Tokenizer, check_gguf
 
 # %% ../../nbs/43_serve.engine.ipynb #de36c90e
 @dataclass
@@ -233,10 +233,8 @@ def gguf_facts(
     path:str|Path, # a .gguf file
 )->tuple[int,bool]:
     "Tokens that the model was trained for; whether its weights are float32."
-    import gguf
-    fields = gguf.GGUFReader(path).fields
-    trained = next((int(f.contents()) for k,f in fields.items() if k.endswith('.context_length')), 2048)
-    return trained, (kind := fields.get('general.file_type')) is not None and kind.contents() == 0
+    facts = check_gguf(path)
+    return facts.get(f"{facts.get('general.architecture')}.context_length", 2048), facts.get('general.file_type') == 0
 
 # %% ../../nbs/43_serve.engine.ipynb #62cd94ad
 def _few_heaps():

@@ -139,7 +139,7 @@ def _notebook(path):
     if not isinstance(cells, list): raise SLMError(f"'{path}' is not a Jupyter notebook: leave it out")
     for c in cells:
         lines = c.get('source') if isinstance(c, dict) else None
-        s = lines if isinstance(lines, str) else ''.join(l for l in lines or () if isinstance(l, str))
+        s = lines if isinstance(lines, str) else ''.join(l for l in lines if isinstance(l, str)) if isinstance(lines, list) else ''
         if s and c.get('cell_type') == 'markdown': yield s
         elif s and c.get('cell_type') == 'code' and not s.startswith(('#| hide', '#| default_exp')): yield f'```python\n{s}\n```'
 
