@@ -631,17 +631,18 @@ def rag_serve(
 @app.command()
 def demo(
     out:Annotated[Path, typer.Option(help='Folder to make; an earlier demo there is replaced.')]=Path('runs/demo'),
-    minutes:Annotated[float, typer.Option(help='Minutes of pretraining; the stages after it take about as long together.')]=3.0):
+    steps:Annotated[int, typer.Option(help='Optimiser steps of pretraining; the stages after it take about as long together.')]=900,
+    minutes:Annotated[Optional[float], typer.Option(help='Minutes of pretraining, instead of steps.')]=None):
     """The whole life of a small model: pretrain, fine-tune, annotate, align, and judge what each stage is worth.
 
-    Example: slm demo --minutes 3"""
+    Example: slm demo --steps 900"""
     import shutil
     if out.exists() and any(out.iterdir()):
         if not (out/'run.json').exists() or RunDir.open(out).info['stage'] != 'demo':
             raise SLMError(f"'{out}' holds something else: choose another --out")
         shutil.rmtree(out)
     from slm.eval.life import life_table, live
-    run = live(out, minutes, say=print)
+    run = live(out, steps, minutes, say=print)
     print(f'\n{life_table(run)}\n\nreport: {run/"report.md"} · talk with it: slm chat {run/"dpo"} · all on one page: slm report {run.path}')
 
 # %% ../nbs/61_cli.ipynb #e49d787c

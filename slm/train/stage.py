@@ -147,7 +147,7 @@ def start(cls:Stage,
 )->RunDir: # finished, or interrupted and ready for `resume`
     "Train in a new run; raises `SLMError` for bad input."
     if (Path(out)/'run.json').exists(): raise SLMError(f"'{out}' already holds a run: choose another --out, or `slm resume {out}`")
-    self = cls._of(options); self.check(); self._load(); self.plan(out); c = self.c
+    self = cls.of(options); self.check(); self.load(); self.plan(out); c = self.c
     kept = dataclasses.asdict(c) | {k: portable(v) for k,v in self.places().items()}
     parent = Path(c.base).name if hasattr(c, 'base') else None
     self.run = RunDir.create(out, self.name, config=kept, seed=c.seed, parent=parent, data=self.about())
@@ -156,14 +156,15 @@ def start(cls:Stage,
     return self.train(cbs)
 
 @patch(cls_method=True)
-def _of(cls:Stage, options, run=None):
-    "A stage with these options, whose functions are kept beside their names"
+def of(cls:Stage, options:dict, run:RunDir|None=None)->Stage:
+    "A stage with these options, whose functions are kept beside their names."
     given = {k: v for k,v in options.items() if callable(v)}
     named = {k: name_of(v) if callable(v) or isinstance(v, Path) else v for k,v in options.items()}
     return cls(cls.Config.again(named) if run else cls.Config(**named), run, **given)
 
 @patch
-def _load(self:Stage):
+def load(self:Stage):
+    "Open what there is, choose what was left open, read the data."
     self.open(); self.resolve()
     with text_encoding(self.c.encoding): self.read()
 
@@ -324,7 +325,7 @@ def _place(run, stage, config, given):
 @patch(cls_method=True)
 def again(cls:Stage, run:RunDir, config:dict, cbs, checkpoint:Path)->RunDir:
     "Go on with a run; raises `SLMError` when its data are others now."
-    self = cls._of(config, run); self._load()
+    self = cls.of(config, run); self.load()
     if self.about()['fingerprint'] != run.info['data']['fingerprint']:
         name = getattr(self.c, 'data', None) or getattr(self.c, 'corpus', None) or run.info['data'].get('name')
         raise SLMError(f"'{name}' has changed since '{run.path}' was started: bring the old data back, or start a new run")
