@@ -1,8 +1,8 @@
-"""Record what the README's commands print: record.py demo test
+"""Record what the README's commands print: record.py demo test; record.py age tells which records are older than the code
 
 Each is run by make in a fresh clone of HEAD; its output goes to results/index/NAME/output.txt, with hardware and time in run.json.
 """
-import re, shutil, subprocess, sys, tempfile, time
+import json, re, shutil, subprocess, sys, tempfile, time
 from pathlib import Path
 from slm.core import atomic_file, git_commit, hardware, versions, write_json
 
@@ -36,7 +36,15 @@ def record(name):
     write_json(out/'run.json', dict(schema=1, stage='record', command=f'make {name}', commit=git_commit(), hardware=hardware(), versions=versions(),
                                     seconds=round(time.time()-t0, 1), install_seconds=round(installed or 0, 1), status='done'))
 
+def age(name):
+    "A line when the package has changed since `make NAME` was recorded; '' when it has not"
+    was = json.loads((ROOT/'results'/'index'/name/'run.json').read_text())['commit']
+    r = subprocess.run(['git', 'rev-list', '--count', f'{was}..HEAD', '--', 'slm'], cwd=ROOT, capture_output=True, text=True)
+    if r.returncode: return f'make {name} was recorded at {was}, which this clone does not know: make record renews it'
+    return f'make {name} was recorded {n} commits of slm/ ago: make record renews it' if (n := int(r.stdout)) else ''
+
 if __name__ == '__main__':
+    if sys.argv[1:] == ['age']: print(*filter(None, map(age, ('demo', 'test'))), sep='\n'); sys.exit()
     import torch # so that `hardware` knows of an accelerator
     names = sys.argv[1:]
     if not names or set(names) - {'demo', 'test'}: sys.exit(__doc__.strip())
