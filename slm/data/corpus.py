@@ -987,6 +987,25 @@ class Corpus:
         parts = ', '.join(f'{s} {self.n_docs[s]:,} documents {self.n_bytes[s]/1e6:.2f} MB' for s in self.info['files'])
         return f'Corpus({self.name!r}: {parts}, fingerprint {self.fingerprint})'
 
+# %% ../../nbs/03_data.corpus.ipynb #579d4c22
+@patch
+def card(self:Corpus)->str: # Markdown
+    "The data card: origin, licence, what was done, what is known to be missing, and the statistics."
+    i, s = self.info, self.stats
+    rev = ', '.join(f'{k} {v}' for k,v in i['revision'].items()) if isinstance(i['revision'], dict) else i['revision']
+    rows = {'origin': i['origin'], 'licence': i['license'], 'revision': rev, 'SHA-256': i['sha256'], 'input files': i['n_inputs'] or None,
+            'text column': ', '.join(i.get('columns', ())), 'filters': i['filters'],
+            'known gaps': i['gaps'], 'split': f"{i['options']['val_frac']:.0%} for validation",
+            'built': i['built'], 'fingerprint': i['fingerprint']}
+    lines = [f"# {i['name']}", '', i['about'], '', '| | |', '|---|---|'] + [f'| {k} | {v} |' for k,v in rows.items() if v]
+    lines += ['', '| | train | valid |', '|---|---:|---:|']
+    lines += [f"| {k} | {s[k]['train']:,} | {s[k]['valid']:,} |" for k in ('documents', 'bytes', 'characters', 'words')]
+    lines += ['', '| read | documents | bytes |', '|---|---:|---:|', f"| in all | {s['read']['documents']:,} | {s['read']['bytes']:,} |"]
+    lines += [f"| dropped: {k} | {d['documents']:,} | {d['bytes']:,} |" for k,d in s['dropped'].items()]
+    lost = i.get('left_out', dict(rows=0))['rows']
+    if lost: lines += [f"| left out: unusable rows | {lost:,} | |"]
+    return '\n'.join(lines + ['', f"Documents repaired (accents, line ends, control characters): {s['repaired']:,}."])
+
 # %% ../../nbs/03_data.corpus.ipynb #015309cc
 CORPUS_SCHEMA = 1
 
@@ -1105,25 +1124,6 @@ def _card(src, spec)->dict:
         revision=src.revision, sha256=src.sha256, filters=src.filters, gaps=src.gaps, n_inputs=len(src.inputs), inputs=src.inputs[:100],
         columns=dict(src.columns), left_out=dict(rows=len(src.left), first=src.left[:20]),
         built=datetime.datetime.now(datetime.timezone.utc).isoformat(timespec='seconds'))
-
-# %% ../../nbs/03_data.corpus.ipynb #579d4c22
-@patch
-def card(self:Corpus)->str: # Markdown
-    "The data card: origin, licence, what was done, what is known to be missing, and the statistics."
-    i, s = self.info, self.stats
-    rev = ', '.join(f'{k} {v}' for k,v in i['revision'].items()) if isinstance(i['revision'], dict) else i['revision']
-    rows = {'origin': i['origin'], 'licence': i['license'], 'revision': rev, 'SHA-256': i['sha256'], 'input files': i['n_inputs'] or None,
-            'text column': ', '.join(i.get('columns', ())), 'filters': i['filters'],
-            'known gaps': i['gaps'], 'split': f"{i['options']['val_frac']:.0%} for validation",
-            'built': i['built'], 'fingerprint': i['fingerprint']}
-    lines = [f"# {i['name']}", '', i['about'], '', '| | |', '|---|---|'] + [f'| {k} | {v} |' for k,v in rows.items() if v]
-    lines += ['', '| | train | valid |', '|---|---:|---:|']
-    lines += [f"| {k} | {s[k]['train']:,} | {s[k]['valid']:,} |" for k in ('documents', 'bytes', 'characters', 'words')]
-    lines += ['', '| read | documents | bytes |', '|---|---:|---:|', f"| in all | {s['read']['documents']:,} | {s['read']['bytes']:,} |"]
-    lines += [f"| dropped: {k} | {d['documents']:,} | {d['bytes']:,} |" for k,d in s['dropped'].items()]
-    lost = i.get('left_out', dict(rows=0))['rows']
-    if lost: lines += [f"| left out: unusable rows | {lost:,} | |"]
-    return '\n'.join(lines + ['', f"Documents repaired (accents, line ends, control characters): {s['repaired']:,}."])
 
 # %% ../../nbs/03_data.corpus.ipynb #f012b811
 @patch
