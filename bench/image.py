@@ -93,8 +93,10 @@ def main():
     ap.add_argument('targets', nargs='*', default=['gguf', 'torch', 'rag']); ap.add_argument('--base'); ap.add_argument('--torch', type=Path)
     ap.add_argument('--mount', action='append', default=[]); ap.add_argument('--keep', action='store_true', help='keep the images'); a = ap.parse_args()
     if not shutil.which('buildah'): return print('no images without buildah: nothing is recorded')
-    run = RunDir.create(ROOT/'results'/'49_serve.cluster'/'image', 'bench', dict(targets=a.targets, base=a.base, torch=a.torch and a.torch.name), exist_ok=True)
-    run.info['largest'], run.info['inside'] = {}, {}
+    folder = ROOT/'results'/'49_serve.cluster'/'image'; old = (folder/'run.json').exists() and RunDir.open(folder).info # of images that are not asked for
+    run = RunDir.create(folder, 'bench', dict(targets=a.targets, base=a.base, torch=a.torch and a.torch.name), exist_ok=True)
+    run.info |= dict(largest={}, inside={})
+    if old and old['config'] | dict(targets=0) == run.info['config'] | dict(targets=0): run.info |= {k: old[k] for k in ('metrics', 'largest', 'inside')}
     base = a.base or re.search(r'^ARG BASE=(\S+)', (ROOT/'deploy/Dockerfile').read_text(), re.M)[1]
     with tempfile.TemporaryDirectory(prefix='slm-image-') as d, tempfile.TemporaryDirectory(prefix='slm-models-') as m:
         context(Path(d), a.torch); tiny(Path(m)); below = None            # the base is here when the first image is

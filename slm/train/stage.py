@@ -105,7 +105,7 @@ def learner(self:Stage,
     cbs=(), # more callbacks
 )->LMLearner:
     "Model, data, loss and callbacks, the same for the same seed."
-    c = self.c; set_seed(c.seed); model,dls = self.build(),self.loaders(); opt,splitter = OPTIMS[c.opt]
+    c = self.c; set_seed(c.seed); dls,model = self.loaders(),self.build(); opt,splitter = OPTIMS[c.opt]
     learn = LMLearner(dls, model, loss_func=self.loss_func, opt_func=lambda ps, lr: opt(ps, lr=lr, wd=c.wd), splitter=splitter, lr=c.lr,
                       cbs=[AutoCast(c.dtype), GradClip(c.clip), *self.callbacks(), *cbs])
     if gather := self.accumulation(): learn.add_cb(gather)
