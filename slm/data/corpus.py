@@ -1001,7 +1001,8 @@ def open(cls:Corpus,
     if not (path/'corpus.json').is_file(): raise SLMError(f"'{path}' is not a corpus: it has no corpus.json")
     c = cls(path, read_json(path/'corpus.json'))
     try:
-        if c.info['schema'] > CORPUS_SCHEMA: raise SLMError(f"'{path}' was written by a newer version (schema {c.info['schema']}): update slm")
+        if c.info['schema'] > CORPUS_SCHEMA:
+            raise SLMError(f"'{path}' was written by a newer version (schema {c.info['schema']}): update slm")
         files = {f['name']: f['disk'] for f in itertools.chain(*c.info['files'].values())}
         bad = [n for n in files if not re.fullmatch(r'(train|valid)-\d{5,}\.parquet', n)]
         if bad: raise ValueError(f'{bad[0][:60]!r} is no file of it')
