@@ -1021,8 +1021,8 @@ def open(cls:Corpus,
         if c.info['schema'] > CORPUS_SCHEMA:
             raise SLMError(f"'{path}' was written by a newer version (schema {c.info['schema']}): update slm")
         files = {f['name']: f['disk'] for f in itertools.chain(*c.info['files'].values())}
-        if bad := [n for n in files if not re.fullmatch(r'(train|valid)-\d{5,}\.parquet', n)]:
-            raise ValueError(f'{bad[0][:60]!r} is no file of it')
+        bad = [n for n in files if not re.fullmatch(r'(train|valid)-\d{5,}\.parquet', n)]
+        if bad: raise ValueError(f'{bad[0][:60]!r} is no file of it')
         repr(c), c.card() # what they say is there
     except (LookupError, TypeError, ValueError, AttributeError) as e:
         why = f'it lacks {e}' if isinstance(e, KeyError) else e
