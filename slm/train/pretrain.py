@@ -40,7 +40,8 @@ class PretrainConfig(StageConfig):
     cooldown:float = 0.6 # part of the run in which the rate falls
     evals:int = 20 # how many validations during the run
     samples:int = 4 # how many times samples are written
-    allowed = StageConfig.allowed | dict(dropout=Span(0, 1, '[)'), tokens=Span(0, ends='(]'), batch_tokens=Span(1), max_bytes=Span(1))
+    allowed = StageConfig.allowed | dict(dropout=Span(0, 1, '[)'), tokens=Span(0, ends='(]'), batch_tokens=Span(1), max_bytes=Span(1),
+                                         vocab_size=Span(1))
 
 # %% ../../nbs/22_train.pretrain.ipynb #e6e5b44f
 def default_vocab(
