@@ -119,6 +119,8 @@ def options_of(
         order |= {k: None for k in own if k not in order}
         docs |= {k: said[k].docment for k in own if docs.get(k) is None and said[k].docment}
     by = {f.name: f for f in dataclasses.fields(config)}
+    if bare := [k for k in by if k not in docs]:
+        raise TypeError(f'{config.__name__}: no comment behind the field {bare[0]}, or no source to read it from')
     return [_option(k, kinds[k], by[k].default, docs[k]) for k in order if k in by and kinds[k] is not dict]
 
 # %% ../nbs/61_cli.ipynb #e993db81
@@ -658,15 +660,16 @@ def report(
     winobias:Annotated[Optional[str], typer.Option(help='Files of WinoBias.')]=None,
     toxicity:Annotated[Optional[str], typer.Option(help='A judge of free texts, as in `slm toxicity`.')]=None,
     watts:Annotated[Optional[float], typer.Option(help='Power that the machine draws in training; assumed if not given.')]=None,
-    device:Device='cpu', json_:Json=False):
+    encoding:Encoding='utf-8', device:Device='cpu', json_:Json=False):
     """Ask every stage of a model the same, and make one page of its life.
 
     Example: slm report runs/demo --toxicity profanity"""
+    from slm.data.corpus import text_encoding
     from slm.report import report
     judge = None
     if toxicity: from slm.eval.toxicity import open_toxicity; judge = open_toxicity(toxicity, device=device)
     bias = {k: v for k,v in dict(crows=crows, winobias=winobias).items() if v}
-    run = report(runs, out, n, prompt or [], corpus, pairs or [], bias, judge, watts, device)
+    with text_encoding(encoding): run = report(runs, out, n, prompt or [], corpus, pairs or [], bias, judge, watts, device)
     print(json.dumps(run.info, indent=1) if json_ else f"{figures(run)}\n\nreport: {run/'report.html'}")
 
 # %% ../nbs/61_cli.ipynb #46829bbf

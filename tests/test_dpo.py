@@ -87,6 +87,13 @@ def test_a_run_goes_on_where_it_was_interrupted(base, tmp_path):
     for k in ('likelier', 'accuracy', 'kl'): assert cut.metric(k).value == whole.metric(k).value, k
     assert whole.metric('kl').value > 0 and (whole/'preferences.png').exists() and '# Preferences' in (whole/'report.md').read_text()
 
+def test_a_run_that_was_killed_before_its_mark_still_sees_the_doctor(base, tmp_path):
+    from slm.train.stage import resume
+    run = dpo(base, base/'pairs.jsonl', tmp_path/'run', steps=3, bs=8, **OPTS); said = run.info.pop('doctor')
+    (run/'report.md').unlink(); run.info['status'] = 'running'; run.save()
+    again = resume(run.path)
+    assert again.info['status'] == 'done' and again.info['doctor'] == said and '# Preferences' in (run/'report.md').read_text()
+
 def test_changed_pairs_are_not_resumed(base, pairs, tmp_path):
     from fastai.callback.core import Callback
     from slm.train.pretrain import resume

@@ -211,6 +211,7 @@ def test_llama_cpp_reports_the_model_s_probabilities(file):
 def test_no_torch_in_the_server_s_process(file):
     code = f'''import sys, json
 from slm.serve.engine import *
+from slm.serve.gate import open_engine
 e = open_engine({str(file)!r}, slots=2); r = answer_all(e, [Request([5, 6, 7], 4)])[0][1]; e.close()
 print(json.dumps([r.completion_tokens, "torch" in sys.modules]))'''
     out = subprocess.run([sys.executable, '-c', code], capture_output=True, text=True, check=True).stdout

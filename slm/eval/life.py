@@ -88,11 +88,12 @@ def live(
     dpo_options:dict={},
 )->RunDir: # of stage 'demo', with a folder for each stage
     "Live a small life and measure it; raises `SLMError` when a stage was interrupted."
-    world,out = World(),Path(out); run = RunDir.create(out, 'demo', dict(steps=steps, minutes=minutes, n_tests=n_tests, n_asked=n_asked), seed=42)
+    world,out,asks = World(),Path(out),dict(n_tests=n_tests, n_asked=n_asked)
+    run = RunDir.create(out, 'demo', dict(steps=steps, minutes=minutes) | asks, seed=42)
     tests,stories,was = list(world.tasks(LIFE_SEED, n_tests, list(ASK))),list(world.stories(LIFE_SEED+1, 200)),None
     asked = list(world.tasks(LIFE_SEED+2, n_asked, list(ASK)))
     long = lambda part: dict(minutes=minutes/part) if minutes else dict(steps=max(1, steps//part))
-    first = dict(preset='1m', seq_len=384) | long(1) | pretrain_options
+    first = dict(preset='1m', seq_len=384, batch_tokens=7680) | long(1) | pretrain_options
     def pretrain_(): foretell(first, say); return pretrain('world', out/'pretrain', **first)
     def sft_(): return sft(out/'pretrain', 'world', out/'sft', **dict(bs=8, max_rows=8000) | long(2) | sft_options)
     def dpo_():

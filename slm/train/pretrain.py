@@ -141,7 +141,9 @@ class PretrainStage(Stage):
         return dict(name=self.corpus.name, fingerprint=self.corpus.fingerprint, license=self.corpus.license,
                     train_tokens=self.data.train.n_tokens, epochs=self.epochs)
     @property
-    def epochs(self): return self.c.steps*self.c.batch_tokens/self.data.train.n_tokens
+    def step_tokens(self): rows = self.c.micro_batch*self.c.seq_len; return rows*max(1, round(self.c.batch_tokens/rows))
+    @property
+    def epochs(self): return self.c.steps*self.step_tokens/self.data.train.n_tokens
 
 # %% ../../nbs/22_train.pretrain.ipynb #4704317b
 @patch
@@ -161,8 +163,8 @@ def loaders(self:PretrainStage):
 
 @patch
 def accumulation(self:PretrainStage):
-    "A step is so many tokens."
-    c = self.c; return TokenAccumulation(c.batch_tokens) if c.batch_tokens > c.micro_batch*c.seq_len else None
+    "A step is so many batches as come nearest to the tokens that were asked for."
+    n = round(self.step_tokens/(self.c.micro_batch*self.c.seq_len)); return TokenAccumulation(n_batches=n) if n > 1 else None
 
 @patch
 def steps_in(self:PretrainStage, minutes, learn):
@@ -170,14 +172,14 @@ def steps_in(self:PretrainStage, minutes, learn):
     c,valid,t_step = self.c,learn.dls.valid,step_seconds(learn); k = min(8, len(valid)); t0 = time.perf_counter()
     evaluate(learn.model, valid, self.tok.token_bytes(), autocast(c.device, c.dtype), max_batches=k); t_eval = (time.perf_counter()-t0)/k
     self.last_seconds = t_eval*len(valid) + 2; left = 60*minutes - self.last_seconds
-    n_eval = c.evals*eval_batches(left/t_step*c.batch_tokens, c.evals, valid.bs*valid.seq_len)
+    n_eval = c.evals*eval_batches(left/t_step*self.step_tokens, c.evals, valid.bs*valid.seq_len)
     return max(10, int((left - t_eval*n_eval)/t_step))
 
 # %% ../../nbs/22_train.pretrain.ipynb #4704317c
 @patch
 def watch(self:PretrainStage):
     "Validation on a part of the held-out text."
-    c = self.c; n = eval_batches(c.steps*c.batch_tokens, c.evals, c.micro_batch*c.seq_len)
+    c = self.c; n = eval_batches(c.steps*self.step_tokens, c.evals, c.micro_batch*c.seq_len)
     return [Evaluate(self.tok.token_bytes(), interval(c.steps, c.evals), n)]
 
 @patch

@@ -57,18 +57,18 @@ class Stage:
     Config = StageConfig # its options
     sources, code = (), () # options that say where something is; those that may name a function
     loss_func = staticmethod(lm_loss) # called with logits, y, loss_mask
-    columns = () # what its callbacks add to `log.csv`
+    columns = () # names that its callbacks `note`, for `log.csv`
     longest_warmup, last_seconds = 50, 0. # optimiser steps; what the end of a run takes
-    doctor, picture = None, None # of a finished run: what is wrong with it; heading and file of a plot
+    doctor, picture = None, None # called with a finished run: sentences on what is wrong; heading and file of a plot that `figures` made
     def __init_subclass__(cls): STAGES.update({cls.name: cls} if cls.name else {})
-    def __init__(self, c, run=None, **given):                                    # given: functions that were named by themselves
+    def __init__(self, c, run=None, **given): # given: functions, where an option can name one
         self.c,self.run,self.given,self.model,self.tok = dataclasses.replace(c),run,given,None,None
     def check(self): "Raise `SLMError` for what can be seen to be wrong before any work is done."
     def open(self): "Set `model` and `tok`, where there is a base; `run` is set when an old run goes on."
     def resolve(self):
         "Choose what was left open, by model and machine."
-        self.c.device = str(get_device(self.c.device))
-        if self.c.dtype == 'auto': self.c.dtype = best_dtype(self.c.device)
+        c = self.c; c.device,c.opt,c.lr = str(get_device(c.device)),c.opt or 'adamw',c.lr or 1e-3
+        if c.dtype == 'auto': c.dtype = best_dtype(c.device)
     def read(self): "Read the data."
     def about(self)->dict: "Of the data: `name`, `fingerprint`, and how much there is."; raise NotImplementedError
     def epoch_steps(self)->float: "Optimiser steps when neither steps nor minutes were given."; raise SLMError('give --steps or --minutes')
@@ -149,8 +149,9 @@ def start(cls:Stage,
     if (Path(out)/'run.json').exists(): raise SLMError(f"'{out}' already holds a run: choose another --out, or `slm resume {out}`")
     self = cls.of(options); self.check(); self.load(); self.plan(out); c = self.c
     kept = dataclasses.asdict(c) | {k: portable(v) for k,v in self.places().items()}
-    parent = Path(c.base).name if hasattr(c, 'base') else None
-    self.run = RunDir.create(out, self.name, config=kept, seed=c.seed, parent=parent, data=self.about())
+    parent,about = Path(c.base).name if hasattr(c, 'base') else None,self.about()
+    assert {'name', 'fingerprint'} <= set(about), f'{cls.__name__}.about must tell name and fingerprint of the data'
+    self.run = RunDir.create(out, self.name, config=kept, seed=c.seed, parent=parent, data=about)
     self.run.info['prompts'] = prompts or self.prompts(); self.run.save()
     self.tok.save(self.run.path if parent else self.run/'tokenizer.json'); self.begin()
     return self.train(cbs)
@@ -283,7 +284,9 @@ def find_stage(
     chapters = [m.name for m in pkgutil.iter_modules(importlib.import_module('slm.train').__path__)]
     for m in sorted(chapters, key=lambda m: m != name):                          # the one of that name first
         if name not in STAGES: importlib.import_module(f'slm.train.{m}')
-    if name not in STAGES: raise SLMError(f"a run of stage {name} cannot be resumed: only {', '.join(STAGES)} can")
+    if name not in STAGES:
+        raise SLMError(f"a run of stage {name} cannot be resumed here: only {', '.join(STAGES)} can; import the class of "
+                       'another first')
     return STAGES[name]
 
 def resume(
