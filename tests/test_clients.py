@@ -282,7 +282,7 @@ def test_special_tokens_in_what_tools_say_stay_text(handy):
 def test_as_langchain_binds_tools(handy_url):
     "What ChatOpenAI.bind_tools sends: with tool_choice 'any', by name, with strict, and the answer sent back"
     bound = [tool('weather', CITY, strict=True)]
-    base = dict(model='m', stream=False, n=1, temperature=.7, max_completion_tokens=300, tools=bound, parallel_tool_calls=False)
+    base = dict(model='m', stream=False, n=1, temperature=.7, seed=5, max_completion_tokens=1000, tools=bound, parallel_tool_calls=False)
     def ask(messages, **kw):
         r = httpx.post(f'{handy_url}/v1/chat/completions', json=base | dict(messages=messages) | kw, timeout=300)
         return r.json()['choices'][0]
