@@ -135,9 +135,9 @@ def test_every_stage_asks_for_memory_in_its_number_format(base, tmp_path, monkey
     import slm.train.dpo as D, slm.train.pretrain as P, slm.train.reward as W, slm.train.rlhf as R, slm.train.sft as S
     def ask(*args, dtype='float32', **kwargs): raise Asked(dtype)
     opts = dict(out=tmp_path/'x', steps=1, device='cpu', dtype='bfloat16')
-    for module,stage in ((S, lambda: S.sft(base, 'world', max_rows=60, **opts)), (D, lambda: D.dpo(base, base/'pairs.jsonl', **opts)),
-                         (W, lambda: W.reward_model(base, base/'pairs.jsonl', **opts)),
-                         (R, lambda: R.grpo(base, base/'pairs.jsonl', longer, max_new_tokens=8, **opts)),
+    for module,stage in ((S, lambda: S.sft(base, 'world', max_rows=60, **opts)), (S, lambda: D.dpo(base, base/'pairs.jsonl', **opts)),
+                         (S, lambda: W.reward_model(base, base/'pairs.jsonl', **opts)),
+                         (S, lambda: R.grpo(base, base/'pairs.jsonl', longer, max_new_tokens=8, **opts)),
                          (P, lambda: P.pretrain('pydocs', max_bytes=500_000, vocab_size=512, seq_len=64, **opts))):
         monkeypatch.setattr(module, 'check_fits', ask)
         with pytest.raises(Asked, match='bfloat16'): stage()
