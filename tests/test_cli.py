@@ -214,7 +214,7 @@ def test_whatever_is_asked_of_a_stage_is_sound_or_refused_by_name(data):
     try: cls(**needed | {name: value})
     except SLMError as e: assert str(e).startswith(f"--{name.replace('_', '-')} must be"); return
     assert type(value) in kind[name] or type(value) is int and float in kind[name] or type(value) is list
-    if name in numeric(cls) and value is not None: assert 0 <= value < 2**63
+    if name in numeric(cls) and value is not None: assert value >= 0 and (type(value) is float or value < 2**63)
 
 def test_a_home_that_cannot_be_made_is_one_line(tmp_path, capsys, monkeypatch):
     (tmp_path/'file').write_text(''); monkeypatch.setenv('SLM_HOME', str(tmp_path/'file'/'home'))
