@@ -535,7 +535,7 @@ def test_a_damaged_card_of_a_corpus_is_one_line(tmp_path):
     elsewhere = [dict(info['files']['train'][0], name='../c/train-00000.parquet')]
     for change in ([], 3, None, dict(schema='x'), dict(files=[]), dict(files=dict(train=3)), dict(files=dict(train=[dict(name='x'*300)])),
                    dict(files=dict(train=elsewhere)), dict(statistics=dict(documents=3)), dict(statistics=None), dict(options={}),
-                   dict(revision=[1]), dict(left_out=[])):
+                   dict(statistics=info['statistics'] | dict(bytes=dict(train=10**400, valid=1))), dict(revision=[1]), dict(left_out=[])):
         card.write_text(json.dumps(info | change if isinstance(change, dict) else change))
         try: repr(c := Corpus.open(c.path)), c.card()
         except SLMError as e: assert 'is damaged' in str(e) and 'build the corpus again' in str(e)

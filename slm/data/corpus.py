@@ -1024,7 +1024,7 @@ def open(cls:Corpus,
         bad = [n for n in files if not re.fullmatch(r'(train|valid)-\d{5,}\.parquet', n)]
         if bad: raise ValueError(f'{bad[0][:60]!r} is no file of it')
         repr(c), c.card() # what they say is there
-    except (LookupError, TypeError, ValueError, AttributeError) as e:
+    except (LookupError, TypeError, ValueError, AttributeError, OverflowError) as e:
         why = f'it lacks {e}' if isinstance(e, KeyError) else e
         raise SLMError(f"'{path/'corpus.json'}' is damaged ({why}): build the corpus again") from None
     for name,disk in files.items():
