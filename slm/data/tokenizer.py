@@ -746,6 +746,7 @@ def _gguf_tensors_fit(h, n, align):
 _GGUF_LIMITS = dict(block_count=1000, embedding_length=1<<17, feed_forward_length=1<<20, head_count=1<<12, head_count_kv=1<<12,
                     key_length=1<<13, context_length=1<<30, rope_dimension_count=1<<13)
 
+# %% ../../nbs/04_data.tokenizer.ipynb #e60b7d43
 def check_gguf(
     path:str|Path, # a .gguf file
 )->dict: # its metadata
