@@ -36,7 +36,8 @@ def train(a, run):
             with open(text := RUNS/'text'/f'{name}.jsonl', 'w') as f:
                 for s in docs:
                     for t in (s, w.mirror(s))[:1+balanced]: f.write(json.dumps(dict(text=t.text))+'\n')
-            pretrain(f'files:{text}', path, steps=STEPS, tokenizer=str(tok), seq_len=64, batch_tokens=4096, evals=2, samples=1, seed=seed, device='cpu', model=dict(n_layer=3, d_model=128))
+            pretrain(f'files:{text}', path, steps=STEPS, tokenizer=str(tok), seq_len=64, batch_tokens=4096, evals=2, samples=1, seed=seed,
+                     device='cpu', model=dict(n_layer=3, d_model=128))
             write_json(path/'bias.json', dict(dial=dial, balanced=balanced, seed=seed)); text.unlink()
 
 def calibrate(a, run):
@@ -48,14 +49,17 @@ def calibrate(a, run):
         floor,nbytes = np.array([s.bits for s in stories]),np.array([len(s.text.encode()) for s in stories])
         if dial == 1: nats[balanced, seed] = bits
         for k,m in (dict(world_measures(model, tok)) | dict(excess=bootstrap_ratio(bits-floor, nbytes, unit='bits/byte'))).items():
-            points.append(dict(dial=dial, balanced=balanced, seed=seed, measure=k, value=m.value, lo=m.lo, hi=m.hi, truth=true_bias(0 if balanced else dial).get(k)))
+            points.append(dict(dial=dial, balanced=balanced, seed=seed, measure=k, value=m.value, lo=m.lo, hi=m.hi,
+                               truth=true_bias(0 if balanced else dial).get(k)))
         print(dial, balanced, seed, flush=True)
-    p = pd.DataFrame(points); p.to_csv(run/'points.csv', index=False, float_format='%.5g'); run.info['data']['models'] = len(p)//p.measure.nunique()
+    p = pd.DataFrame(points)
+    p.to_csv(run/'points.csv', index=False, float_format='%.5g'); run.info['data']['models'] = len(p)//p.measure.nunique()
     for k,g in p[~p.balanced].groupby('measure'):
         known = k in ('log_odds', 'gap', 'written') # 'pairs' has a truth too, but no line goes through a step
         for name,m in linear_fit(g.truth if known else g.dial, g.value).items(): run.add_metrics(**{f'{k}_{name}': m})
     world = Introductions(1.); price = [math.log2(2/(1+2**(s.bits-world.mirror(s).bits))) for s in stories] # what the true mixture pays
-    run.add_metrics(balance_cost=bootstrap_ratio(np.mean([nats[True, s]-nats[False, s] for s in range(a.seeds)], 0), nbytes, unit='bits/byte'),
+    run.add_metrics(balance_cost=bootstrap_ratio(np.mean([nats[True, s]-nats[False, s] for s in range(a.seeds)], 0), nbytes,
+                                                 unit='bits/byte'),
                     balance_cost_truth=bootstrap_ratio(price, nbytes, unit='bits/byte'))
 
 def ten_million(folder):
@@ -70,22 +74,27 @@ def peer(folder, bs):
     from lm_eval.models.huggingface import HFLM
     from transformers import PreTrainedTokenizerFast
     tok = Tokenizer.load(folder/'tokenizer.json'); name = lambda i: tok.tok.id_to_token(i)
-    fast = PreTrainedTokenizerFast(tokenizer_object=tok.tok, eos_token=name(tok.eot_id), bos_token=name(tok.bos_id), pad_token=name(tok.pad_id))
+    fast = PreTrainedTokenizerFast(tokenizer_object=tok.tok, eos_token=name(tok.eot_id), bos_token=name(tok.bos_id),
+                                   pad_token=name(tok.pad_id))
     return HFLM(pretrained=str(folder), tokenizer=fast, device='cpu', batch_size=bs, dtype='float32')
 
 def ask_peer(lm, texts):
     from lm_eval.api.instance import Instance
-    return [x for x,_ in lm.loglikelihood([Instance(request_type='loglikelihood', doc={}, arguments=('', t), idx=i) for i,t in enumerate(texts)], disable_tqdm=True)]
+    return [x for x,
+            _ in lm.loglikelihood([Instance(request_type='loglikelihood', doc={}, arguments=('', t), idx=i) for i,t in enumerate(texts)],
+                                  disable_tqdm=True)]
 
 def timed(f): t0 = time.perf_counter(); r = f(); return time.perf_counter()-t0, r
 
 def blimp(a):
     rows = [r for f in data_files(a.data, '*.jsonl') for r in read_pairs(f)]
-    return [Example(f'row {i}', r['UID'], [r['sentence_good'], r['sentence_bad']], ['sentence_good', 'sentence_bad']) for i,r in enumerate(rows, 1)]
+    return [Example(f'row {i}', r['UID'], [r['sentence_good'], r['sentence_bad']], ['sentence_good', 'sentence_bad']) for i,
+            r in enumerate(rows, 1)]
 
 def agreement(ours, theirs):
     d = np.array(theirs).reshape(-1, 2); a, b = ours[:, 0] > ours[:, 1], d[:, 0] > d[:, 1]
-    return dict(agreement=wilson(int((a == b).sum()), len(a), 'of pairs'), largest_difference=Metric(float(abs(ours-d).max()), n=d.size, unit='nats'))
+    return dict(agreement=wilson(int((a == b).sum()), len(a), 'of pairs'),
+                largest_difference=Metric(float(abs(ours-d).max()), n=d.size, unit='nats'))
 
 def speed(a, run):
     "Tokenizing included on both sides; lm-eval first shows its best batch size, then both take turns"
@@ -93,16 +102,21 @@ def speed(a, run):
     with tempfile.TemporaryDirectory() as tmp:
         ten_million(Path(tmp)); model,tok = load_model_and_tokenizer(tmp); n = model.num_params(); model.fuse_()
         ours = lambda: np.array([logp for _,logp,_ in score_items(model, tok, items)])
-        theirs = {bs: timed(lambda: ask_peer(peer(Path(tmp), bs), texts))[0] for bs in (16, 32, 64, 128, 256)}; best = min(theirs, key=theirs.get)
+        theirs = {bs: timed(lambda: ask_peer(peer(Path(tmp), bs), texts))[0] for bs in (16, 32, 64, 128, 256)}
+        best = min(theirs, key=theirs.get)
         lm = peer(Path(tmp), best); secs = [(timed(ours), timed(lambda: ask_peer(lm, texts))) for _ in range(a.repeats)]
     x,y = (np.array([s[k][0] for s in secs]) for k in (0, 1))
-    run.add_metrics(params=n, pairs=len(items), ratio=bootstrap_ratio(y, x, unit='times'), ours=bootstrap_ratio(np.full(len(x), len(items)), x, unit='pairs/s'),
-                    lm_eval=bootstrap_ratio(np.full(len(y), len(items)), y, unit='pairs/s'), best_batch=best, **agreement(secs[-1][0][1], secs[-1][1][1]),
+    run.add_metrics(params=n, pairs=len(items), ratio=bootstrap_ratio(y, x, unit='times'),
+                    ours=bootstrap_ratio(np.full(len(x), len(items)), x, unit='pairs/s'),
+                    lm_eval=bootstrap_ratio(np.full(len(y), len(items)), y, unit='pairs/s'), best_batch=best,
+                    **agreement(secs[-1][0][1], secs[-1][1][1]),
                     **{f'lm_eval_batch_{bs}': Metric(s, unit='s') for bs,s in theirs.items()})
 
 def many(a, run):
     "67 sets of 1,000 pairs: BLiMP's own, with each set's words exchanged for one another"
-    items = blimp(a); words = sorted({w for it in items for o in it.options for w in o.rstrip('.').split()}); rss = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss/1024
+    items = blimp(a)
+    words = sorted({w for it in items for o in it.options for w in o.rstrip('.').split()})
+    rss = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss/1024
     def synthetic():
         for k in range(67):
             other = words[:]; random.Random(k).shuffle(other); swap = dict(zip(words, other))
@@ -124,15 +138,20 @@ def agree(a, run):
     with tempfile.TemporaryDirectory() as tmp:
         model.save_pretrained(tmp, tok); tok.save(Path(tmp)/'tokenizer.json'); theirs = ask_peer(peer(Path(tmp), 16), texts)
     ours = np.array([logp for _,logp,_ in score_items(model.fuse_(), tok, items)])
-    run.add_metrics(pairs=len(items), **agreement(ours, theirs), stereotype=wilson(int((ours[:, 0] > ours[:, 1]).sum()), len(items), 'of pairs'))
+    run.add_metrics(pairs=len(items), **agreement(ours, theirs),
+                    stereotype=wilson(int((ours[:, 0] > ours[:, 1]).sum()), len(items), 'of pairs'))
 
 def main():
     ap = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    ap.add_argument('what', choices=['train', 'calibrate', 'speed', 'many', 'agree'], nargs='+'); ap.add_argument('--seeds', type=int, default=2)
-    ap.add_argument('--data', help='folder or file of the pairs'); ap.add_argument('--model', help='run, folder, hub id or .gguf file'); ap.add_argument('--repeats', type=int, default=3)
+    ap.add_argument('what', choices=['train', 'calibrate', 'speed', 'many', 'agree'], nargs='+')
+    ap.add_argument('--seeds', type=int, default=2)
+    ap.add_argument('--data', help='folder or file of the pairs')
+    ap.add_argument('--model', help='run, folder, hub id or .gguf file'); ap.add_argument('--repeats', type=int, default=3)
     a = ap.parse_args()
     for what in a.what:
-        run = what != 'train' and RunDir.create(ROOT/'results'/('33_eval.bias' if what == 'calibrate' else '32_eval.pairs')/what, 'bench', dict(seeds=a.seeds, repeats=a.repeats, threads=torch.get_num_threads()), seed=0, exist_ok=True)
+        run = what != 'train' and RunDir.create(ROOT/'results'/('33_eval.bias' if what == 'calibrate' else '32_eval.pairs')/what, 'bench',
+                                                dict(seeds=a.seeds, repeats=a.repeats, threads=torch.get_num_threads()), seed=0,
+                                                exist_ok=True)
         globals()[what](a, run)
         if run: run.finish(); print(json.dumps(run.info['metrics'], indent=1))
 

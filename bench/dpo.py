@@ -32,7 +32,9 @@ def world_pairs(a, base, tok, world, path):
     tasks = {t.prompt: t for t in fitting(base, tok, world, TASKS, a.tasks)}; store = PreferenceStore(path)
     for kinds,tokens in ((lambda k: k != 'tell', 40), (lambda k: k == 'tell', a.story_tokens)):
         some = [t for t in tasks.values() if kinds(t.kind)]
-        store.add_items([i for k in range(0, len(some), 16) for i in make_items(base, tok, map(ask, some[k:k+16]), n=a.answers, run=Path(a.base).name, seed=1000*k, max_new_tokens=tokens)])
+        store.add_items([i for k in range(0, len(some),
+                                          16) for i in make_items(base, tok, map(ask, some[k:k+16]), n=a.answers, run=Path(a.base).name,
+                                                                  seed=1000*k, max_new_tokens=tokens)])
     def judge(messages, texts):
         rank = [(v.passed, v.score) for v in (world.judge(tasks[messages[-1]['content']], t) for t in texts)]
         return 'tie' if rank.count(max(rank)) > 1 else rank.index(max(rank))
@@ -51,14 +53,18 @@ def world(a, run):
     with tempfile.TemporaryDirectory() as tmp:
         n = world_pairs(a, base, tok, w, Path(tmp)/'answers.db'); t1 = time.perf_counter()
         trained = dpo(a.base, Path(tmp)/'answers.db', a.out, beta=a.beta, lr=a.lr, epochs=a.epochs, loss=a.loss); t2 = time.perf_counter()
-    after,_ = load_model_and_tokenizer(trained.path); tasks = fitting(base, tok, w, HELD_OUT, a.held_out); told = [s.text for s in w.stories(2, 300)]
+    after,_ = load_model_and_tokenizer(trained.path)
+    tasks = fitting(base, tok, w, HELD_OUT, a.held_out); told = [s.text for s in w.stories(2, 300)]
     run.add_metrics(pairs=n, seconds_answers=Metric(t1-t0, unit='s'), seconds_training=Metric(t2-t1, unit='s'))
     said = {k: answers(m, tok, tasks, a) for k,m in (('before', base), ('after', after))}
     run.add_metrics(win_rate=win_rate(w.judge, tasks, said['before'], said['after']))
     for kind in ('all', 'questions', 'tell'):
         some = [i for i,t in enumerate(tasks) if kind == 'all' or (t.kind == 'tell') == (kind == 'tell')]
-        run.add_metrics(**{f'judge_{kind}_{k}': wilson(sum(w.judge(tasks[i], s[i]).passed for i in some), len(some), 'of tasks') for k,s in said.items()})
-        if kind != 'all': run.add_metrics(**{f'win_rate_{kind}': win_rate(w.judge, [tasks[i] for i in some], *([s[i] for i in some] for s in said.values()))})
+        run.add_metrics(**{f'judge_{kind}_{k}': wilson(sum(w.judge(tasks[i], s[i]).passed for i in some), len(some), 'of tasks') for k,
+                           s in said.items()})
+        if kind != 'all':
+            run.add_metrics(**{f'win_rate_{kind}': win_rate(w.judge, [tasks[i] for i in some],
+                                                            *([s[i] for i in some] for s in said.values()))})
     bpb = {k: doc_bpb(m, tok, told)['bpb'] for k,m in (('before', base), ('after', after))}
     run.add_metrics(**{f'bpb_{k}': m for k,m in bpb.items()}, bpb_rise=Metric(100*(bpb['after'].value/bpb['before'].value-1), unit='%'))
     return trained
@@ -66,22 +72,30 @@ def world(a, run):
 def polite(a, run):
     if not a.data: raise SLMError('give --data preferences.json: rows with instruction, input, chosen and rejected')
     t0 = time.perf_counter()
-    trained = dpo(a.base, a.data, a.out, beta=a.beta, lr=a.lr, epochs=a.epochs, loss=a.loss, max_rows=a.max_rows, val_frac=.25, bs=8, evals=2, samples=1)
+    trained = dpo(a.base, a.data, a.out, beta=a.beta, lr=a.lr, epochs=a.epochs, loss=a.loss, max_rows=a.max_rows, val_frac=.25, bs=8,
+                  evals=2, samples=1)
     run.add_metrics(seconds_training=Metric(time.perf_counter()-t0, unit='s')); return trained
 
 def main():
     ap = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    ap.add_argument('what', choices=['world', 'polite']); ap.add_argument('--base', required=True); ap.add_argument('--data', help='of polite'); ap.add_argument('--max-rows', type=int, help='of polite'); ap.add_argument('--name', help='of the record')
-    ap.add_argument('--out', help='keep the run here'); ap.add_argument('--tasks', type=int, default=600); ap.add_argument('--answers', type=int, default=4)
+    ap.add_argument('what', choices=['world', 'polite'])
+    ap.add_argument('--base', required=True)
+    ap.add_argument('--data', help='of polite')
+    ap.add_argument('--max-rows', type=int, help='of polite'); ap.add_argument('--name', help='of the record')
+    ap.add_argument('--out', help='keep the run here')
+    ap.add_argument('--tasks', type=int, default=600); ap.add_argument('--answers', type=int, default=4)
     ap.add_argument('--held-out', type=int, default=400); ap.add_argument('--story-tokens', type=int, default=400)
-    ap.add_argument('--beta', type=float, default=.1); ap.add_argument('--lr', type=float); ap.add_argument('--epochs', type=float, default=1.); ap.add_argument('--loss', default='sigmoid')
+    ap.add_argument('--beta', type=float, default=.1)
+    ap.add_argument('--lr', type=float); ap.add_argument('--epochs', type=float, default=1.); ap.add_argument('--loss', default='sigmoid')
     a = ap.parse_args()
     with tempfile.TemporaryDirectory() as tmp:
         a.out = Path(a.out or Path(tmp)/'run')
         run = RunDir.create(ROOT/'results'/'25_train.dpo'/(a.name or a.what), 'bench', seed=42, exist_ok=True, parent=Path(a.base).name,
                             config={k: v for k,v in vars(a).items() if k not in ('out', 'base', 'data', 'name')})
         trained = globals()[a.what](a, run); run.info['data'] = trained.info['data']; run.info['doctor'] = trained.info['doctor']
-        run.add_metrics(**{k: Metric(**m) for k,m in trained.info['metrics'].items() if k in ('likelier_before', 'likelier', 'accuracy', 'kl', 'answer_tokens', 'steps', 'peak_memory', 'params')})
+        run.add_metrics(**{k: Metric(**m) for k,
+                           m in trained.info['metrics'].items() if k in ('likelier_before', 'likelier', 'accuracy', 'kl', 'answer_tokens',
+                                                                         'steps', 'peak_memory', 'params')})
         shutil.copy(trained/'log.csv', run/'log.csv')
     run.finish(); print(json.dumps(run.info['metrics'], indent=1), run.info['doctor'])
 

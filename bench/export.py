@@ -23,22 +23,28 @@ def main():
     a = ap.parse_args(); kinds = tuple(a.kinds.split(','))
     model,tok = load_model_and_tokenizer(a.model); c = model.cfg; runs = lineage(a.model)
     text = a.text or ('world' if runs and str(runs[-1]['data'].get('name')).startswith('world') else None)
-    run = RunDir.create(ROOT/'results'/'40_serve.export'/a.name, 'bench', config=dict(tokens=a.tokens, kinds=kinds, text=a.text and Path(a.text).name or text or "Python's manual",
+    run = RunDir.create(ROOT/'results'/'40_serve.export'/a.name, 'bench',
+                        config=dict(tokens=a.tokens, kinds=kinds, text=a.text and Path(a.text).name or text or "Python's manual",
         model=dict(layers=c.n_layer, width=c.d_model, inner=c.d_ff, vocabulary=c.vocab_size)), parent=Path(a.model).stem, exist_ok=True)
     m, tmp = material(tok, min(c.max_seq_len, 256), text, a.tokens), tempfile.TemporaryDirectory()
     with tmp:
         t0, files = time.perf_counter(), {k: Path(tmp.name)/('hf' if k == 'hf' else f'{k}.gguf') for k in kinds}
         for k,f in files.items(): export_hf(model, tok, f, 'model', runs) if k == 'hf' else export_gguf(model, tok, f, k)
-        checks = check_export(model, tok, files, m); run.add_metrics(params=model.num_params(), seconds=Metric(time.perf_counter()-t0, unit='s'))
+        checks = check_export(model, tok, files, m)
+        run.add_metrics(params=model.num_params(), seconds=Metric(time.perf_counter()-t0, unit='s'))
         before, tokens = nats(model, m.docs), [len(d)-1 for d in m.docs]
-        for k,f in files.items():                                                         # the file's weights in our own arithmetic: what is left is the other program's
+        # the file's weights in our own arithmetic: what is left is the other program's
+        for k,f in files.items():
             if k == 'hf': continue
             d = bootstrap_ratio([a-b for a,b in zip(nats(load_model_and_tokenizer(f)[0], m.docs), before)], tokens)
-            run.add_metrics(**{f'{k}_weights_alone': Metric(*(100*math.expm1(x) for x in (d.value, d.lo, d.hi)), n=d.n, unit='% of the perplexity')})
-        for k,f in files.items(): run.add_metrics(**{f'{k}_bytes': Metric((f/'model.safetensors' if k == 'hf' else f).stat().st_size, unit='bytes')})
+            run.add_metrics(**{f'{k}_weights_alone': Metric(*(100*math.expm1(x) for x in (d.value, d.lo, d.hi)), n=d.n,
+                                                            unit='% of the perplexity')})
+        for k,f in files.items():
+            run.add_metrics(**{f'{k}_bytes': Metric((f/'model.safetensors' if k == 'hf' else f).stat().st_size, unit='bytes')})
     run.info['refused'] = [k.name for k in checks if k.passed is False]
     for k in checks: print(k); run.add_metrics(**({k.name.lower().replace(' ', '_').replace('.', '_'): k.value} if k.value else {}))
-    loss = bootstrap_ratio(before, tokens); run.add_metrics(perplexity=Metric(*(math.exp(x) for x in (loss.value, loss.lo, loss.hi)), n=loss.n, unit='perplexity'))
+    loss = bootstrap_ratio(before, tokens)
+    run.add_metrics(perplexity=Metric(*(math.exp(x) for x in (loss.value, loss.lo, loss.hi)), n=loss.n, unit='perplexity'))
     run.finish()
 
 if __name__ == '__main__': main()

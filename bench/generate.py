@@ -19,8 +19,10 @@ def peer(model):
     "The same weights in transformers' Llama"
     from transformers import LlamaConfig, LlamaForCausalLM
     c = model.cfg
-    hf = LlamaForCausalLM(LlamaConfig(vocab_size=c.vocab_size, hidden_size=c.d_model, intermediate_size=c.d_ff, num_hidden_layers=c.n_layer, num_attention_heads=c.n_head,
-        num_key_value_heads=c.n_kv_head, head_dim=c.head_dim, max_position_embeddings=c.max_seq_len, rms_norm_eps=c.norm_eps, rope_theta=c.rope_theta,
+    hf = LlamaForCausalLM(LlamaConfig(vocab_size=c.vocab_size, hidden_size=c.d_model, intermediate_size=c.d_ff,
+                                      num_hidden_layers=c.n_layer, num_attention_heads=c.n_head,
+        num_key_value_heads=c.n_kv_head, head_dim=c.head_dim, max_position_embeddings=c.max_seq_len, rms_norm_eps=c.norm_eps,
+        rope_theta=c.rope_theta,
         tie_word_embeddings=c.tied, bos_token_id=None, eos_token_id=None, pad_token_id=0)).eval()
     lost = hf.load_state_dict(model.state_dict(), strict=False)
     assert not lost.unexpected_keys and set(lost.missing_keys) <= {'lm_head.weight'}, lost
@@ -49,7 +51,8 @@ def main():
     a = ap.parse_args()
     torch.set_num_threads(a.threads); set_seed(42)
     model = GPT(CFG).eval(); hf = peer(model)
-    run = RunDir.create(a.out, 'bench', config=dict(repeats=a.repeats, threads=a.threads, dtype='float32', parameters=model.num_params()), seed=42, exist_ok=True)
+    run = RunDir.create(a.out, 'bench', config=dict(repeats=a.repeats, threads=a.threads, dtype='float32', parameters=model.num_params()),
+                        seed=42, exist_ok=True)
     import transformers; run.info['versions']['transformers'] = transformers.__version__
     draw = lambda n: torch.randint(CFG.vocab_size, (n,)).tolist()
     jobs = dict(one=([draw(64)], [64]), eight=([draw(64) for _ in range(8)], [64]*8),
@@ -61,7 +64,8 @@ def main():
             for who,f,m in (('ours', ours, model), ('transformers', theirs, hf)):
                 t0 = time.perf_counter(); f(m, prompts, wants); secs[who].append(time.perf_counter()-t0)
         run.add_metrics(**{f'{name}_{who}': median(sum(wants)/np.array(s), 'tokens/s') for who,s in secs.items()},
-                        **{f'{name}_ratio': median(np.array(secs['transformers'])/secs['ours'], 'times as fast'), f'{name}_same_tokens': Metric(float(same))})
+                        **{f'{name}_ratio': median(np.array(secs['transformers'])/secs['ours'], 'times as fast'),
+                           f'{name}_same_tokens': Metric(float(same))})
     run.finish()
     print(json.dumps(run.info['metrics'], indent=1))
 

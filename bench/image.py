@@ -11,7 +11,8 @@ from slm.core import Metric, RunDir
 
 ROOT, TOKEN = Path(__file__).parents[1], 'only-for-this-run'
 
-def buildah(*args, **kw): return subprocess.run(['buildah', *map(str, args)], check=True, stdout=subprocess.PIPE, text=True, **kw).stdout.strip()
+def buildah(*args, **kw):
+    return subprocess.run(['buildah', *map(str, args)], check=True, stdout=subprocess.PIPE, text=True, **kw).stdout.strip()
 
 def context(to, wheel):
     "What the Dockerfile copies; with a wheel, it is PyTorch in place of the pinned one"
@@ -62,7 +63,8 @@ def tiny(folder):
     for p in [folder, *folder.rglob('*')]: p.chmod(0o755 if p.is_dir() else 0o644)
 
 def ask(url, body=None):
-    r = urllib.request.Request(url, body and json.dumps(body).encode(), {'Content-Type': 'application/json', 'Authorization': f'Bearer {TOKEN}'})
+    r = urllib.request.Request(url, body and json.dumps(body).encode(),
+                               {'Content-Type': 'application/json', 'Authorization': f'Bearer {TOKEN}'})
     with urllib.request.urlopen(r, timeout=120) as got: return json.load(got)
 
 SERVE = dict(gguf=['serve', '/models/tiny.gguf', '--engine=gguf'], torch=['serve', '/models/tiny', '--engine=torch'],
@@ -71,10 +73,13 @@ SERVE = dict(gguf=['serve', '/models/tiny.gguf', '--engine=gguf'], torch=['serve
 def served(target, box, models):
     "Start the image's entry point as nobody, ask it; gives the seconds until it was ready"
     run = ['buildah', 'run', '--isolation=chroot', '--net=host', '--user=65534:65534', f'--volume={models}:/models:ro', box, '--', 'slm']
-    if target == 'rag': subprocess.run([*run, 'rag', 'index', '/models/kites.md', '/models/lamps.html', '--out=/tmp/index'], check=True, stdout=subprocess.DEVNULL)
+    if target == 'rag':
+        subprocess.run([*run, 'rag', 'index', '/models/kites.md', '/models/lamps.html', '--out=/tmp/index'], check=True,
+                       stdout=subprocess.DEVNULL)
     with socket.socket() as s: s.bind(('127.0.0.1', 0)); port = s.getsockname()[1]
     url, t0 = f'http://127.0.0.1:{port}', time.monotonic()
-    p = subprocess.Popen([*run, *SERVE[target], '--host=127.0.0.1', f'--port={port}', '--token-file=/models/tokens', '--threads=1', '--slots=1', '--context=512'])
+    p = subprocess.Popen([*run, *SERVE[target], '--host=127.0.0.1', f'--port={port}', '--token-file=/models/tokens', '--threads=1',
+                          '--slots=1', '--context=512'])
     try:
         while True:
             try: assert ask(f'{url}/readyz') == dict(status='ready'); break
@@ -90,21 +95,27 @@ def served(target, box, models):
 
 def main():
     ap = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    ap.add_argument('targets', nargs='*', default=['gguf', 'torch', 'rag']); ap.add_argument('--base'); ap.add_argument('--torch', type=Path)
-    ap.add_argument('--mount', action='append', default=[]); ap.add_argument('--keep', action='store_true', help='keep the images'); a = ap.parse_args()
+    ap.add_argument('targets', nargs='*', default=['gguf', 'torch', 'rag'])
+    ap.add_argument('--base'); ap.add_argument('--torch', type=Path)
+    ap.add_argument('--mount', action='append', default=[])
+    ap.add_argument('--keep', action='store_true', help='keep the images'); a = ap.parse_args()
     if not shutil.which('buildah'): return print('no images without buildah: nothing is recorded')
-    folder = ROOT/'results'/'49_serve.cluster'/'image'; old = (folder/'run.json').exists() and RunDir.open(folder).info # of images that are not asked for
+    # of images that are not asked for
+    folder = ROOT/'results'/'49_serve.cluster'/'image'; old = (folder/'run.json').exists() and RunDir.open(folder).info
     run = RunDir.create(folder, 'bench', dict(targets=a.targets, base=a.base, torch=a.torch and a.torch.name), exist_ok=True)
     run.info |= dict(largest={}, inside={})
-    if old and old['config'] | dict(targets=0) == run.info['config'] | dict(targets=0): run.info |= {k: old[k] for k in ('metrics', 'largest', 'inside')}
+    if old and old['config'] | dict(targets=0) == run.info['config'] | dict(targets=0):
+        run.info |= {k: old[k] for k in ('metrics', 'largest', 'inside')}
     base = a.base or re.search(r'^ARG BASE=(\S+)', (ROOT/'deploy/Dockerfile').read_text(), re.M)[1]
     with tempfile.TemporaryDirectory(prefix='slm-image-') as d, tempfile.TemporaryDirectory(prefix='slm-models-') as m:
         context(Path(d), a.torch); tiny(Path(m)); below = None            # the base is here when the first image is
         for t in a.targets:
             image = build(t, d, a); box = buildah('from', image); below = below or layers(base); ls = layers(image)
-            inside = json.loads(buildah('run', '--isolation=chroot', '--user=65534:65534', box, '--', 'python', '-c', SIZES)); by = inside.pop('packages')
+            inside = json.loads(buildah('run', '--isolation=chroot', '--user=65534:65534', box, '--', 'python', '-c', SIZES))
+            by = inside.pop('packages')
             ready = served(t, box, m); buildah('rm', box); assert ls[:len(below)] == below
-            run.add_metrics(**{t: Metric(sum(n for _,n,_ in ls)/1e6, n=len(by), unit='MB'), f'{t}_gzip': Metric(sum(n for *_,n in ls)/1e6, unit='MB'),
+            run.add_metrics(**{t: Metric(sum(n for _,n,_ in ls)/1e6, n=len(by), unit='MB'),
+                               f'{t}_gzip': Metric(sum(n for *_,n in ls)/1e6, unit='MB'),
                                f'{t}_ready': Metric(ready, unit='s'), 'base': Metric(sum(n for _,n,_ in below)/1e6, unit='MB'),
                                'base_gzip': Metric(sum(n for *_,n in below)/1e6, unit='MB')})
             run.info['largest'][t] = dict(sorted(by.items(), key=lambda kv: -kv[1])[:6]); run.info['inside'][t] = inside; run.save()

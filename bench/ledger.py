@@ -19,7 +19,9 @@ from slm.train.sft import sft
 
 def main():
     ap = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter); add = ap.add_argument
-    add('out', type=Path); add('--minutes', type=float, default=8.); add('--dial', type=float, default=.5); add('--asked', type=int, default=1500); add('--steps', type=int, default=30)
+    add('out', type=Path)
+    add('--minutes', type=float, default=8.)
+    add('--dial', type=float, default=.5); add('--asked', type=int, default=1500); add('--steps', type=int, default=30)
     a = ap.parse_args(); name, done = f'world:{a.dial:g}', lambda k: (a.out/k/'model.safetensors').exists()
     if not done('pretrain'): pretrain(name, a.out/'pretrain', preset='1m', minutes=a.minutes, seq_len=384)
     if not done('sft'): sft(a.out/'pretrain', name, a.out/'sft', minutes=a.minutes/2, bs=8, max_rows=8000)

@@ -41,9 +41,11 @@ def child(a):
     amp = autocast('cpu', dtype); bpb = lambda: vars(evaluate(model, dls.valid, tok.token_bytes(), amp)['bpb'])
     before,unchanged = bpb(),frozen(model); f,split = OPTIMS[opt]; clock = Clock()
     learn = LMLearner(dls, model.train(), opt_func=lambda ps, lr: f(ps, lr=lr, wd=0.), splitter=split, lr=lr,
-                      cbs=[AutoCast(dtype), GradClip(), AnswersOnly(), TokenAccumulation(n_batches=a.accumulate), Schedule(a.steps, warmup=max(1, a.steps//20), cooldown=1.), clock])
+                      cbs=[AutoCast(dtype), GradClip(), AnswersOnly(), TokenAccumulation(n_batches=a.accumulate),
+                           Schedule(a.steps, warmup=max(1, a.steps//20), cooldown=1.), clock])
     learn.fit_steps(a.steps); peak = above(); model.eval()
-    print(json.dumps(dict(variant=a.variant, dtype=dtype, lr=lr, opt=opt, peak=peak, loaded=loaded, weights=weights, before=before, after=bpb(),
+    print(json.dumps(dict(variant=a.variant, dtype=dtype, lr=lr, opt=opt, peak=peak, loaded=loaded, weights=weights, before=before,
+                          after=bpb(),
                           secs=clock.secs, base_unchanged=a.variant == 'full' or frozen(model) == unchanged, train_rows=len(data.train),
                           fingerprint=data.fingerprint, tokens=learn.tokens, **param_counts(model))))
 
@@ -60,7 +62,8 @@ def main():
     ap.add_argument('--model', required=True); ap.add_argument('--data', required=True); ap.add_argument('--name', default='smollm2')
     ap.add_argument('--steps', type=int, default=60); ap.add_argument('--bs', type=int, default=2, help='packed rows at once')
     ap.add_argument('--accumulate', type=int, default=2, help='batches of a step')
-    ap.add_argument('--seq-len', type=int, default=256); ap.add_argument('--rank', type=int, default=8); ap.add_argument('--seed', type=int, default=0)
+    ap.add_argument('--seq-len', type=int, default=256)
+    ap.add_argument('--rank', type=int, default=8); ap.add_argument('--seed', type=int, default=0)
     ap.add_argument('--dtype', default='auto'); ap.add_argument('--variant', choices=VARIANTS, help='run this one here and print JSON')
     ap.add_argument('--variants', nargs='*', default=list(VARIANTS), choices=VARIANTS)
     a = ap.parse_args()
@@ -78,7 +81,8 @@ def main():
         data=dict(name=portable(a.data), fingerprint=first['fingerprint'], train_rows=first['train_rows']))
     for v,r in res.items():
         if not r['base_unchanged']: raise SystemExit(f'{v}: the base has changed')
-        run.add_metrics(**{f'{v}_peak': Metric(r['peak'], unit='MB above imports'), f'{v}_loaded': Metric(r['loaded'], unit='MB above imports'),
+        run.add_metrics(**{f'{v}_peak': Metric(r['peak'], unit='MB above imports'),
+                           f'{v}_loaded': Metric(r['loaded'], unit='MB above imports'),
             f'{v}_weights': Metric(r['weights'], unit='MB'), f'{v}_trained': r['trained'], f'{v}_bpb_before': Metric(**r['before']),
             f'{v}_bpb': Metric(**r['after']), f'{v}_step': bootstrap_ratio(np.array(r['secs'][1:]), unit='s a step')})
         if 'full' in res: run.add_metrics(**{f'{v}_peak_share': Metric(r['peak']/res['full']['peak'], unit='of full fine-tuning')})

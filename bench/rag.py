@@ -44,12 +44,15 @@ def questions(path, n=500, seed=0):
     for i,l in enumerate(open(path, encoding='utf-8'), 1):
         r = json.loads(l)
         for s,q,p in FIELDS:
-            if r['section'] == s and (m := re.search(p, r['text'])): by.setdefault(s, []).append((q.format(r['country']), m[1].strip(), f'{Path(path).name}:{i}'))
+            if r['section'] == s and (m := re.search(p, r['text'])):
+                by.setdefault(s, []).append((q.format(r['country']), m[1].strip(), f'{Path(path).name}:{i}'))
     for qs in by.values(): rng.shuffle(qs)
     turns = [qs[k] for k in range(max(map(len, by.values()))) for qs in by.values() if k < len(qs)]
     return turns[:n]
 
-def record(name, a, **config): return RunDir.create(ROOT/'results'/'47_serve.rag'/name, 'rag', config=config, seed=0, data=dict(name='factbook' if name != 'world' else 'world'), exist_ok=True)
+def record(name, a, **config):
+    return RunDir.create(ROOT/'results'/'47_serve.rag'/name, 'rag', config=config, seed=0,
+                         data=dict(name='factbook' if name != 'world' else 'world'), exist_ok=True)
 
 def quantile(x, q, unit):
     x = np.asarray(x); draws = np.percentile(np.random.default_rng(0).choice(x, (1000, len(x))), q, axis=1)
@@ -68,7 +71,8 @@ def index(a):
     rss = [m for _,_,m in log]; fifth = len(rss)//5
     run = record('index', a, threads=os.environ.get('OMP_NUM_THREADS'), memory=log, first=n, again=again)
     run.add_metrics(passages=Metric(n['passages'], unit='passages'), indexing=Metric(n['passages']/took, unit='passages/s'),
-                    again=Metric(look, unit='s for the same documents again'), memory_first=Metric(float(np.mean(rss[fifth:2*fifth])), unit='MiB in the second fifth'),
+                    again=Metric(look, unit='s for the same documents again'),
+                    memory_first=Metric(float(np.mean(rss[fifth:2*fifth])), unit='MiB in the second fifth'),
                     memory_last=Metric(float(np.mean(rss[-fifth:])), unit='MiB in the last fifth'))
     run.finish(); with_index.close()
 
@@ -88,28 +92,37 @@ def search(a):
     passages, facts = towns(0, 288)
     with tempfile.TemporaryDirectory() as tmp:
         ix = Index(Path(tmp)/'towns', writable=True); ix.upsert(Document(f'town/{i}', p) for i,p in enumerate(passages))
-        run = record('world', a, passages=len(passages)); add_ranks(run, ix, [(f.question, f.answer, f'town/{f.passage}') for f in random.Random(0).sample(facts, 500)])
+        run = record('world', a, passages=len(passages))
+        add_ranks(run, ix, [(f.question, f.answer, f'town/{f.passage}') for f in random.Random(0).sample(facts, 500)])
         run.finish(); ix.close()
     ix, asked = Index(a.dir), questions(a.factbook)
-    run = record('factbook', a, threads=os.environ.get('OMP_NUM_THREADS'), questions=dict(Counter(q.split(' of ')[0] for q,_,_ in asked))); add_ranks(run, ix, asked)
+    run = record('factbook', a, threads=os.environ.get('OMP_NUM_THREADS'), questions=dict(Counter(q.split(' of ')[0] for q,_,_ in asked)))
+    add_ranks(run, ix, asked)
     def timed(f): t = time.perf_counter(); f(); return (time.perf_counter()-t)*1000
     for q,_,_ in asked[:20]: ix.search(q)
     whole, embed = [timed(lambda: ix.search(q)) for q,_,_ in asked], [timed(lambda: ix.embeddings.batchtransform([q])) for q,_,_ in asked]
     run.add_metrics(**{'search, median': quantile(whole, 50, 'ms'), 'search, 95th percentile': quantile(whole, 95, 'ms'),
-                       'of it the vector of the question, median': quantile(embed, 50, 'ms'), 'of it the vector of the question, 95th percentile': quantile(embed, 95, 'ms'),
+                       'of it the vector of the question, median': quantile(embed, 50, 'ms'),
+                       'of it the vector of the question, 95th percentile': quantile(embed, 95, 'ms'),
                        'passages': Metric(len(ix), unit='passages')})
     run.finish(); ix.close()
 
 def weight(a):
     "How much of the meaning, how much of the words? On 200 questions that no other record uses, and on other towns"
     import tempfile
-    passages, facts = towns(1, 288); asked = dict(factbook=questions(a.factbook, 700)[500:], world=[(f.question, f.answer, f'town/{f.passage}') for f in random.Random(1).sample(facts, 200)])
+    passages, facts = towns(1, 288)
+    asked = dict(factbook=questions(a.factbook, 700)[500:],
+                 world=[(f.question, f.answer, f'town/{f.passage}') for f in random.Random(1).sample(facts, 200)])
     run, was = record('weight', a, questions={k: len(v) for k,v in asked.items()}), WEIGHTS['hybrid']
     with tempfile.TemporaryDirectory() as tmp:
-        ix = Index(Path(tmp)/'towns', writable=True); ix.upsert(Document(f'town/{i}', p) for i,p in enumerate(passages)); both = dict(factbook=Index(a.dir), world=ix)
+        ix = Index(Path(tmp)/'towns', writable=True)
+        ix.upsert(Document(f'town/{i}', p) for i,p in enumerate(passages)); both = dict(factbook=Index(a.dir), world=ix)
         for w in (0., .1, .3, .5, .7, .8, .9, .95, 1.):
             WEIGHTS['hybrid'] = w
-            for k,ix in both.items(): r = ranks(ix, asked[k], 'hybrid'); run.add_metrics(**{f'{k} {w:g}': bootstrap_ratio(np.divide(1, r, out=np.zeros(len(r)), where=r > 0), unit='MRR@5')}); print(k, w, run.metric(f'{k} {w:g}'), flush=True)
+            for k,ix in both.items():
+                r = ranks(ix, asked[k], 'hybrid')
+                run.add_metrics(**{f'{k} {w:g}': bootstrap_ratio(np.divide(1, r, out=np.zeros(len(r)), where=r > 0), unit='MRR@5')})
+                print(k, w, run.metric(f'{k} {w:g}'), flush=True)
         WEIGHTS['hybrid'] = was; run.finish()
         for ix in both.values(): ix.close()
 
@@ -132,7 +145,8 @@ class Without:
 def ask(rag, chats):
     out = []
     for i in range(0, len(chats), 20):
-        out += answer_all(rag, [Request(rag.tok.chat(c, True)[0], max_new_tokens=24, temperature=0.) for c in chats[i:i+20]]); print(i, out[-1][0][:80].replace('\n', ' '), flush=True)
+        out += answer_all(rag, [Request(rag.tok.chat(c, True)[0], max_new_tokens=24, temperature=0.) for c in chats[i:i+20]])
+        print(i, out[-1][0][:80].replace('\n', ' '), flush=True)
     return out
 
 def answer(a):
@@ -150,30 +164,43 @@ def answer(a):
     top = lambda e: np.array([max([p['score'] for p in x.extra['sources']], default=0.) for _,x in e])
     known, unknown = top(arms['retrieved']), top(lost)
     cut = max(np.unique(np.r_[known, unknown]), key=lambda c: (unknown < c).mean()-(known < c).mean())
-    cited = np.array([bool(x.extra['citation']) and right(x.extra['citation']['text'], v) for (_,x),(_,v,_) in zip(arms['retrieved'], asked)])
+    cited = np.array([bool(x.extra['citation']) and right(x.extra['citation']['text'], v) for (_,x),
+                      (_,v,_) in zip(arms['retrieved'], asked)])
     n, good = len(asked), ok['retrieved']
-    run = record(a.name, a, model=Path(model).name, k=a.k, cut=float(cut), answers=[dict(question=q, answer=v, **{k: arms[k][i][0] for k in arms}, without=lost[i][0]) for i,(q,v,_) in enumerate(asked)])
+    run = record(a.name, a, model=Path(model).name, k=a.k, cut=float(cut),
+                 answers=[dict(question=q, answer=v, **{k: arms[k][i][0] for k in arms}, without=lost[i][0]) for i,
+                          (q,v,_) in enumerate(asked)])
     run.add_metrics(**{f'right, {k}': wilson(int(o.sum()), n) for k,o in ok.items()},
-        **{'retrieved − closed book': bootstrap_ratio(good.astype(float)-ok['closed book']), 'citation holds the answer, of right answers': wilson(int((cited & good).sum()), int(good.sum())),
-           'declines, passage there': wilson(sum(declines(t) for t,_ in arms['retrieved']), n), 'declines, passage removed': wilson(sum(declines(t) for t,_ in lost), n),
-           'score below the threshold, passage there': wilson(int((known < cut).sum()), n), 'score below the threshold, passage removed': wilson(int((unknown < cut).sum()), n)})
+        **{'retrieved − closed book': bootstrap_ratio(good.astype(float)-ok['closed book']),
+           'citation holds the answer, of right answers': wilson(int((cited & good).sum()), int(good.sum())),
+           'declines, passage there': wilson(sum(declines(t) for t,_ in arms['retrieved']), n),
+           'declines, passage removed': wilson(sum(declines(t) for t,_ in lost), n),
+           'score below the threshold, passage there': wilson(int((known < cut).sum()), n),
+           'score below the threshold, passage removed': wilson(int((unknown < cut).sum()), n)})
     run.finish(); ix.close(); engine.close()
 
 def citations(a):
     "The answers of the record, cited anew: that needs no new answers, only the passages that were found for them"
-    told = RunDir.open(ROOT/'results'/'47_serve.rag'/a.name).info['config']; engine, ix = GGUFEngine(a.model or smollm2(), slots=1, context=1024, threads=a.threads), Index(a.dir)
+    told = RunDir.open(ROOT/'results'/'47_serve.rag'/a.name).info['config']
+    engine, ix = GGUFEngine(a.model or smollm2(), slots=1, context=1024, threads=a.threads), Index(a.dir)
     rag, rows = RagEngine(engine, ix, k=told['k']), []
     for r in told['answers']:
         if not right(text := r['retrieved'], r['answer']): continue
-        found = rag.tok.chat([dict(role='user', content=r['question'])])[0].sources; holds = lambda c: bool(c) and right(c['text'], r['answer'])
+        found = rag.tok.chat([dict(role='user', content=r['question'])])[0].sources
+        holds = lambda c: bool(c) and right(c['text'], r['answer'])
         rows.append((holds(cite(text, found, r['question'])), holds(cite(text, found)), any(right(p.text, r['answer']) for p in found)))
     run = record('citations', a, answers=a.name, k=told['k'])
     names = 'citation holds the answer, of right answers', 'the same without a look at the question', 'a passage holds it at all'
-    run.add_metrics(**{k: wilson(sum(v), len(v)) for k,v in zip(names, zip(*rows))}); run.finish(); ix.close(); engine.close(); print({k: str(Metric(**m)) for k,m in run.info['metrics'].items()})
+    run.add_metrics(**{k: wilson(sum(v), len(v)) for k,v in zip(names, zip(*rows))})
+    run.finish(); ix.close(); engine.close(); print({k: str(Metric(**m)) for k,m in run.info['metrics'].items()})
 
 if __name__ == '__main__':
     ap = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    ap.add_argument('what', choices=['index', 'search', 'weight', 'answer', 'citations']); ap.add_argument('--dir', default='runs/rag'); ap.add_argument('--factbook', default=Path(os.environ.get('SLM_DATA', 'data'))/'rag'/'factbook.jsonl')
-    ap.add_argument('--model'); ap.add_argument('--n', type=int, default=200); ap.add_argument('--k', type=int, default=3); ap.add_argument('--threads', type=int); ap.add_argument('--name', default='answers')
+    ap.add_argument('what', choices=['index', 'search', 'weight', 'answer', 'citations'])
+    ap.add_argument('--dir', default='runs/rag')
+    ap.add_argument('--factbook', default=Path(os.environ.get('SLM_DATA', 'data'))/'rag'/'factbook.jsonl')
+    ap.add_argument('--model')
+    ap.add_argument('--n', type=int, default=200)
+    ap.add_argument('--k', type=int, default=3); ap.add_argument('--threads', type=int); ap.add_argument('--name', default='answers')
     a = ap.parse_args(); dict(index=index, search=search, weight=weight, answer=answer, citations=citations)[a.what](a)
     sys.exit(0)

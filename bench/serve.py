@@ -42,7 +42,9 @@ def hf(tmp, n, threads):
     from slm.data.tokenizer import Tokenizer
     torch.set_num_threads(threads); torch.set_grad_enabled(False)
     tok, m = Tokenizer.load(tmp/'hf'), AutoModelForCausalLM.from_pretrained(tmp/'hf', dtype=torch.float32).eval()
-    def run(b, k): t = time.perf_counter(); m.generate(torch.tensor([ids_of(tok, 32)]*b), max_new_tokens=k, min_new_tokens=k, do_sample=False); return time.perf_counter()-t
+    def run(b, k):
+        t = time.perf_counter()
+        m.generate(torch.tensor([ids_of(tok, 32)]*b), max_new_tokens=k, min_new_tokens=k, do_sample=False); return time.perf_counter()-t
     run(1, 4); run(8, 4)
     return dict(decode=(n-1)/(run(1, n)-run(1, 1)), batch8=8*n/run(8, n))
 
@@ -103,7 +105,8 @@ def llama(tmp, n, threads, kind):
     p.model.path, p.n_ctx, p.n_parallel, p.verbosity = str(tmp/f'{kind}.gguf'), 1024, 1, -1
     p.cpuparams.n_threads = p.cpuparams_batch.n_threads = threads
     s, ids = xllamacpp.Server(p), ids_of(Tokenizer.load(tmp/'hf'), 32)
-    run = lambda k: s.handle_completions(dict(prompt=ids, n_predict=k, temperature=0, ignore_eos=True, stream=False))['timings']['predicted_per_second']
+    run = lambda k: s.handle_completions(dict(prompt=ids, n_predict=k, temperature=0, ignore_eos=True,
+                                              stream=False))['timings']['predicted_per_second']
     run(4)
     return dict(decode=max(run(n) for _ in range(2)))
 
@@ -111,11 +114,13 @@ def through_http(tmp, n, threads, kind):
     "The gguf engine behind `slm serve`: whole answers, and streams"
     from slm.data.tokenizer import Tokenizer
     ids, slm = ids_of(Tokenizer.load(tmp/'hf'), 32), Path(sys.executable).with_name('slm')
-    with subprocess.Popen([slm, 'serve', tmp/f'{kind}.gguf', '--engine', 'gguf', '--port', '0', '--slots', '1', '--threads', str(threads)], stdout=subprocess.PIPE, text=True) as proc:
+    with subprocess.Popen([slm, 'serve', tmp/f'{kind}.gguf', '--engine', 'gguf', '--port', '0', '--slots', '1', '--threads', str(threads)],
+                          stdout=subprocess.PIPE, text=True) as proc:
         c = http.client.HTTPConnection(proc.stdout.readline().split('http://')[1].split()[0])
         def ask(k, stream=False):
             t = time.perf_counter()
-            c.request('POST', '/v1/completions', json.dumps(dict(model=kind, prompt=ids, max_tokens=k, temperature=0, stream=stream)), {'Content-Type': 'application/json'})
+            c.request('POST', '/v1/completions', json.dumps(dict(model=kind, prompt=ids, max_tokens=k, temperature=0, stream=stream)),
+                      {'Content-Type': 'application/json'})
             body = c.getresponse().read(); secs = time.perf_counter()-t
             if not stream and (made := json.loads(body)['usage']['completion_tokens']) != k: sys.exit(f'{made} tokens instead of {k}')
             return secs
@@ -124,38 +129,51 @@ def through_http(tmp, n, threads, kind):
             while not ready(): time.sleep(.1)
             ask(8)
             best = lambda k, stream: min(ask(k, stream) for _ in range(4))
-            return {name: (n-n//2)/(best(n, stream)-best(n//2, stream)) for name,stream in (('decode', False), ('streamed', True))}   # what each connection waits for falls out
+            # what each connection waits for falls out
+            return {name: (n-n//2)/(best(n, stream)-best(n//2, stream)) for name,stream in (('decode', False), ('streamed', True))}
         finally: proc.terminate()
 
 WHAT = {'transformers': lambda *a: hf(*a), 'torch': lambda *a: torch_engine(*a), 'torch eager': lambda *a: torch_engine(*a, compiled=False),
         'torch int8': lambda *a: torch_engine(*a, int8=True), 'torch int8 eager': lambda *a: torch_engine(*a, int8=True, compiled=False),
-        'llama.cpp f32': lambda *a: llama(*a, 'f32'), 'llama.cpp q8_0': lambda *a: llama(*a, 'q8_0'), 'gguf q8_0': lambda *a: gguf_engine(*a, 'q8_0'),
+        'llama.cpp f32': lambda *a: llama(*a, 'f32'), 'llama.cpp q8_0': lambda *a: llama(*a, 'q8_0'),
+        'gguf q8_0': lambda *a: gguf_engine(*a, 'q8_0'),
         'http q8_0': lambda *a: through_http(*a, 'q8_0')}
 
 def main():
     ap = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter); add = ap.add_argument
-    add('--model'); add('--preset', default='25m'); add('--name', default='25m'); add('--tokens', type=int, default=128); add('--threads', type=int, default=2)
-    add('--rounds', type=int, default=3); add('--avx2', action='store_true'); add('--one', help=argparse.SUPPRESS); add('--tmp', type=Path, help=argparse.SUPPRESS)
+    add('--model')
+    add('--preset', default='25m')
+    add('--name', default='25m'); add('--tokens', type=int, default=128); add('--threads', type=int, default=2)
+    add('--rounds', type=int, default=3)
+    add('--avx2', action='store_true'); add('--one', help=argparse.SUPPRESS); add('--tmp', type=Path, help=argparse.SUPPRESS)
     a = ap.parse_args()
     if a.one: return print('\n'+json.dumps(WHAT[a.one](a.tmp, a.tokens, a.threads)))
     from slm.core import Metric, RunDir
     with tempfile.TemporaryDirectory() as tmp:
-        run = RunDir.create(ROOT/'results'/'44_serve.batching'/a.name, 'bench', dict(model=a.name, tokens=a.tokens, threads=a.threads, rounds=a.rounds, avx2=a.avx2), seed=0, exist_ok=True)
-        env = dict(os.environ, OMP_NUM_THREADS=str(a.threads)) | (dict(ATEN_CPU_CAPABILITY='avx2', ONEDNN_MAX_CPU_ISA='AVX2') if a.avx2 else {})
+        run = RunDir.create(ROOT/'results'/'44_serve.batching'/a.name, 'bench',
+                            dict(model=a.name, tokens=a.tokens, threads=a.threads, rounds=a.rounds, avx2=a.avx2), seed=0, exist_ok=True)
+        env = dict(os.environ,
+                   OMP_NUM_THREADS=str(a.threads)) | (dict(ATEN_CPU_CAPABILITY='avx2', ONEDNN_MAX_CPU_ISA='AVX2') if a.avx2 else {})
         info, got = write(a, Path(tmp)), {k: [] for k in WHAT}
         for _ in range(a.rounds):
             for k in WHAT:
-                p = subprocess.run([sys.executable, '-W', 'ignore', __file__, '--one', k, '--tmp', tmp, '--tokens', str(a.tokens), '--threads', str(a.threads)], env=env, capture_output=True, text=True)
+                p = subprocess.run([sys.executable, '-W', 'ignore', __file__, '--one', k, '--tmp', tmp, '--tokens', str(a.tokens),
+                                    '--threads', str(a.threads)], env=env, capture_output=True, text=True)
                 if p.returncode: sys.exit(f'{k}: {p.stderr[-2000:]}')
-                got[k].append(json.loads(p.stdout.strip().splitlines()[-1])); print(k, {m: round(v, 3) for m,v in got[k][-1].items()}, flush=True)
+                got[k].append(json.loads(p.stdout.strip().splitlines()[-1]))
+                print(k, {m: round(v, 3) for m,v in got[k][-1].items()}, flush=True)
         run.info |= info | dict(rounds=got)
         for k,rs in got.items():
             for m in rs[0]:
                 slow = m.startswith('ttft'); v = [r[m] for r in rs]
-                run.add_metrics(**{f'{k} {m}'.replace(' ', '_'): Metric((min if slow else max)(v), min(v), max(v), len(v), 's' if slow else 'tokens/s')})
+                run.add_metrics(**{f'{k} {m}'.replace(' ', '_'): Metric((min if slow else max)(v), min(v), max(v), len(v),
+                                                                        's' if slow else 'tokens/s')})
     run.finish()
     m = lambda k: run.metric(k).value
-    for a_,b in (('torch_decode', 'transformers_decode'), ('torch_eager_decode', 'transformers_decode'), ('torch_decode', 'llama.cpp_f32_decode'), ('torch_int8_decode', 'llama.cpp_q8_0_decode'), ('torch_batch8', 'transformers_batch8'), ('gguf_q8_0_decode', 'llama.cpp_q8_0_decode'), ('http_q8_0_decode', 'llama.cpp_q8_0_decode')):
+    for a_,b in (('torch_decode', 'transformers_decode'), ('torch_eager_decode', 'transformers_decode'),
+                 ('torch_decode', 'llama.cpp_f32_decode'), ('torch_int8_decode', 'llama.cpp_q8_0_decode'),
+                 ('torch_batch8', 'transformers_batch8'), ('gguf_q8_0_decode', 'llama.cpp_q8_0_decode'),
+                 ('http_q8_0_decode', 'llama.cpp_q8_0_decode')):
         print(f'{a_} / {b}: {m(a_)/m(b):.2f}')
 
 if __name__ == '__main__': main()

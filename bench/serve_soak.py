@@ -34,7 +34,9 @@ def median(x, unit):
 
 def through_http(port, ids, n):
     c = http.client.HTTPConnection('127.0.0.1', port); t0 = time.perf_counter()
-    c.request('POST', '/v1/completions', json.dumps(dict(model='model', prompt=ids, max_tokens=n, temperature=0, stream=True, stream_options=dict(include_usage=True))), {'Content-Type': 'application/json'})
+    c.request('POST', '/v1/completions',
+              json.dumps(dict(model='model', prompt=ids, max_tokens=n, temperature=0, stream=True,
+                              stream_options=dict(include_usage=True))), {'Content-Type': 'application/json'})
     r, last = c.getresponse(), b''
     for l in r:
         if l.startswith(b'data: {'): last = l
@@ -48,7 +50,8 @@ def straight(engine, ids, n):
 def server(a, threads):
     "A server in a process of its own; gives the process and its address"
     env = os.environ | dict(PYTHONPATH=os.pathsep.join([str(Path(__file__).parents[1]), os.environ.get('PYTHONPATH', '')]))
-    with subprocess.Popen([sys.executable, '-c', SERVER, a.model, *map(str, (a.slots, threads, a.queue))], stdout=subprocess.PIPE, text=True, env=env) as proc:
+    with subprocess.Popen([sys.executable, '-c', SERVER, a.model, *map(str, (a.slots, threads, a.queue))], stdout=subprocess.PIPE,
+                          text=True, env=env) as proc:
         try:
             url = proc.stdout.readline().split()[-1]
             while httpx.get(f'{url}/readyz').status_code != 200: time.sleep(.05)
@@ -58,7 +61,8 @@ def server(a, threads):
 def cost(port, a, threads):
     "Milliseconds that HTTP adds to each token, and those of the engine, once for each repeat"
     engine, n, extra, per = GGUFEngine(a.model, slots=a.slots, threads=threads), 600, [], []
-    ids = next(i for p in ('1 2 3 4 5 6', 'Once upon a time', 'a', 'The kite') if straight(engine, i := engine.tok.encode(p), n)[1] == n) # one that does not end by itself
+    # one that does not end by itself
+    ids = next(i for p in ('1 2 3 4 5 6', 'Once upon a time', 'a', 'The kite') if straight(engine, i := engine.tok.encode(p), n)[1] == n)
     through_http(port, ids, n)                                                           # the warm-up
     for _ in range(a.repeats):
         (th, nh), (ts, ns) = through_http(port, ids, n), straight(engine, ids, n); assert nh == ns == n, (nh, ns)
@@ -67,7 +71,9 @@ def cost(port, a, threads):
 
 # ---- the crowd
 
-def chat(rng, **kw): return dict(model='model', messages=[dict(role='user', content=' '.join(rng.choices(WORDS, k=rng.randint(3, 60))))], max_tokens=rng.randint(1, 60)) | kw
+def chat(rng, **kw):
+    return dict(model='model', messages=[dict(role='user', content=' '.join(rng.choices(WORDS, k=rng.randint(3, 60))))],
+                max_tokens=rng.randint(1, 60)) | kw
 
 class Crowd:
     "What the clients did, and what they got"
@@ -93,11 +99,14 @@ class Crowd:
         self.note('stream', 200 if done else 'cut off', done)
 
     async def plain(self, c, rng):
-        r = await c.post(f'{self.url}/v1/chat/completions', json=chat(rng)); ok = r.status_code == 200 and r.json()['choices'][0]['finish_reason'] in ('stop', 'length')
+        r = await c.post(f'{self.url}/v1/chat/completions', json=chat(rng))
+        ok = r.status_code == 200 and r.json()['choices'][0]['finish_reason'] in ('stop', 'length')
         self.note('plain', r.status_code, ok or r.status_code == 429)
 
     async def gone(self, c, rng):
-        try: r = await c.post(f'{self.url}/v1/chat/completions', json=chat(rng, max_tokens=500), timeout=rng.random()); self.note('hangs up', r.status_code, r.status_code in (200, 429))
+        try:
+            r = await c.post(f'{self.url}/v1/chat/completions', json=chat(rng, max_tokens=500), timeout=rng.random())
+            self.note('hangs up', r.status_code, r.status_code in (200, 429))
         except httpx.TimeoutException: self.note('hangs up', 'left', True)
 
     async def bad(self, c, rng):
@@ -105,7 +114,8 @@ class Crowd:
         bad = [(chat(rng, temperature=9), 422), (chat(rng, tools=[1]), 422), (chat(rng, model='x'), 404), (chat(rng, messages=long), 400),
                (chat(rng, max_tokens=10**6), 400)]
         body, want = rng.choice([*((json.dumps(b).encode(), w) for b,w in bad), (b'{', 400), (b'x'*2**21, 413), (os.urandom(300), 400)])
-        r = await c.post(f'{self.url}/v1/chat/completions', content=body, headers={'Content-Type': 'application/json'}); self.note('nonsense', r.status_code, r.status_code in (want, 429))
+        r = await c.post(f'{self.url}/v1/chat/completions', content=body, headers={'Content-Type': 'application/json'})
+        self.note('nonsense', r.status_code, r.status_code in (want, 429))
 
     async def client(self, seed, until):
         rng = random.Random(seed)
@@ -133,21 +143,34 @@ class Crowd:
 
 def main():
     ap = argparse.ArgumentParser(description=__doc__.split('\n')[0])
-    ap.add_argument('model', type=Path, help='a .gguf file'); ap.add_argument('--minutes', type=float, default=10); ap.add_argument('--clients', type=int, default=16)
-    ap.add_argument('--slots', type=int, default=4); ap.add_argument('--queue', type=int, default=8); ap.add_argument('--threads', type=int, default=usable_cpus()); ap.add_argument('--repeats', type=int, default=15)
+    ap.add_argument('model', type=Path, help='a .gguf file')
+    ap.add_argument('--minutes', type=float, default=10); ap.add_argument('--clients', type=int, default=16)
+    ap.add_argument('--slots', type=int, default=4)
+    ap.add_argument('--queue', type=int, default=8)
+    ap.add_argument('--threads', type=int, default=usable_cpus()); ap.add_argument('--repeats', type=int, default=15)
     ap.add_argument('--out', type=Path, default=Path(__file__).parents[1]/'results'/'46_serve.api'/'soak')
     a = ap.parse_args(); signal.signal(signal.SIGTERM, lambda *_: sys.exit('ended'))                # so that the server ends too
-    run = RunDir.create(a.out, 'bench', config={k: v for k,v in vars(a).items() if k not in ('out', 'model')} | dict(model=a.model.stem, bytes=a.model.stat().st_size), seed=0, exist_ok=True)
-    spare = max(1, a.threads-1)                                                           # the server and its client are programs too: a core for them
+    run = RunDir.create(a.out, 'bench',
+                        config={k: v for k,
+                                v in vars(a).items() if k not in ('out',
+                                                                  'model')} | dict(model=a.model.stem, bytes=a.model.stat().st_size),
+                                                                  seed=0, exist_ok=True)
+    # the server and its client are programs too: a core for them
+    spare = max(1, a.threads-1)
     with server(a, spare) as (_, url): extra, per = cost(int(url.rsplit(':')[-1]), a, spare)
     with server(a, a.threads) as (proc, url): crowd = Crowd(url); rss, drained = asyncio.run(crowd.run(a, proc))
     fifth = max(1, len(rss)//5); early, late = np.mean(rss[:fifth]), np.mean(rss[-fifth:])
-    figures = {'HTTP per streamed token': median(extra, 'ms'), 'engine per token': median(per, 'ms'), 'requests': Metric(sum(crowd.count.values()), unit='requests'),
-               'answered as they should be': Metric(100*(1-len(crowd.wrong)/sum(crowd.count.values())), unit='%'), 'time to first token, 95th percentile': Metric(float(np.percentile(crowd.first, 95)), n=len(crowd.first), unit='s'),
-               'memory, last fifth': Metric(float(late), unit='MiB'), 'memory, most': Metric(float(max(rss)), unit='MiB'), 'memory growth since the first fifth': Metric(float(100*(late/early-1)), unit='%'),
+    figures = {'HTTP per streamed token': median(extra, 'ms'), 'engine per token': median(per, 'ms'),
+               'requests': Metric(sum(crowd.count.values()), unit='requests'),
+               'answered as they should be': Metric(100*(1-len(crowd.wrong)/sum(crowd.count.values())), unit='%'),
+               'time to first token, 95th percentile': Metric(float(np.percentile(crowd.first, 95)), n=len(crowd.first), unit='s'),
+               'memory, last fifth': Metric(float(late), unit='MiB'), 'memory, most': Metric(float(max(rss)), unit='MiB'),
+               'memory growth since the first fifth': Metric(float(100*(late/early-1)), unit='%'),
                'SIGTERM to the end': Metric(drained, unit='s'), 'exit status': Metric(proc.returncode)}
     run.info['memory_mib'] = [round(m, 1) for m in rss[::10]]                             # every ten seconds
-    run.add_metrics(**figures); run.info['answers'] = {f'{k} {s}': n for (k,s),n in sorted(crowd.count.items(), key=str)}; run.info['wrong'] = sorted({f'{k} {s}' for k,s in crowd.wrong})
+    run.add_metrics(**figures)
+    run.info['answers'] = {f'{k} {s}': n for (k,s),n in sorted(crowd.count.items(), key=str)}
+    run.info['wrong'] = sorted({f'{k} {s}' for k,s in crowd.wrong})
     run.finish()
     print(json.dumps(dict(metrics={k: str(m) for k,m in figures.items()}, answers=run.info['answers'], wrong=run.info['wrong']), indent=1))
     sys.exit(bool(crowd.wrong) or proc.returncode)

@@ -28,7 +28,8 @@ def classify(a):
         set_seed(0); model = load_model_and_tokenizer(a.run)[0]
         clf = Classifier(GPT(model.cfg) if fresh else model, 2).train()
         dls = DataLoaders(LabelLoader(*train, bs=16, pad_id=tok.pad_id), LabelLoader(*valid, bs=50, pad_id=tok.pad_id))
-        learn = LMLearner(dls, clf, loss_func=partial(class_loss, aux=aux), opt_func=lambda ps, lr: muon(ps, lr=lr, wd=0.), splitter=muon_groups, lr=a.lr,
+        learn = LMLearner(dls, clf, loss_func=partial(class_loss, aux=aux), opt_func=lambda ps, lr: muon(ps, lr=lr, wd=0.),
+                          splitter=muon_groups, lr=a.lr,
                           cbs=[AutoCast(), GradClip(), Schedule(a.steps, warmup=20, cooldown=1.)])
         learn.fit_steps(a.steps); run.add_metrics(**{name: class_accuracy(clf, dls.valid)}); print(name, run.metric(name), file=sys.stderr)
     run.add_metrics(chance=Metric(max(sum(valid[1]), len(valid[1])-sum(valid[1]))/len(valid[1]), n=len(valid[1]), unit='of texts'))

@@ -47,7 +47,8 @@ def train(a, run):
     for name,(layers,width) in SIZES.items():
         if (RUNS/name/'checkpoints').exists(): resume(RUNS/name)
         elif not (RUNS/name/'model.safetensors').exists():
-            pretrain(f'files:{text}', RUNS/name, steps=300, vocab_size=1024, seq_len=256, batch_tokens=4096, evals=2, samples=1, seed=0, device='cpu', model=dict(n_layer=layers, d_model=width))
+            pretrain(f'files:{text}', RUNS/name, steps=300, vocab_size=1024, seq_len=256, batch_tokens=4096, evals=2, samples=1, seed=0,
+                     device='cpu', model=dict(n_layer=layers, d_model=width))
     arc_folder(RUNS/'arc', town_tasks(SEED, N_TOWNS), 200)
 
 def accuracy(a, run):
@@ -57,7 +58,8 @@ def accuracy(a, run):
         for k in SHOTS:
             ev = evaluate_task(RUNS/name, 'arc_easy', RUNS/'arc', shots=k)
             run.info['chance'] = ev.info['chance']; run.add_metrics(**{f'{name}_{k}shot_{m}': ev.metric(m) for m in ('acc', 'acc_norm')})
-            points += [dict(size=name, params=params, shots=k, rule=m, **{x: getattr(ev.metric(m), x) for x in ('value', 'lo', 'hi', 'n')}) for m in ('acc', 'acc_norm')]
+            points += [dict(size=name, params=params, shots=k, rule=m,
+                            **{x: getattr(ev.metric(m), x) for x in ('value', 'lo', 'hi', 'n')}) for m in ('acc', 'acc_norm')]
             print(points[-2], flush=True)
     pd.DataFrame(points).to_csv(run/'points.csv', index=False, float_format='%.5g')
 
@@ -66,7 +68,8 @@ def peer(folder):
     from lm_eval.models.huggingface import HFLM
     from transformers import PreTrainedTokenizerFast
     tok = load_model_and_tokenizer(folder)[1]; name = lambda i: tok.tok.id_to_token(i)
-    fast = PreTrainedTokenizerFast(tokenizer_object=tok.tok, eos_token=name(tok.eot_id), bos_token=name(tok.bos_id), pad_token=name(tok.pad_id))
+    fast = PreTrainedTokenizerFast(tokenizer_object=tok.tok, eos_token=name(tok.eot_id), bos_token=name(tok.bos_id),
+                                   pad_token=name(tok.pad_id))
     return HFLM(pretrained=str(folder), tokenizer=fast, device='cpu', batch_size=32, dtype='float32')
 
 YAML = '''task: {name}
@@ -93,27 +96,36 @@ def asked(lm, folder, shots):
     inner,took = lm.loglikelihood,[]
     def timed(*args, **kw): t0 = time.perf_counter(); r = inner(*args, **kw); took.append(time.perf_counter()-t0); return r
     lm.loglikelihood = timed
-    r = lm_eval.simple_evaluate(lm, tasks=['towns'], task_manager=TaskManager(include_path=str(folder), include_defaults=False), num_fewshot=shots, bootstrap_iters=0); del lm.loglikelihood
+    r = lm_eval.simple_evaluate(lm, tasks=['towns'], task_manager=TaskManager(include_path=str(folder), include_defaults=False),
+                                num_fewshot=shots, bootstrap_iters=0); del lm.loglikelihood
     s = sorted(r['samples']['towns'], key=lambda s: s['doc_id'])
     return [np.array([float(x[0][0]) for x in d['resps']]) for d in s], np.array([[d['acc'], d['acc_norm']] for d in s]), sum(took)
 
 def agree(a, run):
     "The same questions asked by lm-eval with its own model, by lm-eval with ours in its interface, and by us"
-    path = RUNS/'small'; model,tok,score = open_causal(path, 'cpu'); same,diff,secs = {'own': [], 'adapter': []}, {'own': [], 'adapter': []}, []
+    path = RUNS/'small'
+    model,tok,score = open_causal(path, 'cpu'); same,diff,secs = {'own': [], 'adapter': []}, {'own': [], 'adapter': []}, []
     with tempfile.TemporaryDirectory() as tmp:
-        folder = arc_folder(Path(tmp), town_tasks(SEED, N_TOWNS), 200); rows = lambda name: [('', json.loads(l)) for l in open(folder/f'ARC-Easy-{name}.jsonl')]
+        folder = arc_folder(Path(tmp), town_tasks(SEED, N_TOWNS), 200)
+        rows = lambda name: [('', json.loads(l)) for l in open(folder/f'ARC-Easy-{name}.jsonl')]
         hf = peer(path)
         for k in SHOTS:
             nats,verdicts,took = asked(hf, folder, k); items = list(read_arc(rows('Test'))); t0 = time.perf_counter()
-            ours = [x for _,x,_ in score(with_shots(items, list(read_arc(rows('Train'))), k))]; secs.append((k, time.perf_counter()-t0, took))
-            ours_v = np.array([[np.argmax(y) == it.about[0] for y in (x, x/[len(o)-1 for o in it.options])] for it,x in zip(items, ours)], dtype=float)
+            ours = [x for _,x,_ in score(with_shots(items, list(read_arc(rows('Train'))), k))]
+            secs.append((k, time.perf_counter()-t0, took))
+            ours_v = np.array([[np.argmax(y) == it.about[0] for y in (x, x/[len(o)-1 for o in it.options])] for it,x in zip(items, ours)],
+                              dtype=float)
             adapted,adapted_v,_ = asked(harness_model(model, tok), folder, k)
             for name,x,v in (('own', ours, ours_v), ('adapter', adapted, adapted_v)):
                 same[name] += (v == verdicts).all(1).tolist(); diff[name] += [float(abs(p-q).max()) for p,q in zip(x, nats)]
-            run.add_metrics(**{f'lm_eval_{k}shot_acc': wilson(int(verdicts[:, 0].sum()), len(items), 'of questions'), f'ours_{k}shot_acc': wilson(int(ours_v[:, 0].sum()), len(items), 'of questions')})
+            run.add_metrics(**{f'lm_eval_{k}shot_acc': wilson(int(verdicts[:, 0].sum()), len(items), 'of questions'),
+                               f'ours_{k}shot_acc': wilson(int(ours_v[:, 0].sum()), len(items), 'of questions')})
             print(k, {n: (sum(s), len(s), max(diff[n])) for n,s in same.items()}, secs[-1], flush=True)
-    for name in same: run.add_metrics(**{f'agreement_{name}': wilson(sum(same[name]), len(same[name]), 'of questions'), f'largest_difference_{name}': Metric(max(diff[name]), n=len(diff[name]), unit='nats')})
-    run.add_metrics(**{f'speed_{k}shot_{who}': Metric(len(items)/s, n=len(items), unit='questions/s') for k,x,y in secs for who,s in (('ours', x), ('lm_eval', y))})
+    for name in same:
+        run.add_metrics(**{f'agreement_{name}': wilson(sum(same[name]), len(same[name]), 'of questions'),
+                           f'largest_difference_{name}': Metric(max(diff[name]), n=len(diff[name]), unit='nats')})
+    run.add_metrics(**{f'speed_{k}shot_{who}': Metric(len(items)/s, n=len(items), unit='questions/s') for k,x,y in secs for who,
+                       s in (('ours', x), ('lm_eval', y))})
     import lm_eval; run.info['config'] |= dict(harness=lm_eval.__version__, model='small')
 
 def memory(a, run):
@@ -124,12 +136,15 @@ def memory(a, run):
         path = RUNS/f'recite_{epochs}'
         if not (path/'model.safetensors').exists():
             n = 45*110*epochs # tokens: about 45 documents are left after the split
-            pretrain(f'files:{text}', path, steps=max(10, n//2048), vocab_size=512, seq_len=256, batch_tokens=2048, evals=1, samples=1, seed=0, device='cpu', dropout=0., lr=.006, model=dict(n_layer=3, d_model=128))
-        model,tok = load_model_and_tokenizer(path); r = RunDir.open(path); seen = r.info['data']['epochs']; read = partial(run_corpus(r, f'files:{text}').docs, 'train')
+            pretrain(f'files:{text}', path, steps=max(10, n//2048), vocab_size=512, seq_len=256, batch_tokens=2048, evals=1, samples=1,
+                     seed=0, device='cpu', dropout=0., lr=.006, model=dict(n_layer=3, d_model=128))
+        model,tok = load_model_and_tokenizer(path)
+        r = RunDir.open(path); seen = r.info['data']['epochs']; read = partial(run_corpus(r, f'files:{text}').docs, 'train')
         for k in (8, 16, 32):
             res,floor = memorised(model, tok, read, docs(22), n=48, k=k, m=32)
             points += [dict(epochs=seen, k=k, measure=m, value=x.value, lo=x.lo, hi=x.hi, n=x.n, floor=floor.get(m)) for m,x in res.items()]
-            run.add_metrics(**{f'{m}_epochs{epochs}_k{k}': x for m,x in res.items()}); print(epochs, seen, k, {m: str(x) for m,x in res.items()}, flush=True)
+            run.add_metrics(**{f'{m}_epochs{epochs}_k{k}': x for m,x in res.items()})
+            print(epochs, seen, k, {m: str(x) for m,x in res.items()}, flush=True)
     pd.DataFrame(points).to_csv(run/'points.csv', index=False, float_format='%.5g')
 
 def country_tasks(path, seed=0):
@@ -153,10 +168,12 @@ def factbook(a, run):
 
 def main():
     ap = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    ap.add_argument('what', choices=['train', 'accuracy', 'agree', 'memory', 'factbook'], nargs='+'); ap.add_argument('--data', help='the factbook'); ap.add_argument('--limit', type=int, default=300, help='questions of the factbook')
+    ap.add_argument('what', choices=['train', 'accuracy', 'agree', 'memory', 'factbook'], nargs='+')
+    ap.add_argument('--data', help='the factbook'); ap.add_argument('--limit', type=int, default=300, help='questions of the factbook')
     ap.add_argument('--model', help='run, folder, hub id or .gguf file; for the factbook'); a = ap.parse_args()
     for what in a.what:
-        run = what != 'train' and RunDir.create(ROOT/'results'/'35_eval.tasks'/what, 'bench', dict(threads=torch.get_num_threads()), seed=0, exist_ok=True)
+        run = what != 'train' and RunDir.create(ROOT/'results'/'35_eval.tasks'/what, 'bench', dict(threads=torch.get_num_threads()),
+                                                seed=0, exist_ok=True)
         globals()[what](a, run)
         if run: run.finish(); print(json.dumps(run.info['metrics'], indent=1))
 

@@ -44,7 +44,8 @@ def measure(run, docs, mb, vocab, repeat):
         for k,f in who.items(): s, ids[k] = timed(f); secs[k].append(s)
     n = sum(map(len, ids['slm'])); assert data.train.n_tokens == n+len(docs)
     s = lambda x: Metric(round(x, 3), unit='s')
-    run.add_metrics(**{f'{vocab}_bytes_per_token': Metric(mb*1e6/n, unit='bytes'), f'{vocab}_train': s(train_s), f'{vocab}_shards': s(shards_s),
+    run.add_metrics(**{f'{vocab}_bytes_per_token': Metric(mb*1e6/n, unit='bytes'), f'{vocab}_train': s(train_s),
+                       f'{vocab}_shards': s(shards_s),
                        f'{vocab}_train_and_shards': s(train_s+shards_s), **{f'{vocab}_encode_{k}': s(min(v)) for k,v in secs.items()},
                        **{f'{vocab}_same_ids_{k}': Metric(float(v==ids['slm'])) for k,v in ids.items()}})
     return [f'{k} at {vocab}' for k,v in ids.items() if v != ids['slm']]

@@ -39,5 +39,6 @@ def random_model(tmp_path_factory):
         from slm.data.world import World
         from slm.model.gpt import GPT, GPTConfig
         path = tmp_path_factory.mktemp('model')/'m'; tok = train_bpe((s.text for s in World().stories(1, 300)), 700)
-        GPT(GPTConfig(vocab_size=tok.vocab_size, n_layer=2, d_model=64, n_head=2, n_kv_head=1, max_seq_len=max_seq_len)).save_pretrained(path, tok); return path
+        GPT(GPTConfig(vocab_size=tok.vocab_size, n_layer=2, d_model=64, n_head=2, n_kv_head=1,
+                      max_seq_len=max_seq_len)).save_pretrained(path, tok); return path
     return make

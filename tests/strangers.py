@@ -33,14 +33,18 @@ def begun(t, bos):
 # shape -> special tokens, added ones that are not special, does the tokenizer put bos before, tokenizer_config, ids in config.json, in generation_config.json
 SHAPES = dict(
     gpt2=(['<|endoftext|>'], [], False, dict(bos_token='<|endoftext|>', eos_token='<|endoftext|>'), (0, 0), None),
-    smollm=(['<|endoftext|>', '<|im_start|>', '<|im_end|>'], [], False, dict(bos_token='<|endoftext|>', eos_token='<|endoftext|>'), (0, 0), None),
+    smollm=(['<|endoftext|>', '<|im_start|>', '<|im_end|>'], [], False, dict(bos_token='<|endoftext|>', eos_token='<|endoftext|>'), (0, 0),
+            None),
     deepseek=([BEGIN, END, '<｜User｜>', '<｜Assistant｜>', '<｜▁pad▁｜>'], [], True,
               dict(bos_token=BEGIN, eos_token=END, pad_token='<｜▁pad▁｜>', chat_template=DEEPSEEK), (0, 1), None),
     hermes=(IM, [], True, dict(bos_token=IM[0], eos_token=IM[3], chat_template=[dict(name='default', template=CHATML),
             dict(name='tool_use', template='{{ tools }}'+CHATML)]), (0, 3), None),
-    llama3=(HEADERS, [], True, dict(bos_token=HEADERS[0], eos_token=dict(__type='AddedToken', content=HEADERS[4], special=True), chat_template=LLAMA3), (0, 1), [1, 4]),
+    llama3=(HEADERS, [], True,
+            dict(bos_token=HEADERS[0], eos_token=dict(__type='AddedToken', content=HEADERS[4], special=True), chat_template=LLAMA3),
+            (0, 1), [1, 4]),
     pad_added=(IM, [], True, dict(bos_token=IM[0], eos_token=IM[3], pad_token='<pad>', chat_template=CHATML), (0, 3), None),
-    none_special=(['<|endoftext|>'], ['<|im_start|>', '<|im_end|>'], False, dict(eos_token='<|im_end|>', chat_template=CHATML), (0, None), None),
+    none_special=(['<|endoftext|>'], ['<|im_start|>', '<|im_end|>'], False, dict(eos_token='<|im_end|>', chat_template=CHATML), (0, None),
+                  None),
     qwen3=(['<|endoftext|>', '<|im_start|>', '<|im_end|>'], ['<think>', '</think>'], False,
            dict(eos_token='<|im_end|>', pad_token='<|endoftext|>', chat_template=QWEN3), (0, 2), [2, 0]))
 
@@ -52,7 +56,8 @@ def stranger(folder, shape, **over):
     if shape == 'pad_added': t.add_special_tokens(['<pad>'])
     if eos is None: eos = t.token_to_id(conf['eos_token'])
     torch.manual_seed(0)
-    c = LlamaConfig(**(dict(vocab_size=n, hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
+    c = LlamaConfig(**(dict(vocab_size=n, hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4,
+                            num_key_value_heads=2,
                             max_position_embeddings=256, tie_word_embeddings=True, bos_token_id=bos, eos_token_id=eos) | over))
     LlamaForCausalLM(c).save_pretrained(folder); t.save(str(folder/'tokenizer.json'))
     (folder/'tokenizer_config.json').write_text(json.dumps(dict(conf, tokenizer_class='PreTrainedTokenizerFast')))

@@ -23,7 +23,8 @@ def tiny(tmp_path_factory):
     torch.manual_seed(1)
     tok = train_bpe([s.text for s in World().stories(0, 300)], 512); path = tmp_path_factory.mktemp('tiny')/'tiny.gguf'
     model = GPT(GPTConfig(vocab_size=tok.vocab_size, n_layer=4, n_head=4, d_model=256, max_seq_len=2048)).eval()
-    model.model.embed_tokens.weight.data[[tok.eot_id, tok.end_id]] = 0                   # tied to the head: some other token is always likelier
+    # tied to the head: some other token is always likelier
+    model.model.embed_tokens.weight.data[[tok.eot_id, tok.end_id]] = 0
     export_gguf(model, tok, path, 'q8_0')
     return path
 
@@ -79,7 +80,8 @@ def post(url, path='completions', headers=None, timeout=300, **kw):
 def error(r, status, **want):
     "The error of a response, after its form is checked"
     assert r.status_code == status, r.text
-    e = r.json()['error']; assert set(r.json()) == {'error'} and set(e) == {'message', 'type', 'param', 'code'} and e['message'] and '\n' not in e['message']
+    e = r.json()['error']
+    assert set(r.json()) == {'error'} and set(e) == {'message', 'type', 'param', 'code'} and e['message'] and '\n' not in e['message']
     assert {k: e[k] for k in want} == want; return e
 
 ASK = [dict(role='user', content='Who has the kite?')]
@@ -91,8 +93,10 @@ def test_chat_says_what_the_engine_says(client, engine):
     ids = engine.tok.chat(ASK, True)[0]; text, end = answer_all(engine, [Request(ids, max_new_tokens=20, temperature=0)])[0]
     c = r.choices[0]
     assert (c.message.role, c.message.content, c.finish_reason) == ('assistant', text, 'length') and text
-    assert (r.usage.prompt_tokens, r.usage.completion_tokens, r.usage.total_tokens) == (len(ids), 20, len(ids)+20) and r.object == 'chat.completion' and r.model == 'tiny'
-    parts = client.chat.completions.create(model='tiny', messages=[dict(role='user', content=[dict(type='text', text=ASK[0]['content'])])], max_completion_tokens=20, temperature=0, stream=True)
+    assert (r.usage.prompt_tokens, r.usage.completion_tokens, r.usage.total_tokens) == (len(ids), 20, len(ids)+20)
+    assert r.object == 'chat.completion' and r.model == 'tiny'
+    parts = client.chat.completions.create(model='tiny', messages=[dict(role='user', content=[dict(type='text', text=ASK[0]['content'])])],
+                                           max_completion_tokens=20, temperature=0, stream=True)
     deltas = [p.choices[0] for p in parts]
     assert deltas[0].delta.role == 'assistant' and ''.join(d.delta.content or '' for d in deltas) == text
     assert [d.finish_reason for d in deltas if d.finish_reason] == ['length']
@@ -104,8 +108,10 @@ def test_stream_is_an_event_stream_with_usage_and_an_end(url):
         lines = [l for l in s.iter_lines() if l]
     assert all(l.startswith('data: ') for l in lines) and lines[-1] == 'data: [DONE]'
     ev = [json.loads(l[6:]) for l in lines[:-1]]
-    assert len({e['id'] for e in ev}) == 1 and all(e['object'] == 'chat.completion.chunk' for e in ev) and all(e['usage'] is None for e in ev[:-1])
-    assert ev[-1]['choices'] == [] and ev[-1]['usage']['completion_tokens'] == 10 and ev[-1]['usage']['total_tokens'] == 10+ev[-1]['usage']['prompt_tokens']
+    assert len({e['id'] for e in ev}) == 1
+    assert all(e['object'] == 'chat.completion.chunk' for e in ev) and all(e['usage'] is None for e in ev[:-1])
+    assert ev[-1]['choices'] == []
+    assert ev[-1]['usage']['completion_tokens'] == 10 and ev[-1]['usage']['total_tokens'] == 10+ev[-1]['usage']['prompt_tokens']
     assert {c['index'] for e in ev for c in e['choices']} == {0, 1}
 
 def test_completions_of_text_and_ids(client, engine):
@@ -130,7 +136,9 @@ def test_seed_stop_and_sampling_reach_the_engine(client, engine):
 def test_logprobs_in_both_dialects(client):
     kw = dict(model='tiny', max_tokens=4, temperature=0)
     c = client.chat.completions.create(messages=ASK, logprobs=True, top_logprobs=3, **kw).choices[0]; ts = c.logprobs.content
-    assert len(ts) == 4 and ''.join(t.token for t in ts) == c.message.content and all(len(t.top_logprobs) == 3 and t.top_logprobs[0].logprob == pytest.approx(t.logprob, abs=1e-6) for t in ts)
+    assert len(ts) == 4
+    assert ''.join(t.token for t in ts) == c.message.content
+    assert all(len(t.top_logprobs) == 3 and t.top_logprobs[0].logprob == pytest.approx(t.logprob, abs=1e-6) for t in ts)
     assert all(bytes(t.bytes).decode('utf-8', 'replace') == t.token and t.logprob <= 0 for t in ts)
     c = client.completions.create(prompt='The', logprobs=2, **kw).choices[0]; l = c.logprobs
     assert l.text_offset == [len(''.join(l.tokens[:k])) for k in range(4)] and all(len(d) == 2 for d in l.top_logprobs)
@@ -139,20 +147,29 @@ def test_logprobs_in_both_dialects(client):
     assert client.chat.completions.create(messages=ASK, **kw).choices[0].logprobs is None
 
 def test_json_of_a_schema(client):
-    schema = dict(type='object', properties=dict(n=dict(enum=[1, 2]), who=dict(enum=['Ann', 'Ben'])), required=['n', 'who'], additionalProperties=False)
-    r = client.chat.completions.create(model='tiny', messages=ASK, seed=1, response_format=dict(type='json_schema', json_schema=dict(name='x', schema=schema)))
+    schema = dict(type='object', properties=dict(n=dict(enum=[1, 2]), who=dict(enum=['Ann', 'Ben'])), required=['n', 'who'],
+                  additionalProperties=False)
+    r = client.chat.completions.create(model='tiny', messages=ASK, seed=1,
+                                       response_format=dict(type='json_schema', json_schema=dict(name='x', schema=schema)))
     assert set(json.loads(r.choices[0].message.content)) == {'n', 'who'} and r.choices[0].finish_reason == 'stop'
 
-SCHEMAS = [('uniqueItems', dict(type='array', uniqueItems=True)), ('propertyNames', dict(propertyNames=dict(enum=['a']))), ('not', {'not': {}}), ('if', {'if': {}, 'then': {}}),
-    ('dependentRequired', dict(dependentRequired=dict(a=['b']))), ('look', dict(type='string', pattern='^(?=a)')), ('pattern|regex', dict(type='string', pattern=r'\bx')), ('regex', dict(type='string', pattern='^[a$')),
-    ('anyOf', dict(enum=[])), ('minimum', dict(type='integer', minimum=5, maximum=2)), ('minLength', dict(type='string', minLength=5, maxLength=2)), ('type', dict(type=5)), ('no text', {'$ref': '#'}),
-    ('/nowhere', {'$ref': '#/nowhere'}), ('minItems', dict(type='array', minItems=10**9)), ('maxItems', dict(type='array', maxItems=10**9)), ('minLength', dict(type='string', minLength=10**9)),
-    ('pattern', dict(type='string', pattern='^a{99999}$')), ('x-guidance', {'type': 'array', 'uniqueItems': True, 'x-guidance': dict(lenient=True)}), ('lexer', dict(type='string', pattern='^(a{1000}){1000}$'))]
+SCHEMAS = [('uniqueItems', dict(type='array', uniqueItems=True)), ('propertyNames', dict(propertyNames=dict(enum=['a']))),
+           ('not', {'not': {}}), ('if', {'if': {}, 'then': {}}),
+    ('dependentRequired', dict(dependentRequired=dict(a=['b']))), ('look', dict(type='string', pattern='^(?=a)')),
+    ('pattern|regex', dict(type='string', pattern=r'\bx')), ('regex', dict(type='string', pattern='^[a$')),
+    ('anyOf', dict(enum=[])), ('minimum', dict(type='integer', minimum=5, maximum=2)),
+    ('minLength', dict(type='string', minLength=5, maxLength=2)), ('type', dict(type=5)), ('no text', {'$ref': '#'}),
+    ('/nowhere', {'$ref': '#/nowhere'}), ('minItems', dict(type='array', minItems=10**9)),
+    ('maxItems', dict(type='array', maxItems=10**9)), ('minLength', dict(type='string', minLength=10**9)),
+    ('pattern', dict(type='string', pattern='^a{99999}$')),
+    ('x-guidance', {'type': 'array', 'uniqueItems': True, 'x-guidance': dict(lenient=True)}),
+    ('lexer', dict(type='string', pattern='^(a{1000}){1000}$'))]
 
 @pytest.mark.parametrize('says,schema', SCHEMAS, ids=[f'{k}-{i}' for i,(k,_) in enumerate(SCHEMAS)])
 def test_a_schema_that_cannot_be_held_to_is_refused_by_name(url, says, schema):
     for stream in (False, True):
-        r = post(url, 'chat/completions', messages=ASK, max_tokens=5, stream=stream, response_format=dict(type='json_schema', json_schema=dict(name='x', schema=schema)))
+        r = post(url, 'chat/completions', messages=ASK, max_tokens=5, stream=stream,
+                 response_format=dict(type='json_schema', json_schema=dict(name='x', schema=schema)))
         assert re.search(says, error(r, 400, param='response_format')['message'])
 
 def test_a_schema_in_any_place_is_held_to_or_refused(url):
@@ -162,29 +179,39 @@ def test_a_schema_in_any_place_is_held_to_or_refused(url):
     assert held(dict(type='json_object', schema=team)) and held(dict(type='json_schema', json_schema=dict(schema=team, name=None)))
     assert held(dict(type='json_schema', json_schema=dict(schema={'$ref': '#/$defs/a~1b', '$defs': {'a/b': team}})))
     assert held(dict(type='json_schema', json_schema=dict(schema={'$ref': '#/$defs/%5B', '$defs': {'[': team}})))
-    for f in (dict(type='json_schema', json_schema=team), dict(type='json_schema', json_schema=dict(name='t', strict=True)), dict(type='json_schema', schema=team), dict(type='text', schema=team)):
+    for f in (dict(type='json_schema', json_schema=team), dict(type='json_schema', json_schema=dict(name='t', strict=True)),
+              dict(type='json_schema', schema=team), dict(type='text', schema=team)):
         error(say(response_format=f), 400, param='response_format')
-    for k,v in dict(guided_json=team, json_schema=team, grammar='root ::= "yes"', guided_choice=['a'], guided_regex='a', structured_outputs=dict(json=team)).items():
+    for k,v in dict(guided_json=team, json_schema=team, grammar='root ::= "yes"', guided_choice=['a'], guided_regex='a',
+                    structured_outputs=dict(json=team)).items():
         error(say(**{k: v}), 400, param=k, code='unsupported_parameter')
 
 def test_context_length_in_the_words_that_clients_look_for(url):
-    e = error(post(url, 'chat/completions', messages=[dict(role='user', content='word '*3000)]), 400, param='messages', code='context_length_exceeded', type='invalid_request_error')
+    e = error(post(url, 'chat/completions', messages=[dict(role='user', content='word '*3000)]), 400, param='messages',
+              code='context_length_exceeded', type='invalid_request_error')
     assert 'maximum context length is 2048 tokens' in e['message']
     error(post(url, prompt='word '*3000), 400, param='prompt', code='context_length_exceeded')
 
 @pytest.mark.parametrize('says,param,body', [
     ('messages.0.content.0.text: Input should be a valid string', 'messages', dict(messages=[dict(role='user', content=[dict(type='text', text=5)])])),
-    ('messages.1.role', 'messages', dict(messages=[*ASK, dict(role='robot', content='x')])), ('messages.0: content is missing', 'messages', dict(messages=[dict(role='user', content=None)])),
+    ('messages.1.role', 'messages', dict(messages=[*ASK, dict(role='robot', content='x')])),
+    ('messages.0: content is missing', 'messages', dict(messages=[dict(role='user', content=None)])),
     ('messages.0.content: Input should be a valid string or a valid list', 'messages', dict(messages=[dict(role='user', content=5)])),
-    ('tool_choice.function', 'tool_choice', dict(messages=ASK, tool_choice=dict(type='function'))), ('stop.1', 'stop', dict(messages=ASK, stop=['a', '']))])
-def test_the_field_of_a_union_is_named(url, says, param, body): assert error(post(url, 'chat/completions', **body), 422, param=param)['message'].startswith(says)
+    ('tool_choice.function', 'tool_choice', dict(messages=ASK, tool_choice=dict(type='function'))),
+    ('stop.1', 'stop', dict(messages=ASK, stop=['a', '']))])
+def test_the_field_of_a_union_is_named(url, says, param, body):
+    assert error(post(url, 'chat/completions', **body), 422, param=param)['message'].startswith(says)
 
 def test_broken_json_has_no_field(url):
-    e = error(httpx.post(f'{url}/v1/completions', content=b'{"model": }', headers={'Content-Type': 'application/json'}), 400, param=None, code='invalid_json')
+    e = error(httpx.post(f'{url}/v1/completions', content=b'{"model": }', headers={'Content-Type': 'application/json'}), 400, param=None,
+              code='invalid_json')
     assert 'character 10' in e['message']
 
-@pytest.mark.parametrize('path,body', [('chat/completions', dict(messages=[dict(role='user', content='nice \ud83d')])), ('completions', dict(prompt='\ud83d')), ('chat/completions', dict(messages=ASK, model='x\ud83d')),
-    ('embeddings', dict(input='\ud83d')), ('preferences', dict(messages=ASK, responses=[dict(text='\ude00')], choice='up')), ('completions', dict(prompt='a', user={'\udfff': 1}))])
+@pytest.mark.parametrize('path,body',
+                         [('chat/completions', dict(messages=[dict(role='user', content='nice \ud83d')])),
+                          ('completions', dict(prompt='\ud83d')), ('chat/completions', dict(messages=ASK, model='x\ud83d')),
+    ('embeddings', dict(input='\ud83d')), ('preferences', dict(messages=ASK, responses=[dict(text='\ude00')], choice='up')),
+    ('completions', dict(prompt='a', user={'\udfff': 1}))])
 def test_half_an_emoji_is_400(url, path, body):
     for ascii in (True, False):
         raw = json.dumps(dict(model='tiny') | body, ensure_ascii=ascii).encode('utf-8', 'surrogatepass')
@@ -194,9 +221,12 @@ def test_a_whole_emoji_is_text(url): assert post(url, prompt='\U0001f600', max_t
 
 def test_null_is_absent_wherever_it_stands(url):
     say = lambda *ms, **kw: post(url, 'chat/completions', messages=[*ASK, *ms], max_tokens=2, **kw)
-    for content in (dict(content=None), dict(content=''), {}): assert say(dict(role='assistant', tool_calls=None, name=None, **content), *ASK).status_code == 200
-    assert say(stream_options=dict(include_usage=None), response_format=dict(type='text', json_schema=None), tools=None, tool_choice=None).status_code == 200
-    error(say(dict(role='assistant', content=None, tool_calls=[dict(id='c', type='function', function=dict(name='f', arguments='{}'))])), 400, param='messages')
+    for content in (dict(content=None), dict(content=''), {}):
+        assert say(dict(role='assistant', tool_calls=None, name=None, **content), *ASK).status_code == 200
+    assert say(stream_options=dict(include_usage=None), response_format=dict(type='text', json_schema=None), tools=None,
+               tool_choice=None).status_code == 200
+    error(say(dict(role='assistant', content=None, tool_calls=[dict(id='c', type='function', function=dict(name='f', arguments='{}'))])),
+          400, param='messages')
 
 def test_usual_meanings_of_odd_numbers(url):
     say = lambda **kw: post(url, prompt='The kite', max_tokens=12, **kw).json()['choices'][0]['text']
@@ -210,7 +240,8 @@ def test_models(client):
     with pytest.raises(openai.NotFoundError): client.chat.completions.create(model='gpt-9', messages=ASK)
 
 def test_client_reads_our_errors(client):
-    with pytest.raises(openai.BadRequestError) as e: client.chat.completions.create(model='tiny', messages=ASK, tools=[dict(type='function', function=dict(name='f'))])
+    with pytest.raises(openai.BadRequestError) as e:
+        client.chat.completions.create(model='tiny', messages=ASK, tools=[dict(type='function', function=dict(name='f'))])
     assert e.value.param == 'tools' and e.value.code == 'unsupported_parameter'
     with pytest.raises(openai.UnprocessableEntityError) as e: client.chat.completions.create(model='tiny', messages=ASK, temperature=9)
     assert e.value.param == 'temperature'
@@ -218,11 +249,17 @@ def test_client_reads_our_errors(client):
 # ---- what is wrong, and how it is said
 
 @pytest.mark.parametrize('status,param,body', [
-    (422, 'prompt', dict(prompt=7)), (422, 'prompt', {}), (422, 'max_tokens', dict(prompt='a', max_tokens=0)), (422, 'seed', dict(prompt='a', seed=2**64)), (400, 'guided_json', dict(prompt='a', guided_json=dict(type='object'))), (422, 'n', dict(prompt='a', n=0)),
-    (422, 'stop', dict(prompt='a', stop='')), (422, 'temperature', dict(prompt='a', temperature='hot')), (400, 'prompt', dict(prompt='')), (400, 'prompt', dict(prompt='a '*3000)), (400, 'prompt', dict(prompt=[9999])),
-    (400, 'max_tokens', dict(prompt='a', max_tokens=5000)), (400, 'n', dict(prompt='a', n=100)), (400, 'best_of', dict(prompt='a', best_of=2)), (400, 'echo', dict(prompt='a', echo=True)),
-    (400, 'suffix', dict(prompt='a', suffix='b')), (400, 'logit_bias', dict(prompt='a', logit_bias={'1': 2})), (400, 'frequency_penalty', dict(prompt='a', frequency_penalty=-1)),
-    (400, 'stream_options', dict(prompt='a', stream_options=dict(include_usage=True))), (400, 'response_format', dict(prompt='a', response_format=dict(type='json_schema'))),
+    (422, 'prompt', dict(prompt=7)), (422, 'prompt', {}), (422, 'max_tokens', dict(prompt='a', max_tokens=0)),
+    (422, 'seed', dict(prompt='a', seed=2**64)), (400, 'guided_json', dict(prompt='a', guided_json=dict(type='object'))),
+    (422, 'n', dict(prompt='a', n=0)),
+    (422, 'stop', dict(prompt='a', stop='')), (422, 'temperature', dict(prompt='a', temperature='hot')), (400, 'prompt', dict(prompt='')),
+    (400, 'prompt', dict(prompt='a '*3000)), (400, 'prompt', dict(prompt=[9999])),
+    (400, 'max_tokens', dict(prompt='a', max_tokens=5000)), (400, 'n', dict(prompt='a', n=100)),
+    (400, 'best_of', dict(prompt='a', best_of=2)), (400, 'echo', dict(prompt='a', echo=True)),
+    (400, 'suffix', dict(prompt='a', suffix='b')), (400, 'logit_bias', dict(prompt='a', logit_bias={'1': 2})),
+    (400, 'frequency_penalty', dict(prompt='a', frequency_penalty=-1)),
+    (400, 'stream_options', dict(prompt='a', stream_options=dict(include_usage=True))),
+    (400, 'response_format', dict(prompt='a', response_format=dict(type='json_schema'))),
     (404, 'model', dict(prompt='a', model='other')), (422, 'model', dict(prompt='a', model=None))])
 def test_bad_completions(url, status, param, body):
     e = error(post(url, **body), status, param=param); assert e['type'] == 'invalid_request_error'
@@ -238,31 +275,37 @@ def test_bad_chats(url):
 
 def test_bytes_that_are_no_request(url):
     send = lambda body, **h: httpx.post(f'{url}/v1/completions', content=body, headers={'Content-Type': 'application/json'} | h)
-    for body in (b'{', b'\xff\xfe', b'['*100_000, b'{"model":"tiny","prompt":"\\ud800"}', b'{"model":"tiny","prompt":"a","temperature":NaN}', b'{"model":"tiny","prompt":"a","seed":'+b'9'*5000+b'}', b'[]', b''):
+    for body in (b'{', b'\xff\xfe', b'['*100_000, b'{"model":"tiny","prompt":"\\ud800"}',
+                 b'{"model":"tiny","prompt":"a","temperature":NaN}', b'{"model":"tiny","prompt":"a","seed":'+b'9'*5000+b'}', b'[]', b''):
         assert send(body).status_code in (400, 422), body[:40]; error(send(body), send(body).status_code)
     error(httpx.post(f'{url}/v1/completions', content=b'{"model":"tiny","prompt":"a"}', headers={'Content-Type': 'text/plain'}), 415)
     error(httpx.get(f'{url}/nothing'), 404); error(httpx.get(f'{url}/v1/completions'), 405)
     with socket.create_connection(('127.0.0.1', int(url.rsplit(':')[-1]))) as s:
-        s.sendall(b'nonsense\r\n\r\n'); got = s.makefile('rb').read(); assert got.startswith(b'HTTP/1.1 400') and json.loads(got.split(b'\r\n\r\n')[1])['error']['message']
+        s.sendall(b'nonsense\r\n\r\n')
+        got = s.makefile('rb').read(); assert got.startswith(b'HTTP/1.1 400') and json.loads(got.split(b'\r\n\r\n')[1])['error']['message']
 
 def test_a_fault_of_ours_is_500_in_the_same_form(engine):
     class Broken:
         name, model, tok, max_seq_len, slots = 'broken', 'broken', engine.tok, 99, 1
         def submit(self, request, emit):
             emit(doors.Piece('half', completion_tokens=1))
-            threading.Timer(.1, emit, [doors.Piece(finish_reason='error', error='the disk melted', completion_tokens=1)]).start(); return lambda: None
+            threading.Timer(.1, emit, [doors.Piece(finish_reason='error', error='the disk melted', completion_tokens=1)]).start()
+            return lambda: None
     class Worse(Broken):
         def submit(self, request, emit): return 1/0
     app = create_app({'broken': Broken(), 'worse': Worse()})
     with in_background(app) as url:
         error(httpx.get(f'{url}/readyz'), 503, code='not_ready'); wait_for(lambda: app.state.gate.fault)
-        assert 'melted' in error(httpx.get(f'{url}/readyz'), 503, code='not_ready')['message'] and httpx.get(f'{url}/healthz').status_code == 200
+        assert 'melted' in error(httpx.get(f'{url}/readyz'), 503, code='not_ready')['message']
+        assert httpx.get(f'{url}/healthz').status_code == 200
         error(post(url, model='broken', prompt='a'), 500, code='engine_error', type='server_error')
         parts = post(url, model='broken', prompt='a', stream=True).text.strip().split('\n\n')
-        assert len(parts) == 2 and json.loads(parts[0][6:])['choices'][0]['text'] == 'half' and json.loads(parts[1][6:])['error']['code'] == 'engine_error'
+        assert len(parts) == 2
+        assert json.loads(parts[0][6:])['choices'][0]['text'] == 'half' and json.loads(parts[1][6:])['error']['code'] == 'engine_error'
         error(post(url, model='worse', prompt='a'), 500, type='server_error'); assert app.state.gate.load == {'broken': 0, 'worse': 0}
     app = create_app({'worse': Worse()})
-    with in_background(app) as url: wait_for(lambda: app.state.gate.fault); assert 'ZeroDivisionError' in error(httpx.get(f'{url}/readyz'), 503)['message']
+    with in_background(app) as url:
+        wait_for(lambda: app.state.gate.fault); assert 'ZeroDivisionError' in error(httpx.get(f'{url}/readyz'), 503)['message']
 
 # ---- bounds
 
@@ -272,8 +315,10 @@ def test_token_and_names(engine):
         for path in ('/metrics', '/openapi.json', '/v1/models', '/nothing'):
             e = error(httpx.get(url+path), 401, code='invalid_api_key'); assert 'Authorization' in e['message']
             assert httpx.get(url+path).headers['www-authenticate'] == 'Bearer'
-        for t in ('first-token', 'second-token'): assert httpx.get(f'{url}/v1/models', headers={'Authorization': f'Bearer {t}'}).status_code == 200
-        for h in ('Bearer first', 'Bearer first-token2', 'first-token', 'Basic first-token', 'Bearer fïrst'): error(httpx.get(f'{url}/v1/models', headers={'Authorization': h.encode()}), 401)
+        for t in ('first-token', 'second-token'):
+            assert httpx.get(f'{url}/v1/models', headers={'Authorization': f'Bearer {t}'}).status_code == 200
+        for h in ('Bearer first', 'Bearer first-token2', 'first-token', 'Basic first-token', 'Bearer fïrst'):
+            error(httpx.get(f'{url}/v1/models', headers={'Authorization': h.encode()}), 401)
         with pytest.raises(openai.AuthenticationError): openai.OpenAI(base_url=f'{url}/v1', api_key='wrong', max_retries=0).models.list()
         assert httpx.get(f'{url}/', headers=dict(Host='evil.example')).status_code == 200           # it has no token
         error(httpx.post(f'{url}/'), 401)
@@ -294,7 +339,8 @@ def test_a_metrics_token_opens_the_figures_alone(engine):
         error(httpx.get(f'{url}/v1/models'), 401)
 
 def test_token_file(tmp_path):
-    f = tmp_path/'t'; f.write_text('# one\n\n  a-good-token  \nanother-one\n'); f.chmod(0o600); assert doors.read_tokens(f) == ('a-good-token', 'another-one')
+    f = tmp_path/'t'
+    f.write_text('# one\n\n  a-good-token  \nanother-one\n'); f.chmod(0o600); assert doors.read_tokens(f) == ('a-good-token', 'another-one')
     f.write_text('a-good-token\n  metrics   another-one\n'); assert doors.read_tokens(f) == ('a-good-token', 'metrics another-one')
     f.chmod(0o644)
     with pytest.warns(UserWarning, match='chmod 600'): doors.read_tokens(f)
@@ -305,7 +351,8 @@ def test_token_file(tmp_path):
         with pytest.raises(SLMError, match=says): doors.read_tokens(f)
     with pytest.raises(SLMError, match='cannot read'): doors.read_tokens(tmp_path/'none')
     with pytest.raises(SLMError, match='--no-token'): doors.check_bind('0.0.0.0', ())
-    assert doors.check_bind('127.0.0.1', ('a-good-token',)) is None and doors.check_bind('0.0.0.0', (), open=True) is None and doors.check_bind('::1', ()) == doors.LOOPBACK
+    assert doors.check_bind('127.0.0.1', ('a-good-token',)) is None
+    assert doors.check_bind('0.0.0.0', (), open=True) is None and doors.check_bind('::1', ()) == doors.LOOPBACK
 
 def test_body_is_bounded_whatever_it_claims(engine, monkeypatch):
     with running(engine, max_body=2000) as (app, url):
@@ -326,7 +373,8 @@ def test_silence_and_crowds_are_cut_off(engine, monkeypatch):
         with contextlib.ExitStack() as stack:
             many = [stack.enter_context(socket.create_connection(('127.0.0.1', port))) for _ in range(9)]
             wait_for(lambda: sum(dead(s, .02) for s in many) >= 3)
-        t = wait_for(lambda: post(url, prompt='a', max_tokens=1000, temperature=0)); assert t.status_code == 200 # an answer may take longer than silence
+        # an answer may take longer than silence
+        t = wait_for(lambda: post(url, prompt='a', max_tokens=1000, temperature=0)); assert t.status_code == 200
 
 def dead(s, wait=5):
     s.settimeout(wait)
@@ -341,7 +389,8 @@ def test_a_full_queue_is_429_with_a_hint(engine):
         wait_for(lambda: sum(f.done() for f in fs) == 4); held.go.set(); rs = [f.result() for f in fs]
         assert sorted(r.status_code for r in rs) == [200]*4+[429]*4
         for r in rs:
-            if r.status_code == 429: error(r, 429, code='queue_full', type='rate_limit_error'); assert 1 <= int(r.headers['retry-after']) <= 121
+            if r.status_code == 429:
+                error(r, 429, code='queue_full', type='rate_limit_error'); assert 1 <= int(r.headers['retry-after']) <= 121
         wait_for(lambda: app.state.gate.load['tiny'] == 0); assert post(url, prompt='a', max_tokens=1).status_code == 200
         error(post(url, prompt='a', n=5), 400, param='n')
 
@@ -352,7 +401,8 @@ def test_time_is_bounded(engine):
         text = post(url, stream=True, **kw).text.strip().split('\n\n')
         assert json.loads(text[-1][6:])['error']['code'] == 'timeout' and len(text) > 1 and json.loads(text[0][6:])['choices']
         wait_for(lambda: app.state.gate.load['tiny'] == 0)
-        with pytest.raises(openai.APIError, match='not done within'): list(openai.OpenAI(base_url=f'{url}/v1', api_key='x').completions.create(model='tiny', stream=True, **kw))
+        with pytest.raises(openai.APIError, match='not done within'):
+            list(openai.OpenAI(base_url=f'{url}/v1', api_key='x').completions.create(model='tiny', stream=True, **kw))
         assert 'reason="timeout"} 3.0' in httpx.get(f'{url}/metrics').text
 
 # ---- who leaves frees the slot
@@ -384,22 +434,30 @@ def test_who_leaves_the_queue_never_runs(engine):
 def test_figures_parse_and_count(engine):
     from prometheus_client.parser import text_string_to_metric_families as parse
     with running(engine) as (_, url):
-        post(url, prompt='The kite', max_tokens=7, temperature=0); post(url, prompt=''); httpx.get(f'{url}/somewhere/{time.time()}'); post(url, prompt='The kite', max_tokens=3, temperature=0, n=2)
-        got = {(s.name, *sorted(s.labels.items())): s.value for f in parse(httpx.get(f'{url}/metrics').text) for s in f.samples}; m = ('model', 'tiny')
-        assert got['slm_http_requests_total', ('path', '/v1/completions'), ('status', '200')] == 2 and got['slm_http_requests_total', ('path', '/v1/completions'), ('status', '400')] == 1
-        assert got['slm_http_requests_total', ('path', 'other'), ('status', '404')] == 1 and got['slm_tokens_total', ('kind', 'completion'), m] == 13
-        assert got['slm_answers_total', m, ('reason', 'length')] == 3 and got['slm_time_to_first_token_seconds_count', m] == 3 and got['slm_inter_token_seconds_count', m] >= 3
+        post(url, prompt='The kite', max_tokens=7, temperature=0)
+        post(url, prompt=''); httpx.get(f'{url}/somewhere/{time.time()}'); post(url, prompt='The kite', max_tokens=3, temperature=0, n=2)
+        got = {(s.name, *sorted(s.labels.items())): s.value for f in parse(httpx.get(f'{url}/metrics').text) for s in f.samples}
+        m = ('model', 'tiny')
+        assert got['slm_http_requests_total', ('path', '/v1/completions'), ('status', '200')] == 2
+        assert got['slm_http_requests_total', ('path', '/v1/completions'), ('status', '400')] == 1
+        assert got['slm_http_requests_total', ('path', 'other'), ('status', '404')] == 1
+        assert got['slm_tokens_total', ('kind', 'completion'), m] == 13
+        assert got['slm_answers_total', m, ('reason', 'length')] == 3
+        assert got['slm_time_to_first_token_seconds_count', m] == 3 and got['slm_inter_token_seconds_count', m] >= 3
         assert got['slm_running', m] == got['slm_waiting', m] == got['slm_draining',] == 0
     with running(engine) as (_, url): assert 'reason="length"' not in httpx.get(f'{url}/metrics').text # a registry of its own
 
 def test_kept_answers(engine):
     with running(engine, cache=.003) as (app, url):
         hit = lambda **kw: post(url, max_tokens=5, **kw).headers.get('x-slm-cache')
-        assert [hit(prompt='a', temperature=0) for _ in range(2)] == ['miss', 'hit'] and hit(prompt='a') is None and hit(prompt='a', temperature=0, logprobs=1) is None
-        assert [hit(prompt='a', seed=s) for s in (1, 1, 2)] == ['miss', 'hit', 'miss'] and hit(prompt='a', temperature=0, n=2) == 'miss' and hit(prompt='a', temperature=0, user='x') == 'hit'
+        assert [hit(prompt='a', temperature=0) for _ in range(2)] == ['miss', 'hit']
+        assert hit(prompt='a') is None and hit(prompt='a', temperature=0, logprobs=1) is None
+        assert [hit(prompt='a', seed=s) for s in (1, 1, 2)] == ['miss', 'hit', 'miss']
+        assert hit(prompt='a', temperature=0, n=2) == 'miss' and hit(prompt='a', temperature=0, user='x') == 'hit'
         text = [post(url, prompt='b', temperature=0, stream=s).text for s in (False, True, True)]
         parts = [json.loads(l[6:]) for l in text[1].strip().split('\n\n')[:-1]]
-        assert ''.join(p['choices'][0]['text'] for p in parts) == json.loads(text[0])['choices'][0]['text'] and parts[-1]['choices'][0]['finish_reason'] == 'length'
+        assert ''.join(p['choices'][0]['text'] for p in parts) == json.loads(text[0])['choices'][0]['text']
+        assert parts[-1]['choices'][0]['finish_reason'] == 'length'
         for i in range(50): hit(prompt=f'other {i}', temperature=0)
         assert hit(prompt='a', temperature=0) == 'miss' and app.state.gate.cache.used <= 3145
     with running(engine) as (_, url): assert 'x-slm-cache' not in post(url, prompt='a', temperature=0).headers
@@ -412,7 +470,8 @@ def test_output_filter(engine):
         assert '[DONE]' in free[1]; plain = json.loads(free[0])['choices'][0]['text']
         assert plain == answer_all(engine, [Request(engine.tok.encode('a'), max_new_tokens=300, temperature=0)])[0][0]
     with running(engine, output_filter=lambda t: 1.) as (_, url):
-        c = post(url, prompt='a', max_tokens=9, temperature=0).json()['choices'][0]; assert (c['text'], c['finish_reason']) == ('', 'content_filter')
+        c = post(url, prompt='a', max_tokens=9, temperature=0).json()['choices'][0]
+        assert (c['text'], c['finish_reason']) == ('', 'content_filter')
         wait_for(lambda: not engine.running)
 
 def test_embeddings(engine, tiny):
@@ -420,10 +479,13 @@ def test_embeddings(engine, tiny):
         client = openai.OpenAI(base_url=f'{url}/v1', api_key='x')
         a = client.embeddings.create(model='emb', input=['The kite', 'A dog'])
         b = client.embeddings.create(model='emb', input='The kite', encoding_format='float')
-        assert len(a.data) == 2 and len(a.data[0].embedding) == 256 and a.data[0].embedding == pytest.approx(b.data[0].embedding, abs=1e-5) and a.usage.prompt_tokens > b.usage.prompt_tokens > 0
+        assert len(a.data) == 2
+        assert len(a.data[0].embedding) == 256
+        assert a.data[0].embedding == pytest.approx(b.data[0].embedding, abs=1e-5) and a.usage.prompt_tokens > b.usage.prompt_tokens > 0
         assert sum(x*x for x in b.data[0].embedding) == pytest.approx(1, abs=1e-4) and a.data[0].embedding != a.data[1].embedding
         assert [m.id for m in client.models.list()] == ['tiny', 'emb']
-        assert len(client.embeddings.create(model='emb', input=['a']*2048).data) == 2048 and len(client.embeddings.create(model='emb', input='a '*600).data) == 1
+        assert len(client.embeddings.create(model='emb', input=['a']*2048).data) == 2048
+        assert len(client.embeddings.create(model='emb', input='a '*600).data) == 1
         ids = engine.tok.encode('The kite'); c = client.embeddings.create(model='emb', input=[ids, ids[:1]])
         assert c.data[0].embedding == pytest.approx(b.data[0].embedding, abs=1e-5) and len(c.data) == 2
         assert client.embeddings.create(model='emb', input=ids).data[0].embedding == pytest.approx(b.data[0].embedding, abs=1e-5)
@@ -449,7 +511,8 @@ def test_mounted_apps_stand_behind_the_guard(engine, monkeypatch):
         app.mount('/rag', other); log.append('in'); yield; log.append('out')
     with running(engine, tokens=('a-good-token',), lifespan=life, timeout=.2, max_body=100) as (_, url):
         error(httpx.get(f'{url}/rag/x'), 401); key = dict(Authorization='Bearer a-good-token')
-        error(httpx.get(f'{url}/rag/slow', headers=key), 504, code='timeout'); error(httpx.post(f'{url}/rag/x', headers=key, content=b'x'*101), 413)
+        error(httpx.get(f'{url}/rag/slow', headers=key), 504, code='timeout')
+        error(httpx.post(f'{url}/rag/x', headers=key, content=b'x'*101), 413)
         r = httpx.get(f'{url}/rag/x', headers=key); assert r.json() == dict(log=['in'])
     assert log == ['in', 'out']
 
@@ -458,20 +521,30 @@ def test_preferences(engine, tmp_path):
     with running(engine, preferences=tmp_path/'p.db') as (_, url):
         r = lambda *ts: [dict(text=t, run='tiny', sampling=dict(seed=1)) for t in ts]
         send = lambda **kw: post(url, 'preferences', messages=ASK, **kw)
-        assert send(responses=r('A', 'B'), choice=1, seconds=3).status_code == 200 and send(responses=r('B', 'A'), choice='tie', annotator='bob').status_code == 200
+        assert send(responses=r('A', 'B'), choice=1, seconds=3).status_code == 200
+        assert send(responses=r('B', 'A'), choice='tie', annotator='bob').status_code == 200
         assert send(responses=r('A'), choice='up').json() == dict(pairs=0) and send(responses=r('C'), choice='down').json() == dict(pairs=1)
-        error(send(responses=r('A'), choice=0), 400, param='choice'); error(send(responses=r('A', 'B'), choice='up'), 400); error(send(responses=r('A', 'B'), choice=2), 400); error(send(responses=r('A', 'A'), choice=0), 400)
+        error(send(responses=r('A'), choice=0), 400, param='choice')
+        error(send(responses=r('A', 'B'), choice='up'), 400)
+        error(send(responses=r('A', 'B'), choice=2), 400); error(send(responses=r('A', 'A'), choice=0), 400)
         assert httpx.get(f'{url}/v1/preferences').json() == dict(items=2, judgements=3)
     pairs = PreferenceStore(tmp_path/'p.db').pairs()
-    assert [(p['chosen'], p['rejected'], p['annotator']) for p in pairs] == [('B', 'A', 'page'), ('A', 'C', 'page')] and pairs[0]['prompt'] == ASK
+    assert [(p['chosen'], p['rejected'], p['annotator']) for p in pairs] == [('B', 'A', 'page'), ('A', 'C', 'page')]
+    assert pairs[0]['prompt'] == ASK
     with running(engine) as (_, url): error(httpx.get(f'{url}/v1/preferences'), 404, code='no_preferences')
 
 # ---- tools
 
 TEMPLATE = """{% if tools %}<|system|>{% for t in tools %}{{ t.function | tojson }}{% endfor %}<|end|>{% endif %}{% for m in messages %}<|{{ m.role }}|>{{ m.content }}{% for c in m.tool_calls or [] %}MARK{{ c.function.name }}", "arguments": {{ c.function.arguments | tojson }}}
 </tool_call>{% endfor %}<|end|>{% endfor %}{% if add_generation_prompt %}<|assistant|>{% endif %}"""
-ADD = dict(type='function', function=dict(name='add', description='Adds', parameters=dict(type='object', properties=dict(a=dict(enum=[1, 2]), b=dict(enum=[3])), required=['a', 'b'], additionalProperties=False)))
-SUB = dict(type='function', function=dict(name='sub-it', parameters=dict(type='object', properties=dict(n=dict(enum=['x'])), required=['n'], additionalProperties=False), strict=True))
+ADD = dict(type='function',
+           function=dict(name='add', description='Adds',
+                         parameters=dict(type='object', properties=dict(a=dict(enum=[1, 2]), b=dict(enum=[3])), required=['a', 'b'],
+                                         additionalProperties=False)))
+SUB = dict(type='function',
+           function=dict(name='sub-it',
+                         parameters=dict(type='object', properties=dict(n=dict(enum=['x'])), required=['n'], additionalProperties=False),
+                         strict=True))
 
 @pytest.fixture
 def caller(engine, monkeypatch):
@@ -479,27 +552,33 @@ def caller(engine, monkeypatch):
     plain = engine.tok
     def template(mark): engine.tok = copy.copy(plain); engine.tok.chat_template = TEMPLATE.replace('MARK', mark)
     template('<tool_call>\n{"name": "')
-    with running(engine, max_tokens=2000) as (_, url): yield openai.OpenAI(base_url=f'{url}/v1', api_key='none', max_retries=0, timeout=300), template
+    with running(engine, max_tokens=2000) as (_, url):
+        yield openai.OpenAI(base_url=f'{url}/v1', api_key='none', max_retries=0, timeout=300), template
     engine.tok = plain
 
 @pytest.mark.parametrize('choice', ['required', dict(type='function', function=dict(name='sub-it'))], ids=['required', 'named'])
 def test_a_call_that_must_come(caller, choice):
     client, _ = caller; seen = set()
     for seed in range(6):
-        r = client.chat.completions.create(model='tiny', messages=ASK, tools=[ADD, SUB], tool_choice=choice, seed=seed, max_tokens=300).choices[0]
+        r = client.chat.completions.create(model='tiny', messages=ASK, tools=[ADD, SUB], tool_choice=choice, seed=seed,
+                                           max_tokens=300).choices[0]
         assert r.finish_reason == 'tool_calls' and r.message.content is None; c, = r.message.tool_calls
         args = json.loads(c.function.arguments); seen.add(c.function.name); assert c.type == 'function' and len(c.id) == 9
         assert args in ([dict(a=1, b=3), dict(a=2, b=3)] if c.function.name == 'add' else [dict(n='x')])
     assert seen == ({'add', 'sub-it'} if choice == 'required' else {'sub-it'})
-    parts = list(client.chat.completions.create(model='tiny', messages=ASK, tools=[ADD, SUB], tool_choice=choice, seed=5, max_tokens=300, stream=True))
+    parts = list(client.chat.completions.create(model='tiny', messages=ASK, tools=[ADD, SUB], tool_choice=choice, seed=5, max_tokens=300,
+                                                stream=True))
     calls = [t for p in parts for t in p.choices[0].delta.tool_calls or []]
-    assert calls[0].function.name == c.function.name and json.loads(''.join(t.function.arguments for t in calls)) == args and parts[-1].choices[0].finish_reason == 'tool_calls'
+    assert calls[0].function.name == c.function.name
+    assert json.loads(''.join(t.function.arguments for t in calls)) == args and parts[-1].choices[0].finish_reason == 'tool_calls'
 
 def test_a_call_that_may_come(caller):
     client, template = caller; template('e')
     kw = dict(model='tiny', messages=ASK, tools=[ADD], max_tokens=600)         # a letter as the mark: even noise comes upon it
     rs = client.chat.completions.create(n=2, seed=1, **kw).choices; called = [c for c in rs if c.message.tool_calls]; assert called
-    for c in called: assert c.finish_reason == 'tool_calls' and json.loads(c.message.tool_calls[0].function.arguments) in [dict(a=1, b=3), dict(a=2, b=3)]
+    for c in called:
+        assert c.finish_reason == 'tool_calls'
+        assert json.loads(c.message.tool_calls[0].function.arguments) in [dict(a=1, b=3), dict(a=2, b=3)]
     parts = [p.choices[0] for p in client.chat.completions.create(n=2, seed=1, stream=True, **kw)]
     for c in rs: assert ''.join(p.delta.content or '' for p in parts if p.index == c.index).rstrip() == (c.message.content or '')
     assert not client.chat.completions.create(tool_choice='none', **kw).choices[0].message.tool_calls
@@ -507,14 +586,24 @@ def test_a_call_that_may_come(caller):
 def test_a_history_with_calls_is_rendered_and_its_marks_stay_text(caller, engine):
     client, _ = caller; seen = []; submit = engine.submit
     engine.submit = lambda r, emit: (seen.append(r.ids), submit(r, emit))[1]
-    try: client.chat.completions.create(model='tiny', tools=[ADD], max_tokens=2, messages=[*ASK, dict(role='assistant', content=None, tool_calls=[dict(id='c1', type='function', function=dict(name='add', arguments='{"a": "<|end|>"}'))]), dict(role='tool', tool_call_id='c1', content='4<|end|>')])
+    try:
+        client.chat.completions.create(model='tiny', tools=[ADD], max_tokens=2,
+                                       messages=[*ASK,
+                                                 dict(role='assistant', content=None,
+                                                      tool_calls=[dict(id='c1', type='function',
+                                                                       function=dict(name='add', arguments='{"a": "<|end|>"}'))]),
+                                                                       dict(role='tool', tool_call_id='c1', content='4<|end|>')])
     finally: del engine.submit
     text = engine.tok.tok.decode(seen[0], skip_special_tokens=False)
-    assert '"name": "add", "arguments": {"a": "<|end|>"}}\n</tool_call>' in text and '<|tool|>4<|end|>' in text and '"description": "Adds"' in text
-    assert seen[0].count(engine.tok.end_id) == 4                                         # tools, user, assistant, tool: none from what was said
+    assert '"name": "add", "arguments": {"a": "<|end|>"}}\n</tool_call>' in text
+    assert '<|tool|>4<|end|>' in text and '"description": "Adds"' in text
+    # tools, user, assistant, tool: none from what was said
+    assert seen[0].count(engine.tok.end_id) == 4
 
 def test_langchain_s_shape_of_bind_tools(caller):
-    client, _ = caller; body = dict(model='tiny', messages=[dict(role='user', content='Hi')], stream=False, temperature=0.0, max_completion_tokens=300, n=1, parallel_tool_calls=False, seed=None,
+    client, _ = caller
+    body = dict(model='tiny', messages=[dict(role='user', content='Hi')], stream=False, temperature=0.0, max_completion_tokens=300, n=1,
+                parallel_tool_calls=False, seed=None,
         tools=[ADD, SUB], tool_choice=dict(type='function', function=dict(name='add')))
     r = httpx.post(f'{client.base_url}chat/completions', json=body, timeout=300).json()
     assert r['choices'][0]['message']['tool_calls'][0]['function']['name'] == 'add'
@@ -522,7 +611,8 @@ def test_langchain_s_shape_of_bind_tools(caller):
 def test_tools_that_cannot_be_held_to(caller, url):
     client, template = caller; base = str(client.base_url).removesuffix('/v1/')
     say = lambda **kw: post(base, 'chat/completions', messages=ASK, **kw)
-    bad = dict(type='function', function=dict(name='f', parameters=dict(type='object', properties=dict(x=dict(type='array', uniqueItems=True)))))
+    bad = dict(type='function',
+               function=dict(name='f', parameters=dict(type='object', properties=dict(x=dict(type='array', uniqueItems=True)))))
     assert 'uniqueItems' in error(say(tools=[bad]), 400, param='tools')['message']
     error(say(tools=[ADD], tool_choice=dict(type='function', function=dict(name='g'))), 400, param='tool_choice')
     error(say(tools=[ADD], response_format=dict(type='json_object')), 400, param='response_format')
@@ -531,24 +621,30 @@ def test_tools_that_cannot_be_held_to(caller, url):
 # ---- browsers, proxies, other clients' habits
 
 def test_head_and_a_slash_at_the_end(url):
-    for path in ('/', '/healthz', '/readyz', '/metrics', '/v1/models'): h, g = httpx.head(url+path), httpx.get(url+path); assert h.status_code == g.status_code == 200 and h.content == b''
-    assert httpx.get(f'{url}/v1/models/').json()['object'] == 'list' and httpx.post(f'{url}/v1/completions/', json=dict(model='tiny', prompt='a', max_tokens=1)).status_code == 200
+    for path in ('/', '/healthz', '/readyz', '/metrics', '/v1/models'):
+        h, g = httpx.head(url+path), httpx.get(url+path); assert h.status_code == g.status_code == 200 and h.content == b''
+    assert httpx.get(f'{url}/v1/models/').json()['object'] == 'list'
+    assert httpx.post(f'{url}/v1/completions/', json=dict(model='tiny', prompt='a', max_tokens=1)).status_code == 200
 
 def test_pages_of_named_origins_may_ask(engine):
-    me, ask = 'https://chat.example.org', {'Access-Control-Request-Method': 'POST', 'Access-Control-Request-Headers': 'authorization,content-type,x-stainless-os'}
+    me, ask = 'https://chat.example.org', {'Access-Control-Request-Method': 'POST',
+                                           'Access-Control-Request-Headers': 'authorization,content-type,x-stainless-os'}
     with running(engine, tokens=('a-good-token',), origins=(me,)) as (_, url):
         r = httpx.options(f'{url}/v1/chat/completions', headers=dict(Origin=me) | ask)
-        assert r.status_code == 200 and r.headers['access-control-allow-origin'] == me and 'x-stainless-os' in r.headers['access-control-allow-headers']
+        assert r.status_code == 200
+        assert r.headers['access-control-allow-origin'] == me and 'x-stainless-os' in r.headers['access-control-allow-headers']
         r = httpx.get(f'{url}/v1/models', headers=dict(Origin=me)); error(r, 401)
         assert r.headers['access-control-allow-origin'] == me           # a page can read why
         r = httpx.options(f'{url}/v1/models', headers=dict(Origin='https://evil.example') | ask)
         assert 'access-control-allow-origin' not in r.headers
-    with running(engine) as (_, url): assert 'access-control-allow-origin' not in httpx.get(f'{url}/v1/models', headers=dict(Origin=me)).headers
+    with running(engine) as (_, url):
+        assert 'access-control-allow-origin' not in httpx.get(f'{url}/v1/models', headers=dict(Origin=me)).headers
 
 def test_names_of_proxies(engine):
     with running(engine, hosts=doors.check_bind('127.0.0.1', (), names=('Chat.example.org',))) as (_, url):
         code = lambda host, path='/v1/models': httpx.get(url+path, headers=dict(Host=host)).status_code
-        assert [code(h) for h in ('chat.example.org', 'localhost.', 'localhost:9', 'evil.example', '127.0.0.1.evil.example:80')] == [200, 200, 200, 421, 421] and code('evil.example', '/healthz') == 200
+        assert [code(h) for h in ('chat.example.org', 'localhost.', 'localhost:9', 'evil.example',
+                                  '127.0.0.1.evil.example:80')] == [200, 200, 200, 421, 421] and code('evil.example', '/healthz') == 200
 
 def test_both_kinds_of_addresses():
     if not socket.has_dualstack_ipv6(): pytest.skip('needs IPv6')
@@ -589,19 +685,23 @@ def process(tiny):
 
 def test_sigterm_finishes_what_runs_and_exits_0_without_torch(tiny):
     with process(tiny) as (p, url):
-        with httpx.Client(timeout=300) as keep, keep.stream('POST', f'{url}/v1/completions', json=dict(model='tiny', prompt='a', max_tokens=2000, temperature=0, n=6, stream=True)) as s: # seconds of work
+        with httpx.Client(timeout=300) as keep, keep.stream('POST', f'{url}/v1/completions',
+                                                            json=dict(model='tiny', prompt='a', max_tokens=2000, temperature=0, n=6,
+                                                                      stream=True)) as s: # seconds of work
             lines = s.iter_lines(); next(lines); p.send_signal(signal.SIGTERM)
             r = wait_for(lambda: (r := httpx.get(f'{url}/readyz')).status_code == 503 and r); error(r, 503, code='draining')
             r = post(url, prompt='b'); error(r, 503, code='draining', type='server_error'); assert int(r.headers['retry-after']) > 0
             assert httpx.get(f'{url}/healthz').status_code == 200
-            rest = [l for l in lines if l]; assert rest[-1] == 'data: [DONE]' and json.loads(rest[-2][6:])['choices'][0]['finish_reason'] == 'length' and len(rest) > 100
+            rest = [l for l in lines if l]
+            assert rest[-1] == 'data: [DONE]' and json.loads(rest[-2][6:])['choices'][0]['finish_reason'] == 'length' and len(rest) > 100
         assert p.wait(120) == 0 and p.stdout.read().strip() == 'False'
 
 def test_ctrl_c_ends_an_idle_server_at_once(tiny):
     with process(tiny) as (p, url): p.send_signal(signal.SIGINT); assert p.wait(58) == 0 # a request might take 60 s
 
 def test_a_taken_port_is_one_line():
-    with socket.create_server(('127.0.0.1', 0)) as s, pytest.raises(SLMError, match='cannot listen'): doors.listen('127.0.0.1', s.getsockname()[1])
+    with socket.create_server(('127.0.0.1', 0)) as s, pytest.raises(SLMError, match='cannot listen'):
+        doors.listen('127.0.0.1', s.getsockname()[1])
 
 # ---- any request
 
@@ -611,19 +711,23 @@ def test_no_request_makes_a_server_error(engine):
     from hypothesis import HealthCheck, Phase, given, settings
     from hypothesis.errors import Unsatisfiable
     with running(engine, max_tokens=8, queue=30, embed=dict(emb=lambda ts: ([[1.]]*len(ts), 1))) as (_, url):
-        spec = httpx.get(f'{url}/openapi.json').json(); assert set(spec['paths']) >= {'/v1/chat/completions', '/v1/completions', '/v1/models', '/v1/embeddings', '/v1/preferences'}
-        for c in ('ChatBody', 'TextBody', 'EmbeddingBody'): spec['components']['schemas'][c]['properties']['model'] = dict(enum=['tiny', 'emb', 'none'])
+        spec = httpx.get(f'{url}/openapi.json').json()
+        assert set(spec['paths']) >= {'/v1/chat/completions', '/v1/completions', '/v1/models', '/v1/embeddings', '/v1/preferences'}
+        for c in ('ChatBody', 'TextBody', 'EmbeddingBody'):
+            spec['components']['schemas'][c]['properties']['model'] = dict(enum=['tiny', 'emb', 'none'])
         schema, seen = st.openapi.from_dict(spec), []
         for op in schema.get_all_operations():
             for mode in (st.GenerationMode.POSITIVE, st.GenerationMode.NEGATIVE):
                 strategy = op.ok().as_strategy(generation_mode=mode)
-                @settings(max_examples=25, derandomize=True, deadline=None, database=None, phases=[Phase.generate], suppress_health_check=list(HealthCheck))
+                @settings(max_examples=25, derandomize=True, deadline=None, database=None, phases=[Phase.generate],
+                          suppress_health_check=list(HealthCheck))
                 @given(case=strategy)
                 def ask(case):
                     r = case.call(base_url=url, timeout=30); seen.append(r.status_code)
                     assert r.status_code < 500, (r.status_code, r.text)
                     if r.status_code >= 400: assert set(r.json()['error']) == {'message', 'type', 'param', 'code'}
-                with contextlib.suppress(Unsatisfiable): ask()                                  # nothing can be wrong with a request that has no fields
+                # nothing can be wrong with a request that has no fields
+                with contextlib.suppress(Unsatisfiable): ask()
         assert {200, 400, 422} <= set(seen) and len(seen) > 150, sorted(set(seen))
 
 # ---- the page
@@ -638,7 +742,8 @@ def browser():
 
 def test_page_is_one_file_under_a_strict_policy(url):
     r = httpx.get(f'{url}/'); p = r.headers['content-security-policy']
-    assert r.headers['content-type'] == 'text/html; charset=utf-8' and "default-src 'none'" in p and 'unsafe' not in p and p.count('sha256-') == 2
+    assert r.headers['content-type'] == 'text/html; charset=utf-8'
+    assert "default-src 'none'" in p and 'unsafe' not in p and p.count('sha256-') == 2
     assert not re.search(r'(src|href)="(?!data:)|https?://| style=| on\w+="|innerHTML', r.text)
 
 @pytest.mark.slow
@@ -647,30 +752,46 @@ def test_page_in_chromium(engine, browser, tmp_path):
     store = PreferenceStore(tmp_path/'p.db')
     with running(engine, tokens=('a-good-token',), preferences=tmp_path/'p.db', max_tokens=2000) as (app, url):
         page = browser.new_page(viewport=dict(width=1000, height=800)); faults = []
-        page.on('console', lambda m: faults.append(m.text) if m.type == 'error' and '401' not in m.text else None); page.on('pageerror', lambda e: faults.append(str(e)))
-        page.goto(url); page.wait_for_selector('dialog[open]'); page.fill('#token', 'wrong'); page.click('#enter'); page.wait_for_selector('dialog[open]')
+        page.on('console', lambda m: faults.append(m.text) if m.type == 'error' and '401' not in m.text else None)
+        page.on('pageerror', lambda e: faults.append(str(e)))
+        page.goto(url)
+        page.wait_for_selector('dialog[open]'); page.fill('#token', 'wrong'); page.click('#enter'); page.wait_for_selector('dialog[open]')
         page.fill('#token', 'a-good-token'); page.keyboard.press('Enter'); page.wait_for_selector('#model option', state='attached')
         assert page.evaluate('sessionStorage.getItem("token")') == 'a-good-token' and page.evaluate('localStorage.length') == 0
         page.click('summary'); page.fill('#max_tokens', '30'); page.fill('#seed', '7'); page.fill('#system', 'Be brief.')
-        page.fill('#text', '<b id=bold>Hi</b><img src=x onerror="window.hacked=1">'); page.press('#text', 'Enter'); done = lambda: page.wait_for_selector('#send:not([hidden])')
+        page.fill('#text', '<b id=bold>Hi</b><img src=x onerror="window.hacked=1">')
+        page.press('#text', 'Enter'); done = lambda: page.wait_for_selector('#send:not([hidden])')
         page.wait_for_selector('.note:has-text("tokens/s")'); done()
         assert page.locator('#bold').count() == 0 and page.evaluate('window.hacked') is None and '<b id=bold>' in page.inner_text('.user')
         first = page.locator('.answer .text').first.text_content(); assert first
         page.get_by_role('button', name='Good answer').click(); wait_for(lambda: page.locator('[aria-pressed=true]').count() == 1)
-        page.get_by_role('button', name='Another answer, to compare').click(); page.wait_for_selector('.answers.two'); page.wait_for_selector('text=Equally good'); done()
-        boxes = [page.locator('.answer').nth(k).bounding_box() for k in (0, 1)]; assert boxes[0]['y'] == boxes[1]['y'] and boxes[0]['x'] < boxes[1]['x']
+        page.get_by_role('button', name='Another answer, to compare').click()
+        page.wait_for_selector('.answers.two'); page.wait_for_selector('text=Equally good'); done()
+        boxes = [page.locator('.answer').nth(k).bounding_box() for k in (0, 1)]
+        assert boxes[0]['y'] == boxes[1]['y'] and boxes[0]['x'] < boxes[1]['x']
         second = page.locator('.answer .text').nth(1).text_content(); assert second != first                # the next seed
-        page.set_viewport_size(dict(width=380, height=700)); boxes = [page.locator('.answer').nth(k).bounding_box() for k in (0, 1)]; assert boxes[0]['x'] == boxes[1]['x'] and boxes[0]['y'] < boxes[1]['y']
+        page.set_viewport_size(dict(width=380, height=700))
+        boxes = [page.locator('.answer').nth(k).bounding_box() for k in (0, 1)]
+        assert boxes[0]['x'] == boxes[1]['x'] and boxes[0]['y'] < boxes[1]['y']
         assert page.evaluate('document.documentElement.scrollWidth <= innerWidth')                         # nothing sticks out on a phone
         page.get_by_role('button', name='Answer 2 is better').click(); wait_for(lambda: store.pairs())
-        p, = store.pairs(); assert (p['chosen'], p['rejected']) == (second, first) and [m['role'] for m in p['prompt']] == ['system', 'user'] and page.locator('.answer').count() == 1
+        p, = store.pairs()
+        assert (p['chosen'], p['rejected']) == (second, first)
+        assert [m['role'] for m in p['prompt']] == ['system', 'user'] and page.locator('.answer').count() == 1
         assert store.items()[0].responses[0].sampling == dict(temperature=.7, top_p=.95, max_tokens=30, seed=7)
-        page.fill('#max_tokens', '1900'); page.fill('#temperature', '0'); page.fill('#text', 'And then?'); page.keyboard.press('Shift+Enter'); page.locator('#text').press('Enter')
-        wait_for(lambda: page.locator('.answer .text').count() == 2 and len(page.locator('.answer .text').nth(1).text_content()) > 20); assert len(engine.running) == 1
+        page.fill('#max_tokens', '1900')
+        page.fill('#temperature', '0')
+        page.fill('#text', 'And then?'); page.keyboard.press('Shift+Enter'); page.locator('#text').press('Enter')
+        wait_for(lambda: page.locator('.answer .text').count() == 2 and len(page.locator('.answer .text').nth(1).text_content()) > 20)
+        assert len(engine.running) == 1
         page.keyboard.press('Escape'); page.wait_for_selector('text=stopped'); wait_for(lambda: not engine.running); done()
-        colour = lambda: page.evaluate('getComputedStyle(document.body).backgroundColor'); light = colour(); page.emulate_media(color_scheme='dark'); assert colour() != light
-        page.fill('#max_tokens', '5000'); page.fill('#text', 'More?'); page.press('#text', 'Enter'); page.wait_for_selector('#alert:has-text("at most 2000")'); assert page.input_value('#text') == 'More?'
-        page.get_by_role('button', name='New chat').click(); assert page.locator('.turn').count() == 0 and page.evaluate("document.activeElement.id") == 'text'
+        colour = lambda: page.evaluate('getComputedStyle(document.body).backgroundColor')
+        light = colour(); page.emulate_media(color_scheme='dark'); assert colour() != light
+        page.fill('#max_tokens', '5000')
+        page.fill('#text', 'More?')
+        page.press('#text', 'Enter'); page.wait_for_selector('#alert:has-text("at most 2000")'); assert page.input_value('#text') == 'More?'
+        page.get_by_role('button', name='New chat').click()
+        assert page.locator('.turn').count() == 0 and page.evaluate("document.activeElement.id") == 'text'
         assert [f for f in faults if '400' not in f] == []; page.close()
 
 @pytest.mark.slow
@@ -680,8 +801,11 @@ def test_the_picture_in_the_book(browser, tmp_path):
     if not model: pytest.skip('needs a .gguf file in SLM_PAGE_MODEL')
     e, picture = GGUFEngine(model), Path(os.environ.get('SLM_PAGE_PICTURE') or tmp_path/'page.png')
     with running(e, models={'SmolLM2-135M': e}, preferences=tmp_path/'p.db') as (_, url):
-        page = browser.new_page(viewport=dict(width=900, height=560)); page.goto(url); page.wait_for_selector('#model option', state='attached')
+        page = browser.new_page(viewport=dict(width=900, height=560))
+        page.goto(url); page.wait_for_selector('#model option', state='attached')
         page.click('summary'); page.fill('#seed', '3'); page.fill('#max_tokens', '60'); page.click('summary')
-        page.fill('#text', 'What is the capital of France?'); page.press('#text', 'Enter'); page.wait_for_selector('text=tokens/s'); page.get_by_role('button', name='Another answer, to compare').click()
+        page.fill('#text', 'What is the capital of France?')
+        page.press('#text', 'Enter')
+        page.wait_for_selector('text=tokens/s'); page.get_by_role('button', name='Another answer, to compare').click()
         page.wait_for_selector('text=Equally good', timeout=60_000); page.wait_for_timeout(300); page.screenshot(path=picture); page.close()
     e.close(); assert picture.read_bytes()[:4] == b'\x89PNG' and 10_000 < picture.stat().st_size < 200_000

@@ -92,7 +92,8 @@ def test_bad_input_is_one_line(name, home, files, tmp_path, capsys, monkeypatch)
     assert not [p for p in home.rglob('*.tmp')], 'temporary files were left in the cache'
 
 def test_hub_unreachable_names_the_offline_choices(home, tmp_path):
-    r = run('pretrain', '--corpus', 'tinystories', '--steps', 3, '--out', tmp_path/'x', HF_ENDPOINT='http://127.0.0.1:9', HF_HUB_OFFLINE='0')
+    r = run('pretrain', '--corpus', 'tinystories', '--steps', 3, '--out', tmp_path/'x', HF_ENDPOINT='http://127.0.0.1:9',
+            HF_HUB_OFFLINE='0')
     assert r.returncode == 2 and r.stderr.strip().count('\n') == 0, r.stderr
     assert 'pydocs' in r.stderr and 'files:' in r.stderr
 
@@ -107,7 +108,8 @@ def whole(home, tmp_path_factory):
     return out
 
 def start(out, *more):
-    return subprocess.Popen(SLM+['pretrain', *TINY, '--steps', '60', '--dropout', '.1', '--save-minutes', '0.001', '--out', str(out), *more],
+    return subprocess.Popen(SLM+['pretrain', *TINY, '--steps', '60', '--dropout', '.1', '--save-minutes', '0.001', '--out', str(out),
+                                 *more],
                             stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 
 def wait_for(cond, p, seconds=120):
@@ -178,7 +180,8 @@ def test_checkpoint_of_another_tokenizer(whole, tmp_path, capsys, monkeypatch):
 # ---- numbers that no training can use
 
 BASES = dict(sft=['x'], dpo=['x'], reward=['x'], rlhf=['x'], qlora=['x'], pretrain=['--corpus', 'pydocs'])
-NUMBERS = [('--seed', '-1'), ('--seed', 2**64), ('--minutes', 'nan'), ('--minutes', 'inf'), ('--steps', 0), ('--micro-batch', '-1'), ('--lr', 'nan'),
+NUMBERS = [('--seed', '-1'), ('--seed', 2**64), ('--minutes', 'nan'), ('--minutes', 'inf'), ('--steps', 0), ('--micro-batch', '-1'),
+           ('--lr', 'nan'),
            ('--lr', 'inf'), ('--epochs', 'inf'), ('--epochs', 'nan'), ('--bs', 0), ('--max-rows', '-5'), ('--seq-len', '-1')]
 
 @pytest.mark.parametrize('option,value', NUMBERS)
@@ -225,7 +228,8 @@ def test_a_home_that_cannot_be_made_is_one_line(tmp_path, capsys, monkeypatch):
 
 class Killed(BaseException): "Nothing catches it"
 
-SMALL = dict(max_bytes=600_000, vocab_size=512, seq_len=64, batch_tokens=1024, steps=2, evals=1, samples=1, model=dict(n_layer=1, d_model=64))
+SMALL = dict(max_bytes=600_000, vocab_size=512, seq_len=64, batch_tokens=1024, steps=2, evals=1, samples=1,
+             model=dict(n_layer=1, d_model=64))
 
 @pytest.mark.parametrize('at', ['report', 'mark', 'deletion'])
 def test_killed_after_the_training_it_is_a_finished_run(at, home, tmp_path, monkeypatch):
@@ -296,7 +300,8 @@ def small_disk(tmp_path):
     "A real file system of 100 MB, where mounting one is allowed"
     if sys.platform != 'linux' or os.geteuid() != 0: pytest.skip('mounting a small disk needs root on Linux')
     d = tmp_path/'disk'; d.mkdir()
-    if subprocess.run(['mount', '-t', 'tmpfs', '-o', 'size=100m', 'tmpfs', str(d)], capture_output=True).returncode: pytest.skip('mounting is not allowed here')
+    if subprocess.run(['mount', '-t', 'tmpfs', '-o', 'size=100m', 'tmpfs', str(d)], capture_output=True).returncode:
+        pytest.skip('mounting is not allowed here')
     yield d
     subprocess.run(['umount', '-l', str(d)])
 

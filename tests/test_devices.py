@@ -80,7 +80,8 @@ def test_resumes_where_it_was_interrupted(device, tmp_path):
     class StopAfter(Callback):
         order = 85
         def after_batch(self): self.learn.interrupted = self.opt_steps == 5
-    opts = dict(corpus='pydocs', max_bytes=500_000, vocab_size=512, steps=12, seq_len=64, batch_tokens=512, evals=1, samples=1, device=device,
+    opts = dict(corpus='pydocs', max_bytes=500_000, vocab_size=512, steps=12, seq_len=64, batch_tokens=512, evals=1, samples=1,
+                device=device,
                 dtype='float32', model=dict(n_layer=2, d_model=64, n_head=2, n_kv_head=1))
     cut = pretrain(out=tmp_path/'cut', cbs=[StopAfter()], **opts)
     assert cut.info['status'] == 'interrupted'

@@ -21,14 +21,17 @@ def test_quarto_config_follows_the_schema():
 
 @pytest.mark.parametrize('where,old,new', [
     ('website', 'page-navigation', 'page-navigatoin'), ('website', 'back-to-top-navigation', 'back-to-top'), ('project', 'type', 'tpye'),
-    ('html', 'code-copy', 'code-cpy'), ('html', 'toc-depth', 'toc-dept'), ('top', 'bibliography', 'bibliografy'), ('sidebar', 'style', 'stile')])
+    ('html', 'code-copy', 'code-cpy'), ('html', 'toc-depth', 'toc-dept'), ('top', 'bibliography', 'bibliografy'),
+    ('sidebar', 'style', 'stile')])
 def test_a_misspelt_key_is_caught(where, old, new):
     conf = copy.deepcopy(docs.config())
-    d = dict(top=conf, website=conf['website'], project=conf['project'], html=conf['format']['html'], sidebar=conf['website']['sidebar'])[where]
+    d = dict(top=conf, website=conf['website'], project=conf['project'], html=conf['format']['html'],
+             sidebar=conf['website']['sidebar'])[where]
     d[new] = d.pop(old)
     assert docs.schema_faults(conf)
 
-@pytest.mark.parametrize('where,key,val', [('website', 'page-navigation', 'perhaps'), ('html', 'toc-depth', 'three'), ('html', 'code-overflow', 'cut')])
+@pytest.mark.parametrize('where,key,val',
+                         [('website', 'page-navigation', 'perhaps'), ('html', 'toc-depth', 'three'), ('html', 'code-overflow', 'cut')])
 def test_a_wrong_value_is_caught(where, key, val):
     conf = copy.deepcopy(docs.config()); {'website': conf['website'], 'html': conf['format']['html']}[where][key] = val
     assert any(str(val) in f or 'should be' in f or 'invalid' in f for f in docs.schema_faults(conf))
@@ -48,7 +51,8 @@ def test_sidebar_faults_are_found(monkeypatch):
 
 def test_workflows_follow_github_s_schema():
     files = sorted((ROOT/'.github'/'workflows').glob('*.yml')); assert len(files) >= 3
-    r = subprocess.run([docs.tool('check-jsonschema'), '--builtin-schema', 'vendor.github-workflows', *map(str, files)], capture_output=True, text=True)
+    r = subprocess.run([docs.tool('check-jsonschema'), '--builtin-schema', 'vendor.github-workflows', *map(str, files)],
+                       capture_output=True, text=True)
     assert r.returncode == 0, r.stdout+r.stderr
 
 # ---- bibliography
@@ -64,7 +68,8 @@ def test_bibliography_is_complete_and_used():
         assert re.fullmatch(r'\d{4}', e['year']), e['key']
         assert docs.norm(e['url']) in docs.cited() or e['url'].rstrip('/') in text, f"no chapter cites {e['key']}"
 
-@pytest.mark.parametrize('url', ['http://arxiv.org/pdf/1706.03762v7.pdf', 'https://arxiv.org/abs/1706.03762', 'https://arxiv.org/abs/1706.03762.'])
+@pytest.mark.parametrize('url',
+                         ['http://arxiv.org/pdf/1706.03762v7.pdf', 'https://arxiv.org/abs/1706.03762', 'https://arxiv.org/abs/1706.03762.'])
 def test_one_paper_has_one_spelling(url):
     assert docs.norm(url) == 'https://arxiv.org/abs/1706.03762'
 
@@ -78,13 +83,17 @@ def test_readme_of_a_small_notebook(tmp_path, monkeypatch):
     md = lambda s: dict(cell_type='markdown', source=s)
     py = lambda s, outputs=(): dict(cell_type='code', source=s, outputs=list(outputs))
     nb = dict(cells=[
-        md('# A title\n\n> What it is.'), md('See [core](00_core.ipynb#seeds), [home](https://example.org), [rules](../CONTRIBUTING.md), [law](https://github.com/slm-book/slm/blob/main/LICENSE).'), md('## Export -'),
+        md('# A title\n\n> What it is.'),
+        md('See [core](00_core.ipynb#seeds), [home](https://example.org), [rules](../CONTRIBUTING.md), [law](https://github.com/slm-book/slm/blob/main/LICENSE).'), md('## Export -'),
         py('#| hide\nsecret = 1'), py('#| echo: false\nquiet()', out(**{'text/markdown': ['[x](11_model.gpt.ipynb)']})),
-        py('6*7', out(**{'text/plain': '42'})), py('plot()', out(**{'text/plain': '<Figure>', 'image/png': 'AAAA'})), py('%%bash\nmake demo')])
+        py('6*7', out(**{'text/plain': '42'})), py('plot()', out(**{'text/plain': '<Figure>', 'image/png': 'AAAA'})),
+        py('%%bash\nmake demo')])
     (tmp_path/'index.ipynb').write_text(json.dumps(nb)); monkeypatch.setattr(docs, 'NBS', tmp_path)
     text = docs.readme()
-    assert text.startswith('# A title\n\nWhat it is.\n') and 'secret' not in text and 'quiet' not in text and 'Figure' not in text and 'Export' not in text
-    assert '[core](nbs/00_core.ipynb#seeds)' in text and '(https://example.org)' in text and '(CONTRIBUTING.md)' in text and '(LICENSE)' in text and '(nbs/11_model.gpt.ipynb)' in text
+    assert text.startswith('# A title\n\nWhat it is.\n')
+    assert 'secret' not in text and 'quiet' not in text and 'Figure' not in text and 'Export' not in text
+    assert '[core](nbs/00_core.ipynb#seeds)' in text
+    assert '(https://example.org)' in text and '(CONTRIBUTING.md)' in text and '(LICENSE)' in text and '(nbs/11_model.gpt.ipynb)' in text
     assert '``` python\n6*7\n```\n\n    42\n' in text and '``` sh\nmake demo\n```' in text
 
 def test_readme_names_the_two_commands_and_where_its_links_lead():
@@ -111,7 +120,8 @@ def test_every_exported_name_has_a_page(nb):
     look = NbdevLookup()
     for n in defs:
         link = look.doc(f'slm.{m[1]}.{n}')
-        assert link and re.search(rf'/{re.escape(re.sub(r"^[0-9]+[a-z]?_", "", nb.stem))}\.html#', link), f'{nb.name}: `{n}` has no page (make prepare)'
+        assert link and re.search(rf'/{re.escape(re.sub(r"^[0-9]+[a-z]?_", "", nb.stem))}\.html#',
+                                  link), f'{nb.name}: `{n}` has no page (make prepare)'
 
 @chapter
 def test_full_names_in_prose_exist(nb):
@@ -127,14 +137,16 @@ def test_dead_links_are_found(tmp_path):
     base = docs.config()['website']['site-url']
     (tmp_path/'index.html').write_text('<h2 id="top">x</h2><a href="a.html">1</a><a class="x" href="#top">2</a><a href="#gone">3</a><a href="https://example.org">4</a>')
     (tmp_path/'a.html').write_text(f'<a href="./index.html#top">1</a><a href="{base}/index.html#none">2</a><a href="b.html#x">3</a>')
-    assert set(docs.dead_links(tmp_path)) == {'index.html: no anchor for #gone', 'a.html: no page for b.html#x', f'a.html: no anchor for {base}/index.html#none'}
+    assert set(docs.dead_links(tmp_path)) == {'index.html: no anchor for #gone', 'a.html: no page for b.html#x',
+                                              f'a.html: no anchor for {base}/index.html#none'}
 
 # ---- every chapter
 
 @chapter
 def test_chapter_opens_and_closes_as_the_others(nb):
     first = prose(nb)[0]
-    assert docs.cells(nb)[0]['cell_type'] == 'markdown' and re.match(r'# \S.*\n+> \S', first), f'{nb.name} opens with a title and one sentence'
+    assert docs.cells(nb)[0]['cell_type'] == 'markdown' and re.match(r'# \S.*\n+> \S',
+                                                                first), f'{nb.name} opens with a title and one sentence'
     if nb.stem == 'index': return
     title, module = first.partition('\n')[0][2:].strip(), re.sub(r'^\d+[a-z]?_', '', nb.stem)
     assert title.endswith(f' · {module}') and len(title) > len(module)+6, f'{nb.name} is titled {title!r}: a title for people · {module}'
@@ -172,11 +184,13 @@ def command_line():
 
 def faults_of_commands(texts):
     "Calls of `slm` in blocks and in backticks whose verb or option does not exist"
-    calls = [l for t in texts for block in re.findall(r'^```\w*\n(.*?)^```', t, re.S | re.M) for l in block.splitlines() if l.startswith('slm ')]
+    calls = [l for t in texts for block in re.findall(r'^```\w*\n(.*?)^```', t,
+                                                      re.S | re.M) for l in block.splitlines() if l.startswith('slm ')]
     calls += [c for t in texts for c in re.findall(r'`(slm [^`]+)`', re.sub(r'^```.*?^```', '', t, flags=re.S | re.M))]
     bad = []
     for call in calls:
-        words = re.sub(r'\s#.*', '', call.replace('\n', ' ')).split()[1:]; verb = next((v for n in (2, 1) if (v := tuple(words[:n])) in command_line()), None)
+        words = re.sub(r'\s#.*', '', call.replace('\n', ' ')).split()[1:]
+        verb = next((v for n in (2, 1) if (v := tuple(words[:n])) in command_line()), None)
         group = any(v[0] == words[0] for v in command_line())
         if not verb and not group and re.fullmatch(r'[a-z][a-z-]*', words[0]): bad.append(f'{call}: no such verb')
         for o in re.findall(r'(?<!\S)(--[a-z][\w-]*)', ' '.join(words)) if verb else ():
@@ -188,7 +202,8 @@ def test_commands_in_prose_are_those_of_the_help(nb):
     assert faults_of_commands(prose(nb)) == []
 
 def test_wrong_commands_are_found():
-    good = ['```sh\nslm sft RUN --data chats.jsonl --seq-len 128 # teach --it\nslm rag index a --out b\n```', 'Say `slm --help`, `slm annotate` or `slm VERB --help`.']
+    good = ['```sh\nslm sft RUN --data chats.jsonl --seq-len 128 # teach --it\nslm rag index a --out b\n```',
+            'Say `slm --help`, `slm annotate` or `slm VERB --help`.']
     assert faults_of_commands(good) == []
     assert len(faults_of_commands(['`slm teach RUN`', '```sh\nslm sft RUN --speed 3\n```', '`slm rag ask x --shots 2`'])) == 3
 
@@ -228,10 +243,15 @@ def test_every_figure_in_prose_has_a_source(nb):
 
 def test_a_figure_without_a_source_is_found(tmp_path):
     md = lambda s: dict(cell_type='markdown', source=s)
-    prose = ['It makes 93.7 tokens/s.', 'Twice as good: .873 of all.', 'It takes 41 MB.\n\nMore: [here](https://arxiv.org/abs/1706.03762).', 'Wins 1,234 times.']
-    backed = ['It makes 93.5 tokens/s, says `results/x/y/run.json`; results/x.', 'In 8 bits; a 95 % interval; `x = 3 MB`; $12.34$; 2 · 3 MB = 6 MB; Python 3.11 to 3.13.', 'The log says .25, which is 25 %.',
-              'They got 60.5 % ([Nangia et al., 2020](https://aclanthology.org/2020.emnlp-main.154/)).', '```\nslm --rate 99.99 %\n```', 'Trained for 30 seconds.']
-    code = dict(cell_type='code', source='train(seconds=30)', outputs=[dict(output_type='stream', text='0.25 of them, 25 per cent'), dict(output_type='execute_result', data={'text/plain': 'y'})])
+    prose = ['It makes 93.7 tokens/s.', 'Twice as good: .873 of all.',
+             'It takes 41 MB.\n\nMore: [here](https://arxiv.org/abs/1706.03762).', 'Wins 1,234 times.']
+    backed = ['It makes 93.5 tokens/s, says `results/x/y/run.json`; results/x.',
+              'In 8 bits; a 95 % interval; `x = 3 MB`; $12.34$; 2 · 3 MB = 6 MB; Python 3.11 to 3.13.', 'The log says .25, which is 25 %.',
+              'They got 60.5 % ([Nangia et al., 2020](https://aclanthology.org/2020.emnlp-main.154/)).', '```\nslm --rate 99.99 %\n```',
+              'Trained for 30 seconds.']
+    code = dict(cell_type='code', source='train(seconds=30)',
+                outputs=[dict(output_type='stream', text='0.25 of them, 25 per cent'),
+                         dict(output_type='execute_result', data={'text/plain': 'y'})])
     (tmp_path/'x.ipynb').write_text(json.dumps(dict(cells=[code, *map(md, prose+backed)])))
     found = docs.figure_faults(tmp_path/'x.ipynb')
     assert [re.search("'(.*?)'", f)[1] for f in found] == ['93.7 tokens/s', '.873', '41 MB', '1,234 times']
@@ -244,7 +264,8 @@ def test_stored_outputs_are_whole_and_name_no_machine(nb):
         for o in c['outputs']:
             assert o['output_type'] != 'error', f"{nb.name} stores an error: {o.get('ename')}"
             text = json.dumps({k: v for k, v in o.get('data', {}).items() if not k.startswith('image/')}) + ''.join(o.get('text', ''))
-            assert not re.search(r'/tmp/|/home/|/root/|/Users/|/var/folders/|site-packages', text), f'{nb.name} prints a path of one machine:\n{docs.src(c)[:200]}'
+            assert not re.search(r'/tmp/|/home/|/root/|/Users/|/var/folders/|site-packages',
+                                 text), f'{nb.name} prints a path of one machine:\n{docs.src(c)[:200]}'
     assert nb.stat().st_size < 2**21, f'{nb.name} is over 2 MiB'
 
 

@@ -39,7 +39,8 @@ def docx(body, **more):
         for name,text in (parts | more).items(): z.writestr(name, text)
     return file.getvalue()
 
-def par(text, style=''): return f'<w:p>{style and f"<w:pPr><w:pStyle w:val={chr(34)}{style}{chr(34)}/></w:pPr>"}<w:r><w:t>{text}</w:t></w:r></w:p>'
+def par(text, style=''):
+    return f'<w:p>{style and f"<w:pPr><w:pStyle w:val={chr(34)}{style}{chr(34)}/></w:pPr>"}<w:r><w:t>{text}</w:t></w:r></w:p>'
 
 def read(path, data):
     path.write_bytes(data)
@@ -67,7 +68,8 @@ def test_the_ending_may_be_in_capitals(tmp_path): assert read(tmp_path/'A.PDF', 
 
 @pytest.mark.parametrize('sep', [',', ';', '\t', '|'])
 def test_every_row_of_a_table_says_what_its_cells_mean(tmp_path, sep):
-    rows = sep.join(['id', 'town', 'mayor'])+'\r\n'+sep.join(['7', 'Wick', '"Ada ""the, old"" Lee;\nesq."'])+'\r\n'+sep.join(['8', 'Ham', ''])+'\r\n'
+    rows = sep.join(['id', 'town', 'mayor'])+'\r\n'+sep.join(['7', 'Wick',
+                                                              '"Ada ""the, old"" Lee;\nesq."'])+'\r\n'+sep.join(['8', 'Ham', ''])+'\r\n'
     (tmp_path/'t.csv').write_bytes(rows.encode('utf-8-sig')); found = list(documents([tmp_path/'t.csv']))
     assert [(d.id, d.text) for d in found] == [('t.csv:7', 'town: Wick\nmayor: Ada "the, old" Lee;\nesq.'), ('t.csv:8', 'town: Ham')]
 
@@ -87,7 +89,8 @@ def test_a_bad_page_is_one_line(tmp_path, name, data, says):
 
 @needs
 def test_a_bad_page_does_not_stop_its_folder(tmp_path):
-    for name,data in (('a.pdf', b'no'), ('b.pdf', pdf('A lamp.')), ('c.docx', docx(par('A cat.'))), ('d.png', b''), ('e', b'')): (tmp_path/name).write_bytes(data)
+    for name,data in (('a.pdf', b'no'), ('b.pdf', pdf('A lamp.')), ('c.docx', docx(par('A cat.'))), ('d.png', b''), ('e', b'')):
+        (tmp_path/name).write_bytes(data)
     r = Reading([tmp_path], strict=False)
     assert [d.text.strip() for d in r] == ['A lamp.', 'A cat.']
     assert len(r.bad) == 1 and 'a.pdf' in r.bad[0] and dict(r.kinds) == {'.png': 1, 'no ending': 1}
@@ -150,7 +153,8 @@ def static(path, size=16, seed=0):
     words = sorted({w for d in TOWNS for w in R.words(d.text)} | R.words(R.PROBE))
     tok = Tokenizer(models.WordLevel({w: k for k,w in enumerate(['[UNK]', *words])}, '[UNK]'))
     tok.pre_tokenizer = pre_tokenizers.Whitespace()
-    model2vec.StaticModel(np.random.default_rng(seed).normal(size=(len(words)+1, size)).astype('float32'), tok, config=dict(model_type='model2vec')).save_pretrained(path)
+    model2vec.StaticModel(np.random.default_rng(seed).normal(size=(len(words)+1, size)).astype('float32'), tok,
+                          config=dict(model_type='model2vec')).save_pretrained(path)
     return str(path)
 
 def made(path, embeddings):
@@ -169,7 +173,8 @@ def test_a_transformer_of_ones_own_is_an_encoder(tmp_path):
     (tmp_path/'m').mkdir()
     (tmp_path/'vocab.txt').write_text('\n'.join(['[PAD]', '[UNK]', '[CLS]', '[SEP]', '[MASK]', 'lamp', 'cat', 'the']))
     BertTokenizer(str(tmp_path/'vocab.txt')).save_pretrained(tmp_path/'m')
-    BertModel(BertConfig(vocab_size=8, hidden_size=12, num_hidden_layers=1, num_attention_heads=2, intermediate_size=8)).save_pretrained(tmp_path/'m')
+    BertModel(BertConfig(vocab_size=8, hidden_size=12, num_hidden_layers=1, num_attention_heads=2,
+                         intermediate_size=8)).save_pretrained(tmp_path/'m')
     assert made(tmp_path/'ix', str(tmp_path/'m'))['dimensions'] == 12
 
 @pytest.mark.parametrize('size,seed', [(16, 1), (8, 0)])
@@ -206,7 +211,8 @@ def test_what_is_no_encoder_is_one_line_and_leaves_no_index(tmp_path, what, monk
 # ---- on the command line
 
 def rag(tmp_path, *args):
-    r = subprocess.run([sys.executable, '-c', 'from slm.cli import main; main()', 'rag', *map(str, args)], cwd=ROOT, capture_output=True, text=True)
+    r = subprocess.run([sys.executable, '-c', 'from slm.cli import main; main()', 'rag', *map(str, args)], cwd=ROOT, capture_output=True,
+                       text=True)
     return r.returncode, r.stdout, r.stderr
 
 def test_the_command_tells_what_it_left_out_and_keeps_to_the_encoder(tmp_path):

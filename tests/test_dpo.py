@@ -17,7 +17,8 @@ def tok(): return train_bpe((s.text for s in World(limit=20).stories(1, 300)), 4
 
 def tiny(tok, seed=0, **kw):
     set_seed(seed)
-    return GPT(GPTConfig(vocab_size=tok.vocab_size, max_seq_len=512, **dict(dict(n_layer=2, d_model=64, n_head=2, n_kv_head=1), **kw))).eval()
+    return GPT(GPTConfig(vocab_size=tok.vocab_size, max_seq_len=512,
+                         **dict(dict(n_layer=2, d_model=64, n_head=2, n_kv_head=1), **kw))).eval()
 
 def moved(model, by=.02):
     "A copy whose weights are somewhat different"
@@ -33,7 +34,8 @@ def theirs(tmp, policy, ref, tok, pairs, **kw):
     from trl import DPOConfig, DPOTrainer
     for name,m in (('policy', policy), ('ref', ref)): m.save_pretrained(tmp/name, tok); tok.save(tmp/name)
     write_preferences(tmp/'pairs.jsonl', pairs)
-    args = DPOConfig(output_dir=str(tmp/'out'), use_cpu=True, bf16=False, gradient_checkpointing=False, max_length=None, report_to='none', save_strategy='no',
+    args = DPOConfig(output_dir=str(tmp/'out'), use_cpu=True, bf16=False, gradient_checkpointing=False, max_length=None, report_to='none',
+                     save_strategy='no',
                      disable_tqdm=True, **dict(dict(per_device_train_batch_size=len(pairs)), **kw))
     hf = {n: transformers.AutoModelForCausalLM.from_pretrained(tmp/n, dtype=torch.float32) for n in ('policy', 'ref')}
     return DPOTrainer(hf['policy'], hf['ref'], args=args, processing_class=transformers.AutoTokenizer.from_pretrained(tmp/'policy'),
@@ -45,7 +47,8 @@ def ours(policy, ref, tok, pairs, **kw):
     return *dpo_loss(logps, answer_logps(ref, data).T.flatten(), mask.sum(1), **kw), logps
 
 @pytest.mark.parametrize('kind,n,mine,trl', [
-    ('sigmoid', 4, {}, {}), ('sigmoid_norm', 4, {}, {}), ('ipo', 4, {}, {}), ('robust', 4, dict(label_smoothing=.1), dict(label_smoothing=.1)),
+    ('sigmoid', 4, {}, {}), ('sigmoid_norm', 4, {}, {}), ('ipo', 4, {}, {}),
+    ('robust', 4, dict(label_smoothing=.1), dict(label_smoothing=.1)),
     ('sigmoid', 1, dict(label_smoothing=.1), dict(label_smoothing=.1, loss_type='aot'))]) # of one pair, trl's 'aot' is the smoothed sigmoid
 def test_loss_and_rewards_are_trl_s(kind, n, mine, trl, tok, pairs, tmp_path):
     "Within 1e-5, relative to what is above 1 (a log-probability of a long answer is some hundreds of nats)"
@@ -54,12 +57,14 @@ def test_loss_and_rewards_are_trl_s(kind, n, mine, trl, tok, pairs, tmp_path):
     batch = next(iter(t.get_train_dataloader())); want = t.compute_loss(t.model, batch); m = t._metrics['train']
     loss,rewards,logps = ours(policy, ref, tok, some, beta=beta, loss=kind, **mine); c,r = rewards.chunk(2)
     assert loss.item() == pytest.approx(want.item(), rel=1e-5, abs=1e-5) and abs(want.item()-.693) > .01
-    got = {'rewards/chosen': c.mean(), 'rewards/rejected': r.mean(), 'rewards/margins': (c-r).mean(), 'rewards/accuracies': (c > r).float().mean(),
+    got = {'rewards/chosen': c.mean(), 'rewards/rejected': r.mean(), 'rewards/margins': (c-r).mean(),
+           'rewards/accuracies': (c > r).float().mean(),
            'logps/chosen': logps.chunk(2)[0].mean(), 'logps/rejected': logps.chunk(2)[1].mean()}
     for k,v in got.items(): assert v.item() == pytest.approx(m[k][-1], rel=1e-5, abs=1e-5), k
     policy.zero_grad(); loss.backward(); want.backward()
     theirs_grad = dict(t.model.named_parameters())
-    for name,p in policy.named_parameters(): assert torch.allclose(p.grad, theirs_grad[name].grad, rtol=1e-3, atol=1e-5*theirs_grad[name].grad.abs().max().item()+1e-7), name
+    for name,p in policy.named_parameters():
+        assert torch.allclose(p.grad, theirs_grad[name].grad, rtol=1e-3, atol=1e-5*theirs_grad[name].grad.abs().max().item()+1e-7), name
 
 # ---- the stage
 
@@ -117,7 +122,8 @@ def test_minutes_are_kept(base, tmp_path):
 
 def test_an_annotation_store_is_read(tmp_path):
     A = pytest.importorskip('slm.train.annotate'); store = A.PreferenceStore(tmp_path/'a.db')
-    store.add_items([dict(prompt=[dict(role='user', content=f'{i}+{i}?')], responses=[dict(text=str(2*i)), dict(text='no idea')]) for i in range(5)])
+    store.add_items([dict(prompt=[dict(role='user', content=f'{i}+{i}?')],
+                          responses=[dict(text=str(2*i)), dict(text='no idea')]) for i in range(5)])
     A.judge_with(store, lambda m, texts: 'tie' if m[-1]['content'] == '0+0?' else texts.index('no idea') ^ 1, 'me'); store.close()
     p = read_preferences(tmp_path/'a.db', strict=True); assert len(p.pairs) == 4
     assert all(x.rejected == 'no idea' and x.prompt[0]['content'] == f'{int(x.chosen)//2}+{int(x.chosen)//2}?' for x in p.pairs)
@@ -128,7 +134,8 @@ def test_an_annotation_store_is_read(tmp_path):
 
 GOOD = [dict(prompt=f'Q{i}: which one?', chosen=f'The red one, number {i}.', rejected='None.') for i in range(12)]
 ODD = {'a role': dict(GOOD[0], prompt=[dict(role='user', content='Weather?'), dict(role='tool', content='{"t": 7}')]),
-       'a system': dict(GOOD[0], system=dict(text='be brief')), 'half an emoji': dict(GOOD[0], chosen='cut \ud83d'), 'a null': dict(GOOD[0], chosen=None)}
+       'a system': dict(GOOD[0], system=dict(text='be brief')), 'half an emoji': dict(GOOD[0], chosen='cut \ud83d'),
+       'a null': dict(GOOD[0], chosen=None)}
 
 def rows_file(path, rows, **kw): path.write_text('\n'.join(map(json.dumps, rows))+'\n', **kw); return path
 
@@ -143,7 +150,8 @@ def test_one_odd_row_is_left_out_with_its_reason(odd, base, tok, tmp_path, capsy
 
 def test_pairs_as_sharegpt_writes_them_and_other_people_s_roles(tmp_path):
     said = lambda who, text: {'from': who, 'value': text}
-    rows = [dict(conversations=[said('human', r['prompt'])], chosen=said('gpt', r['chosen']), rejected=said('gpt', r['rejected'])) for r in GOOD]
+    rows = [dict(conversations=[said('human', r['prompt'])], chosen=said('gpt', r['chosen']),
+                 rejected=said('gpt', r['rejected'])) for r in GOOD]
     rows[1]['prompt'] = rows[1]['system'] = None
     rows[2] = dict(GOOD[2], prompt=[dict(role='human', content=GOOD[2]['prompt'])], chosen=[dict(role='gpt', content=GOOD[2]['chosen'])])
     assert read_preferences(rows_file(tmp_path/'a.jsonl', rows), strict=True).pairs == [as_pair(r) for r in GOOD]
@@ -157,7 +165,8 @@ def test_pairs_in_any_encoding_that_is_named(tmp_path, tok, encoding):
 
 def test_a_shortened_prompt_keeps_its_template(tok):
     user = lambda s: dict(role='user', content=s); says = dict(role='assistant', content='Yes.')
-    for chat in ([user('who '*300)], [dict(role='system', content='Be brief.'), user('one '*90), says, user('two '*90), says, user('And now?')]):
+    for chat in ([user('who '*300)],
+                 [dict(role='system', content='Be brief.'), user('one '*90), says, user('two '*90), says, user('And now?')]):
         whole = tok.chat(chat, add_generation_prompt=True)[0]; e = encode_preference(tok, Pair(chat, 'Mara.', 'Tom.'), 64)
         head = '<|system|>Be brief.<|end|>'*(chat[0]['role'] == 'system')+'<|user|>'
         for ids in (whole, e.prompt): assert tok.decode(ids, False).replace('\n', '').startswith(head)
@@ -183,13 +192,18 @@ def test_trl_s_trainer_lands_where_ours_does(tok, pairs, tmp_path):
     from slm.train.sft import sft
     tiny(tok, n_layer=2, d_model=96).save_pretrained(tmp_path/'new', tok); tok.save(tmp_path/'new')
     many = [Pair([dict(role='user', content=p.task.prompt)], p.chosen, p.rejected) for p in World(limit=20).preferences(3, 600)]
-    with (tmp_path/'chats.jsonl').open('w') as f: f.writelines(json.dumps(dict(messages=[*p.prompt, dict(role='assistant', content=p.chosen)]))+'\n' for p in many)
-    base = sft(tmp_path/'new', tmp_path/'chats.jsonl', tmp_path/'sft', steps=80, bs=8, lr=3e-3, opt='muon', samples=1, evals=1, dtype='float32')
+    with (tmp_path/'chats.jsonl').open('w') as f:
+        f.writelines(json.dumps(dict(messages=[*p.prompt, dict(role='assistant', content=p.chosen)]))+'\n' for p in many)
+    base = sft(tmp_path/'new', tmp_path/'chats.jsonl', tmp_path/'sft', steps=80, bs=8, lr=3e-3, opt='muon', samples=1, evals=1,
+               dtype='float32')
     train,valid = split_pairs(many, .2); write_preferences(tmp_path/'train.jsonl', train); held = PairData(tok, valid, 512)
     model,_ = load_model_and_tokenizer(base.path); n = 25; lr = 5e-4
-    t = theirs(tmp_path, model, model, tok, train, per_device_train_batch_size=16, max_steps=n, learning_rate=lr, warmup_steps=3, weight_decay=0., adam_beta2=.95, beta=.1); t.train()
+    t = theirs(tmp_path, model, model, tok, train, per_device_train_batch_size=16, max_steps=n, learning_rate=lr, warmup_steps=3,
+               weight_decay=0., adam_beta2=.95, beta=.1); t.train()
     t.model.save_pretrained(tmp_path/'trl'); tok.save(tmp_path/'trl')
-    ours = dpo(base.path, tmp_path/'train.jsonl', tmp_path/'ours', steps=n, lr=lr, warmup=3, bs=16, beta=.1, samples=1, evals=1, dtype='float32')
-    acc = {k: preference_accuracy(load_model_and_tokenizer(p)[0], model, held) for k,p in (('trl', tmp_path/'trl'), ('ours', ours.path))}; print(acc)
+    ours = dpo(base.path, tmp_path/'train.jsonl', tmp_path/'ours', steps=n, lr=lr, warmup=3, bs=16, beta=.1, samples=1, evals=1,
+               dtype='float32')
+    acc = {k: preference_accuracy(load_model_and_tokenizer(p)[0], model, held) for k,p in (('trl', tmp_path/'trl'), ('ours', ours.path))}
+    print(acc)
     assert all(a.lo > .5 for a in acc.values())
     assert acc['trl'].lo <= acc['ours'].value <= acc['trl'].hi and acc['ours'].lo <= acc['trl'].value <= acc['ours'].hi

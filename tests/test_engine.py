@@ -40,7 +40,8 @@ def prompts(n, seed=0):
 
 def tokens(engine, requests):
     "Text and token ids of each"
-    def collect(r): ps = list(pieces(engine, replace(r, logprobs=0))); return ''.join(p.text for p in ps), [t.id for p in ps for t in p.logprobs]
+    def collect(r):
+        ps = list(pieces(engine, replace(r, logprobs=0))); return ''.join(p.text for p in ps), [t.id for p in ps for t in p.logprobs]
     with ThreadPoolExecutor(len(requests)) as ex: return list(ex.map(collect, requests))
 
 def same(model, ps, got, want):
@@ -50,7 +51,9 @@ def same(model, ps, got, want):
         if not e: assert (logprob_gap(model, p, g, w) or 0) < TIE, (TOK.decode(g), TOK.decode(w), logprob_gap(model, p, g, w))
     return sum(equal)
 
-@pytest.mark.parametrize('over', [{}, dict(qk_norm=True), dict(tied=False, act='geglu'), dict(pos='learned', norm='layer', act='gelu', bias=True)], ids=lambda o: '-'.join(o) or 'llama')
+@pytest.mark.parametrize('over',
+                         [{}, dict(qk_norm=True), dict(tied=False, act='geglu'), dict(pos='learned', norm='layer', act='gelu', bias=True)],
+                         ids=lambda o: '-'.join(o) or 'llama')
 def test_whoever_else_is_there(engine, over):
     "40 requests of all lengths that share beginnings, 3 slots, small chunks: the texts of the plain model"
     ps, want = prompts(40), []
@@ -59,7 +62,8 @@ def test_whoever_else_is_there(engine, over):
     e, asks = engine(new(**over), slots=3, chunk=64), [Request(p, s.max_new_tokens, temperature=0) for p,s in zip(ps, params)]
     assert same(new(**over), ps, tokens(e, asks), [g.ids for g in want]) >= 36
     got = answer_all(e, asks)
-    assert [p.prompt_tokens for _,p in got] == [len(p) for p in ps] and sum(p.cached_tokens for _,p in got) > 50   # how many depends on who comes first
+    # how many depends on who comes first
+    assert [p.prompt_tokens for _,p in got] == [len(p) for p in ps] and sum(p.cached_tokens for _,p in got) > 50
 
 needs_compiler = pytest.mark.skipif(not can_compile(), reason='no C++ compiler')
 
@@ -81,7 +85,8 @@ def test_compiled_steps_say_the_same_and_nothing_compiles_later(engine, slots):
 def test_compiled_eight_bits(engine):
     "Scores as far from the plain model's as those of the eager engine with 8 bits"
     p, want = prompts(1, 5)[0], new()(torch.tensor([prompts(1, 5)[0]]))[0, -1].log_softmax(-1)
-    got = next(x for x in pieces(engine(new(), int8=True, compiled=True), Request(p, 1, temperature=0, logprobs=5)) if x.logprobs).logprobs[0]
+    got = next(x for x in pieces(engine(new(), int8=True, compiled=True),
+                                 Request(p, 1, temperature=0, logprobs=5)) if x.logprobs).logprobs[0]
     assert max(abs(want[i].item()-lp) for i,_,lp in got.top) < .15 and got.top[0][0] == got.id
 
 def test_a_model_that_cannot_be_compiled_says_so():
@@ -120,7 +125,8 @@ def test_nobody_is_lost(engine):
         r = random.Random(seed)
         for _ in range(25):
             mine = []
-            cancel = e.submit(Request(TOK.encode(TEXT[(i := r.randrange(1000)):i+20]), r.randrange(1, 6), temperature=0), lambda p, mine=mine: mine.append(p) if p.finish_reason else None)
+            cancel = e.submit(Request(TOK.encode(TEXT[(i := r.randrange(1000)):i+20]), r.randrange(1, 6), temperature=0), lambda p,
+                              mine=mine: mine.append(p) if p.finish_reason else None)
             if r.random() < .5: cancel(); cancel()
             ends.append(mine)
     with ThreadPoolExecutor(8) as ex: list(ex.map(crowd, range(8)))
@@ -228,7 +234,9 @@ def test_a_folder_is_opened_by_either_engine(tmp_path, monkeypatch):
     assert (own.name, made.name) == ('torch', 'gguf') and len(list((tmp_path/'home'/'gguf').glob('*/*.gguf'))) == 1
     assert t[0][:3] == t[1][:3] and own.compiled == can_compile()                # however many were compiled before
 
-@pytest.mark.parametrize('model,engine,part', [('none.gguf', 'gguf', 'none.gguf'), ('nowhere/at-all', 'torch', 'nowhere/at-all'), ('x', 'vllm', 'auto, gguf or torch')])
+@pytest.mark.parametrize('model,engine,part',
+                         [('none.gguf', 'gguf', 'none.gguf'), ('nowhere/at-all', 'torch', 'nowhere/at-all'),
+                          ('x', 'vllm', 'auto, gguf or torch')])
 def test_what_cannot_be_opened(model, engine, part):
     with pytest.raises(SLMError, match=part): open_engine(model, engine)
 
@@ -241,18 +249,27 @@ def test_what_is_answered_fits_its_schema(file):
     "Random schemas: each is refused, or what comes to its end is valid"
     import jsonschema
     from hypothesis import HealthCheck, Phase, given, settings, strategies as st
-    few, num, leaf = st.integers(0, 4), st.integers(-20, 20)|st.sampled_from([.5, -2.5]), st.none()|st.booleans()|st.integers(-5, 5)|st.sampled_from(['', 'a', 'é'])
-    names, kinds = st.sampled_from(['a', 'b', 'c d', 'é']), st.sampled_from(['object', 'array', 'string', 'integer', 'number', 'null', 'boolean'])
+    few, num, leaf = st.integers(0, 4), st.integers(-20,
+                                                    20)|st.sampled_from([.5,
+                                                                         -2.5]), st.none()|st.booleans()|st.integers(-5, 5)|st.sampled_from(['', 'a', 'é'])
+    names, kinds = st.sampled_from(['a', 'b', 'c d',
+                                    'é']), st.sampled_from(['object', 'array', 'string', 'integer', 'number', 'null', 'boolean'])
     pats = st.sampled_from(['a', '^a', 'b$', '^[ab]{1,3}$', r'\d+', r'^\w*$', '^$', r'\bx', '(?=a)', '^[a$', 'a^', '^(a|b)*c?$'])
     some = lambda kind, **kw: st.fixed_dictionaries(dict(type=st.just(kind)), optional=kw)
-    base = st.one_of(st.builds(lambda v: dict(enum=v), st.lists(leaf, max_size=3)), st.builds(lambda v: dict(const=v), leaf), st.builds(lambda v: dict(type=v), kinds|st.just(5)),
-                     some('string', minLength=few, maxLength=few, pattern=pats), some('integer', minimum=num, maximum=num, exclusiveMinimum=num, multipleOf=st.sampled_from([1, 3])))
+    base = st.one_of(st.builds(lambda v: dict(enum=v), st.lists(leaf, max_size=3)), st.builds(lambda v: dict(const=v), leaf),
+                     st.builds(lambda v: dict(type=v), kinds|st.just(5)),
+                     some('string', minLength=few, maxLength=few, pattern=pats),
+                     some('integer', minimum=num, maximum=num, exclusiveMinimum=num, multipleOf=st.sampled_from([1, 3])))
     def more(s):
         return st.one_of(some('array', items=s, prefixItems=st.lists(s, max_size=2), minItems=few, maxItems=few, uniqueItems=st.just(True)),
-            some('object', properties=st.dictionaries(names, s, max_size=3), required=st.lists(names, max_size=2, unique=True), additionalProperties=s|st.just(False), minProperties=few),
-            st.fixed_dictionaries({}, optional={'anyOf': st.lists(s, max_size=2), 'allOf': st.lists(s, min_size=1, max_size=2), 'not': s, 'minLength': few, 'pattern': pats, 'properties': st.dictionaries(names, s, max_size=2)}))
+            some('object', properties=st.dictionaries(names, s, max_size=3), required=st.lists(names, max_size=2, unique=True),
+                 additionalProperties=s|st.just(False), minProperties=few),
+            st.fixed_dictionaries({},
+                                  optional={'anyOf': st.lists(s, max_size=2), 'allOf': st.lists(s, min_size=1, max_size=2), 'not': s,
+                                            'minLength': few, 'pattern': pats, 'properties': st.dictionaries(names, s, max_size=2)}))
     cpp, seen = GGUFEngine(file, slots=1, threads=1), []
-    @settings(max_examples=300, derandomize=True, deadline=None, database=None, phases=[Phase.generate], suppress_health_check=list(HealthCheck))
+    @settings(max_examples=300, derandomize=True, deadline=None, database=None, phases=[Phase.generate],
+              suppress_health_check=list(HealthCheck))
     @given(st.recursive(base, more, max_leaves=5), st.integers(0, 2**30))
     def ask(schema, seed):
         try: text, last = answer_all(cpp, [Request([5, 6], 180, schema=schema, seed=seed)])[0]

@@ -9,7 +9,8 @@ from slm.model.pretrained import load_model_and_tokenizer
 def run(tmp_path_factory):
     "A small model of the world"
     from slm.train.pretrain import pretrain
-    return pretrain('world', tmp_path_factory.mktemp('runs')/'w', max_bytes=1_600_000, vocab_size=1024, steps=60, seq_len=256, batch_tokens=4096, evals=1, samples=1,
+    return pretrain('world', tmp_path_factory.mktemp('runs')/'w', max_bytes=1_600_000, vocab_size=1024, steps=60, seq_len=256,
+                    batch_tokens=4096, evals=1, samples=1,
                     model=dict(n_layer=2, d_model=128))
 
 def pairs(n=150):
@@ -37,7 +38,8 @@ def test_the_same_minimal_pairs_the_same_numbers(run):
 @pytest.mark.slow
 def test_decisions_are_those_of_lm_eval(run):
     "Log-likelihoods within 1e-3, decisions equal, on the same weights and items"
-    pytest.importorskip('lm_eval', reason='needs: pip install lm-eval'); from lm_eval.models.huggingface import HFLM; from lm_eval.api.instance import Instance
+    pytest.importorskip('lm_eval', reason='needs: pip install lm-eval')
+    from lm_eval.models.huggingface import HFLM; from lm_eval.api.instance import Instance
     from transformers import PreTrainedTokenizerFast
     rows = pairs(300)
     model,tok = load_model_and_tokenizer(str(run.path))

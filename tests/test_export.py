@@ -42,21 +42,28 @@ def run(tmp_path_factory):
     "A run directory with a parent"
     root = tmp_path_factory.mktemp('runs')
     for name,parent in (('base', None), ('chat', 'base')):
-        r = RunDir.create(root/name, 'pretrain' if parent is None else 'sft', parent=parent, data=dict(name='world', **({} if parent else dict(license='Apache-2.0'))))
+        r = RunDir.create(root/name, 'pretrain' if parent is None else 'sft', parent=parent,
+                          data=dict(name='world', **({} if parent else dict(license='Apache-2.0'))))
         shaken().save_pretrained(r.path, TOK); r.add_metrics(valid_bpb=1.5); r.finish()
     return root/'chat'
 
 # ---- every model that can be said
 
-@pytest.mark.parametrize('over', [{}, dict(qk_norm=True), dict(tied=False), dict(bias=True), dict(n_kv_head=2), dict(head_dim=64), dict(rope_theta=5e5), dict(rope_scaling=LLAMA3),
-    dict(rope_scaling=dict(rope_type='linear', factor=4.)), dict(rope_scaling=YARN), dict(rope_scaling=YARN, qk_norm=True), dict(rope_scaling=DYNAMIC), dict(norm_eps=1e-2), dict(vocab_size=416)], ids=lambda o: '-'.join(o) or 'plain')
+@pytest.mark.parametrize('over',
+                         [{}, dict(qk_norm=True), dict(tied=False), dict(bias=True), dict(n_kv_head=2), dict(head_dim=64),
+                          dict(rope_theta=5e5), dict(rope_scaling=LLAMA3),
+    dict(rope_scaling=dict(rope_type='linear', factor=4.)), dict(rope_scaling=YARN), dict(rope_scaling=YARN, qk_norm=True),
+    dict(rope_scaling=DYNAMIC), dict(norm_eps=1e-2), dict(vocab_size=416)], ids=lambda o: '-'.join(o) or 'plain')
 def test_llama_cpp_computes_the_same(tmp_path, over):
     m = shaken(**over); export_gguf(m, TOK, tmp_path/'m.gguf', 'f32')
     assert failed(check_llama_cpp(m, TOK, tmp_path/'m.gguf', 'f32', few())) == []
 
-@pytest.mark.parametrize('more', [dict(attention_factor=1.5), dict(beta_fast=16), dict(truncate=False), dict(mscale=1., mscale_all_dim=.5)], ids=lambda m: next(iter(m)))
+@pytest.mark.parametrize('more',
+                         [dict(attention_factor=1.5), dict(beta_fast=16), dict(truncate=False), dict(mscale=1., mscale_all_dim=.5)],
+                         ids=lambda m: next(iter(m)))
 def test_a_yarn_that_llama_cpp_cannot_be_told_is_refused(tmp_path, more):
-    with pytest.raises(SLMError, match='settings besides: export it with --to hf'): export_gguf(shaken(rope_scaling=YARN | more), TOK, tmp_path/'m.gguf', 'f32')
+    with pytest.raises(SLMError, match='settings besides: export it with --to hf'):
+        export_gguf(shaken(rope_scaling=YARN | more), TOK, tmp_path/'m.gguf', 'f32')
     assert not (tmp_path/'m.gguf').exists()
 
 @pytest.mark.parametrize('kind', KINDS)
@@ -80,19 +87,23 @@ sys.exit(llama.llama_model_quantize(source.encode(), target.encode(), C.byref(p)
 
 @pytest.mark.slow
 @pytest.mark.parametrize('kind', ['q8_0', 'q6_k', 'q5_k_m', 'q4_k_m'])
-@pytest.mark.parametrize('over', [dict(d_model=512, d_ff=768, n_layer=17), dict(d_model=576, d_ff=768, n_layer=9, tied=False)], ids=['tied', 'untied'])
+@pytest.mark.parametrize('over', [dict(d_model=512, d_ff=768, n_layer=17), dict(d_model=576, d_ff=768, n_layer=9, tied=False)],
+                         ids=['tied', 'untied'])
 def test_llama_cpp_s_own_quantiser_writes_the_same_bytes(tmp_path, over, kind):
     "The recipe of the mixtures, what takes the place of a K-quant, and each block"
-    if not (lib := os.environ.get('SLM_LIBLLAMA')): pytest.skip('needs SLM_LIBLLAMA=/path/to/libllama.so of a llama.cpp, such as that in npm\'s @node-llama-cpp/linux-x64')
+    if not (lib := os.environ.get('SLM_LIBLLAMA')):
+        pytest.skip('needs SLM_LIBLLAMA=/path/to/libllama.so of a llama.cpp, such as that in npm\'s @node-llama-cpp/linux-x64')
     m = shaken(**over); kinds = export_gguf(m, TOK, tmp_path/'ours.gguf', kind); export_gguf(m, TOK, tmp_path/'f32.gguf', 'f32')
-    subprocess.run([sys.executable, '-c', REFERENCE, lib, tmp_path/'f32.gguf', tmp_path/'theirs.gguf', str(E._FILE_TYPES[kind])], check=True, capture_output=True)
+    subprocess.run([sys.executable, '-c', REFERENCE, lib, tmp_path/'f32.gguf', tmp_path/'theirs.gguf', str(E._FILE_TYPES[kind])],
+                   check=True, capture_output=True)
     ours, theirs = ({t.name: t for t in GGUFReader(tmp_path/f'{n}.gguf').tensors} for n in ('ours', 'theirs'))
     assert {n: t.tensor_type.name for n,t in ours.items()} == {n: t.tensor_type.name for n,t in theirs.items()} and len(kinds) > 1
     assert [n for n,t in ours.items() if not np.array_equal(t.data, theirs[n].data)] == []
 
 def test_no_k_quant_without_ggml(tmp_path, monkeypatch):
     E._ggml_quantizer.cache_clear(); monkeypatch.setitem(sys.modules, 'xllamacpp', None)
-    says(lambda: export_gguf(shaken(d_model=256), TOK, tmp_path/'m.gguf', 'q4_k_m'), '.[serve]', 'q4_0'); assert not list(tmp_path.iterdir())
+    says(lambda: export_gguf(shaken(d_model=256), TOK, tmp_path/'m.gguf', 'q4_k_m'), '.[serve]', 'q4_0')
+    assert not list(tmp_path.iterdir())
     export_gguf(shaken(), TOK, tmp_path/'m.gguf', 'q4_k_m')                      # too narrow for it: plain formats
     monkeypatch.undo(); E._ggml_quantizer.cache_clear(); assert 'Q4_K' in export_gguf(shaken(d_model=256), TOK, tmp_path/'k.gguf', 'q4_k_m')
 
@@ -101,7 +112,8 @@ def test_metadata_of_the_file(tmp_path):
     f = {k: v.contents() for k,v in GGUFReader(tmp_path/'m.gguf').fields.items()}
     assert (f['general.name'], f['general.architecture'], f['tokenizer.ggml.pre'], f['tokenizer.ggml.add_bos_token']) == ('mine', 'llama', 'gpt-2', False)
     assert (f['tokenizer.ggml.eos_token_id'], f['tokenizer.ggml.eot_token_id']) == (TOK.eot_id, TOK.end_id)
-    types = f['tokenizer.ggml.token_type']; assert [i for i,t in enumerate(types) if t == 3] == sorted(TOK.special_ids.values()) and types[400:] == [5]*10
+    types = f['tokenizer.ggml.token_type']
+    assert [i for i,t in enumerate(types) if t == 3] == sorted(TOK.special_ids.values()) and types[400:] == [5]*10
 
 def test_generation_ends_at_either_end(tmp_path):
     m = shaken()
@@ -122,7 +134,8 @@ def test_what_cannot_be_said_is_refused(tmp_path):
     says(lambda: export_gguf(shaken(act='geglu'), TOK, tmp_path/'m.gguf'), 'geglu', '--to hf')
     says(lambda: export_gguf(shaken(pos='alibi'), TOK, tmp_path/'m.gguf'), "pos='alibi'")
     says(lambda: export_gguf(shaken(rope_scaling=dict(YARN, beta_fast=16.)), TOK, tmp_path/'m.gguf'), 'YaRN', '--to hf')
-    chars = char_tokenizer(TEXTS); says(lambda: export_gguf(shaken(vocab_size=chars.vocab_size), chars, tmp_path/'m.gguf'), '--tokenizer bpe')
+    chars = char_tokenizer(TEXTS)
+    says(lambda: export_gguf(shaken(vocab_size=chars.vocab_size), chars, tmp_path/'m.gguf'), '--tokenizer bpe')
     assert not list(tmp_path.iterdir())
 
 # ---- the gate closes
@@ -136,7 +149,8 @@ def test_a_lost_merge(tmp_path):
     d = json.loads(TOK.tok.to_str()); d['model']['merges'].pop(3)
     assert 'f32 tokens' in tampered(tmp_path, Tokenizer(tokenizers.Tokenizer.from_str(json.dumps(d))))
 
-def test_another_template(tmp_path): assert tampered(tmp_path, Tokenizer(TOK.tok, TOK.chat_template.replace("'<|'", "' <|'"))) == ['f32 chat']
+def test_another_template(tmp_path):
+    assert tampered(tmp_path, Tokenizer(TOK.tok, TOK.chat_template.replace("'<|'", "' <|'"))) == ['f32 chat']
 
 @pytest.mark.parametrize('kind', ['f32', 'q4_0'])
 def test_a_damaged_weight(tmp_path, kind):
@@ -144,23 +158,30 @@ def test_a_damaged_weight(tmp_path, kind):
     assert f'{kind} weights' in got and ('f32 logits' in got) == (kind == 'f32')
 
 @pytest.mark.parametrize('value', [math.nan, math.inf])
-def test_no_number(tmp_path, value): assert 'q8_0 weights' in tampered(tmp_path, change=lambda x: x.model.layers[0].mlp.up_proj.weight.fill_(value), kind='q8_0')
+def test_no_number(tmp_path, value):
+    assert 'q8_0 weights' in tampered(tmp_path, change=lambda x: x.model.layers[0].mlp.up_proj.weight.fill_(value), kind='q8_0')
 
 def test_a_file_cut_short_fails_its_checks(tmp_path):
     m = shaken(); export_gguf(m, TOK, tmp_path/'m.gguf', 'f32'); whole = (tmp_path/'m.gguf').read_bytes()
     for n in (10, 3000, len(whole)-5000):
-        (tmp_path/'m.gguf').write_bytes(whole[:n]); assert failed(check_export(m, TOK, dict(f32=tmp_path/'m.gguf'), few()))[0] == 'f32 opens'
+        (tmp_path/'m.gguf').write_bytes(whole[:n])
+        assert failed(check_export(m, TOK, dict(f32=tmp_path/'m.gguf'), few()))[0] == 'f32 opens'
 
 # ---- the whole
 
 def test_export_leaves_a_whole_folder(tmp_path, run):
     checks = export(run, tmp_path/'out', ('hf', 'f16'), n_tokens=200, n_texts=300)
-    assert failed(checks) == [] and {c.name for c in checks} >= {'hf tokens', 'hf logits', 'hf chat', 'f32 logits', 'f16 perplexity', 'Modelfile chat'}
+    assert failed(checks) == []
+    assert {c.name for c in checks} >= {'hf tokens', 'hf logits', 'hf chat', 'f32 logits', 'f16 perplexity', 'Modelfile chat'}
     names = {p.name for p in (tmp_path/'out').iterdir()}
-    assert names == {'README.md', 'config.json', 'generation_config.json', 'model.safetensors', 'tokenizer.json', 'tokenizer_config.json', 'chat-F16.gguf', 'Modelfile', 'export.json'}
-    card = (tmp_path/'out'/'README.md').read_text(); assert 'license: apache-2.0' in card and '## sft: chat' in card and '## pretrain: base' in card
-    assert 'FROM ./chat-F16.gguf' in (tmp_path/'out'/'Modelfile').read_text() and 'generation' not in json.loads((tmp_path/'out'/'tokenizer_config.json').read_text())['chat_template'].replace('add_generation', '')
-    export(run, tmp_path/'out', ('hf',), n_tokens=200, n_texts=100); assert not list((tmp_path/'out').glob('*.gguf')) # an earlier export is replaced
+    assert names == {'README.md', 'config.json', 'generation_config.json', 'model.safetensors', 'tokenizer.json', 'tokenizer_config.json',
+                     'chat-F16.gguf', 'Modelfile', 'export.json'}
+    card = (tmp_path/'out'/'README.md').read_text()
+    assert 'license: apache-2.0' in card and '## sft: chat' in card and '## pretrain: base' in card
+    assert 'FROM ./chat-F16.gguf' in (tmp_path/'out'/'Modelfile').read_text()
+    assert 'generation' not in json.loads((tmp_path/'out'/'tokenizer_config.json').read_text())['chat_template'].replace('add_generation', '')
+    # an earlier export is replaced
+    export(run, tmp_path/'out', ('hf',), n_tokens=200, n_texts=100); assert not list((tmp_path/'out').glob('*.gguf'))
 
 def test_a_failed_check_leaves_nothing(tmp_path, run, monkeypatch):
     monkeypatch.setitem(E.PERPLEXITY, 'f32', -1.) # no export is this good
@@ -186,7 +207,8 @@ def test_dots_and_dashes_in_a_name_stay(tmp_path, run):
 def taught(tmp_path_factory):
     "A run of sft on a base without a chat template"
     root = tmp_path_factory.mktemp('taught'); base = stranger(root/'base', 'gpt2')
-    rows = [dict(prompt=f'what does the {w} {v}?', completion=f'The {w} carries a kettle.') for w in WORDS for v in 'carry hold bring have own take'.split()]
+    rows = [dict(prompt=f'what does the {w} {v}?',
+                 completion=f'The {w} carries a kettle.') for w in WORDS for v in 'carry hold bring have own take'.split()]
     (root/'rows.jsonl').write_text('\n'.join(map(json.dumps, rows)))
     return sft(base, root/'rows.jsonl', root/'run', steps=60, bs=8, lr=5e-3, evals=1, samples=1, device='cpu', dtype='float32').path
 
@@ -254,7 +276,8 @@ def test_pushing_without_hub_or_login_is_one_line(tmp_path, monkeypatch):
     monkeypatch.setattr(hub.constants, 'HF_TOKEN_PATH', str(tmp_path/'none')); says(lambda: push_ready('me/model'), 'hf auth login')
     monkeypatch.setenv('HF_TOKEN', 'hf_x'); (tmp_path/'f').mkdir(); (tmp_path/'f'/'README.md').touch()
     code = "import sys; from slm.serve.export import *; from slm.core import SLMError\ntry: push_folder(sys.argv[1], 'me/model')\nexcept SLMError as e: print(e)"
-    r = subprocess.run([sys.executable, '-c', code, str(tmp_path/'f')], capture_output=True, text=True, env=dict(os.environ, HF_ENDPOINT='http://127.0.0.1:9'))
+    r = subprocess.run([sys.executable, '-c', code, str(tmp_path/'f')], capture_output=True, text=True,
+                       env=dict(os.environ, HF_ENDPOINT='http://127.0.0.1:9'))
     assert 'is complete, but could not be pushed' in r.stdout and r.stdout.count('\n') == 1 and (tmp_path/'f'/'README.md').exists(), r.stdout+r.stderr
 
 GO = '''package main
@@ -281,5 +304,6 @@ def test_go_reads_the_modelfile_s_template_as_meant(tmp_path, template):
     tok = Tokenizer(TOK.tok, template); text = modelfile(tok, 'm.gguf', 128); (tmp_path/'main.go').write_text(GO)
     chats = [[dict(role=r, content=c) for r,c in chat] for chat in E.CHATS]
     said = dict(template=re.search('TEMPLATE """(.*?)"""', text, re.S)[1], chats=chats)
-    out = subprocess.run(['go', 'run', 'main.go'], input=json.dumps(said), cwd=tmp_path, capture_output=True, text=True, check=True, env=os.environ | dict(GOFLAGS='-mod=mod', GO111MODULE='off', GOCACHE=str(tmp_path/'go')))
+    out = subprocess.run(['go', 'run', 'main.go'], input=json.dumps(said), cwd=tmp_path, capture_output=True, text=True, check=True,
+                         env=os.environ | dict(GOFLAGS='-mod=mod', GO111MODULE='off', GOCACHE=str(tmp_path/'go')))
     assert out.stdout.split('\0')[:-1] == [tok.render_chat(c, True) for c in chats]

@@ -45,7 +45,8 @@ def uncached(model, prompt, params):
         ids.append(s(model(torch.tensor([ids]))[:, -1].float(), seen).item())
     return ids[len(prompt):]
 
-MIXED = [dict(temperature=0), dict(temperature=.7, seed=1), dict(top_k=5, seed=2), dict(top_p=.8, seed=3), dict(min_p=.1, temperature=1.4, seed=4),
+MIXED = [dict(temperature=0), dict(temperature=.7, seed=1), dict(top_k=5, seed=2), dict(top_p=.8, seed=3),
+         dict(min_p=.1, temperature=1.4, seed=4),
          dict(temperature=0, repetition_penalty=1.5), dict(temperature=.9, top_k=20, top_p=.9, min_p=.02, repetition_penalty=1.2, seed=5)]
 
 # --- filters against transformers -----------------------------------------------------------------------------------------
@@ -54,10 +55,12 @@ def hf_filtered(logits, ids, p):
     "The list of processors that transformers' own `generate` builds, so its order is the order"
     from transformers import GenerationConfig, GPT2Config, GPT2LMHeadModel
     from transformers.generation.logits_process import LogitsProcessorList
-    hf = GPT2LMHeadModel(GPT2Config(vocab_size=logits.shape[-1], n_layer=1, n_head=1, n_embd=4, n_positions=8, bos_token_id=0, eos_token_id=0))
+    hf = GPT2LMHeadModel(GPT2Config(vocab_size=logits.shape[-1], n_layer=1, n_head=1, n_embd=4, n_positions=8, bos_token_id=0,
+                                    eos_token_id=0))
     cfg = GenerationConfig(do_sample=True, temperature=p.temperature, top_k=p.top_k, top_p=p.top_p, min_p=p.min_p or None,
                            repetition_penalty=p.repetition_penalty, bos_token_id=0, eos_token_id=None, pad_token_id=0)
-    procs = hf._get_logits_processor(generation_config=cfg, input_ids_seq_length=ids.shape[1], encoder_input_ids=ids, logits_processor=LogitsProcessorList())
+    procs = hf._get_logits_processor(generation_config=cfg, input_ids_seq_length=ids.shape[1], encoder_input_ids=ids,
+                                     logits_processor=LogitsProcessorList())
     return procs(ids, logits.clone()), [type(x).__name__ for x in procs]
 
 @pytest.mark.parametrize('seed', range(8))
@@ -69,7 +72,8 @@ def test_filters_equal_transformers_and_its_order(seed):
         ids = torch.randint(v, (4, 9), generator=g); seen = torch.zeros(4, v, dtype=torch.bool).scatter(1, ids, True)
         p = SamplingParams(temperature=r(.2, 2), top_k=int(r(1, 80)), top_p=r(.05, .99), min_p=r(.01, .4), repetition_penalty=r(.7, 2))
         want, names = hf_filtered(logits, ids, p)
-        assert names == ['RepetitionPenaltyLogitsProcessor', 'TemperatureLogitsWarper', 'TopKLogitsWarper', 'TopPLogitsWarper', 'MinPLogitsWarper']
+        assert names == ['RepetitionPenaltyLogitsProcessor', 'TemperatureLogitsWarper', 'TopKLogitsWarper', 'TopPLogitsWarper',
+                         'MinPLogitsWarper']
         torch.testing.assert_close(Sampler([p]*4).filter(logits, seen), want, atol=1e-6, rtol=1e-6)
 
 @pytest.mark.parametrize('over', [dict(temperature=.5), dict(top_k=7), dict(top_p=.6), dict(min_p=.2), dict(repetition_penalty=1.7)])
@@ -145,15 +149,19 @@ def test_logprobs_are_those_of_the_unfiltered_model(model):
 def test_greedy_equals_transformers_generate(model):
     from transformers import LlamaConfig, LlamaForCausalLM
     c = model.cfg
-    hf = LlamaForCausalLM(LlamaConfig(vocab_size=V, hidden_size=c.d_model, intermediate_size=c.d_ff, num_hidden_layers=c.n_layer, num_attention_heads=c.n_head, num_key_value_heads=c.n_kv_head,
-        head_dim=c.head_dim, max_position_embeddings=c.max_seq_len, rms_norm_eps=c.norm_eps, rope_theta=c.rope_theta, tie_word_embeddings=c.tied, bos_token_id=None, eos_token_id=None)).eval()
+    hf = LlamaForCausalLM(LlamaConfig(vocab_size=V, hidden_size=c.d_model, intermediate_size=c.d_ff, num_hidden_layers=c.n_layer,
+                                      num_attention_heads=c.n_head, num_key_value_heads=c.n_kv_head,
+        head_dim=c.head_dim, max_position_embeddings=c.max_seq_len, rms_norm_eps=c.norm_eps, rope_theta=c.rope_theta,
+        tie_word_embeddings=c.tied, bos_token_id=None, eos_token_id=None)).eval()
     assert set(hf.load_state_dict(model.state_dict(), strict=False).missing_keys) <= {'lm_head.weight'}
     hf.tie_weights()
     for pen in (1., 1.3):
         for prompt in rand_prompts([1, 10, 20]):
-            out = hf.generate(torch.tensor([prompt]), attention_mask=torch.ones(1, len(prompt), dtype=torch.long), do_sample=False, max_new_tokens=30, min_new_tokens=30,
+            out = hf.generate(torch.tensor([prompt]), attention_mask=torch.ones(1, len(prompt), dtype=torch.long), do_sample=False,
+                              max_new_tokens=30, min_new_tokens=30,
                               repetition_penalty=pen, pad_token_id=0, eos_token_id=None)
-            assert generate_ids(model, [prompt], SamplingParams(temperature=0, repetition_penalty=pen, max_new_tokens=30)) == [out[0, len(prompt):].tolist()]
+            assert generate_ids(model, [prompt],
+                                SamplingParams(temperature=0, repetition_penalty=pen, max_new_tokens=30)) == [out[0, len(prompt):].tolist()]
 
 # --- ends -----------------------------------------------------------------------------------------------------------------
 
@@ -170,7 +178,8 @@ def test_the_context_is_the_limit(model):
     gens = complete(model, [full, nearly, short], SamplingParams(temperature=0, max_new_tokens=5))
     assert [(len(g.ids), g.finish_reason) for g in gens] == [(0, 'length'), (3, 'length'), (5, 'length')]
     assert complete(model, [full], SamplingParams(max_new_tokens=5))[0].ids == []
-    with pytest.raises(SLMError, match=rf'prompt 1 has {n+1} tokens, the context holds {n}'): generate_ids(model, [short, full+[1]], SamplingParams())
+    with pytest.raises(SLMError, match=rf'prompt 1 has {n+1} tokens, the context holds {n}'):
+        generate_ids(model, [short, full+[1]], SamplingParams())
 
 def test_no_prompts_no_texts(model, tok): assert generate_ids(model, [], SamplingParams()) == [] == generate(model, tok, [])
 
@@ -198,7 +207,8 @@ def streamed(pieces, stop):
     return [ts.add(i) for i in range(len(pieces))] + [ts.flush()]
 
 @settings(max_examples=300, deadline=None)
-@given(text=st.text(alphabet='ab c❄é🙂\n', max_size=30), stop=st.lists(st.text(alphabet='ab ❄é\n', min_size=1, max_size=4), max_size=3), borders=st.lists(st.integers(0, 200), max_size=25))
+@given(text=st.text(alphabet='ab c❄é🙂\n', max_size=30), stop=st.lists(st.text(alphabet='ab ❄é\n', min_size=1, max_size=4), max_size=3),
+       borders=st.lists(st.integers(0, 200), max_size=25))
 def test_streaming_cuts_like_the_definition_whatever_the_token_borders(text, stop, borders):
     out = streamed(chop(text.encode(), borders), stop)
     assert ''.join(out) == cut_by_definition(text, stop)
@@ -231,7 +241,8 @@ def test_stop_string_ends_the_row_and_is_named(talker, tok):
 def test_generate_takes_one_text_or_many_and_one_value_or_many(talker, tok):
     kw = dict(max_new_tokens=15)
     a, b = generate(talker, tok, ['the cat', 'a longer prompt about a dog'], temperature=[0, 1.2], seed=[1, 2], **kw)
-    assert a == generate(talker, tok, 'the cat', temperature=0, **kw) and b == generate(talker, tok, 'a longer prompt about a dog', temperature=1.2, seed=2, **kw)
+    assert a == generate(talker, tok, 'the cat', temperature=0, **kw)
+    assert b == generate(talker, tok, 'a longer prompt about a dog', temperature=1.2, seed=2, **kw)
     assert generate(talker, tok, ['the cat'], temperature=0, **kw) == [a]
     with pytest.raises(SLMError, match='seed has 2 values for 1 prompts'): generate(talker, tok, 'x', seed=[1, 2])
 
@@ -247,16 +258,21 @@ def test_default_stop_tokens_are_end_of_text_and_end_of_turn(talker, tok, monkey
 
 # --- faults and side effects ----------------------------------------------------------------------------------------------
 
-@pytest.mark.parametrize('bad', [dict(temperature=-.1), dict(temperature=math.nan), dict(temperature=math.inf), dict(temperature='1'), dict(top_k=-1), dict(top_k=2.), dict(top_p=0), dict(top_p=1.01),
-                                 dict(min_p=-.1), dict(min_p=1.1), dict(repetition_penalty=0), dict(max_new_tokens=0), dict(max_new_tokens=True), dict(stop=['a', '']), dict(stop=[1]), dict(seed=-1), dict(seed=2**63)], ids=str)
+@pytest.mark.parametrize('bad',
+                         [dict(temperature=-.1), dict(temperature=math.nan), dict(temperature=math.inf), dict(temperature='1'),
+                          dict(top_k=-1), dict(top_k=2.), dict(top_p=0), dict(top_p=1.01),
+                                 dict(min_p=-.1), dict(min_p=1.1), dict(repetition_penalty=0), dict(max_new_tokens=0),
+                                 dict(max_new_tokens=True), dict(stop=['a', '']), dict(stop=[1]), dict(seed=-1), dict(seed=2**63)], ids=str)
 def test_nonsense_is_refused_by_name(bad):
     name, = bad
     with pytest.raises(SLMError, match=f'^{name}=.*must be'): SamplingParams(**bad)
 
 def test_faulty_requests_are_refused_before_any_computing(model, tok, monkeypatch):
     monkeypatch.setattr(model.model, 'forward', None)
-    for prompts, params, say in (([[]], SamplingParams(), 'prompt 0 is empty'), ([[1], [V]], SamplingParams(), f'prompt 1 has token {V}'), ([[-1]], SamplingParams(), 'token -1'),
-                                 ([[1]], SamplingParams(stop='x'), 'need a tokenizer'), ([[1]], [SamplingParams()]*2, '2 sampling parameters for 1 prompts')):
+    for prompts, params, say in (([[]], SamplingParams(), 'prompt 0 is empty'), ([[1], [V]], SamplingParams(), f'prompt 1 has token {V}'),
+                                 ([[-1]], SamplingParams(), 'token -1'),
+                                 ([[1]], SamplingParams(stop='x'), 'need a tokenizer'),
+                                 ([[1]], [SamplingParams()]*2, '2 sampling parameters for 1 prompts')):
         with pytest.raises(SLMError, match=say): generate_ids(model, prompts, params)
         with pytest.raises(SLMError, match=say): decode(model, prompts, params)         # at the call, not at the first token
     with pytest.raises(SLMError, match='temperature'): stream(model, tok, 'x', temperature=-1)

@@ -37,11 +37,15 @@ def on_meta(c):
 # ------------------------------------------------------------------ configuration
 
 @pytest.mark.parametrize('kw, says', [
-    (dict(d_model=100, n_head=3), 'd_model=100 is not a multiple of n_head=3'), (dict(n_head=6, n_kv_head=4), 'n_head=6 is not a multiple of n_kv_head=4'),
+    (dict(d_model=100, n_head=3), 'd_model=100 is not a multiple of n_head=3'),
+    (dict(n_head=6, n_kv_head=4), 'n_head=6 is not a multiple of n_kv_head=4'),
     (dict(act='tanh'), "unknown act 'tanh': use one of swiglu"), (dict(norm='batch'), "unknown norm 'batch': use one of rms, layer"),
-    (dict(pos='gps'), "unknown pos 'gps': use one of rope"), (dict(norm_pos='mid'), "unknown norm_pos 'mid'"), (dict(vocab_size=0), 'vocab_size=0'),
-    (dict(n_layer=2.5), 'n_layer=2.5'), (dict(head_dim=-8), 'head_dim=-8'), (dict(head_dim=5), 'head_dim=5 is odd'), (dict(dropout=-.1), 'dropout=-0.1'),
-    (dict(rope_scaling=dict(rope_type='longrope')), "unknown rope_type 'longrope'"), (dict(pos='sinusoidal', d_model=65, n_head=5), 'd_model=65 is odd')])
+    (dict(pos='gps'), "unknown pos 'gps': use one of rope"), (dict(norm_pos='mid'), "unknown norm_pos 'mid'"),
+    (dict(vocab_size=0), 'vocab_size=0'),
+    (dict(n_layer=2.5), 'n_layer=2.5'), (dict(head_dim=-8), 'head_dim=-8'), (dict(head_dim=5), 'head_dim=5 is odd'),
+    (dict(dropout=-.1), 'dropout=-0.1'),
+    (dict(rope_scaling=dict(rope_type='longrope')), "unknown rope_type 'longrope'"),
+    (dict(pos='sinusoidal', d_model=65, n_head=5), 'd_model=65 is odd')])
 def test_config_names_what_is_wrong(kw, says):
     with pytest.raises(SLMError) as e: GPTConfig(**kw)
     assert says in str(e.value) and '\n' not in str(e.value)
@@ -61,12 +65,14 @@ def test_presets_grow_and_keep_their_names():
 # ------------------------------------------------------------------ parity with transformers (their names are ours)
 
 LLAMA3 = dict(rope_type='llama3', factor=8., low_freq_factor=1., high_freq_factor=4., original_max_position_embeddings=32)
-HF = dict(vocab_size=97, hidden_size=64, intermediate_size=96, num_hidden_layers=3, num_attention_heads=4, max_position_embeddings=64, rms_norm_eps=1e-5, initializer_range=.2)
+HF = dict(vocab_size=97, hidden_size=64, intermediate_size=96, num_hidden_layers=3, num_attention_heads=4, max_position_embeddings=64,
+          rms_norm_eps=1e-5, initializer_range=.2)
 
 @pytest.mark.parametrize('kv', [1, 2, 4])
 @pytest.mark.parametrize('kind', ['tied', 'untied', 'llama3', 'qwen3'])
 def test_logits_are_transformers(kind, kv):
-    cfg = GPTConfig(97, 3, 4, kv, 64, 96, max_seq_len=64, tied=kind != 'untied', qk_norm=kind == 'qwen3', head_dim=32 if kind == 'qwen3' else None,
+    cfg = GPTConfig(97, 3, 4, kv, 64, 96, max_seq_len=64, tied=kind != 'untied', qk_norm=kind == 'qwen3',
+                    head_dim=32 if kind == 'qwen3' else None,
                     rope_scaling=LLAMA3 if kind == 'llama3' else None, rope_theta=500_000. if kind == 'llama3' else 10_000.)
     hf = HF | dict(num_key_value_heads=kv, tie_word_embeddings=cfg.tied)
     if kind == 'llama3': hf['rope_parameters'] = dict(rope_theta=500_000., **LLAMA3)
@@ -80,14 +86,18 @@ def test_logits_are_transformers(kind, kv):
 
 
 def test_encoder_is_bert():
-    c = BertConfig(vocab_size=97, hidden_size=64, num_hidden_layers=2, num_attention_heads=4, intermediate_size=128, max_position_embeddings=64, layer_norm_eps=1e-5, initializer_range=.2)
+    c = BertConfig(vocab_size=97, hidden_size=64, num_hidden_layers=2, num_attention_heads=4, intermediate_size=128,
+                   max_position_embeddings=64, layer_norm_eps=1e-5, initializer_range=.2)
     torch.manual_seed(0); theirs = BertModel(c, add_pooling_layer=False).eval()
     for n, p in theirs.named_parameters():
         if p.ndim == 1: p.data += .1*torch.randn_like(p)
     ours, sd = GPT(GPTConfig(**(SMALL | BERT), d_ff=128)).eval(), {}
-    emb = dict(word_embeddings='embed_tokens', position_embeddings='embed_positions', token_type_embeddings='embed_types', LayerNorm='embed_norm')
-    lay = {'attention.self.query': 'self_attn.q_proj', 'attention.self.key': 'self_attn.k_proj', 'attention.self.value': 'self_attn.v_proj', 'attention.output.dense': 'self_attn.o_proj',
-           'attention.output.LayerNorm': 'post_attention_layernorm', 'intermediate.dense': 'mlp.up_proj', 'output.dense': 'mlp.down_proj', 'output.LayerNorm': 'post_feedforward_layernorm'}
+    emb = dict(word_embeddings='embed_tokens', position_embeddings='embed_positions', token_type_embeddings='embed_types',
+               LayerNorm='embed_norm')
+    lay = {'attention.self.query': 'self_attn.q_proj', 'attention.self.key': 'self_attn.k_proj',
+           'attention.self.value': 'self_attn.v_proj', 'attention.output.dense': 'self_attn.o_proj',
+           'attention.output.LayerNorm': 'post_attention_layernorm', 'intermediate.dense': 'mlp.up_proj', 'output.dense': 'mlp.down_proj',
+           'output.LayerNorm': 'post_feedforward_layernorm'}
     for n, w in theirs.state_dict().items():
         part, kind = n.rsplit('.', 1)
         if part.startswith('embeddings.') and part[11:] in emb: sd[f'{emb[part[11:]]}.{kind}'] = w
@@ -169,7 +179,8 @@ def test_rotary_speeds_survive_casts_and_copies():
     half = copy.deepcopy(m).bfloat16()
     assert all(t.dtype == torch.float32 for t in half.model.fixed.values())
     assert not [k for k in m.state_dict() if 'fixed' in k or 'inv_freq' in k or 'rot' in k]
-    with torch.no_grad(): close(half(x).float(), m(x), .05)                      # bf16 weights and activations; a wrong angle costs far more
+    # bf16 weights and activations; a wrong angle costs far more
+    with torch.no_grad(): close(half(x).float(), m(x), .05)
     bad = copy.deepcopy(half); bad.model.fixed = {k: v*1.02 for k, v in bad.model.fixed.items()}
     with torch.no_grad(): assert (bad(x).float()-m(x)).abs().max() > .05*m(x).abs().max()
 
@@ -191,7 +202,8 @@ def test_loss_at_the_start(v, d):
 def test_lm_loss():
     torch.manual_seed(0); logits, y = torch.randn(2, 5, 7, requires_grad=True), torch.randint(7, (2, 5)); mask = torch.rand(2, 5) < .5
     by_hand = -logits.log_softmax(-1).gather(-1, y[..., None])[..., 0]
-    torch.testing.assert_close(lm_loss(logits, y), by_hand.mean()); torch.testing.assert_close(lm_loss(logits, y, mask), by_hand[mask].mean())
+    torch.testing.assert_close(lm_loss(logits, y), by_hand.mean())
+    torch.testing.assert_close(lm_loss(logits, y, mask), by_hand[mask].mean())
     g, = torch.autograd.grad(lm_loss(logits, y, mask), logits)
     assert g[~mask].abs().max() == 0 and g[mask].abs().min() > 0
     none = lm_loss(logits, y, torch.zeros_like(mask)); assert none.item() == 0
@@ -205,8 +217,10 @@ def test_dropout_only_while_training():
 # ------------------------------------------------------------------ counts
 
 switches = st.fixed_dictionaries(dict(
-    vocab_size=st.integers(1, 99), n_layer=st.integers(1, 3), n_head=st.sampled_from([2, 4]), n_kv_head=st.sampled_from([1, 2]), d_model=st.sampled_from([16, 64]),
-    head_dim=st.sampled_from([None, 4, 32]), norm=st.sampled_from(CHOICES['norm']), norm_pos=st.sampled_from(CHOICES['norm_pos']), pos=st.sampled_from(CHOICES['pos']),
+    vocab_size=st.integers(1, 99), n_layer=st.integers(1, 3), n_head=st.sampled_from([2, 4]), n_kv_head=st.sampled_from([1, 2]),
+    d_model=st.sampled_from([16, 64]),
+    head_dim=st.sampled_from([None, 4, 32]), norm=st.sampled_from(CHOICES['norm']), norm_pos=st.sampled_from(CHOICES['norm_pos']),
+    pos=st.sampled_from(CHOICES['pos']),
     act=st.sampled_from(CHOICES['act']), bias=st.booleans(), qk_norm=st.booleans(), tied=st.booleans(), n_types=st.integers(0, 3)))
 
 @settings(max_examples=80, deadline=None)
@@ -219,13 +233,16 @@ def test_parameters_by_formula(kw):
 @given(switches, st.integers(1, 40))
 def test_operations_by_formula(kw, t):
     c = GPTConfig(**kw, causal=False, max_seq_len=64); m = GPT(c); x = torch.randint(c.vocab_size, (2, t))
-    if t == 1: t = 2; x = x.expand(2, 2).contiguous()                            # one query takes another kernel, which is counted otherwise
+    # one query takes another kernel, which is counted otherwise
+    if t == 1: t = 2; x = x.expand(2, 2).contiguous()
     with FlopCounterMode(display=False) as f: lm_loss(m(x), x).backward()
     assert f.get_total_flops() == m.flops_per_token(t)*2*t
 
 
 @pytest.mark.parametrize('dtype', ['float32', 'bfloat16'])
-@pytest.mark.parametrize('sw', [{}, GPT2, dict(act='relu'), dict(act='reglu', qk_norm=True), dict(n_kv_head=1, head_dim=32), dict(causal=False)], ids=str)
+@pytest.mark.parametrize('sw',
+                         [{}, GPT2, dict(act='relu'), dict(act='reglu', qk_norm=True), dict(n_kv_head=1, head_dim=32), dict(causal=False)],
+                         ids=str)
 def test_memory_by_formula(sw, dtype):
     "Saved tensors within 3 %"
     c = GPTConfig(**(dict(vocab_size=500, n_layer=4, d_model=128, n_head=4, max_seq_len=300) | sw)); torch.manual_seed(0)
@@ -235,7 +252,8 @@ def test_memory_by_formula(sw, dtype):
         s = o.untyped_storage()
         if s.data_ptr() not in own: seen[s.data_ptr()] = (s.nbytes(), o)         # held, so that no address is used twice
         return o
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda o: o), torch.autocast('cpu', torch.bfloat16, enabled=dtype == 'bfloat16'): lm_loss(m(x), x)
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda o: o), torch.autocast('cpu', torch.bfloat16, enabled=dtype == 'bfloat16'):
+        lm_loss(m(x), x)
     e = memory_estimate(c, 2, 300, dtype=dtype); want = e['activations'] + e['logits']/3
     got = sum(n for n, _ in seen.values())
     if dtype == 'bfloat16': want += e['weights'] - 4*c.num_params()              # autocast's copies of the weights
@@ -244,12 +262,14 @@ def test_memory_by_formula(sw, dtype):
 
 def test_decoding_memory():
     c = GPTConfig(**SMALL, n_kv_head=2); e = memory_estimate(c, 3, 40, train=False)
-    assert e['cache'] == KVCache(2, 3, 2, 40, 16).nbytes and e['weights'] == 4*GPT(c).num_params() and e['total'] == sum(v for k, v in e.items() if k != 'total')
+    assert e['cache'] == KVCache(2, 3, 2, 40, 16).nbytes
+    assert e['weights'] == 4*GPT(c).num_params() and e['total'] == sum(v for k, v in e.items() if k != 'total')
 
 
 def test_check_fits():
     c = GPTConfig.preset('1m'); assert check_fits(c, 2, 64)['total'] < 2**30
-    with pytest.raises(SLMError, match=r'the model needs about \d+\.\d GiB \(weights .* cpu has 4\.0: take a smaller preset'): check_fits(GPTConfig.preset('350m'), 8, 512, memory=4*2**30)
+    with pytest.raises(SLMError, match=r'the model needs about \d+\.\d GiB \(weights .* cpu has 4\.0: take a smaller preset'):
+        check_fits(GPTConfig.preset('350m'), 8, 512, memory=4*2**30)
     with pytest.raises(SLMError, match="unknown device 'tpu'"): check_fits(c, 2, 64, device='tpu')
 
 

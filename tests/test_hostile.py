@@ -58,7 +58,8 @@ def bad_json(path, kind):
         return
     text = dict(digits='{"schema": 1, "stage": "a", "status": "done", "config": {}, "metrics": {}, "seed": %s}' % ('9'*5000),
                 deep='['*100_000, deep_objects='{"a":'*100_000, no_object='[1, 2]', null='null', half='{"schema": 1', latin='{"a": "\xe9"}',
-                figure=json.dumps(RUN | dict(metrics=dict(bpb=3))), kinds=json.dumps(RUN | dict(stage=['a'])), started=json.dumps(RUN | dict(started=3)),
+                figure=json.dumps(RUN | dict(metrics=dict(bpb=3))), kinds=json.dumps(RUN | dict(stage=['a'])),
+                started=json.dumps(RUN | dict(started=3)),
                 figures=json.dumps(RUN | dict(metrics=dict(bpb=dict(value=10**400)))))[kind]
     path.write_bytes(text.encode('latin-1'))
 
@@ -151,7 +152,8 @@ def test_hashes_name_no_file_elsewhere(tmp_path):
 JSON = st.recursive(st.none() | st.booleans() | st.integers(-2**70, 2**70) | st.floats() | st.text(max_size=8),
                     lambda x: st.lists(x, max_size=3) | st.dictionaries(st.text(max_size=6), x, max_size=3), max_leaves=8)
 FIGURE = st.fixed_dictionaries(dict(value=JSON), optional=dict(lo=JSON, hi=JSON, n=JSON, unit=JSON))
-INFO = st.fixed_dictionaries(dict(schema=st.just(1) | JSON, stage=st.just('sft') | JSON, status=st.just('done') | JSON, config=st.just({}) | JSON,
+INFO = st.fixed_dictionaries(dict(schema=st.just(1) | JSON, stage=st.just('sft') | JSON, status=st.just('done') | JSON,
+                                  config=st.just({}) | JSON,
                                   metrics=JSON | st.dictionaries(st.text(max_size=4), FIGURE | JSON, max_size=2)),
                              optional=dict(data=JSON, started=JSON, command=JSON, hardware=JSON, seed=JSON, prompts=JSON, hashes=JSON))
 
@@ -169,7 +171,9 @@ def test_whatever_a_run_json_holds_it_is_listed(info):
         except SLMError: assert 'damaged' in r.output or info['schema'] > 1
         r = CliRunner().invoke(app, ['resume', str(Path(d)/'run')]); assert isinstance(r.exception, SLMError), r.exception
 
-STATE = st.fixed_dictionaries({}, optional=dict(step=JSON, tokens=JSON, loader=JSON, rng=JSON, optim=JSON, sources=JSON, seconds=JSON, hashes=JSON))
+STATE = st.fixed_dictionaries({},
+                              optional=dict(step=JSON, tokens=JSON, loader=JSON, rng=JSON, optim=JSON, sources=JSON, seconds=JSON,
+                                            hashes=JSON))
 
 @settings(max_examples=50, deadline=None)
 @given(STATE | JSON)
@@ -255,12 +259,18 @@ def test_a_tokenizer_out_of_order_is_one_line(tmp_path):
         (m/'tokenizer.json').unlink(); os.mkfifo(m/'tokenizer.json'); refuse(Tokenizer.load, m)
     """, tmp_path)
 
-TEMPLATES = ["{% for i in range(10**9) %}x{% endfor %}", "{{ 'a'*10**9 }}", "{{ 'a'*10**5*10**5 }}", "{{ [1]*10**9 }}", "{{ 9**9**9**9 }}", "{{ (1).to_bytes(10**9) }}",
-    "{% for i in range(99999) %}{% for j in range(99999) %}x{% endfor %}{% endfor %}", "{% for i in range(9) recursive %}{{ loop(range(9)) }}{% endfor %}",
-    "{% set n=namespace(s='aaaaaaaaaa') %}{% for i in range(60) %}{% set n.s=n.s~n.s %}{% endfor %}{{n.s}}", "{{ 'a'.center(10**9) }}", "{{ 'a'|center(10**9) }}",
-    "{% set n=namespace(l=[1]) %}{% for i in range(60) %}{% set n.l=[n.l,n.l] %}{% endfor %}{{n.l}}", "{{ '%1000000000d' % 1 }}", "{{ '{:1000000000}'.format(1) }}",
-    "{% macro f(n) %}{{ f(n-1) }}{{ f(n-1) }}{% endmacro %}{{ f(900) }}", "{{ messages|tojson(indent=10**9) }}", "{{ ('a'*99999).replace('a', 'b'*99999) }}",
-    "{{ (['a'*99999]*9999)|join }}", "{{ messages|batch(10**9, 0)|list }}", "{{ lipsum(10**6) }}", "{{ 1/0 }}", "{{ 'x'+1 }}", "{{ messages[0].a.b }}", "{% include 'x' %}",
+TEMPLATES = ["{% for i in range(10**9) %}x{% endfor %}", "{{ 'a'*10**9 }}", "{{ 'a'*10**5*10**5 }}", "{{ [1]*10**9 }}", "{{ 9**9**9**9 }}",
+             "{{ (1).to_bytes(10**9) }}",
+    "{% for i in range(99999) %}{% for j in range(99999) %}x{% endfor %}{% endfor %}",
+    "{% for i in range(9) recursive %}{{ loop(range(9)) }}{% endfor %}",
+    "{% set n=namespace(s='aaaaaaaaaa') %}{% for i in range(60) %}{% set n.s=n.s~n.s %}{% endfor %}{{n.s}}", "{{ 'a'.center(10**9) }}",
+    "{{ 'a'|center(10**9) }}",
+    "{% set n=namespace(l=[1]) %}{% for i in range(60) %}{% set n.l=[n.l,n.l] %}{% endfor %}{{n.l}}", "{{ '%1000000000d' % 1 }}",
+    "{{ '{:1000000000}'.format(1) }}",
+    "{% macro f(n) %}{{ f(n-1) }}{{ f(n-1) }}{% endmacro %}{{ f(900) }}", "{{ messages|tojson(indent=10**9) }}",
+    "{{ ('a'*99999).replace('a', 'b'*99999) }}",
+    "{{ (['a'*99999]*9999)|join }}", "{{ messages|batch(10**9, 0)|list }}", "{{ lipsum(10**6) }}", "{{ 1/0 }}", "{{ 'x'+1 }}",
+    "{{ messages[0].a.b }}", "{% include 'x' %}",
     "{{" + "("*9999 + "1" + ")"*9999 + "}}", "{{ x.y", "{{ messages[0].__class__ }}{{ messages.append(1) }}"]
 
 def test_a_chat_template_can_waste_neither_time_nor_memory(tmp_path):
@@ -344,7 +354,8 @@ def test_parquet_that_unpacks_to_a_gigabyte(tmp_path):
     (line,) = reads('a.parquet', tmp_path)
     assert "'a.parquet' unpacks" in line and 'smaller ones' in line
 
-@pytest.mark.parametrize('bad', ['['*100_000, '{"a": '*100_000, '{"a": %s}' % ('9'*100_000), '{"a": 1e999999}', '{"a": "\\ud83d"}', '\\ufeff'*99,
+@pytest.mark.parametrize('bad',
+                         ['['*100_000, '{"a": '*100_000, '{"a": %s}' % ('9'*100_000), '{"a": 1e999999}', '{"a": "\\ud83d"}', '\\ufeff'*99,
                                  'null', '"\\u0000"', '{"a": NaN', '{"a": tru}'])
 @pytest.mark.parametrize('name', ['a.jsonl', 'a.json', 'a.csv', 'a.parquet', 'a.jsonl.gz', 'a.txt'])
 def test_broken_rows_are_one_line_each(tmp_path, name, bad):
@@ -361,11 +372,13 @@ def spellings(): # name, and its bytes
     import gzip, io, json, pyarrow as pa, pyarrow.parquet as pq
     f = io.BytesIO(); pq.write_table(pa.table(dict(text=[str(r['text']) for r in ROWS], m=[[dict(role='user', content='a')]]*len(ROWS))), f)
     lines = '\n'.join(map(json.dumps, ROWS)).encode()
-    return {'a.jsonl': lines, 'a.json': json.dumps(ROWS, indent=1).encode(), 'a.jsonl.gz': gzip.compress(lines, mtime=0), 'a.csv': b'id,text\n1,"a\nb"\n2,c\n',
+    return {'a.jsonl': lines, 'a.json': json.dumps(ROWS, indent=1).encode(), 'a.jsonl.gz': gzip.compress(lines, mtime=0),
+            'a.csv': b'id,text\n1,"a\nb"\n2,c\n',
             'a.parquet': f.getvalue(), 'b.jsonl': lines.decode().encode('utf-16')}
 
 SPELLINGS = spellings()
-EDIT = st.tuples(st.integers(0, 10**6), st.integers(0, 4), st.one_of(st.binary(max_size=6), st.sampled_from([b'[', b']', b'{', b'"', b'\\ud83d', b'\xef\xbb\xbf', b'\0', b'\n'])))
+EDIT = st.tuples(st.integers(0, 10**6), st.integers(0, 4),
+                 st.one_of(st.binary(max_size=6), st.sampled_from([b'[', b']', b'{', b'"', b'\\ud83d', b'\xef\xbb\xbf', b'\0', b'\n'])))
 
 @given(st.sampled_from(sorted(SPELLINGS)), st.lists(EDIT, max_size=5), st.sampled_from(['utf-8', 'utf-16', 'windows-1252', 'utf-7']))
 @settings(max_examples=300, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
@@ -443,15 +456,19 @@ INDEX = '''
         db = sqlite3.connect(d/file); [db.execute(s) for s in statements]; db.commit(); db.close(); rehash()
 '''
 EVIL_INDEX = dict(
-    functions="card(functions=[dict(name='sh', function='os.system')])", content="card(content='os.system')", backend="card(backend='os.system')",
+    functions="card(functions=[dict(name='sh', function='os.system')])", content="card(content='os.system')",
+    backend="card(backend='os.system')",
     scoring="card(scoring=dict(method='os.system', terms=True))", expressions="card(expressions=[dict(name='x', expression='sh(1)')])",
     view="sql('ALTER TABLE sections RENAME TO s0', 'CREATE VIEW sections AS SELECT * FROM s0 WHERE randomblob(3000000000) IS NOT NULL')",
     trigger="sql('CREATE TRIGGER t AFTER DELETE ON sections BEGIN DELETE FROM documents; END')",
     wal="sql('PRAGMA journal_mode=WAL')", table="sql('CREATE TABLE more(a)', file='scoring.terms')",
     pickle="(d/'scoring').write_bytes(b'cos\\nsystem\\n(S\\'touch pwned\\'\\ntR.'); rehash(); os.environ['ALLOW_PICKLE'] = 'True'",
-    config="(d/'config').write_bytes(b'cos\\nsystem\\n(S\\'touch pwned\\'\\ntR.')", link="(d/'scoring').unlink(); (d/'scoring').symlink_to('/dev/zero')",
-    fifo="(d/'documents').unlink(); os.mkfifo(d/'documents')", flipped="b = bytearray((d/'documents').read_bytes()); b[-1] ^= 1; (d/'documents').write_bytes(b)",
-    vectors="(d/'embeddings').write_bytes(b'IxMp'+b'\\xff'*400); card(embeddings='x', probe=[1.]); rehash()", deep="(d/'config.json').write_text('['*10**5)")
+    config="(d/'config').write_bytes(b'cos\\nsystem\\n(S\\'touch pwned\\'\\ntR.')",
+    link="(d/'scoring').unlink(); (d/'scoring').symlink_to('/dev/zero')",
+    fifo="(d/'documents').unlink(); os.mkfifo(d/'documents')",
+    flipped="b = bytearray((d/'documents').read_bytes()); b[-1] ^= 1; (d/'documents').write_bytes(b)",
+    vectors="(d/'embeddings').write_bytes(b'IxMp'+b'\\xff'*400); card(embeddings='x', probe=[1.]); rehash()",
+    deep="(d/'config.json').write_text('['*10**5)")
 
 def test_an_index_from_an_enemy_is_refused_and_runs_nothing(tmp_path):
     pytest.importorskip('txtai', reason='needs: pip install txtai')
@@ -465,9 +482,11 @@ for kind,act in evil.items():
     assert out.splitlines() == [f'{kind} refused safe' for kind in EVIL_INDEX]
 
 QUERIES = ["select randomblob(3000000000) from txtai", "select id from txtai where length(randomblob(3000000000)) > 1",
-           "select hex(zeroblob(1000000000)) from txtai where similar('lamp')", "select id from txtai where id in (select id from sections)",
+           "select hex(zeroblob(1000000000)) from txtai where similar('lamp')",
+           "select id from txtai where id in (select id from sections)",
            "select sql from txtai union select sql from sqlite_master", "select id from txtai where similar('a') limit 99999999",
-           "select id from txtai where similar('lamp') order by randomblob(3000000000)", "select load_extension('x') from txtai", "select * from txtai"]
+           "select id from txtai where similar('lamp') order by randomblob(3000000000)", "select load_extension('x') from txtai",
+           "select * from txtai"]
 
 def test_sql_that_eats_memory_is_refused(tmp_path):
     pytest.importorskip('txtai', reason='needs: pip install txtai')

@@ -13,7 +13,8 @@ from slm.train.annotate import PreferenceStore
 
 ROOT = Path(__file__).resolve().parent.parent
 SLM = [sys.executable, '-c', 'from slm.cli import main; main()']
-ENV = {k: v for k,v in os.environ.items() if k != 'SLM_JUDGE_KEY'} | dict(PYTHONPATH=os.pathsep.join([str(ROOT), os.environ.get('PYTHONPATH', '')]))
+ENV = {k: v for k,
+       v in os.environ.items() if k != 'SLM_JUDGE_KEY'} | dict(PYTHONPATH=os.pathsep.join([str(ROOT), os.environ.get('PYTHONPATH', '')]))
 
 # ---- ratings against others
 
@@ -21,7 +22,8 @@ def a_table(seed, m=4, prompts=40, ties=.2):
     "Comparisons with ties and unequal numbers of meetings, nobody unbeaten"
     rng = np.random.default_rng(seed); r = rng.normal(size=m)*.8; names = [f'm{i}' for i in range(m)]
     def score(i, j): return .5 if rng.random() < ties else float(rng.random() < 1/(1+np.exp(r[j]-r[i])))
-    return names, [Battle(p, names[i], names[j], score(i, j), int(rng.integers(-50, 50))) for p in range(prompts) for i,j in itertools.combinations(range(m), 2) if rng.random() < .3+.2*i]
+    return names, [Battle(p, names[i], names[j], score(i, j), int(rng.integers(-50, 50))) for p in range(prompts) for i,
+                   j in itertools.combinations(range(m), 2) if rng.random() < .3+.2*i]
 
 def rows_of(names, battles):
     "±1 rows with a won or lost outcome and its weight: a tie is two halves"
@@ -46,13 +48,15 @@ def test_ratings_are_those_of_scikit_learn_and_of_scipy(seed):
 def test_the_prior_is_one_tied_game_for_each_pair_that_met():
     names,bs = a_table(7); met = sorted({tuple(sorted((b.a, b.b))) for b in bs})
     more = bs+[Battle(f'extra {p}', *p, .5) for p in met]
-    assert [m.value for m in ratings(bs, names, n_boot=2).values()] == pytest.approx([m.value for m in ratings(more, names, prior=0., n_boot=2).values()], abs=1e-6)
+    assert [m.value for m in ratings(bs, names,
+                                     n_boot=2).values()] == pytest.approx([m.value for m in ratings(more, names, prior=0., n_boot=2).values()], abs=1e-6)
 
 def test_win_rate_at_equal_length_is_scikit_learn_s():
     from sklearn.linear_model import LogisticRegression
     names,bs = a_table(3, m=2, prompts=400, ties=.3); d = np.array([b.longer for b in bs]); s = np.array([b.score for b in bs])
     x = np.r_[np.c_[np.ones(len(d)), np.tanh(d/d.std())], [[1, 1], [1, -1]]]; s = np.r_[s, .5, .5]; w = np.r_[np.ones(len(d)), .5, .5]
-    fit = LogisticRegression(C=np.inf, fit_intercept=False, solver='newton-cholesky', tol=1e-12, max_iter=1000).fit(np.r_[x, x], np.r_[np.ones(len(x)), np.zeros(len(x))], np.r_[w*s, w*(1-s)])
+    fit = LogisticRegression(C=np.inf, fit_intercept=False, solver='newton-cholesky', tol=1e-12,
+                             max_iter=1000).fit(np.r_[x, x], np.r_[np.ones(len(x)), np.zeros(len(x))], np.r_[w*s, w*(1-s)])
     assert win_rate_at_equal_length(bs, 'm0', 'm1').value == pytest.approx(1/(1+np.exp(-fit.coef_[0, 0])), abs=1e-6)
 
 def test_the_order_of_models_and_of_sides_does_not_matter():
@@ -97,9 +101,11 @@ def models(tmp_path_factory):
         m.save_pretrained(d/f'm{k}', tok); tok.save(d/f'm{k}'/'tokenizer.json')
     export_gguf(m, tok, d/'fool.gguf', 'q8_0')
     opt,said = torch.optim.AdamW(m.parameters(), 2e-3),dict(role='assistant', content='{"winner": "A"}'); m.train()
-    short = [(f'question {i}', f'good {i}', f'a bad one {i}') for i in range(12)]; long = [(t.prompt, t.answer, t.candidates[0]) for t in World().tasks(1, 4, ['at', 'job'])]
+    short = [(f'question {i}', f'good {i}', f'a bad one {i}') for i in range(12)]
+    long = [(t.prompt, t.answer, t.candidates[0]) for t in World().tasks(1, 4, ['at', 'job'])]
     for part in (short[:6], short[6:], long[:2], short[:6], short[6:], long[2:])*6:
-        rows = [tok.chat([dict(role='user', content=question([dict(role='user', content=q)], [x, y])), said]) for q,x,y in part]; n = max(len(ids) for ids,_ in rows)
+        rows = [tok.chat([dict(role='user', content=question([dict(role='user', content=q)], [x, y])), said]) for q,x,y in part]
+        n = max(len(ids) for ids,_ in rows)
         ids,mask = (torch.tensor([list(r)+[0]*(n-len(r)) for r in rs]) for rs in zip(*rows)); mask = mask[:, 1:].bool()
         loss = torch.nn.functional.cross_entropy(m(ids[:, :-1])[mask], ids[:, 1:][mask]); loss.backward(); opt.step(); opt.zero_grad()
     assert loss < .1; export_gguf(m.eval(), tok, d/'judge.gguf', 'q8_0'); return d
@@ -127,7 +133,8 @@ class Before(ThreadingHTTPServer):
                 f = before.fault(n, self.path, body)
                 if f == 'drop': self.connection.shutdown(socket.SHUT_RDWR); return
                 if f is None:
-                    r = httpx.request(self.command, before.to+self.path, content=body, headers={'content-type': 'application/json'}, timeout=300); f = r.status_code,{},r.text
+                    r = httpx.request(self.command, before.to+self.path, content=body, headers={'content-type': 'application/json'},
+                                      timeout=300); f = r.status_code,{},r.text
                 status,headers,text = f; data = text.encode(); self.send_response(status)
                 for k,v in (headers | {'Content-Length': str(len(data))}).items(): self.send_header(k, v)
                 self.end_headers(); self.wfile.write(data)
@@ -149,7 +156,9 @@ def chat_only(fault):
 PAIR = [dict(role='user', content='Where is the kite?')],['In the barn.', 'It depends.']
 
 def a_store(path, n=6):
-    s = PreferenceStore(path); s.add_items([dict(prompt=f'question {i}', responses=[dict(text=f'good {i}', run='a'), dict(text=f'a bad one {i}', run='b')]) for i in range(n)]); return s
+    s = PreferenceStore(path)
+    s.add_items([dict(prompt=f'question {i}',
+                      responses=[dict(text=f'good {i}', run='a'), dict(text=f'a bad one {i}', run='b')]) for i in range(n)]); return s
 
 def test_a_real_server_judges_by_schema_in_both_orders(server, tmp_path):
     store = a_store(tmp_path/'s.db')
@@ -157,8 +166,10 @@ def test_a_real_server_judges_by_schema_in_both_orders(server, tmp_path):
         e = Endpoint(b.url); assert e.model == 'tiny' and ask_pairs(store, e, 'tiny', workers=3) == 12
         asked = [q['messages'][0]['content'] for q,_,_ in b.chats]; assert len(set(asked)) == 12
         assert all(q['response_format']['type'] == 'json_schema' and q['temperature'] == 0 for q,_,_ in b.chats)
-        one,two = ({j['item']: j['shown'] for j in store.judgements(f'tiny #{k}')} for k in (1, 2)); assert all(one[i] == two[i][::-1] for i in one) and len(one) == 6
-        assert all(j['choice'] == j['shown'][0] for j in store.judgements())                             # this judge only looks at the place
+        one,two = ({j['item']: j['shown'] for j in store.judgements(f'tiny #{k}')} for k in (1, 2))
+        assert all(one[i] == two[i][::-1] for i in one) and len(one) == 6
+        # this judge only looks at the place
+        assert all(j['choice'] == j['shown'][0] for j in store.judgements())
         assert ask_pairs(store, e, 'tiny') == 0 and len(b.chats) == 12                                   # nothing is asked twice
     f = swap_figures(store, 'tiny'); assert f['consistent'].value == 0 and f['first_wins'].value == 1 and f['first_wins'].n == 6
     assert [b.score for b in battles_of(store, 'tiny')] == [.5]*6 and win_rate_against(battles_of(store, 'tiny'), 'a', 'b').value == .5
@@ -166,12 +177,14 @@ def test_a_real_server_judges_by_schema_in_both_orders(server, tmp_path):
 def test_nonsense_of_a_real_model_is_kept_as_unreadable(server, tmp_path):
     store,e = a_store(tmp_path/'s.db'),Endpoint(server, 'fool', max_tokens=12)
     assert ask_pairs(store, e, 'fool', workers=2) == 12
-    assert {j['choice'] for j in store.judgements()} == {'skip'} and all(j['comment'].startswith('unreadable: ') for j in store.judgements())
+    assert {j['choice'] for j in store.judgements()} == {'skip'}
+    assert all(j['comment'].startswith('unreadable: ') for j in store.judgements())
     items = store.items(); assert battles_of(store, 'fool') == []
     with pytest.raises(SLMError, match='no pair was judged'): figures_of(store, ['fool'], ['a', 'b'], [], items)
 
 def test_a_busy_server_is_asked_again_when_it_said(server, tmp_path):
-    store = a_store(tmp_path/'s.db', 2); busy = lambda k, body: (429, {'Retry-After': '1'}, '{}') if k == 1 else (503, {'Retry-After': email.utils.formatdate(time.time()+2)}, '') if k == 3 else None
+    store = a_store(tmp_path/'s.db', 2)
+    busy = lambda k, body: (429, {'Retry-After': '1'}, '{}') if k == 1 else (503, {'Retry-After': email.utils.formatdate(time.time()+2)}, '') if k == 3 else None
     with before(server, chat_only(busy)) as b:
         assert ask_pairs(store, Endpoint(b.url), 'tiny') == 4 and len(b.chats) == 6
         t = [c[2] for c in b.chats]; assert t[2]-t[1] >= 1 and t[4]-t[3] >= .9                            # HTTP dates have whole seconds
@@ -188,7 +201,9 @@ def test_the_real_queue_says_429_and_all_is_judged(models, tmp_path):
         assert ask_pairs(store, Endpoint(b.url, attempts=12), 'tiny', workers=6) == 16
     e.close()
 
-@pytest.mark.parametrize('fault,says', [((500, {}, 'oh'), 'HTTP 500'), ('drop', 'no answer'), ((200, {}, '<html>hello</html>'), 'not answer in JSON'), ((200, {}, '{"choices": []}'), 'no chat completion'), ((200, {}, '[1]'), 'no chat completion')])
+@pytest.mark.parametrize('fault,says',
+                         [((500, {}, 'oh'), 'HTTP 500'), ('drop', 'no answer'), ((200, {}, '<html>hello</html>'), 'not answer in JSON'),
+                          ((200, {}, '{"choices": []}'), 'no chat completion'), ((200, {}, '[1]'), 'no chat completion')])
 def test_a_sick_server_ends_it_after_three_pairs_and_what_was_judged_stays(server, tmp_path, fault, says, monkeypatch):
     monkeypatch.setattr(J, 'pause', lambda after, k: 0.); store = a_store(tmp_path/'s.db')
     with before(server, chat_only(lambda k, body: fault if k >= 4 else None)) as b:
@@ -198,28 +213,38 @@ def test_a_sick_server_ends_it_after_three_pairs_and_what_was_judged_stays(serve
 
 def test_one_fault_between_is_passed_over_and_asked_the_next_time(server, tmp_path, monkeypatch):
     monkeypatch.setattr(J, 'pause', lambda after, k: 0.); store = a_store(tmp_path/'s.db')
-    with before(server, chat_only(lambda k, body: (500, {}, '') if k%3 == 2 else None)) as b: assert ask_pairs(store, Endpoint(b.url, attempts=1), 'tiny') == 8
+    with before(server, chat_only(lambda k, body: (500, {}, '') if k%3 == 2 else None)) as b:
+        assert ask_pairs(store, Endpoint(b.url, attempts=1), 'tiny') == 8
     with before(server) as b: assert ask_pairs(store, Endpoint(b.url), 'tiny') == 4 == len(b.chats)
 
-def refuse(word, status=400): return lambda k, body: (status, {}, json.dumps(dict(error=dict(message=f'unsupported: {word}')))) if f'"{word}"' in body.decode() else None
+def refuse(word, status=400):
+    return lambda k, body: (status, {}, json.dumps(dict(error=dict(message=f'unsupported: {word}')))) if f'"{word}"' in body.decode() else None
 
 def test_wishes_that_a_server_does_not_know_are_left_out(server):
     for word in ('response_format', 'temperature', 'max_tokens'):
         with before(server, chat_only(refuse(word))) as b:
             e = Endpoint(b.url, max_tokens=8); e(*PAIR); last = b.chats[-1][0]
-            assert len(b.chats) == 2 and word not in last and ('max_completion_tokens' in last) == (word == 'max_tokens') and len(last) == (5 if word == 'max_tokens' else 4)
+            assert len(b.chats) == 2
+            assert word not in last
+            assert ('max_completion_tokens' in last) == (word == 'max_tokens') and len(last) == (5 if word == 'max_tokens' else 4)
             e(*PAIR); assert len(b.chats) == 3                                                            # it is remembered
 
 def test_a_pair_that_is_refused_later_is_kept_as_refused_and_changes_nothing(server, tmp_path):
-    store = a_store(tmp_path/'s.db', 3); long = lambda k, body: (400, {}, '{"error": {"message": "too long for max_tokens"}}') if k == 2 else None
+    store = a_store(tmp_path/'s.db', 3)
+    long = lambda k, body: (400, {}, '{"error": {"message": "too long for max_tokens"}}') if k == 2 else None
     with before(server, chat_only(long)) as b:
         e = Endpoint(b.url); assert ask_pairs(store, e, 'tiny') == 6 and 'response_format' in e.wishes and 'max_tokens' in e.wishes
-    skipped = [j for j in store.judgements() if j['choice'] == 'skip']; assert len(skipped) == 1 and skipped[0]['comment'] == 'refused: HTTP 400: too long for max_tokens'
+    skipped = [j for j in store.judgements() if j['choice'] == 'skip']
+    assert len(skipped) == 1 and skipped[0]['comment'] == 'refused: HTTP 400: too long for max_tokens'
     assert len(battles_of(store, 'tiny')) == 2 and figures_of(store, ['tiny'], ['a', 'b'], [], store.items())['refused'].value == 1
 
-@pytest.mark.parametrize('body,says', [(dict(message=dict(content=None, refusal='I will not.')), 'refused: I will not.'), (dict(message=dict(content=''), finish_reason='content_filter'), 'refused: content filter'), (dict(message=dict(content=None)), "unreadable: ''")])
+@pytest.mark.parametrize('body,says',
+                         [(dict(message=dict(content=None, refusal='I will not.')), 'refused: I will not.'),
+                          (dict(message=dict(content=''), finish_reason='content_filter'), 'refused: content filter'),
+                          (dict(message=dict(content=None)), "unreadable: ''")])
 def test_refusals_are_told_from_nonsense(server, body, says):
-    with before(server, chat_only(lambda k, b: (200, {}, json.dumps(dict(choices=[body]))))) as b: assert Endpoint(b.url)(*PAIR) == ('skip', says)
+    with before(server, chat_only(lambda k, b: (200, {}, json.dumps(dict(choices=[body]))))) as b:
+        assert Endpoint(b.url)(*PAIR) == ('skip', says)
 
 def test_the_key_comes_from_the_environment_and_a_wrong_one_is_said_at_once(models, monkeypatch):
     e = GGUFEngine(models/'judge.gguf', slots=1, threads=1)
@@ -251,15 +276,19 @@ def slm(monkeypatch, capsys):
 FAST = ['--n', 6, '--max-new-tokens', 8, '--temperature', 1]
 
 def prompts(tmp_path, n=6):
-    p = tmp_path/'prompts.jsonl'; p.write_text(''.join(json.dumps(dict(prompt=f'Tell me of the number {i}.'))+'\n' for i in range(n))); return p
+    p = tmp_path/'prompts.jsonl'
+    p.write_text(''.join(json.dumps(dict(prompt=f'Tell me of the number {i}.'))+'\n' for i in range(n))); return p
 
 def test_judge_by_the_world_and_by_a_server(models, server, tmp_path, slm):
     out = tmp_path/'out'; args = [models/'m0', models/'m1', models/'judge.gguf', *FAST, '--out', out]
     r = slm(*args); assert r.returncode == 0 and 'win rate against m0' in r.stdout and r.stderr == '', r.stderr
     with before(server) as b:
         r = slm(*args, '--by', b.url, '--json'); assert r.returncode == 0, r.stderr
-        info = json.loads(r.stdout); pairs = int(info['metrics']['judged']['value']); assert pairs+info['metrics']['same']['value'] == 18 and len(b.chats) == 2*pairs
-        assert info['status'] == 'done' and info['config']['judge'] == 'tiny' and {'rating_m1', 'win_rate_judge', 'consistent', 'kappa_world', 'equal_length_m1'} <= set(info['metrics'])
+        info = json.loads(r.stdout)
+        pairs = int(info['metrics']['judged']['value']); assert pairs+info['metrics']['same']['value'] == 18 and len(b.chats) == 2*pairs
+        assert info['status'] == 'done'
+        assert info['config']['judge'] == 'tiny'
+        assert {'rating_m1', 'win_rate_judge', 'consistent', 'kappa_world', 'equal_length_m1'} <= set(info['metrics'])
         secret = b.url.replace('//', '//me:secret@')                                                      # a second call asks nothing
         assert slm(*args, '--by', secret).returncode == 0 and len(b.chats) == 2*pairs
     text = (out/'report.md').read_text(); assert text.count('\n> ') == 5 and 'Judged by tiny' in text and '| m0 | 0, the baseline |' in text
@@ -268,7 +297,8 @@ def test_judge_by_the_world_and_by_a_server(models, server, tmp_path, slm):
 
 def test_judge_by_persons(models, tmp_path, slm):
     out = tmp_path/'out'; args = [models/'m0', models/'m1', '--prompts', prompts(tmp_path), '--by', 'person', *FAST, '--out', out]
-    r = slm(*args); assert r.returncode == 0 and '6 pairs wait for a person' in r.stderr and 'slm annotate export' in r.stderr and r.stdout == ''
+    r = slm(*args)
+    assert r.returncode == 0 and '6 pairs wait for a person' in r.stderr and 'slm annotate export' in r.stderr and r.stdout == ''
     assert RunDir.open(out).info['status'] == 'running'
     store = PreferenceStore(out/'preferences.db'); its = store.items()
     for it in its[:4]: store.judge(it, [x.run for x in it.responses].index('m1'), 'ann')
@@ -284,48 +314,62 @@ def test_a_dead_server_is_one_line(models, tmp_path, slm, monkeypatch):
 
 def test_interrupted_and_gone_on_with(models, server, tmp_path, slm):
     "SIGINT, then SIGKILL, then to the end: no pair is asked again but those that were under way"
-    p = prompts(tmp_path, 12); out = tmp_path/'out'; args = [models/'m0', models/'m1', '--prompts', p, '--n', 12, '--max-new-tokens', 8, '--temperature', 1, '--out', out, '--workers', 2]
+    p = prompts(tmp_path, 12)
+    out = tmp_path/'out'
+    args = [models/'m0', models/'m1', '--prompts', p, '--n', 12, '--max-new-tokens', 8, '--temperature', 1, '--out', out, '--workers', 2]
     go, asked, given = threading.Semaphore(0), [], 0
     def slow(n, path, body):
         if path.endswith('/chat/completions'): asked.append(n); go.acquire()
     with before(server, slow) as b:
         seen = lambda: sum(len(s.judgements()) for s in [PreferenceStore(out/'preferences.db')]) if (out/'preferences.db').exists() else 0
         for how,code,until in ((signal.SIGINT, 130, 5), (signal.SIGKILL, -signal.SIGKILL, 12)):
-            q = subprocess.Popen(SLM+['judge', *map(str, args), '--by', b.url], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=ENV, cwd=ROOT)
+            q = subprocess.Popen(SLM+['judge', *map(str, args), '--by', b.url], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+                                 env=ENV, cwd=ROOT)
             t0 = time.time()
-            while seen() < until:                                                           # one question is let through for each that waits
+            # one question is let through for each that waits
+            while seen() < until:
                 if len(asked) > given: go.release(); given += 1
                 assert time.time()-t0 < 900 and q.poll() is None, q.stderr.read(); time.sleep(.1)
             q.send_signal(how); out_,err = q.communicate(timeout=900); assert q.returncode == code, err
-            if how == signal.SIGINT: assert err == 'interrupted: the same call goes on\n' and RunDir.open(out).info['status'] == 'interrupted'
+            if how == signal.SIGINT:
+                assert err == 'interrupted: the same call goes on\n' and RunDir.open(out).info['status'] == 'interrupted'
         had,n,b.fault = seen(),len(b.chats),lambda *a: None; assert 12 <= had < 24
         r = slm(*args, '--by', b.url); assert r.returncode == 0, r.stderr
         assert 0 <= len(b.chats)-n-(24-had) <= 2 # what the killed one's two workers had sent may have arrived late
         assert RunDir.open(out).info['status'] == 'done' and seen() == 24
 
-BAD = {'one model': (['{d}/m0'], 'two models or more'), 'the same twice': (['{d}/m0', '{d}/m0'], 'each of them once'), 'no such model': (['{d}/m0', '{d}/m9'], 'm9'),
-       'unknown judge': (['{d}/m0', '{d}/m1', '--by', 'mars'], 'world, person'), 'no prompts': (['{d}/m0', '{d}/m1', '--prompts', '{d}/none.jsonl', '--by', 'person'], 'none.jsonl'),
-       'the world on a file': (['{d}/m0', '{d}/m1', '--prompts', '{p}'], "the world's own questions"), 'a bad address': (['{d}/m0', '{d}/m1', '--by', 'http://'], 'is no address'),
-       'a folder of something else': (['{d}/m0', '{d}/m1', '--out', '{o}'], 'holds another run'), 'no prompt': (['{d}/m0', '{d}/m1', '--n', '0'], 'at least one prompt')}
+BAD = {'one model': (['{d}/m0'], 'two models or more'), 'the same twice': (['{d}/m0', '{d}/m0'], 'each of them once'),
+       'no such model': (['{d}/m0', '{d}/m9'], 'm9'),
+       'unknown judge': (['{d}/m0', '{d}/m1', '--by', 'mars'], 'world, person'),
+       'no prompts': (['{d}/m0', '{d}/m1', '--prompts', '{d}/none.jsonl', '--by', 'person'], 'none.jsonl'),
+       'the world on a file': (['{d}/m0', '{d}/m1', '--prompts', '{p}'], "the world's own questions"),
+       'a bad address': (['{d}/m0', '{d}/m1', '--by', 'http://'], 'is no address'),
+       'a folder of something else': (['{d}/m0', '{d}/m1', '--out', '{o}'], 'holds another run'),
+       'no prompt': (['{d}/m0', '{d}/m1', '--n', '0'], 'at least one prompt')}
 
 @pytest.mark.parametrize('what', BAD)
 def test_bad_input_is_one_line(models, tmp_path, what, slm):
     RunDir.create(tmp_path/'other', 'sft'); args,says = BAD[what]
-    args = [a.format(d=models, p=prompts(tmp_path), o=tmp_path/'other') for a in args]; r = slm(*args, *([] if '--out' in args else ['--out', tmp_path/'out']))
+    args = [a.format(d=models, p=prompts(tmp_path), o=tmp_path/'other') for a in args]
+    r = slm(*args, *([] if '--out' in args else ['--out', tmp_path/'out']))
     assert r.returncode == 2 and r.stderr.count('\n') == 1 and says in r.stderr, r.stderr
 
 def test_answers_of_other_weights_are_not_mixed(models, tmp_path, slm):
     import shutil
-    shutil.copytree(models/'m0', tmp_path/'m0'); args = [tmp_path/'m0', models/'m1', '--prompts', prompts(tmp_path), '--by', 'person', *FAST, '--out', tmp_path/'out']
+    shutil.copytree(models/'m0', tmp_path/'m0')
+    args = [tmp_path/'m0', models/'m1', '--prompts', prompts(tmp_path), '--by', 'person', *FAST, '--out', tmp_path/'out']
     assert slm(*args).returncode == 0; shutil.copy(models/'m1'/'model.safetensors', tmp_path/'m0'/'model.safetensors')
     r = slm(*args); assert r.returncode == 2 and "answers of another 'm0'" in r.stderr
 
 def test_models_that_always_say_the_same_are_tied_without_a_question(models, tmp_path, slm):
     import shutil
-    shutil.copytree(models/'m0', tmp_path/'twin'); r = slm(models/'m0', tmp_path/'twin', '--prompts', prompts(tmp_path), '--by', 'person', *FAST, '--out', tmp_path/'out', '--json')
-    m = json.loads(r.stdout)['metrics']; assert r.returncode == 0 and m['same']['value'] == 6 and m['judged']['value'] == 0 and m['win_rate_twin']['value'] == .5
+    shutil.copytree(models/'m0', tmp_path/'twin')
+    r = slm(models/'m0', tmp_path/'twin', '--prompts', prompts(tmp_path), '--by', 'person', *FAST, '--out', tmp_path/'out', '--json')
+    m = json.loads(r.stdout)['metrics']
+    assert r.returncode == 0 and m['same']['value'] == 6 and m['judged']['value'] == 0 and m['win_rate_twin']['value'] == .5
 
 def test_half_a_person_s_work_counts_half_of_the_ties(tmp_path):
     store = a_store(tmp_path/'s.db', 10); items = store.items(); ties = [Battle(f't{i}', 'a', 'b', .5) for i in range(20)]
     for it in items[:5]: store.judge(it, 0, 'ann')
-    bs = with_ties(battles_of(store, 'ann', items), ties, items); assert len(bs) == 5+10 and win_rate_against(bs, 'a', 'b').value == pytest.approx(10/15)
+    bs = with_ties(battles_of(store, 'ann', items), ties, items)
+    assert len(bs) == 5+10 and win_rate_against(bs, 'a', 'b').value == pytest.approx(10/15)

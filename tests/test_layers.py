@@ -72,8 +72,10 @@ def test_old_name_of_rope_type_and_what_is_unknown():
     torch.testing.assert_close(rope_inv_freq(8, scaling=dict(type='linear', factor=2.)), rope_inv_freq(8)/2)
     with pytest.raises(SLMError, match="unknown rope_type 'longrope'"): rope_inv_freq(8, scaling=dict(rope_type='longrope', factor=2.))
     for kind in ('yarn', 'dynamic'):
-        with pytest.raises(SLMError, match="lacks 'original_max_position_embeddings'"): rope_inv_freq(8, scaling=dict(rope_type=kind, factor=2.))
-    with pytest.raises(SLMError, match="lacks 'low_freq_factor'"): rope_inv_freq(8, scaling=dict(rope_type='llama3', factor=2., original_max_position_embeddings=8))
+        with pytest.raises(SLMError, match="lacks 'original_max_position_embeddings'"):
+            rope_inv_freq(8, scaling=dict(rope_type=kind, factor=2.))
+    with pytest.raises(SLMError, match="lacks 'low_freq_factor'"):
+        rope_inv_freq(8, scaling=dict(rope_type='llama3', factor=2., original_max_position_embeddings=8))
 
 
 @pytest.mark.parametrize('dtype, tol', [(torch.float32, 1e-6), (torch.bfloat16, 2**-6)])
@@ -93,7 +95,8 @@ def test_alibi_slopes_are_blooms(n):
     torch.testing.assert_close(alibi_slopes(n), theirs)
 
 
-@pytest.mark.parametrize('ours, theirs', [('gelu', 'gelu'), ('gelu_tanh', 'gelu_new'), ('relu', 'relu'), ('relu2', 'relu2'), ('silu', 'silu')])
+@pytest.mark.parametrize('ours, theirs',
+                         [('gelu', 'gelu'), ('gelu_tanh', 'gelu_new'), ('relu', 'relu'), ('relu2', 'relu2'), ('silu', 'silu')])
 def test_activations_are_transformers(ours, theirs):
     x = torch.linspace(-6, 6, 999)
     torch.testing.assert_close(ACTS[ours](x), ACT2FN[theirs](x), rtol=1e-5, atol=1e-6)
@@ -200,7 +203,8 @@ def test_autocast_converts_once():
         out = attn(torch.randn(1, 5, 32), AttnContext(*rope_cos_sin(torch.arange(5), rope_inv_freq(16), torch.bfloat16)))
     assert out.dtype == torch.bfloat16 and cast_once(torch.ones(2)).dtype == torch.float32
     out.float().sum().backward()
-    assert all(p.grad.dtype == torch.float32 and p.grad.abs().sum() > 0 for n, p in attn.named_parameters() if 'v_proj' in n or 'o_proj' in n)
+    assert all(p.grad.dtype == torch.float32 and p.grad.abs().sum() > 0 for n,
+               p in attn.named_parameters() if 'v_proj' in n or 'o_proj' in n)
 
 
 @pytest.mark.parametrize('shape', [(7, 33), (2, 5, 33), (2, 3, 4, 33), (33,)])

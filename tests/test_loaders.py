@@ -59,7 +59,8 @@ def test_real_corpus(tmp_path):
     for split,ts in (('train', d.train), ('valid', d.valid)):
         assert (ts.n_docs, ts.n_bytes) == (corpus.n_docs[split], corpus.n_bytes[split])
         for i,text in enumerate(corpus.docs(split)): assert tok.decode(ts.doc(i), skip_special=False) == text+'<|endoftext|>'
-    assert d.corpus == dict(name=corpus.name, fingerprint=corpus.fingerprint, license=corpus.license) and d.tokenizer.fingerprint == tok.fingerprint
+    assert d.corpus == dict(name=corpus.name, fingerprint=corpus.fingerprint, license=corpus.license)
+    assert d.tokenizer.fingerprint == tok.fingerprint
 
 # ---- epochs
 
@@ -123,7 +124,8 @@ def test_a_position_of_another_loader_is_refused(data, kw, what):
     state = LMDataLoader(data.train, 2, 16).state_dict()
     with pytest.raises(SLMError, match=what): LMDataLoader(data.train, **{**dict(bs=2, seq_len=16), **kw}).load_state_dict(state)
 def test_a_position_in_other_data_is_refused(data):
-    with pytest.raises(SLMError, match='n_tokens'): LMDataLoader(data.valid, 2, 16).load_state_dict(LMDataLoader(data.train, 2, 16).state_dict())
+    with pytest.raises(SLMError, match='n_tokens'):
+        LMDataLoader(data.valid, 2, 16).load_state_dict(LMDataLoader(data.train, 2, 16).state_dict())
 
 # ---- documents in a row
 
@@ -160,7 +162,8 @@ def test_seqlens_cut_the_batches_at_the_documents(data):
 # ---- validation
 
 @quick
-@given(docs=st.lists(st.text(alphabet='abc', max_size=25), min_size=1, max_size=6), t=st.integers(1, 12), bs=st.integers(1, 5), bd=st.booleans())
+@given(docs=st.lists(st.text(alphabet='abc', max_size=25), min_size=1, max_size=6), t=st.integers(1, 12), bs=st.integers(1, 5),
+       bd=st.booleans())
 def test_validation_asks_for_every_token_once(docs, t, bs, bd, tmp_path_factory):
     d = tokenize(fake_corpus(['abc'*30], docs), TOK, tmp_path_factory.mktemp('t')/'x')
     vl = token_dls(d, 1, t, block_diagonal=bd).valid; vl.bs = bs; got = list(vl); want = tape_of(docs)
@@ -264,7 +267,8 @@ def test_a_full_disk_is_one_line_and_can_be_gone_on_from(data, tmp_path, monkeyp
         if len(n) > 3: raise OSError(errno.ENOSPC, 'No space left on device')
         return real(path, mode)
     monkeypatch.setattr(loaders, 'atomic_file', full)
-    with pytest.raises(SLMError, match='No space left.*make room'): tokenize(fake_corpus(DOCS, DOCS[:9]), TOK, tmp_path/'t', shard_tokens=150)
+    with pytest.raises(SLMError, match='No space left.*make room'):
+        tokenize(fake_corpus(DOCS, DOCS[:9]), TOK, tmp_path/'t', shard_tokens=150)
     monkeypatch.setattr(loaders, 'atomic_file', real)
     tokenize(fake_corpus(DOCS, DOCS[:9]), TOK, tmp_path/'t', shard_tokens=150); assert files(tmp_path/'t') == files(data.path)
 
@@ -272,7 +276,8 @@ def test_a_full_disk_is_one_line_and_can_be_gone_on_from(data, tmp_path, monkeyp
 def copy(data, tmp_path): import shutil; shutil.copytree(data.path, tmp_path/'c'); return tmp_path/'c'
 
 @pytest.mark.parametrize('file', ['train/shard-00001.bin', 'train/shard-00000.idx', 'valid/shard-00000.bin', 'valid/shard-00000.idx'])
-@pytest.mark.parametrize('how,what', [('missing', 'is missing'), ('truncated', 'is truncated'), ('longer', 'is too long'), ('corrupt', 'is corrupt')])
+@pytest.mark.parametrize('how,what',
+                         [('missing', 'is missing'), ('truncated', 'is truncated'), ('longer', 'is too long'), ('corrupt', 'is corrupt')])
 def test_damaged_shards_are_named(copy, file, how, what):
     f = copy/file; b = f.read_bytes()
     if how == 'missing': f.unlink()

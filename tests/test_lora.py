@@ -55,7 +55,8 @@ def test_our_adapter_opens_in_peft_on_the_export(kind, tmp_path):
 def test_an_adapter_trained_by_peft_opens_in_ours(kind, tmp_path):
     from transformers import AutoModelForCausalLM
     tiny().save_pretrained(tmp_path/'base'); set_seed(1)
-    c = peft.LoraConfig(r=4, lora_alpha=8, target_modules='all-linear', use_dora='dora' in kind, use_rslora='rslora' in kind, task_type='CAUSAL_LM')
+    c = peft.LoraConfig(r=4, lora_alpha=8, target_modules='all-linear', use_dora='dora' in kind, use_rslora='rslora' in kind,
+                        task_type='CAUSAL_LM')
     theirs = peft.get_peft_model(AutoModelForCausalLM.from_pretrained(tmp_path/'base'), c)
     opt = torch.optim.AdamW([p for p in theirs.parameters() if p.requires_grad], lr=1e-2)
     for _ in range(5): theirs(input_ids=X, labels=X).loss.backward(); opt.step(); opt.zero_grad()
@@ -86,7 +87,9 @@ def test_an_untied_head_and_a_half_precision_base():
     assert m.lm_head.weight.dtype == torch.bfloat16 and torch.isfinite(logits(m)).all()
 
 def test_what_save_pretrained_means_depends_on_the_adapter(tmp_path):
-    m = add_lora(tiny()); m.save_pretrained(tmp_path/'a'); assert sorted(p.name for p in (tmp_path/'a').iterdir()) == ['adapter_config.json', 'adapter_model.safetensors']
+    m = add_lora(tiny())
+    m.save_pretrained(tmp_path/'a')
+    assert sorted(p.name for p in (tmp_path/'a').iterdir()) == ['adapter_config.json', 'adapter_model.safetensors']
     merge(m).save_pretrained(tmp_path/'b'); assert (tmp_path/'b'/'model.safetensors').exists()
 
 @KINDS
@@ -107,7 +110,8 @@ def everything(model):
     res = {}
     for k,p in model.named_parameters():
         s = getattr(p, 'quant_state', None)
-        if not p.requires_grad: res |= {f'{k}{i}': t.detach().clone() for i,t in enumerate([p.data, *((s.absmax, s.state2.absmax, s.offset) if s else ())])}
+        if not p.requires_grad:
+            res |= {f'{k}{i}': t.detach().clone() for i,t in enumerate([p.data, *((s.absmax, s.state2.absmax, s.offset) if s else ())])}
     return res
 
 @KINDS
@@ -129,7 +133,8 @@ def test_gradients_are_right_before_and_after_an_evaluation(kind, bias):
 @KINDS
 def test_merged_into_the_floats_of_the_4_bit_base(kind):
     m = shake(add_lora(quantize_4bit(tiny()), rank=4, **kind)); a = logits(m); merged = merge(m)
-    assert (logits(merged)-a).norm()/a.norm() < 1e-5 < .1 < off(a, logits(tiny())) and type(merged.model.layers[0].mlp.up_proj) is torch.nn.Linear
+    assert (logits(merged)-a).norm()/a.norm() < 1e-5 < .1 < off(a, logits(tiny()))
+    assert type(merged.model.layers[0].mlp.up_proj) is torch.nn.Linear
 
 @pytest.mark.parametrize('double,bits', [(True, 4+8/64+32/(64*256)), (False, 4.5)])
 def test_bits_for_each_weight(double, bits):
@@ -154,7 +159,8 @@ def test_opening_in_4_bits_never_holds_the_floats(tmp_path):
     GPT(GPTConfig(vocab_size=tok.vocab_size, n_layer=8, d_model=768, max_seq_len=64)).save_pretrained(tmp_path, tok)
     code = ('import sys, bitsandbytes; from slm.train.lora import *; from slm.train.pretrain import peak_memory; m = peak_memory("cpu")\n'
             'load_4bit(sys.argv[1]); print(peak_memory("cpu")-m)')
-    out = subprocess.run([sys.executable, '-c', code, str(tmp_path)], capture_output=True, text=True, check=True, env=os.environ | {'PYTHONPATH': str(ROOT)})
+    out = subprocess.run([sys.executable, '-c', code, str(tmp_path)], capture_output=True, text=True, check=True,
+                         env=os.environ | {'PYTHONPATH': str(ROOT)})
     size = (tmp_path/'model.safetensors').stat().st_size # mapped pages of the file are resident too, once each
     assert int(out.stdout) < 1.5*size, (int(out.stdout), size)
 
@@ -197,7 +203,8 @@ def test_a_damaged_adapter_is_one_line(tmp_path):
     save_file({f"base_model.model.{k.replace('.default', '')}": v for k,v in sd.items() if 'layers.1.mlp' not in k}, weights)
     says(lambda: load_adapter(tiny(), tmp_path), 'disagree on', 'layers.1.mlp')
     weights.write_bytes(whole)
-    for change,word in ((dict(peft_type='IA3'), 'IA3'), (dict(modules_to_save=['lm_head']), 'modules_to_save'), (dict(bias='all'), 'biases')):
+    for change,word in ((dict(peft_type='IA3'), 'IA3'), (dict(modules_to_save=['lm_head']), 'modules_to_save'),
+                        (dict(bias='all'), 'biases')):
         conf.write_text(json.dumps(d | change)); says(lambda: load_adapter(tiny(), tmp_path), word)
     conf.write_text('{"peft_type"'); says(lambda: load_adapter(tiny(), tmp_path), 'not valid JSON')
     conf.write_text(json.dumps(d)); load_adapter(tiny(), tmp_path)
@@ -263,7 +270,8 @@ def test_an_adapter_s_run_and_another_base(base, tmp_path):
     for f in (base/'base').glob('tokenizer*'): (tmp_path/'other'/f.name).write_bytes(f.read_bytes())
     says(lambda: merge_run(run.path, tmp_path/'m', tmp_path/'other'), 'another base'); assert not (tmp_path/'m').exists()
     says(lambda: merge_run(tmp_path/'other', tmp_path/'m'), 'not a run directory')
-    (tmp_path/'m').mkdir(); (tmp_path/'m'/'run.json').write_text('{}'); says(lambda: merge_run(run.path, tmp_path/'m', base/'base'), 'already holds a run')
+    (tmp_path/'m').mkdir()
+    (tmp_path/'m'/'run.json').write_text('{}'); says(lambda: merge_run(run.path, tmp_path/'m', base/'base'), 'already holds a run')
 
 def test_a_run_goes_on_when_its_base_has_moved(base, tmp_path):
     import shutil

@@ -21,9 +21,11 @@ from strangers import QWEN3, SHAPES, stranger
 
 hf_logging.set_verbosity_error(); hf_logging.disable_progress_bar()
 TOL = 1e-4 # greatest difference of logits / greatest logit, float32
-DIMS = dict(vocab_size=96, hidden_size=64, intermediate_size=96, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=64)
+DIMS = dict(vocab_size=96, hidden_size=64, intermediate_size=96, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
+            max_position_embeddings=64)
 LLAMA3 = dict(rope_type='llama3', factor=8., low_freq_factor=1., high_freq_factor=4., original_max_position_embeddings=16)
-KINDS = dict(llama=(LlamaConfig, LlamaForCausalLM), qwen3=(Qwen3Config, Qwen3ForCausalLM), mistral=(MistralConfig, MistralForCausalLM), gpt2=(GPT2Config, GPT2LMHeadModel))
+KINDS = dict(llama=(LlamaConfig, LlamaForCausalLM), qwen3=(Qwen3Config, Qwen3ForCausalLM), mistral=(MistralConfig, MistralForCausalLM),
+             gpt2=(GPT2Config, GPT2LMHeadModel))
 BASE = GPTConfig(vocab_size=96, n_layer=2, n_head=4, n_kv_head=2, d_model=64, d_ff=96, max_seq_len=64)
 TEXT = ['the cat sat on the mat and the dog sat on the cat', 'a model without its tokenizer is a list of numbers']*3
 IDS = torch.randint(0, 96, (2, 33), generator=torch.Generator().manual_seed(3))
@@ -59,43 +61,66 @@ def our_model(seed=0, **over):
 def test_any_configuration_survives_the_round_trip(data):
     draw = lambda *xs: data.draw(st.sampled_from(xs))
     gated = data.draw(st.booleans())
-    cfg = GPTConfig(vocab_size=draw(65, 1000), n_layer=draw(1, 3), n_head=4, n_kv_head=draw(1, 2, 4), d_model=64, d_ff=draw(96, 256), head_dim=draw(16, 32),
+    cfg = GPTConfig(vocab_size=draw(65, 1000), n_layer=draw(1, 3), n_head=4, n_kv_head=draw(1, 2, 4), d_model=64, d_ff=draw(96, 256),
+                    head_dim=draw(16, 32),
         max_seq_len=draw(64, 128), norm=draw('rms', 'layer'), norm_eps=draw(1e-5, 1e-6), norm_pos=draw('pre', 'post'),
-        pos=draw('rope', 'learned', 'sinusoidal', 'alibi', 'none'), rope_theta=draw(1e4, 5e5), rope_scaling=draw(None, LLAMA3, dict(rope_type='linear', factor=2.)),
-        act=draw('swiglu', 'geglu', 'reglu') if gated else draw('gelu', 'gelu_tanh', 'relu', 'relu2', 'silu'), bias=draw(True, False), qk_norm=draw(True, False),
+        pos=draw('rope', 'learned', 'sinusoidal', 'alibi', 'none'), rope_theta=draw(1e4, 5e5),
+        rope_scaling=draw(None, LLAMA3, dict(rope_type='linear', factor=2.)),
+        act=draw('swiglu', 'geglu', 'reglu') if gated else draw('gelu', 'gelu_tanh', 'relu', 'relu2', 'silu'), bias=draw(True, False),
+        qk_norm=draw(True, False),
         causal=draw(True, False), tied=draw(True, False), dropout=draw(0., .1), n_types=draw(0, 2))
     d = json.loads(json.dumps(cfg.to_hf()))
     back = GPTConfig.from_hf(d)
     if hf_family(cfg) == 'gpt2': cfg = replace(cfg, rope_theta=back.rope_theta, rope_scaling=back.rope_scaling) # not used there
     assert back == cfg
     if 'rope_parameters' in d:                                       # the two spellings agree, and each is enough alone
-        new, old = {k:v for k,v in d.items() if k not in ('rope_theta', 'rope_scaling')}, {k:v for k,v in d.items() if k != 'rope_parameters'}
+        new, old = {k:v for k,
+                    v in d.items() if k not in ('rope_theta', 'rope_scaling')}, {k:v for k,v in d.items() if k != 'rope_parameters'}
         assert GPTConfig.from_hf(new) == GPTConfig.from_hf(old) == cfg
 
-@given(st.sampled_from(sorted(BASE.to_hf())), st.one_of(st.none(), st.booleans(), st.integers(-3, 3), st.floats(allow_nan=False), st.text(max_size=3), st.lists(st.integers(), max_size=2),
-                                                       st.dictionaries(st.sampled_from(['rope_type', 'factor', 'x']), st.one_of(st.none(), st.text(max_size=3), st.integers()), max_size=2)))
+@given(st.sampled_from(sorted(BASE.to_hf())),
+       st.one_of(st.none(), st.booleans(), st.integers(-3, 3), st.floats(allow_nan=False), st.text(max_size=3),
+                 st.lists(st.integers(), max_size=2),
+                                                       st.dictionaries(st.sampled_from(['rope_type', 'factor', 'x']),
+                                                                       st.one_of(st.none(), st.text(max_size=3), st.integers()),
+                                                                       max_size=2)))
 @settings(max_examples=150, deadline=None)
 def test_a_damaged_value_is_refused_in_one_line_or_harmless(key, value):
     try: assert isinstance(GPTConfig.from_hf(BASE.to_hf() | {key:value}), GPTConfig)
     except SLMError as e: assert '\n' not in str(e)
 
 REAL = { # facts from the published config.json files
-    'SmolLM2-135M': (dict(model_type='llama', vocab_size=49152, hidden_size=576, intermediate_size=1536, num_hidden_layers=30, num_attention_heads=9, num_key_value_heads=3,
-        hidden_act='silu', max_position_embeddings=8192, rms_norm_eps=1e-5, rope_theta=100000, rope_scaling=None, rope_interleaved=False, tie_word_embeddings=True,
-        attention_bias=False, mlp_bias=False, pretraining_tp=1, torch_dtype='bfloat16'), dict(n_kv_head=3, head_dim=64, rope_theta=1e5, tied=True, qk_norm=False)),
-    'TinyLlama-1.1B': (dict(model_type='llama', vocab_size=32000, hidden_size=2048, intermediate_size=5632, num_hidden_layers=22, num_attention_heads=32, num_key_value_heads=4,
-        hidden_act='silu', max_position_embeddings=2048, rms_norm_eps=1e-5, rope_scaling=None, tie_word_embeddings=False), dict(n_kv_head=4, rope_theta=1e4, tied=False)),
-    'Llama-3.2-1B': (dict(model_type='llama', vocab_size=128256, hidden_size=2048, intermediate_size=8192, num_hidden_layers=16, num_attention_heads=32, num_key_value_heads=8,
-        head_dim=64, hidden_act='silu', max_position_embeddings=131072, rms_norm_eps=1e-5, rope_theta=500000.0, tie_word_embeddings=True, attention_bias=False, mlp_bias=False,
-        rope_scaling=dict(factor=32.0, high_freq_factor=4.0, low_freq_factor=1.0, original_max_position_embeddings=8192, rope_type='llama3')),
-        dict(rope_scaling=dict(rope_type='llama3', factor=32., low_freq_factor=1., high_freq_factor=4., original_max_position_embeddings=8192), tied=True)),
-    'Mistral-7B-v0.3': (dict(model_type='mistral', vocab_size=32768, hidden_size=4096, intermediate_size=14336, num_hidden_layers=32, num_attention_heads=32, num_key_value_heads=8,
-        hidden_act='silu', max_position_embeddings=32768, rms_norm_eps=1e-5, rope_theta=1000000.0, sliding_window=None, tie_word_embeddings=False), dict(n_kv_head=8, bias=False)),
-    'Qwen3-0.6B': (dict(model_type='qwen3', vocab_size=151936, hidden_size=1024, intermediate_size=3072, num_hidden_layers=28, num_attention_heads=16, num_key_value_heads=8,
-        head_dim=128, hidden_act='silu', max_position_embeddings=40960, rms_norm_eps=1e-6, rope_theta=1000000, rope_scaling=None, sliding_window=None, use_sliding_window=False,
+    'SmolLM2-135M': (dict(model_type='llama', vocab_size=49152, hidden_size=576, intermediate_size=1536, num_hidden_layers=30,
+                          num_attention_heads=9, num_key_value_heads=3,
+        hidden_act='silu', max_position_embeddings=8192, rms_norm_eps=1e-5, rope_theta=100000, rope_scaling=None, rope_interleaved=False,
+        tie_word_embeddings=True,
+        attention_bias=False, mlp_bias=False, pretraining_tp=1,
+        torch_dtype='bfloat16'), dict(n_kv_head=3, head_dim=64, rope_theta=1e5, tied=True, qk_norm=False)),
+    'TinyLlama-1.1B': (dict(model_type='llama', vocab_size=32000, hidden_size=2048, intermediate_size=5632, num_hidden_layers=22,
+                            num_attention_heads=32, num_key_value_heads=4,
+        hidden_act='silu', max_position_embeddings=2048, rms_norm_eps=1e-5, rope_scaling=None,
+        tie_word_embeddings=False), dict(n_kv_head=4, rope_theta=1e4, tied=False)),
+    'Llama-3.2-1B': (dict(model_type='llama', vocab_size=128256, hidden_size=2048, intermediate_size=8192, num_hidden_layers=16,
+                          num_attention_heads=32, num_key_value_heads=8,
+        head_dim=64, hidden_act='silu', max_position_embeddings=131072, rms_norm_eps=1e-5, rope_theta=500000.0, tie_word_embeddings=True,
+        attention_bias=False, mlp_bias=False,
+        rope_scaling=dict(factor=32.0, high_freq_factor=4.0, low_freq_factor=1.0, original_max_position_embeddings=8192,
+                          rope_type='llama3')),
+        dict(rope_scaling=dict(rope_type='llama3', factor=32., low_freq_factor=1., high_freq_factor=4.,
+                               original_max_position_embeddings=8192), tied=True)),
+    'Mistral-7B-v0.3': (dict(model_type='mistral', vocab_size=32768, hidden_size=4096, intermediate_size=14336, num_hidden_layers=32,
+                             num_attention_heads=32, num_key_value_heads=8,
+        hidden_act='silu', max_position_embeddings=32768, rms_norm_eps=1e-5, rope_theta=1000000.0, sliding_window=None,
+        tie_word_embeddings=False), dict(n_kv_head=8, bias=False)),
+    'Qwen3-0.6B': (dict(model_type='qwen3', vocab_size=151936, hidden_size=1024, intermediate_size=3072, num_hidden_layers=28,
+                        num_attention_heads=16, num_key_value_heads=8,
+        head_dim=128, hidden_act='silu', max_position_embeddings=40960, rms_norm_eps=1e-6, rope_theta=1000000, rope_scaling=None,
+        sliding_window=None, use_sliding_window=False,
         max_window_layers=28, attention_bias=False, tie_word_embeddings=True), dict(qk_norm=True, head_dim=128, n_head=16)),
-    'gpt2': (dict(model_type='gpt2', vocab_size=50257, n_ctx=1024, n_positions=1024, n_embd=768, n_layer=12, n_head=12, activation_function='gelu_new',
-        layer_norm_epsilon=1e-5, resid_pdrop=.1, embd_pdrop=.1, attn_pdrop=.1, initializer_range=.02), dict(d_ff=3072, tied=True, bias=True, pos='learned', norm='layer', act='gelu_tanh')),
+    'gpt2': (dict(model_type='gpt2', vocab_size=50257, n_ctx=1024, n_positions=1024, n_embd=768, n_layer=12, n_head=12,
+                  activation_function='gelu_new',
+        layer_norm_epsilon=1e-5, resid_pdrop=.1, embd_pdrop=.1, attn_pdrop=.1,
+        initializer_range=.02), dict(d_ff=3072, tied=True, bias=True, pos='learned', norm='layer', act='gelu_tanh')),
 }
 
 @pytest.mark.parametrize('name', REAL)
@@ -106,13 +131,20 @@ def test_published_configs_are_read(name):
     assert hf_family(cfg) == ('llama' if d['model_type'] == 'mistral' else d['model_type'])
 
 @pytest.mark.parametrize('key,over', [
-    ('sliding_window', dict(model_type='mistral', sliding_window=16)), ('sliding_window', dict(model_type='qwen3', use_sliding_window=True, sliding_window=16)),
-    ('num_local_experts', dict(num_local_experts=8)), ('num_experts', dict(num_experts=64)), ('final_logit_softcapping', dict(model_type='gemma2', final_logit_softcapping=30.)),
-    ('attn_logit_softcapping', dict(attn_logit_softcapping=50.)), ('attention_bias', dict(attention_bias=True, mlp_bias=False)), ('attention_bias', dict(mlp_bias=True)),
-    ('attention_bias', dict(model_type='qwen3', attention_bias=True)), ('attention_bias', dict(model_type='qwen2')), ('layer_types', dict(layer_types=['sliding_attention', 'full_attention'])),
-    ('partial_rotary_factor', dict(partial_rotary_factor=.5)), ('partial_rotary_factor', dict(rope_parameters=dict(rope_type='default', rope_theta=1e4, partial_rotary_factor=.25))),
-    ('rope_type', dict(rope_parameters=dict(rope_type='longrope', factor=4.))), ('factor', dict(rope_parameters=dict(rope_type='linear'))), ('hidden_act', dict(hidden_act='gelu_pytorch_tanh')),
-    ('quantization_config', dict(quantization_config=dict(quant_method='gptq'))), ('model_type', dict(model_type='mamba')), ('model_type', dict(model_type=None))])
+    ('sliding_window', dict(model_type='mistral', sliding_window=16)),
+    ('sliding_window', dict(model_type='qwen3', use_sliding_window=True, sliding_window=16)),
+    ('num_local_experts', dict(num_local_experts=8)), ('num_experts', dict(num_experts=64)),
+    ('final_logit_softcapping', dict(model_type='gemma2', final_logit_softcapping=30.)),
+    ('attn_logit_softcapping', dict(attn_logit_softcapping=50.)), ('attention_bias', dict(attention_bias=True, mlp_bias=False)),
+    ('attention_bias', dict(mlp_bias=True)),
+    ('attention_bias', dict(model_type='qwen3', attention_bias=True)), ('attention_bias', dict(model_type='qwen2')),
+    ('layer_types', dict(layer_types=['sliding_attention', 'full_attention'])),
+    ('partial_rotary_factor', dict(partial_rotary_factor=.5)),
+    ('partial_rotary_factor', dict(rope_parameters=dict(rope_type='default', rope_theta=1e4, partial_rotary_factor=.25))),
+    ('rope_type', dict(rope_parameters=dict(rope_type='longrope', factor=4.))), ('factor', dict(rope_parameters=dict(rope_type='linear'))),
+    ('hidden_act', dict(hidden_act='gelu_pytorch_tanh')),
+    ('quantization_config', dict(quantization_config=dict(quant_method='gptq'))), ('model_type', dict(model_type='mamba')),
+    ('model_type', dict(model_type=None))])
 def test_what_cannot_be_expressed_is_refused_by_name(key, over):
     with pytest.raises(SLMError, match=key) as e: GPTConfig.from_hf(BASE.to_hf() | over)
     assert '\n' not in str(e.value)
@@ -127,11 +159,16 @@ def test_special_tokens_are_not_left_to_a_readers_defaults(tmp_path):
 
 # ---- parity with transformers
 
-VARIANTS = [('llama', {}), ('llama', dict(tie_word_embeddings=True)), ('llama', dict(num_key_value_heads=1)), ('llama', dict(num_key_value_heads=4)), ('llama', dict(head_dim=32)),
-    ('llama', dict(head_dim=8, num_key_value_heads=4)), ('llama', dict(attention_bias=True, mlp_bias=True)), ('llama', dict(rope_parameters=dict(rope_theta=5e5, **LLAMA3))),
-    ('llama', dict(rope_parameters=dict(rope_theta=1e4, rope_type='linear', factor=4.))), ('llama', dict(hidden_act='gelu')), ('llama', dict(rms_norm_eps=1e-3)),
-    ('mistral', dict(sliding_window=None)), ('qwen3', dict(head_dim=16)), ('qwen3', dict(head_dim=32, tie_word_embeddings=True)), ('qwen3', dict(head_dim=16, rope_parameters=dict(rope_theta=5e5, **LLAMA3))),
-    ('gpt2', {}), ('gpt2', dict(tie_word_embeddings=False)), ('gpt2', dict(activation_function='relu', n_inner=100)), ('gpt2', dict(activation_function='gelu', layer_norm_epsilon=1e-3))]
+VARIANTS = [('llama', {}), ('llama', dict(tie_word_embeddings=True)), ('llama', dict(num_key_value_heads=1)),
+            ('llama', dict(num_key_value_heads=4)), ('llama', dict(head_dim=32)),
+    ('llama', dict(head_dim=8, num_key_value_heads=4)), ('llama', dict(attention_bias=True, mlp_bias=True)),
+    ('llama', dict(rope_parameters=dict(rope_theta=5e5, **LLAMA3))),
+    ('llama', dict(rope_parameters=dict(rope_theta=1e4, rope_type='linear', factor=4.))), ('llama', dict(hidden_act='gelu')),
+    ('llama', dict(rms_norm_eps=1e-3)),
+    ('mistral', dict(sliding_window=None)), ('qwen3', dict(head_dim=16)), ('qwen3', dict(head_dim=32, tie_word_embeddings=True)),
+    ('qwen3', dict(head_dim=16, rope_parameters=dict(rope_theta=5e5, **LLAMA3))),
+    ('gpt2', {}), ('gpt2', dict(tie_word_embeddings=False)), ('gpt2', dict(activation_function='relu', n_inner=100)),
+    ('gpt2', dict(activation_function='gelu', layer_norm_epsilon=1e-3))]
 
 @pytest.mark.parametrize('kind,over', VARIANTS, ids=[f'{k}-{"-".join(o) or "plain"}' for k,o in VARIANTS])
 def test_logits_equal_transformers_both_ways(tmp_path, kind, over):
@@ -150,16 +187,19 @@ def test_logits_equal_transformers_both_ways(tmp_path, kind, over):
 
 YARN = dict(rope_type='yarn', rope_theta=1e4, factor=4.)
 LONGER = [('llama', dict(rope_parameters=YARN | dict(original_max_position_embeddings=16))),
-             ('llama', dict(rope_parameters=YARN | dict(original_max_position_embeddings=16, attention_factor=1.3, beta_fast=8, truncate=False))),
+             ('llama', dict(rope_parameters=YARN | dict(original_max_position_embeddings=16, attention_factor=1.3, beta_fast=8,
+                                                        truncate=False))),
              ('llama', dict(rope_parameters=YARN | dict(original_max_position_embeddings=16, mscale=1., mscale_all_dim=.8))),
-             ('llama', dict(rope_parameters=YARN)), ('qwen3', dict(head_dim=16, rope_parameters=YARN | dict(original_max_position_embeddings=16))),
+             ('llama', dict(rope_parameters=YARN)),
+             ('qwen3', dict(head_dim=16, rope_parameters=YARN | dict(original_max_position_embeddings=16))),
              ('llama', dict(max_position_embeddings=16, rope_parameters=dict(rope_type='dynamic', rope_theta=1e4, factor=4.)))]
 
 @pytest.mark.parametrize('kind,over', LONGER, ids=['yarn', 'more', 'mscale', 'no-old-context', 'qwen3', 'dynamic'])
 @pytest.mark.parametrize('t', [9, 60], ids=['short', 'past-the-old-context'])
 def test_stretched_contexts_equal_transformers_both_ways(tmp_path, kind, over, t):
     theirs = hf_model(kind, **over); theirs.save_pretrained(tmp_path/'in')
-    ours, x = GPT.from_pretrained(tmp_path/'in'), torch.randint(0, theirs.config.vocab_size, (2, t), generator=torch.Generator().manual_seed(3))
+    ours, x = GPT.from_pretrained(tmp_path/'in'), torch.randint(0, theirs.config.vocab_size, (2, t),
+                                                                generator=torch.Generator().manual_seed(3))
     assert ours.cfg.max_seq_len == 64
     ours.save_pretrained(tmp_path/'out'); again = AutoModelForCausalLM.from_pretrained(tmp_path/'out').eval()
     with torch.no_grad(): want, got, back = theirs(x).logits, ours(x), again(x).logits
@@ -190,7 +230,9 @@ def test_greedy_continuation_equals_transformers(tmp_path, kind):
         out = theirs.generate(torch.tensor([p]), max_new_tokens=24, do_sample=False, eos_token_id=None, pad_token_id=0)[0].tolist()
         assert g == out[len(p):]
 
-@pytest.mark.parametrize('over', [dict(pos='alibi'), dict(norm_pos='post'), dict(causal=False, n_types=2), dict(act='relu2', pos='sinusoidal'), dict(pos='none', norm='layer', bias=True)])
+@pytest.mark.parametrize('over',
+                         [dict(pos='alibi'), dict(norm_pos='post'), dict(causal=False, n_types=2), dict(act='relu2', pos='sinusoidal'),
+                          dict(pos='none', norm='layer', bias=True)])
 def test_what_only_we_can_express_still_round_trips(tmp_path, over):
     m = our_model(**over)
     m.save_pretrained(tmp_path)
@@ -202,7 +244,8 @@ def test_gpt2_on_the_hub_is_stored_without_prefix_and_with_masks(tmp_path):
     theirs = hf_model('gpt2')
     theirs.config.save_pretrained(tmp_path)
     sd = {k.removeprefix('transformer.'):v.clone() for k,v in theirs.state_dict().items() if k != 'lm_head.weight'}
-    sd |= {f'h.{i}.attn.bias':torch.ones(1, 1, 64, 64).tril() for i in range(2)} | {f'h.{i}.attn.masked_bias':torch.tensor(-1e4) for i in range(2)}
+    sd |= {f'h.{i}.attn.bias':torch.ones(1, 1, 64,
+                                         64).tril() for i in range(2)} | {f'h.{i}.attn.masked_bias':torch.tensor(-1e4) for i in range(2)}
     save_file(sd, tmp_path/'model.safetensors')
     assert rel(logits(GPT.from_pretrained(tmp_path)), logits(theirs)) < TOL
 
@@ -308,7 +351,8 @@ def test_faults_of_a_folder_are_named(tmp_path):
     fails('config.json', 'JSON')
     m = our_model(); m.save_pretrained(tmp_path)
     sd = load_file(tmp_path/'model.safetensors')
-    bad = {k:v for k,v in sd.items() if k != 'model.norm.weight'} | {'model.surprise':torch.zeros(1), 'model.layers.1.self_attn.q_proj.weight':torch.zeros(3, 5)}
+    bad = {k:v for k,v in sd.items() if k != 'model.norm.weight'} | {'model.surprise':torch.zeros(1),
+                                                                'model.layers.1.self_attn.q_proj.weight':torch.zeros(3, 5)}
     save_file(bad, tmp_path/'model.safetensors')
     fails('model.norm.weight', 'model.surprise', 'model.layers.1.self_attn.q_proj.weight', '(3, 5)', '(64, 64)')
     save_file({}, tmp_path/'model.safetensors')
@@ -336,7 +380,8 @@ def write_gguf(path, m, qtype=Q.F32, arch='llama', tok=None, **kv):
     w.add_feed_forward_length(c.d_ff); w.add_head_count(c.n_head)
     if arch == 'gpt2': w.add_layer_norm_eps(c.norm_eps)
     else:
-        w.add_head_count_kv(c.n_kv_head); w.add_layer_norm_rms_eps(c.norm_eps); w.add_rope_freq_base(c.rope_theta); w.add_rope_dimension_count(c.head_dim)
+        w.add_head_count_kv(c.n_kv_head)
+        w.add_layer_norm_rms_eps(c.norm_eps); w.add_rope_freq_base(c.rope_theta); w.add_rope_dimension_count(c.head_dim)
         w.add_key_length(c.head_dim); w.add_value_length(c.head_dim)
     for k,v in kv.items(): getattr(w, k)(v)
     if tok:
@@ -346,22 +391,27 @@ def write_gguf(path, m, qtype=Q.F32, arch='llama', tok=None, **kv):
         merges = json.loads(tok.tok.to_str())['model']['merges']
         w.add_token_merges([m if isinstance(m, str) else ' '.join(m) for m in merges])
         w.add_eos_token_id(tok.eot_id); w.add_bos_token_id(tok.eot_id); w.add_pad_token_id(tok.pad_id)
-    names = {gguf_name(f'{g}.{kind}'):f'{g}.{kind}' for kind in ('weight', 'bias') for g in [*GGUF_TOP, *(f'blk.{i}.{g}' for i in range(c.n_layer) for g in GGUF_LAYER)]}
+    names = {gguf_name(f'{g}.{kind}'):f'{g}.{kind}' for kind in ('weight',
+                                                                'bias') for g in [*GGUF_TOP, *(f'blk.{i}.{g}' for i in range(c.n_layer) for g in GGUF_LAYER)]}
     sd = m.state_dict()
     for k,t in sd.items():
         name = names[k]
         if arch == 'gpt2' and ('k_proj' in k or 'v_proj' in k): continue
-        if arch == 'gpt2' and 'q_proj' in k: t, name = torch.cat([sd[k.replace('q_proj', f'{n}_proj')] for n in 'qkv']), name.replace('attn_q', 'attn_qkv')
+        if arch == 'gpt2' and 'q_proj' in k:
+            t, name = torch.cat([sd[k.replace('q_proj', f'{n}_proj')] for n in 'qkv']), name.replace('attn_q', 'attn_qkv')
         if arch == 'llama' and 'q_proj' in k: t = rope_to_gguf(t, c.n_head)
         if arch == 'llama' and 'k_proj' in k: t = rope_to_gguf(t, c.n_kv_head)
         q = qtype if t.ndim == 2 and t.shape[1] % 32 == 0 else Q.F32
         w.add_tensor(name, quantize(t.contiguous().numpy(), q), raw_dtype=q)
     if c.rope_scaling and c.rope_scaling['rope_type'] == 'llama3':
-        w.add_tensor('rope_freqs.weight', (rope_inv_freq(c.head_dim, c.rope_theta, None)/rope_inv_freq(c.head_dim, c.rope_theta, c.rope_scaling)).numpy())
+        w.add_tensor('rope_freqs.weight',
+                     (rope_inv_freq(c.head_dim, c.rope_theta, None)/rope_inv_freq(c.head_dim, c.rope_theta, c.rope_scaling)).numpy())
     w.write_header_to_file(); w.write_kv_data_to_file(); w.write_tensors_to_file(); w.close()
 
-GGUFS = [('llama', {}), ('llama', dict(tied=True)), ('llama', dict(head_dim=32)), ('llama', dict(bias=True)), ('llama', dict(rope_scaling=LLAMA3, rope_theta=5e5)),
-         ('qwen3', dict(qk_norm=True, head_dim=32)), ('gpt2', dict(norm='layer', pos='learned', act='gelu_tanh', bias=True, n_kv_head=4, tied=True))]
+GGUFS = [('llama', {}), ('llama', dict(tied=True)), ('llama', dict(head_dim=32)), ('llama', dict(bias=True)),
+         ('llama', dict(rope_scaling=LLAMA3, rope_theta=5e5)),
+         ('qwen3', dict(qk_norm=True, head_dim=32)),
+         ('gpt2', dict(norm='layer', pos='learned', act='gelu_tanh', bias=True, n_kv_head=4, tied=True))]
 
 @pytest.mark.parametrize('arch,over', GGUFS, ids=[f'{a}-{"-".join(o) or "plain"}' for a,o in GGUFS])
 def test_gguf_f32_is_exact(tmp_path, arch, over):
@@ -379,7 +429,8 @@ def test_quantised_gguf_equals_transformers_reader(tmp_path, qtype, tol):
     ours = GPT.from_pretrained(tmp_path/'m.gguf')
     theirs = AutoModelForCausalLM.from_pretrained(tmp_path, gguf_file='m.gguf', dtype=torch.float32).eval()
     assert rel(logits(ours), logits(theirs)) < TOL            # the same quantised numbers, read by two programs
-    for k,w in m.state_dict().items():                        # and they are ours but for the bits that were dropped: half a step of a block's range
+    # and they are ours but for the bits that were dropped: half a step of a block's range
+    for k,w in m.state_dict().items():
         if w.ndim == 2: assert 1e-5 < rel(ours.state_dict()[k], w) < tol, k
 
 def test_rows_are_permuted_for_the_rotary_pairs():
@@ -387,14 +438,16 @@ def test_rows_are_permuted_for_the_rotary_pairs():
     hd, h, t = 16, 3, 5
     torch.manual_seed(0)
     w, x = torch.randn(h*hd, 32, dtype=torch.float64), torch.randn(t, 32, dtype=torch.float64)
-    turn = torch.polar(torch.ones(t, hd//2, dtype=torch.float64), torch.arange(t)[:,None]*10_000.**(-torch.arange(0, hd, 2)/hd).double())[:,None]
+    turn = torch.polar(torch.ones(t, hd//2, dtype=torch.float64),
+                       torch.arange(t)[:,None]*10_000.**(-torch.arange(0, hd, 2)/hd).double())[:,None]
     q = (x @ w.T).view(t, h, hd)
     halves = torch.complex(q[..., :hd//2], q[..., hd//2:])*turn
     neighbours = torch.view_as_complex((x @ rope_to_gguf(w, h).T).view(t, h, hd//2, 2).contiguous())*turn
     torch.testing.assert_close(halves, neighbours)
     assert torch.equal(rope_from_gguf(rope_to_gguf(w, h), h), w)
 
-@given(st.sampled_from([64, 128]), st.sampled_from([1e4, 5e5]), st.sampled_from([4., 8., 32.]), st.sampled_from([2., 4.]), st.sampled_from([4096, 8192]))
+@given(st.sampled_from([64, 128]), st.sampled_from([1e4, 5e5]), st.sampled_from([4., 8., 32.]), st.sampled_from([2., 4.]),
+       st.sampled_from([4096, 8192]))
 @settings(max_examples=30, deadline=None)
 def test_llama3_scaling_is_recovered_from_its_factors(hd, theta, factor, high, orig):
     want = dict(rope_type='llama3', factor=factor, low_freq_factor=1., high_freq_factor=high, original_max_position_embeddings=orig)
@@ -402,17 +455,23 @@ def test_llama3_scaling_is_recovered_from_its_factors(hd, theta, factor, high, o
     got = llama3_scaling(rope_inv_freq(hd, theta, None)/inv, theta)
     torch.testing.assert_close(rope_inv_freq(hd, theta, got), inv, rtol=1e-3, atol=0)
 
-@pytest.mark.parametrize('word,kw', [('several parts', dict(add_split_count=3)), ('num_experts', dict(add_expert_count=8, add_expert_used_count=2)), ('sliding_window', dict(add_sliding_window=16)),
-                                     ('partial_rotary_factor', dict(add_rope_dimension_count=8)), ('mamba', dict(arch='mamba')), ('embedding_length', None)])
+@pytest.mark.parametrize('word,kw',
+                         [('several parts', dict(add_split_count=3)), ('num_experts', dict(add_expert_count=8, add_expert_used_count=2)),
+                          ('sliding_window', dict(add_sliding_window=16)),
+                                     ('partial_rotary_factor', dict(add_rope_dimension_count=8)), ('mamba', dict(arch='mamba')),
+                                     ('embedding_length', None)])
 def test_gguf_that_cannot_be_opened(tmp_path, word, kw):
     def add_split_count(w, n): w.add_uint16('split.count', n)
     p = tmp_path/'m.gguf'
     if kw is None:
-        w = GGUFWriter(p, 'llama'); w.add_block_count(1); w.write_header_to_file(); w.write_kv_data_to_file(); w.write_tensors_to_file(); w.close()
+        w = GGUFWriter(p, 'llama')
+        w.add_block_count(1); w.write_header_to_file(); w.write_kv_data_to_file(); w.write_tensors_to_file(); w.close()
     else:
         m = our_model()
         w = GGUFWriter(p, kw.get('arch', 'llama'))
-        w.add_block_count(2); w.add_context_length(64); w.add_embedding_length(64); w.add_feed_forward_length(96); w.add_head_count(4); w.add_layer_norm_rms_eps(1e-5)
+        w.add_block_count(2)
+        w.add_context_length(64)
+        w.add_embedding_length(64); w.add_feed_forward_length(96); w.add_head_count(4); w.add_layer_norm_rms_eps(1e-5)
         for k,v in kw.items():
             if k == 'add_split_count': add_split_count(w, v)
             elif k != 'arch': getattr(w, k)(v)
@@ -465,10 +524,15 @@ class Hub(http.server.BaseHTTPRequestHandler):
         root, commit, path = self.server.root, 'a'*40, self.path.split('?')[0]
         self.server.asked.append(path)
         if path.startswith('/api/models/good/tiny/tree/'):
-            return self.send(200, json.dumps([dict(type='file', path=p.name, size=p.stat().st_size, oid=hashlib.sha1(p.read_bytes()).hexdigest()) for p in root.iterdir()]).encode(),
+            return self.send(200,
+                             json.dumps([dict(type='file', path=p.name, size=p.stat().st_size,
+                                              oid=hashlib.sha1(p.read_bytes()).hexdigest()) for p in root.iterdir()]).encode(),
                              Content_Type='application/json')
         if path.startswith('/api/models/good/tiny'):
-            return self.send(200, json.dumps(dict(id='good/tiny', modelId='good/tiny', sha=commit, siblings=[dict(rfilename=p.name) for p in root.iterdir()])).encode(), Content_Type='application/json')
+            return self.send(200,
+                             json.dumps(dict(id='good/tiny', modelId='good/tiny', sha=commit,
+                                             siblings=[dict(rfilename=p.name) for p in root.iterdir()])).encode(),
+                                             Content_Type='application/json')
         if path.startswith('/good/tiny/resolve/') and (f := root/path.rsplit('/', 1)[1]).exists():
             raw = f.read_bytes()
             return self.send(200, raw, ETag='"'+hashlib.sha1(raw).hexdigest()+'"', X_Repo_Commit=commit)
@@ -483,7 +547,8 @@ def hub(tmp_path, monkeypatch):
     server.root, server.asked = tmp_path/'remote', []
     threading.Thread(target=server.serve_forever, daemon=True).start()
     url = f'http://127.0.0.1:{server.server_port}'
-    monkeypatch.setattr(huggingface_hub, 'snapshot_download', functools.partial(huggingface_hub.snapshot_download, endpoint=url, cache_dir=tmp_path/'cache', token=False))
+    monkeypatch.setattr(huggingface_hub, 'snapshot_download',
+                        functools.partial(huggingface_hub.snapshot_download, endpoint=url, cache_dir=tmp_path/'cache', token=False))
     yield server
     server.shutdown(); server.server_close()
 
@@ -512,9 +577,12 @@ def smollm2():
     except importlib.metadata.PackageNotFoundError: files = []
     return next((Path(f.locate()) for f in files if f.suffix == '.gguf'), None)
 
-PROMPTS = ['The capital of France is', 'Once upon a time', 'Water boils at', 'The three primary colours are', 'def fibonacci(n):', 'To make a cup of tea,',
-    'The largest planet in the solar system', 'In 1969, two men', 'A good night\'s sleep', 'The sum of 12 and 30 is', 'Dear Sir or Madam,', 'Photosynthesis is the process',
-    'My favourite book is', 'The opposite of hot is', 'Shakespeare wrote', 'Bees are important because', 'A triangle has', 'She opened the door and', 'The quick brown fox', 'import numpy as']
+PROMPTS = ['The capital of France is', 'Once upon a time', 'Water boils at', 'The three primary colours are', 'def fibonacci(n):',
+           'To make a cup of tea,',
+    'The largest planet in the solar system', 'In 1969, two men', 'A good night\'s sleep', 'The sum of 12 and 30 is', 'Dear Sir or Madam,',
+    'Photosynthesis is the process',
+    'My favourite book is', 'The opposite of hot is', 'Shakespeare wrote', 'Bees are important because', 'A triangle has',
+    'She opened the door and', 'The quick brown fox', 'import numpy as']
 
 # ---- stretched positions
 
@@ -575,7 +643,8 @@ def test_chats_and_logits_are_those_of_transformers(foreign):
     else: chats = [(TALK[:1], True), (TALK[:2], False), (TALK[:3], True), (TALK, False)]
     for messages,prompt in chats:
         assert tok.render_chat(messages, prompt) == hf.apply_chat_template(messages, add_generation_prompt=prompt, tokenize=False)
-        assert tok.chat(messages, prompt)[0] == list(hf.apply_chat_template(messages, add_generation_prompt=prompt, return_dict=True)['input_ids'])
+        assert tok.chat(messages,
+                        prompt)[0] == list(hf.apply_chat_template(messages, add_generation_prompt=prompt, return_dict=True)['input_ids'])
     x = torch.tensor([tok.chat(TALK)[0][:200]]); assert rel(logits(model, x), logits(theirs, x)) < TOL
 
 def test_a_run_of_a_strangers_model_keeps_what_its_files_said(foreign, tmp_path):
@@ -601,7 +670,8 @@ def test_only_the_last_answer_is_learned_where_earlier_ones_are_rewritten(tmp_pa
     prompt = tok.chat(TALK[:3], True)[0]; assert ids[:len(prompt)] == prompt and mask.index(True) == len(prompt)
 
 def test_generation_blocks_mark_what_transformers_marks(tmp_path):
-    marked = QWEN3.replace("{{ m['content'] + '<|im_end|>\n' }}", "{% if m['role']=='assistant' %}{% generation %}{{ m['content'] + '<|im_end|>' }}{% endgeneration %}"
+    marked = QWEN3.replace("{{ m['content'] + '<|im_end|>\n' }}",
+                           "{% if m['role']=='assistant' %}{% generation %}{{ m['content'] + '<|im_end|>' }}{% endgeneration %}"
                            "{{ '\n' }}{% else %}{{ m['content'] + '<|im_end|>\n' }}{% endif %}")
     folder = stranger(tmp_path/'q', 'qwen3'); hf = AutoTokenizer.from_pretrained(folder)
     tok = Tokenizer(Tokenizer.load(folder).tok, marked, Tokenizer.load(folder).told)
@@ -619,7 +689,8 @@ def test_smollm2_continues_as_in_transformers():
     t2 = time.perf_counter(); got = generate_ids(ours, prompts, SamplingParams(temperature=0, max_new_tokens=64)); t3 = time.perf_counter()
     for p,ids,g in zip(PROMPTS, prompts, got):
         x = torch.tensor([ids])
-        out = theirs.generate(x, attention_mask=torch.ones_like(x), max_new_tokens=64, do_sample=False, eos_token_id=None, pad_token_id=0)[0, len(ids):].tolist()
+        out = theirs.generate(x, attention_mask=torch.ones_like(x), max_new_tokens=64, do_sample=False, eos_token_id=None,
+                              pad_token_id=0)[0, len(ids):].tolist()
         same += out == g
         if out != g:
             i = next(i for i,(a,b) in enumerate(zip(out, g)) if a != b)

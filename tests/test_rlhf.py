@@ -41,15 +41,21 @@ def test_the_reward_model_s_loss_is_trl_s(center, tok, pairs, tmp_path):
     pytest.importorskip('trl', reason='needs: pip install trl')
     import datasets, transformers
     from trl import RewardConfig as TheirConfig, RewardTrainer
-    some = pairs[:4]; rm = RewardModel.on(tiny(tok)); rm.save_pretrained(tmp_path/'rm', tok); tok.save(tmp_path/'rm'); write_preferences(tmp_path/'p.jsonl', some)
-    args = TheirConfig(output_dir=str(tmp_path/'out'), per_device_train_batch_size=4, max_length=None, center_rewards_coefficient=center or None, **COMMON)
+    some = pairs[:4]
+    rm = RewardModel.on(tiny(tok))
+    rm.save_pretrained(tmp_path/'rm', tok); tok.save(tmp_path/'rm'); write_preferences(tmp_path/'p.jsonl', some)
+    args = TheirConfig(output_dir=str(tmp_path/'out'), per_device_train_batch_size=4, max_length=None,
+                       center_rewards_coefficient=center or None, **COMMON)
     t = RewardTrainer(transformers.AutoModelForSequenceClassification.from_pretrained(tmp_path/'rm', dtype=torch.float32), args=args,
-                      processing_class=transformers.AutoTokenizer.from_pretrained(tmp_path/'rm'), train_dataset=datasets.Dataset.from_list([json.loads(l) for l in (tmp_path/'p.jsonl').open()]))
+                      processing_class=transformers.AutoTokenizer.from_pretrained(tmp_path/'rm'),
+                      train_dataset=datasets.Dataset.from_list([json.loads(l) for l in (tmp_path/'p.jsonl').open()]))
     batch = next(iter(t.get_train_dataloader())); t.model.eval(); want,out = t.compute_loss(t.model, dict(batch), return_outputs=True)
     dl = RewardLoader(PairData(tok, some, 512), 4); dl.order = lambda epoch: range(4); x,_,_,lens = dl.at(0, 0)
-    theirs_ids = sorted(tuple(r[m.bool()].tolist()) for r,m in zip(batch['input_ids'], batch['attention_mask'])); assert theirs_ids == sorted(tuple(r[:n].tolist()) for r,n in zip(x, lens))
+    theirs_ids = sorted(tuple(r[m.bool()].tolist()) for r,m in zip(batch['input_ids'], batch['attention_mask']))
+    assert theirs_ids == sorted(tuple(r[:n].tolist()) for r,n in zip(x, lens))
     scores = rm(x, None, lens); loss = reward_loss(scores, center)
-    assert loss.item() == pytest.approx(want.item(), abs=1e-5) and sorted(scores.tolist()) == pytest.approx(sorted(out.logits[:, 0].tolist()), abs=1e-5)
+    assert loss.item() == pytest.approx(want.item(), abs=1e-5)
+    assert sorted(scores.tolist()) == pytest.approx(sorted(out.logits[:, 0].tolist()), abs=1e-5)
     loss.backward(); want.backward(); same_gradients(rm, t.model)
 
 @pytest.mark.parametrize('beta,moves', [(0., True), (.3, False), (.3, True)])
@@ -62,10 +68,14 @@ def test_a_step_s_loss_is_trl_s(beta, moves, tok, pairs, tmp_path):
     given = lambda prompts, answers: [len(a)%7/3 for a in answers]
     dl = RolloutLoader(old, tok, chats, given, ref, group=k, bs=2, max_new_tokens=12); x,y,mask,_ = dl.at(0, 0); roll = dl.rollout
     by = {tuple(tok.chat(c, True)[0]): c for c in chats}; policy = moved(old, .05, 2) if moves else copy.deepcopy(old)
-    old.save_pretrained(tmp_path/'old', tok); tok.save(tmp_path/'old'); rewards,lens = roll.rewards.flatten().tolist(),[len(a) for _,a in roll.rows]
-    args = TheirConfig(output_dir=str(tmp_path/'out'), per_device_train_batch_size=2*k, num_generations=k, max_completion_length=12, beta=beta, num_iterations=2, **COMMON)
-    t = GRPOTrainer(transformers.AutoModelForCausalLM.from_pretrained(tmp_path/'old', dtype=torch.float32), reward_funcs=lambda completions, **kw: rewards, args=args,
-                    processing_class=transformers.AutoTokenizer.from_pretrained(tmp_path/'old'), train_dataset=datasets.Dataset.from_list([dict(prompt=c) for c in chats]))
+    old.save_pretrained(tmp_path/'old', tok)
+    tok.save(tmp_path/'old'); rewards,lens = roll.rewards.flatten().tolist(),[len(a) for _,a in roll.rows]
+    args = TheirConfig(output_dir=str(tmp_path/'out'), per_device_train_batch_size=2*k, num_generations=k, max_completion_length=12,
+                       beta=beta, num_iterations=2, **COMMON)
+    t = GRPOTrainer(transformers.AutoModelForCausalLM.from_pretrained(tmp_path/'old', dtype=torch.float32),
+                    reward_funcs=lambda completions, **kw: rewards, args=args,
+                    processing_class=transformers.AutoTokenizer.from_pretrained(tmp_path/'old'),
+                    train_dataset=datasets.Dataset.from_list([dict(prompt=c) for c in chats]))
     if beta: t.ref_model.load_state_dict(ref.state_dict(), strict=False)
     t._generate_single_turn = lambda *a, **kw: ([a for _,a in roll.rows], None); t.model.train(); t.current_gradient_accumulation_steps = 1
     inputs = t._generate_and_score_completions([dict(prompt=by[tuple(p)]) for p,_ in roll.rows])
@@ -73,8 +83,10 @@ def test_a_step_s_loss_is_trl_s(beta, moves, tok, pairs, tmp_path):
     assert inputs['advantages'].tolist() == pytest.approx(roll.advantages.tolist(), abs=1e-5)
     t.model.load_state_dict(policy.state_dict(), strict=False); want = t._compute_loss(t.model, inputs)
     logp = lambda m: -torch.nn.functional.cross_entropy(m(x).transpose(1, 2), y, reduction='none')[mask]
-    loss,kl,clipped = grpo_loss(logp(policy), logp(old).detach(), torch.cat(roll.ref), roll.advantages.repeat_interleave(torch.tensor(lens)), beta)
-    assert loss.item() == pytest.approx(want.item(), abs=1e-4); policy.zero_grad(); loss.backward(); want.backward(); same_gradients(policy, t.model)
+    loss,kl,clipped = grpo_loss(logp(policy), logp(old).detach(), torch.cat(roll.ref),
+                                roll.advantages.repeat_interleave(torch.tensor(lens)), beta)
+    assert loss.item() == pytest.approx(want.item(), abs=1e-4)
+    policy.zero_grad(); loss.backward(); want.backward(); same_gradients(policy, t.model)
     assert (clipped > 0) == moves and kl > 1e-3 and abs(want.item()) > 1e-3
 
 # ---- the stages
@@ -82,7 +94,8 @@ def test_a_step_s_loss_is_trl_s(beta, moves, tok, pairs, tmp_path):
 @pytest.fixture(scope='module')
 def base(tok, pairs, tmp_path_factory):
     "A folder with a model, pairs, and a reward model that knows a little"
-    path = tmp_path_factory.mktemp('base'); tiny(tok).save_pretrained(path, tok); tok.save(path); write_preferences(path/'pairs.jsonl', pairs)
+    path = tmp_path_factory.mktemp('base')
+    tiny(tok).save_pretrained(path, tok); tok.save(path); write_preferences(path/'pairs.jsonl', pairs)
     reward_model(path, path/'pairs.jsonl', path/'reward', lr=1e-3, steps=6, samples=1, evals=1, device='cpu', dtype='float32'); return path
 
 OPTS = dict(lr=1e-3, device='cpu', dtype='float32', evals=1, samples=1)
@@ -99,12 +112,15 @@ def same_weights(a, b):
 def test_a_reward_model_goes_on_where_it_was_interrupted(base, tmp_path):
     opts = OPTS | dict(base=base, data=base/'pairs.jsonl', steps=8)
     cut = reward_model(out=tmp_path/'cut', cbs=[StopAfter(3)], **opts); assert cut.info['status'] == 'interrupted'
-    cut,whole = resume(tmp_path/'cut'),reward_model(out=tmp_path/'whole', **opts); assert cut.info['status'] == whole.info['status'] == 'done'
-    same_weights(open_reward(cut.path)[0], open_reward(whole.path)[0]); assert cut.metric('accuracy').value == whole.metric('accuracy').value
+    cut,whole = resume(tmp_path/'cut'),reward_model(out=tmp_path/'whole', **opts)
+    assert cut.info['status'] == whole.info['status'] == 'done'
+    same_weights(open_reward(cut.path)[0], open_reward(whole.path)[0])
+    assert cut.metric('accuracy').value == whole.metric('accuracy').value
 
 def test_a_training_by_reward_goes_on_in_the_middle_of_a_rollout(base, tmp_path):
     "Two steps with the same answers: the answers are in the checkpoint"
-    opts = OPTS | dict(base=base, data=base/'pairs.jsonl', reward=base/'reward', judge=longer, steps=5, bs=4, group=3, iterations=2, micro_batch=2, max_new_tokens=8)
+    opts = OPTS | dict(base=base, data=base/'pairs.jsonl', reward=base/'reward', judge=longer, steps=5, bs=4, group=3, iterations=2,
+                       micro_batch=2, max_new_tokens=8)
     cut = grpo(out=tmp_path/'cut', cbs=[StopAfter(3)], **opts); assert cut.info['status'] == 'interrupted'
     with pytest.raises(SLMError, match='names code as its judge, .*test_rlhf:longer'): resume(tmp_path/'cut')
     cut,whole = resume(tmp_path/'cut', judge=longer),grpo(out=tmp_path/'whole', **opts)
@@ -116,17 +132,21 @@ def test_a_training_by_reward_goes_on_in_the_middle_of_a_rollout(base, tmp_path)
 
 def test_accumulated_batches_are_one_batch(base, tmp_path):
     "A step is the mean over its tokens, however they are dealt"
-    runs = [grpo(base, base/'pairs.jsonl', longer, tmp_path/f'{m}', steps=2, bs=4, group=3, micro_batch=m, max_new_tokens=8, **OPTS) for m in (4, 1)]
+    runs = [grpo(base, base/'pairs.jsonl', longer, tmp_path/f'{m}', steps=2, bs=4, group=3, micro_batch=m, max_new_tokens=8,
+                 **OPTS) for m in (4, 1)]
     a,b = (load_model_and_tokenizer(r.path)[0].state_dict() for r in runs); start = load_model_and_tokenizer(base)[0].state_dict()
     far = max((a[k]-start[k]).abs().max().item() for k in a); assert far > 1e-4
     for k in a: assert (a[k]-b[k]).abs().max().item() < .02*far, k
 
 def test_changed_data_and_lost_rewards_are_not_resumed(base, pairs, tmp_path):
-    p = tmp_path/'p.jsonl'; write_preferences(p, pairs[:40]); few = dict(steps=4, bs=2, group=2, max_new_tokens=8, cbs=[StopAfter(1)], **OPTS)
+    p = tmp_path/'p.jsonl'
+    write_preferences(p, pairs[:40]); few = dict(steps=4, bs=2, group=2, max_new_tokens=8, cbs=[StopAfter(1)], **OPTS)
     grpo(base, p, longer, tmp_path/'a', **few); reward_model(base, p, tmp_path/'b', steps=4, cbs=[StopAfter(1)], **OPTS)
     grpo(base, base/'pairs.jsonl', lambda prompts, answers: [0.]*len(answers), tmp_path/'c', **few); write_preferences(p, pairs[1:41])
-    for run,why,named in (('a', 'has changed since', dict(reward=longer)), ('b', 'has changed since', {}), ('c', 'names code as its reward', {}),
-                          ('c', 'cannot find the reward', dict(reward='no_such_module:f')), ('b', '--reward means nothing', dict(reward='judge'))):
+    for run,why,named in (('a', 'has changed since', dict(reward=longer)), ('b', 'has changed since', {}),
+                          ('c', 'names code as its reward', {}),
+                          ('c', 'cannot find the reward', dict(reward='no_such_module:f')),
+                          ('b', '--reward means nothing', dict(reward='judge'))):
         with pytest.raises(SLMError, match=why): resume(tmp_path/run, **named)
 
 class Asked(Exception): "With which number format"
@@ -147,23 +167,31 @@ def test_prompts_longer_than_the_context_do_not_end_a_stage(stage, base, tmp_pat
     from slm.train.dpo import dpo
     long = [Pair([dict(role='user', content=f'{i} '+'and then '*400)], 'yes, it is.', 'no.') for i in range(20)]
     write_preferences(tmp_path/'long.jsonl', long)
-    assert dict(dpo=dpo, reward=reward_model)[stage](base, tmp_path/'long.jsonl', tmp_path/'run', steps=1, bs=2, **OPTS).info['status'] == 'done'
+    assert dict(dpo=dpo, reward=reward_model)[stage](base, tmp_path/'long.jsonl', tmp_path/'run', steps=1, bs=2,
+                                                     **OPTS).info['status'] == 'done'
 
 def test_a_reward_model_need_not_share_the_tokenizer(base, tmp_path, pairs):
-    other = train_bpe((s.text for s in World(limit=20).stories(1, 300)), 380); rm = RewardModel.on(tiny(other)); rm.save_pretrained(tmp_path/'rm', other)
-    f = as_reward(tmp_path/'rm'); run = grpo(base, base/'pairs.jsonl', f, tmp_path/'run', steps=1, bs=2, group=2, max_new_tokens=8, **OPTS); assert run.info['status'] == 'done'
+    other = train_bpe((s.text for s in World(limit=20).stories(1, 300)), 380)
+    rm = RewardModel.on(tiny(other)); rm.save_pretrained(tmp_path/'rm', other)
+    f = as_reward(tmp_path/'rm')
+    run = grpo(base, base/'pairs.jsonl', f, tmp_path/'run', steps=1, bs=2, group=2, max_new_tokens=8, **OPTS)
+    assert run.info['status'] == 'done'
     train_bpe((s.text for s in World(limit=20).stories(2, 300)), 380).save(tmp_path/'rm')
     with pytest.raises(SLMError, match='checkpoint of another tokenizer'): as_reward(tmp_path/'rm')
 
 def test_minutes_are_kept(base, tmp_path):
-    run = grpo(base, base/'pairs.jsonl', longer, tmp_path/'run', minutes=.05, bs=2, group=2, max_new_tokens=8, **OPTS); assert run.info['config']['steps'] >= 10
+    run = grpo(base, base/'pairs.jsonl', longer, tmp_path/'run', minutes=.05, bs=2, group=2, max_new_tokens=8, **OPTS)
+    assert run.info['config']['steps'] >= 10
 
 def test_an_annotation_store_is_read(base, tmp_path):
     from slm.train import annotate as A
-    store = A.PreferenceStore(tmp_path/'a.db'); store.add_items([dict(prompt=[dict(role='user', content=f'{i}+{i}?')], responses=[dict(text=str(2*i)), dict(text='no idea')]) for i in range(12)])
+    store = A.PreferenceStore(tmp_path/'a.db')
+    store.add_items([dict(prompt=[dict(role='user', content=f'{i}+{i}?')],
+                          responses=[dict(text=str(2*i)), dict(text='no idea')]) for i in range(12)])
     A.judge_with(store, lambda m, texts: texts.index('no idea') ^ 1, 'me'); store.close()
     run = reward_model(base, tmp_path/'a.db', tmp_path/'run', steps=2, **OPTS); assert run.info['data']['train_pairs'] == 11
-    assert grpo(base, tmp_path/'a.db', run.path, tmp_path/'rlhf', steps=1, bs=2, group=2, max_new_tokens=8, **OPTS).info['data']['train_prompts'] == 11
+    assert grpo(base, tmp_path/'a.db', run.path, tmp_path/'rlhf', steps=1, bs=2, group=2, max_new_tokens=8,
+                **OPTS).info['data']['train_prompts'] == 11
 
 # ---- the command line
 
@@ -177,11 +205,15 @@ def test_the_command_line_trains_both(base, tmp_path, capfd, monkeypatch):
         return 0, capfd.readouterr()
     if not hasattr(cli, 'rlhf'): pytest.skip('the command line does not have it yet')
     few = ('--device', 'cpu', '--dtype', 'float32', '--lr', '1e-3'); pairs = base/'pairs.jsonl'
-    code,out = slm('reward', base, '--data', pairs, '--out', tmp_path/'reward', '--steps', 2, *few); assert code == 0 and 'accuracy' in out.out
+    code,out = slm('reward', base, '--data', pairs, '--out', tmp_path/'reward', '--steps', 2, *few)
+    assert code == 0 and 'accuracy' in out.out
     (tmp_path/'mine.py').write_text('def short(prompts, answers): return [-len(a) for a in answers]'); monkeypatch.chdir(tmp_path)
     rl = ('rlhf', base, '--data', pairs, '--steps', 1, '--bs', 2, '--group', 2, '--max-new-tokens', 8, *few)
-    code,out = slm(*rl, '--reward', 'mine:short', '--judge', tmp_path/'reward', '--out', tmp_path/'rlhf'); assert code == 0 and 'valid_judge' in out.out
-    for args,why in (((*rl, '--reward', 'judge'), '--data world'), ((*rl, '--reward', base), 'no reward model'), ((*rl, '--reward', 'mine:short', '--group', 1), '--group must be'),
+    code,out = slm(*rl, '--reward', 'mine:short', '--judge', tmp_path/'reward', '--out', tmp_path/'rlhf')
+    assert code == 0 and 'valid_judge' in out.out
+    for args,why in (((*rl, '--reward', 'judge'), '--data world'), ((*rl, '--reward', base), 'no reward model'),
+                     ((*rl, '--reward', 'mine:short', '--group', 1), '--group must be'),
                      (('reward', base, '--data', tmp_path/'none.jsonl'), 'none.jsonl')):
-        code,out = slm(*args, '--out', tmp_path/'never'); assert code == 2 and why in out.err and 'Traceback' not in out.err and len(out.err.strip().splitlines()) == 1
+        code,out = slm(*args, '--out', tmp_path/'never')
+        assert code == 2 and why in out.err and 'Traceback' not in out.err and len(out.err.strip().splitlines()) == 1
     assert not (tmp_path/'never').exists()

@@ -15,8 +15,10 @@ from fastai.callback.core import Callback
 from slm.train.pretrain import resume
 from slm.train.sft import *
 
-TALK = [dict(messages=[dict(role='system', content='Be brief.'), dict(role='user', content=f'What is {a} and {b}?'), dict(role='assistant', content=f'It is {a+b}.'),
-                       dict(role='user', content='And one more?'), dict(role='assistant', content=f'That makes {a+b+1}, I think.')]) for a in range(8) for b in range(5)]
+TALK = [dict(messages=[dict(role='system', content='Be brief.'), dict(role='user', content=f'What is {a} and {b}?'),
+                       dict(role='assistant', content=f'It is {a+b}.'),
+                       dict(role='user', content='And one more?'),
+                       dict(role='assistant', content=f'That makes {a+b+1}, I think.')]) for a in range(8) for b in range(5)]
 ASKED = [dict(prompt=f'Say {w} twice.', completion=f'{w} {w}') for w in 'red green blue yellow black white grey brown pink gold'.split()*3]
 
 
@@ -25,7 +27,8 @@ def base(tmp_path_factory):
     "A model with random weights, its tokenizer, and the folder that transformers opens"
     path = tmp_path_factory.mktemp('base')
     tok = train_bpe([m['content'] for r in TALK for m in r['messages']]+[r['prompt'] for r in ASKED], 300)
-    torch.manual_seed(0); model = GPT(GPTConfig(vocab_size=tok.vocab_size, n_layer=2, d_model=64, n_head=4, n_kv_head=2, max_seq_len=128)).eval()
+    torch.manual_seed(0)
+    model = GPT(GPTConfig(vocab_size=tok.vocab_size, n_layer=2, d_model=64, n_head=4, n_kv_head=2, max_seq_len=128)).eval()
     for p in model.parameters(): p.data = p.data*2 if p.ndim > 1 else p.data
     model.save_pretrained(path, tok); tok.save(path)
     return model, tok, path
@@ -41,7 +44,8 @@ def trainer(base, rows, tmp_path, **kw):
     trl, datasets = pytest.importorskip('trl'), pytest.importorskip('datasets')
     from transformers import AutoModelForCausalLM, AutoTokenizer
     hf = AutoModelForCausalLM.from_pretrained(base[2], dtype=torch.float32); ht = AutoTokenizer.from_pretrained(base[2])
-    args = trl.SFTConfig(output_dir=str(tmp_path), use_cpu=True, report_to=[], per_device_train_batch_size=4, max_length=128, bf16=False, fp16=False,
+    args = trl.SFTConfig(output_dir=str(tmp_path), use_cpu=True, report_to=[], per_device_train_batch_size=4, max_length=128, bf16=False,
+                         fp16=False,
                          seed=0, dataloader_pin_memory=False, gradient_checkpointing=False, loss_type='nll', **kw)
     return trl.SFTTrainer(hf, args=args, train_dataset=datasets.Dataset.from_list(rows), processing_class=ht)
 
@@ -68,7 +72,8 @@ def test_assistant_mask_and_loss_are_trls(base, tmp_path):
 
 
 def test_prompt_completion_loss_is_trls(base, tmp_path):
-    rows = [dict(prompt=[dict(role='user', content=r['prompt'])], completion=[dict(role='assistant', content=r['completion'])]) for r in ASKED]
+    rows = [dict(prompt=[dict(role='user', content=r['prompt'])],
+                 completion=[dict(role='assistant', content=r['completion'])]) for r in ASKED]
     model, tok, _ = base; t = trainer(base, rows, tmp_path, completion_only_loss=True)
     for row,r in zip(ASKED, t.train_dataset):
         ids, mask = tok.chat(to_messages(row))
@@ -120,9 +125,11 @@ def test_two_epochs_differ_and_repeat(base, tmp_path):
 # ------------------------------------------------------------------ data at fault
 
 @pytest.mark.parametrize('line, why', [
-    ('{"prompt": "a"', 'line 2: it is not JSON'), ('[1]', 'line 2: it is not a JSON object'), ('{"text": "a"}', 'line 2: it has text: expected messages'),
+    ('{"prompt": "a"', 'line 2: it is not JSON'), ('[1]', 'line 2: it is not a JSON object'),
+    ('{"text": "a"}', 'line 2: it has text: expected messages'),
     ('{"prompt": "a", "completion": ""}', 'line 2: a message is empty'), ('{"messages": []}', "line 2: 'messages' must be a list"),
-    ('{"messages": [{"role": "user", "content": null}]}', "line 2: message 1 has no text"), ('{"conversations": [{"from": "cat", "value": "m"}]}', "'cat'"),
+    ('{"messages": [{"role": "user", "content": null}]}', "line 2: message 1 has no text"),
+    ('{"conversations": [{"from": "cat", "value": "m"}]}', "'cat'"),
     (json.dumps(dict(prompt='a', completion='b '*400)), 'the context holds 64')])
 def test_a_bad_row_is_named(base, tmp_path, line, why):
     good = [json.dumps(r) for r in ASKED]
@@ -170,7 +177,8 @@ def test_one_row_is_not_enough(base, tmp_path):
     with pytest.raises(SLMError, match='only one usable conversation'): load_chats(rows_file(tmp_path/'a.jsonl', ASKED[:1]), base[1], 64)
 
 
-@pytest.mark.parametrize('spoil', ['{"prompt": "Ha \\ud83d", "completion": "cut \\ud83d"}', '{"messages": [{"role": "tool", "content": "7"}]}',
+@pytest.mark.parametrize('spoil',
+                         ['{"prompt": "Ha \\ud83d", "completion": "cut \\ud83d"}', '{"messages": [{"role": "tool", "content": "7"}]}',
                                    '{"prompt": "a", "completion": "b", "system": 7}'], ids=['half an emoji', 'role', 'system'])
 def test_one_odd_row_is_left_out(base, tmp_path, spoil):
     path = rows_file(tmp_path/'a.jsonl', ASKED); path.write_text(path.read_text()+spoil+'\n')
@@ -218,7 +226,8 @@ def test_a_run_that_was_cut_off_ends_the_same(base, tmp_path):
 
 def test_bad_settings(base, tmp_path):
     rows = rows_file(tmp_path/'rows.jsonl', ASKED)
-    for kw,why in ((dict(seq_len=4096), '--seq-len must be from 8'), (dict(steps=0), '--steps must be above 0'), (dict(lr=3), '--lr must be'),
+    for kw,why in ((dict(seq_len=4096), '--seq-len must be from 8'), (dict(steps=0), '--steps must be above 0'),
+                   (dict(lr=3), '--lr must be'),
                    (dict(opt='sgd'), '--opt must be one of muon, adamw')):
         with pytest.raises(SLMError, match=why): sft(base[2], rows, tmp_path/'out', **kw)
     assert not (tmp_path/'out').exists()
@@ -227,13 +236,15 @@ def test_bad_settings(base, tmp_path):
 # ------------------------------------------------------------------ the command line
 
 def run(*args, stdin=None):
-    return subprocess.run([sys.executable, '-c', 'from slm.cli import main; main()', *map(str, args)], capture_output=True, text=True, timeout=240, input=stdin)
+    return subprocess.run([sys.executable, '-c', 'from slm.cli import main; main()', *map(str, args)], capture_output=True, text=True,
+                          timeout=240, input=stdin)
 
 
 def test_teach_and_talk_from_the_command_line(base, tmp_path):
     rows = rows_file(tmp_path/'rows.jsonl', ASKED+[dict(prompt='Say nothing.', completion='')])
     r = run('sft', base[2], '--data', rows, '--steps', 60, '--bs', 4, '--lr', '5e-3', '--out', tmp_path/'taught')
-    assert r.returncode == 0 and 'valid_bpb_before' in r.stdout and '1 rows of rows.jsonl left out:\n  line 31: a message is empty' in r.stderr
+    assert r.returncode == 0
+    assert 'valid_bpb_before' in r.stdout and '1 rows of rows.jsonl left out:\n  line 31: a message is empty' in r.stderr
     one = run('chat', tmp_path/'taught', '--message', 'Say red twice.', '--temperature', 0)
     assert one.returncode == 0 and one.stdout.strip() and one.stderr == ''
     two = run('chat', tmp_path/'taught', '--temperature', 0, '--max-new-tokens', 8, stdin='Say red twice.\nSay gold twice.\n')
@@ -241,5 +252,6 @@ def test_teach_and_talk_from_the_command_line(base, tmp_path):
     long = run('chat', tmp_path/'taught', '--max-new-tokens', 8, stdin='Say red twice, and once more, please.\n'*12)
     assert long.returncode == 0 and 'no longer fit into the context' in long.stderr
     for args,why in ((('sft', base[2], '--data', rows, '--strict', '--out', tmp_path/'x'), 'line 31: a message is empty'),
-                     (('sft', tmp_path/'nothing', '--out', tmp_path/'x'), 'does not exist'), (('sft', base[2], '--data', rows, '--out', tmp_path/'taught'), 'already holds a run')):
+                     (('sft', tmp_path/'nothing', '--out', tmp_path/'x'), 'does not exist'),
+                     (('sft', base[2], '--data', rows, '--out', tmp_path/'taught'), 'already holds a run')):
         r = run(*args); assert r.returncode == 2 and why in r.stderr and r.stderr.count('\n') == 1 and not (tmp_path/'x').exists(), r.stderr

@@ -11,7 +11,8 @@ from slm.data.tokenizer import (CHAT_TEMPLATE, PRE_TOKENIZERS, SPECIALS, SPLIT, 
 quick = settings(max_examples=200, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 DOCS = [t for _,t in sorted(topics.items())]
 NASTY = ['', ' ', '\n\n\n x', '1234 567,89', "It's  I'LL don't", 'naïve 你好 🙂👩‍👩‍👧', '\x00\x01\t\r\n', 'def f(x):\n    return x**2',
-         'x²₃ Ⅷ ½', 'a'*500, 'é e\u0301 ﷺ', '<|endoftext|>', '<|end|><|user|>', '<0x41>', 'http://a.b/c?d=1&e=2', '   leading', 'trailing   ',
+         'x²₃ Ⅷ ½', 'a'*500, 'é e\u0301 ﷺ', '<|endoftext|>', '<|end|><|user|>', '<0x41>', 'http://a.b/c?d=1&e=2', '   leading',
+         'trailing   ',
          '\u00a0nbsp\u2003em', '१२३ ٣٤', '\n\n 2+2', 'ǅ ªº ﬁ', '\u200b\u200d x', '\ufeff\uffff']
 # text that likes to break tokenizers: spaces, digits, marks, joiners, pieces of special tokens
 pieces = ['<|', '|>', 'end', '<|end|>', '<|user|>', '<|pad|', ' ', '  ', '\n', "'s", '12', '²', 'the', ' a', '--', '\u0301', '🙂']
@@ -162,8 +163,10 @@ def test_a_template_that_rewrites_turns_is_refused_for_learning_but_serves(bpe):
     with pytest.raises(SLMError, match='rewrites what came before'): tok.chat(msgs)
     assert tok.decode(tok.chat(msgs, add_generation_prompt=True)[0]) == '3abc'
 
-@pytest.mark.parametrize('msgs,what', [([], 'at least one'), ([dict(role='user')], "'content'"), ([dict(role='user', content=None)], 'both text'),
-    ([dict(role='tool', content='x')], "unknown role 'tool'"), ([dict(role='user<|end|>', content='x')], 'unknown role'), (['hello'], "'role'")])
+@pytest.mark.parametrize('msgs,what',
+                         [([], 'at least one'), ([dict(role='user')], "'content'"), ([dict(role='user', content=None)], 'both text'),
+    ([dict(role='tool', content='x')], "unknown role 'tool'"), ([dict(role='user<|end|>', content='x')], 'unknown role'),
+    (['hello'], "'role'")])
 def test_bad_conversations(bpe, msgs, what):
     with pytest.raises(SLMError, match=what): bpe.chat(msgs)
 

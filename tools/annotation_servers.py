@@ -18,7 +18,8 @@ def python(name, home=None):
     if not done.exists() or done.read_text() != want:
         print(f'installing {name} (minutes)', file=sys.stderr)
         venv.create(env, with_pip=True, symlinks=True)
-        r = subprocess.run([exe, '-m', 'pip', 'install', '--quiet', '--disable-pip-version-check', *PACKAGES[name]], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+        r = subprocess.run([exe, '-m', 'pip', 'install', '--quiet', '--disable-pip-version-check', *PACKAGES[name]],
+                           stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
         if r.returncode: raise SLMError(f'{name} cannot be installed here: {(r.stdout.strip().splitlines() or ["pip said nothing"])[-1]}')
         done.write_text(want)
     return exe
@@ -32,7 +33,9 @@ def _processes(cmds, env, folder, url, seconds):
     ps = []
     with open(folder/'log.txt', 'w') as log:
         try:
-            for cwd,cmd in cmds: ps.append(subprocess.Popen(list(map(str, cmd)), cwd=cwd, env=os.environ | env, stdin=subprocess.DEVNULL, stdout=log, stderr=subprocess.STDOUT))
+            for cwd,cmd in cmds:
+                ps.append(subprocess.Popen(list(map(str, cmd)), cwd=cwd, env=os.environ | env, stdin=subprocess.DEVNULL, stdout=log,
+                                           stderr=subprocess.STDOUT))
             t0 = time.time()
             while True:
                 with contextlib.suppress(OSError):
@@ -52,9 +55,11 @@ def label_studio(home=None):
     "A running Label Studio; yields its address"
     exe, port = python('label-studio', home), free_port()
     with tempfile.TemporaryDirectory(prefix='slm-label-studio-', ignore_cleanup_errors=True) as d:
-        cmd = [exe.with_name('label-studio'), 'start', '-b', '-p', port, '--internal-host', '127.0.0.1', '--data-dir', d, '--username', USER, '--password', PASSWORD,
+        cmd = [exe.with_name('label-studio'), 'start', '-b', '-p', port, '--internal-host', '127.0.0.1', '--data-dir', d, '--username',
+               USER, '--password', PASSWORD,
                '--user-token', TOKEN, '--enable-legacy-api-token']
-        env = dict(COLLECT_ANALYTICS='false', LATEST_VERSION_CHECK='false', SENTRY_DSN='', FRONTEND_SENTRY_DSN='', LABEL_STUDIO_DISABLE_SIGNUP_WITHOUT_LINK='false')
+        env = dict(COLLECT_ANALYTICS='false', LATEST_VERSION_CHECK='false', SENTRY_DSN='', FRONTEND_SENTRY_DSN='',
+                   LABEL_STUDIO_DISABLE_SIGNUP_WITHOUT_LINK='false')
         with _processes([(d, cmd)], env, Path(d), f'http://127.0.0.1:{port}/health', 300): yield f'http://127.0.0.1:{port}'
 
 @contextlib.contextmanager
@@ -63,14 +68,18 @@ def doccano(home=None):
     exe, port = python('doccano', home), free_port()
     backend = next((exe.parent.parent/'lib').glob('python*/site-packages/backend'))
     with tempfile.TemporaryDirectory(prefix='slm-doccano-', ignore_cleanup_errors=True) as d:
-        env = dict(DOCCANO_HOME=d, STANDALONE='True', DJANGO_SETTINGS_MODULE='config.settings.production', DATABASE_URL=f'sqlite:///{d}/db.sqlite3', MEDIA_ROOT=f'{d}/media',
+        env = dict(DOCCANO_HOME=d, STANDALONE='True', DJANGO_SETTINGS_MODULE='config.settings.production',
+                   DATABASE_URL=f'sqlite:///{d}/db.sqlite3', MEDIA_ROOT=f'{d}/media',
                    SECRET_KEY=TOKEN, DEBUG='False')
-        for args in (['init'], ['createuser', '--username', 'ann', '--password', PASSWORD], ['createuser', '--username', 'ben', '--password', PASSWORD]):
+        for args in (['init'], ['createuser', '--username', 'ann', '--password', PASSWORD],
+                     ['createuser', '--username', 'ben', '--password', PASSWORD]):
             r = subprocess.run([exe.with_name('doccano'), *args], env=os.environ | env, cwd=d, capture_output=True, text=True)
             if r.returncode: raise SLMError(f'doccano {args[0]}: {r.stderr[-2000:]}')
-        web = [exe, '-m', 'gunicorn', '--bind', f'127.0.0.1:{port}', '--workers', 2, 'config.wsgi']            # its own webserver listens on all addresses
+        # its own webserver listens on all addresses
+        web = [exe, '-m', 'gunicorn', '--bind', f'127.0.0.1:{port}', '--workers', 2, 'config.wsgi']
         queue = [exe, '-m', 'celery', '--app=config', 'worker', '--loglevel=info', '--concurrency=1', '--pool=solo']
-        with _processes([(backend, web), (backend, queue)], env, Path(d), f'http://127.0.0.1:{port}/v1/health/?format=json', 120): yield f'http://127.0.0.1:{port}'
+        with _processes([(backend, web), (backend, queue)], env, Path(d), f'http://127.0.0.1:{port}/v1/health/?format=json', 120):
+            yield f'http://127.0.0.1:{port}'
 
 if __name__ == '__main__':
     if sys.argv[1:] not in (['label-studio'], ['doccano']): sys.exit(__doc__.strip())

@@ -10,16 +10,23 @@ from slm.train.pretrain import PretrainConfig, resolve
 
 HERE = Path(__file__).resolve().parent.parent/'recipes'
 MACHINES = dict(
-    cpu=dict(title='Two to four CPU cores', flops=180e9, how='180 GFLOP/s: 45 % of the 400 GFLOP/s that a bfloat16 matrix product was measured to reach on two AMD EPYC cores with AVX512-BF16 '
-             '(`slm.core.matmul_flops`). Cores without bfloat16 instructions (AVX2) reach about 100.', dtype='bfloat16', device='cpu', memory_gb=16,
-             rows=[('1m', 'pydocs', 3, 'minutes', 1024, 'the demo'), ('3m', 'files:books/*.txt', 30, 'minutes', 4096, 'a shelf of books of your own'),
+    cpu=dict(title='Two to four CPU cores', flops=180e9,
+             how='180 GFLOP/s: 45 % of the 400 GFLOP/s that a bfloat16 matrix product was measured to reach on two AMD EPYC cores with AVX512-BF16 '
+             '(`slm.core.matmul_flops`). Cores without bfloat16 instructions (AVX2) reach about 100.', dtype='bfloat16', device='cpu',
+             memory_gb=16,
+             rows=[('1m', 'pydocs', 3, 'minutes', 1024, 'the demo'),
+                   ('3m', 'files:books/*.txt', 30, 'minutes', 4096, 'a shelf of books of your own'),
                    ('10m', 'tinystories', 600, 'minutes', 8192, 'over night')]),
-    m1=dict(title='MacBook M1, 16 GB', flops=.3*2.6e12, how='0.78 TFLOP/s: 30 % of the 2.6 TFLOP/s in float32 that the data sheet of the 8-core GPU gives. Not measured by us: look at `mfu` in your `log.csv`.',
+    m1=dict(title='MacBook M1, 16 GB', flops=.3*2.6e12,
+            how='0.78 TFLOP/s: 30 % of the 2.6 TFLOP/s in float32 that the data sheet of the 8-core GPU gives. Not measured by us: look at `mfu` in your `log.csv`.',
             dtype='float32', device='mps', memory_gb=16,
-            rows=[('3m', 'files:books/*.txt', 20, 'minutes', 4096, 'a shelf of books of your own'), ('10m', 'tinystories', 240, 'minutes', 8192, 'an evening'), ('25m', 'tinystories', 720, 'minutes', 8192, 'over night')]),
-    rtx3090=dict(title='One RTX 3090, 24 GB', flops=.4*71e12, how='28 TFLOP/s: 40 % of the 71 TFLOP/s in bfloat16 with float32 accumulation that the data sheet gives. Not measured by us: look at `mfu` in your `log.csv`.',
+            rows=[('3m', 'files:books/*.txt', 20, 'minutes', 4096, 'a shelf of books of your own'),
+                  ('10m', 'tinystories', 240, 'minutes', 8192, 'an evening'), ('25m', 'tinystories', 720, 'minutes', 8192, 'over night')]),
+    rtx3090=dict(title='One RTX 3090, 24 GB', flops=.4*71e12,
+                 how='28 TFLOP/s: 40 % of the 71 TFLOP/s in bfloat16 with float32 accumulation that the data sheet gives. Not measured by us: look at `mfu` in your `log.csv`.',
                  dtype='bfloat16', device='cuda', memory_gb=24,
-                 rows=[('25m', 'tinystories', 500_000_000, 'tokens', 16384, 'stories, coherent'), ('50m', 'fineweb-edu', 1_000_000_000, 'tokens', 32768, 'about twenty tokens a parameter'),
+                 rows=[('25m', 'tinystories', 500_000_000, 'tokens', 16384, 'stories, coherent'),
+                       ('50m', 'fineweb-edu', 1_000_000_000, 'tokens', 32768, 'about twenty tokens a parameter'),
                        ('125m', 'fineweb-edu', 2_900_000_000, 'tokens', 32768, 'about a day; the compute-optimal size of that day')]))
 
 def gib(x): return f'{x/2**30:.1f} GiB' if x >= 2**30 else f'{x/2**20:.0f} MiB'

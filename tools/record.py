@@ -21,11 +21,13 @@ def record(name):
     with tempfile.TemporaryDirectory(prefix='slm-record-') as tmp:
         subprocess.run(['git', 'clone', '-q', str(ROOT), f'{tmp}/slm'], check=True)
         t0, installed, lines = time.time(), None, []
-        p = subprocess.Popen(['make', name], cwd=f'{tmp}/slm', stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+        p = subprocess.Popen(['make', name], cwd=f'{tmp}/slm', stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+                             text=True)
         for l in p.stdout:
             print(l, end='', flush=True)
             if installed is None and not INSTALL.match(l): installed = time.time()-t0
-            if not l.startswith(('WARNING: ', '[notice]')): lines.append(re.sub(r'\x1b\[[0-9;]*m', '', l).rstrip().replace(f'{tmp}/slm/', '').replace(f'{tmp}/slm', 'slm'))
+            if not l.startswith(('WARNING: ', '[notice]')):
+                lines.append(re.sub(r'\x1b\[[0-9;]*m', '', l).rstrip().replace(f'{tmp}/slm/', '').replace(f'{tmp}/slm', 'slm'))
         if p.wait(): sys.exit(f'make {name} failed: nothing recorded')
         for run,kept in KEEP.get(name, {}).items():
             folder = ROOT/'results'/kept; folder.mkdir(parents=True, exist_ok=True)
@@ -33,7 +35,8 @@ def record(name):
                 if (src := Path(tmp)/'slm'/run/f).exists(): shutil.copy(src, folder/f)
     out = ROOT/'results'/'index'/name
     with atomic_file(out/'output.txt') as f: f.write('\n'.join(shorten(lines))+'\n')
-    write_json(out/'run.json', dict(schema=1, stage='record', command=f'make {name}', commit=git_commit(), hardware=hardware(), versions=versions(),
+    write_json(out/'run.json',
+               dict(schema=1, stage='record', command=f'make {name}', commit=git_commit(), hardware=hardware(), versions=versions(),
                                     seconds=round(time.time()-t0, 1), install_seconds=round(installed or 0, 1), status='done'))
 
 def age(name):

@@ -18,7 +18,8 @@ def extras():
 def resolve(python, extra, seconds):
     "Packages that an extra brings; raises `RuntimeError` with what pip says when there is no answer, or none in time"
     want = f'{ROOT}[{extra}]' if extra else str(ROOT)
-    cmd = [python, '-m', 'pip', '--disable-pip-version-check', '--quiet', 'install', '--dry-run', '--ignore-installed', '--report', '-', want]
+    cmd = [python, '-m', 'pip', '--disable-pip-version-check', '--quiet', 'install', '--dry-run', '--ignore-installed', '--report', '-',
+           want]
     try: r = subprocess.run(cmd, capture_output=True, text=True, timeout=seconds)
     except subprocess.TimeoutExpired: raise RuntimeError(f'not resolved in {seconds:g} s') from None
     if r.returncode: raise RuntimeError(r.stderr.strip()[-2000:])
@@ -30,7 +31,8 @@ def main():
     failed = []
     with tempfile.TemporaryDirectory(prefix='slm-resolve-') as d:
         python = Path(d)/'bin'/'python'; venv.create(d, symlinks=True, with_pip=True)
-        subprocess.run([python, '-m', 'pip', '--disable-pip-version-check', '--quiet', 'install', '--upgrade', 'pip'], check=True) # older ones download each wheel
+        # older ones download each wheel
+        subprocess.run([python, '-m', 'pip', '--disable-pip-version-check', '--quiet', 'install', '--upgrade', 'pip'], check=True)
         for extra in a.extras or extras():
             t0 = time.monotonic()
             try: said = f'{len(resolve(python, extra, a.seconds))} packages'

@@ -33,7 +33,8 @@ def run_nb(fn, flags=()):
 
 if __name__ == '__main__':
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    p.add_argument('notebooks', nargs='+', help='notebooks to run'); p.add_argument('--slow', action='store_true', help='run slow cells too')
+    p.add_argument('notebooks', nargs='+', help='notebooks to run')
+    p.add_argument('--slow', action='store_true', help='run slow cells too')
     args = p.parse_args()
     os.environ['IN_TEST'] = '1'; os.environ.setdefault('TQDM_DISABLE', '1')
     sys.path.insert(0, str(get_config().config_path))
