@@ -11,7 +11,7 @@ __all__ = ['LOSSES', 'PAIR_SEED', 'completion_logps', 'dpo_loss', 'check_loss', 
 
 # %% ../../nbs/25_train.dpo.ipynb #331e0fdf
 from ..core import * # first: it silences a warning of the next ones
-import bisect, contextlib, copy, dataclasses, hashlib, itertools, json, math, sys
+import bisect, contextlib, copy, hashlib, itertools, json, math, sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,7 +25,7 @@ from ..data.loaders import LMDataLoader
 from ..data.tokenizer import Tokenizer
 from ..data.world import World, Task
 from ..eval.stats import wilson
-from ..model.gpt import GPT, check_fits
+from ..model.gpt import GPT
 from ..model.generate import SamplingParams, complete
 from .learner import *
 from .sft import Finetune, FinetuneConfig, answer, fill_up, system_turns, to_turns

@@ -9,7 +9,7 @@ __all__ = ['PROMPT_SEED', 'group_advantages', 'grpo_loss', 'Prompts', 'read_prom
 
 # %% ../../nbs/28_train.rlhf.ipynb #953d83e7
 from ..core import * # first: it silences a warning of the next ones
-import contextlib, copy, dataclasses, hashlib, json, sys
+import contextlib, copy, hashlib, json, sys
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
