@@ -347,6 +347,20 @@ def test_parquet_that_repeats_one_long_text(tmp_path, nested):
     assert (tmp_path/'b.parquet').stat().st_size < 1e6
     assert reads('b.parquet', tmp_path, memory=4*GB) == [f'row {i}: a row' for i in range(1, 1001)]
 
+def test_parquet_whose_footer_contradicts_itself(tmp_path): # pyarrow aborts at many of these bits
+    import pyarrow as pa, pyarrow.parquet as pq
+    pq.write_table(pa.table(dict(text=['one', 'two'], tags=[['a'], ['b', 'c']])), tmp_path/'a.parquet')
+    raw = (tmp_path/'a.parquet').read_bytes()
+    footer = len(raw)-8-int.from_bytes(raw[-8:-4], 'little')
+    said = []
+    for at,bit in ((18, 4), (19, 1), (20, 1), (34, 1), (63, 4), (92, 1), (106, 1), (167, 1), (194, 1)):
+        flipped = bytearray(raw)
+        flipped[footer+at] ^= bit
+        (tmp_path/'b.parquet').write_bytes(flipped)
+        said += reads('b.parquet', tmp_path)
+    assert all(line.startswith(("slm: 'b.parquet' is not a readable", 'row ')) for line in said)
+    assert any('its footer contradicts itself' in line for line in said)
+
 def test_parquet_that_unpacks_to_a_gigabyte(tmp_path):
     import pyarrow as pa, pyarrow.parquet as pq
     text = pa.chunked_array([pa.array(['x'*(64<<20)])]*18)

@@ -10,7 +10,7 @@ __all__ = ['BANDS', 'ROWS', 'LONGEST', 'HALF', 'TOO_LONG', 'SOURCES', 'OFFLINE',
 
 # %% ../../nbs/03_data.corpus.ipynb #8735136b
 import ast, codecs, contextlib, contextvars, csv, datetime, difflib, errno, functools, glob, gzip, hashlib, importlib.util, io
-import itertools, json, os, re, shutil, stat, sys, sysconfig, unicodedata, urllib.request, warnings, zlib
+import itertools, json, os, re, shutil, stat, subprocess, sys, sysconfig, unicodedata, urllib.request, warnings, zlib
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field, replace
@@ -390,8 +390,21 @@ def _batch_rows(b):
     else: yield why
 
 # %% ../../nbs/03_data.corpus.ipynb #d1f0a010
+_FOOTER = """import sys, pyarrow.parquet as pq
+with pq.ParquetFile(sys.argv[1]) as f:
+    for g in map(f.metadata.row_group, range(f.num_row_groups)):
+        for c in map(g.column, range(g.num_columns)): c.to_dict()
+"""
+
+@functools.lru_cache(256)
+def _survives(path, size, changed):
+    "Does a process live on that reads the footer of this parquet file?"
+    return subprocess.run([sys.executable, '-I', '-c', _FOOTER, path], stdin=subprocess.DEVNULL, capture_output=True).returncode in (0, 1)
+
 def _open_parquet(path):
     "A parquet file whose texts are kept in dictionaries; raises `SLMError` for one that unpacks to far more than it is"
+    s = os.stat(path)
+    if not _survives(os.path.abspath(path), s.st_size, s.st_mtime_ns): raise OSError('its footer contradicts itself')
     with pq.ParquetFile(path) as f:
         columns = [f.schema.column(i) for i in range(len(f.schema))]
         for g in map(f.metadata.row_group, range(f.num_row_groups)):
