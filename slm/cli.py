@@ -633,11 +633,11 @@ def rag_serve(
 @app.command()
 def demo(
     out:Annotated[Path, typer.Option(help='Folder to make; an earlier demo there is replaced.')]=Path('runs/demo'),
-    steps:Annotated[int, typer.Option(help='Optimiser steps of pretraining; the stages after it take about as long together.')]=750,
+    steps:Annotated[int, typer.Option(help='Optimiser steps of pretraining; the stages after it take about as long together.')]=900,
     minutes:Annotated[Optional[float], typer.Option(help='Minutes of pretraining, instead of steps.')]=None):
     """The whole life of a small model: pretrain, fine-tune, annotate, align, and judge what each stage is worth.
 
-    Example: slm demo --steps 750"""
+    Example: slm demo --steps 900"""
     import shutil
     if out.exists() and any(out.iterdir()):
         if not (out/'run.json').exists() or RunDir.open(out).info['stage'] != 'demo':

@@ -78,8 +78,8 @@ SMALL = dict(n_layer=3, d_model=128, n_head=2, n_kv_head=1, qk_norm=True) # the 
 
 def live(
     out:str|Path, # folder to make
-    steps:int=750, # of pretraining; the fine-tuning takes half as many
-    minutes:float|None=None, # of pretraining, instead of steps; the fine-tuning takes half as long
+    steps:int=900, # of pretraining; the fine-tuning takes a third as many
+    minutes:float|None=None, # of pretraining, instead of steps; the fine-tuning takes a third as long
     n_tests:int=600, # questions after each stage
     n_asked:int=1500, # questions whose answers are compared
     say=lambda s: None, # called with a line when a stage begins
@@ -94,9 +94,9 @@ def live(
     tests,stories,was = list(world.tasks(LIFE_SEED, n_tests, list(ASK))),list(world.stories(LIFE_SEED+1, 200)),None
     asked = list(world.tasks(LIFE_SEED+2, n_asked, list(ASK)))
     long = lambda part: dict(minutes=minutes/part) if minutes else dict(steps=max(1, steps//part))
-    first = dict(preset='1m', seq_len=384, batch_tokens=7680, lr=.012, model=SMALL) | long(1) | pretrain_options
+    first = dict(preset='1m', seq_len=384, batch_tokens=7680, lr=.012, model=SMALL, evals=10) | long(1) | pretrain_options
     def pretrain_(): foretell(first, say); return pretrain('world', out/'pretrain', **first)
-    def sft_(): return sft(out/'pretrain', 'world', out/'sft', **dict(bs=8, max_rows=8000, lr=.01) | long(2) | sft_options)
+    def sft_(): return sft(out/'pretrain', 'world', out/'sft', **dict(bs=8, max_rows=8000, lr=.012) | long(3) | sft_options)
     def dpo_():
         say(f'asking {n_asked:,} questions twice, and letting the judge compare the answers …')
         annotate_run(out/'sft', out/'preferences.db', asked, judge or world_judge(world, asked))
