@@ -10,7 +10,7 @@ __all__ = ['app', 'Json', 'MaxBytes', 'Device', 'VocabSize', 'Tok', 'Context', '
            'stage_command', 'StageVerb', 'pretrain', 'resume', 'eval_', 'figures', 'bias', 'judge', 'toxicity', 'sft',
            'annotate_add', 'annotate_report', 'annotate_pairs', 'annotate_export', 'annotate_import', 'annotate_push',
            'annotate_pull', 'dpo', 'reward', 'rlhf', 'qlora', 'merge', 'open_any', 'export', 'serve', 'rag_index',
-           'rag_ask', 'rag_serve', 'demo', 'report', 'generate', 'chat']
+           'rag_ask', 'rag_serve', 'demo', 'exp', 'report', 'generate', 'chat']
 
 # %% ../nbs/61_cli.ipynb #fff7db54
 import dataclasses, errno, inspect, json, os, re, sys, typing, warnings
@@ -646,6 +646,27 @@ def demo(
     from slm.eval.life import life_table, live
     run = live(out, steps, minutes, say=print)
     print(f'\n{life_table(run)}\n\nreport: {run/"report.md"} · talk with it: slm chat {run/"dpo"} · all on one page: slm report {run.path}')
+
+# %% ../nbs/61_cli.ipynb #61e50002
+@app.command()
+def exp(
+    name:Annotated[Optional[str], typer.Argument(help='An experiment; none lists them.')]=None,
+    only:Annotated[Optional[list[str]], typer.Option(help='Only this row, or those whose names begin so (may be repeated).')]=None,
+    quick:Annotated[bool, typer.Option('--quick', help='A version of seconds, to see that it runs.')]=False,
+    jobs:Annotated[int, typer.Option(help='Rows at once.')]=1,
+    out:Annotated[Optional[Path], typer.Option(help='Folder of the runs; runs/exp/NAME if not given.')]=None,
+    record:Annotated[Optional[Path], typer.Option(help='Folder of results: what is there is not trained again. By default in OUT.')]=None):
+    """Run an experiment of this book, or go on with it.
+
+    Example: slm exp scaling-rates --only 64"""
+    from slm.exp.sweep import EXPERIMENTS, find_experiment, sweep_table
+    sweep = find_experiment(name, quick)
+    if sweep is None: return print(*(f'{n:16} {asks}' for n,(asks,_) in EXPERIMENTS.items()), sep='\n')
+    if jobs < 1: raise SLMError(f'--jobs must be at least 1, not {jobs}')
+    out = out or Path(f"runs/exp/{name}{'-quick'*quick}"); record = record or out/'results'
+    whole = len(sweep.run(out, only, jobs, record)) == len(sweep.todo(only, record))
+    sweep.record(out, record); print(sweep_table(sweep, sweep.kept(record)))
+    if not whole: print(f'interrupted: the same command goes on in {out}'); raise SystemExit(130)
 
 # %% ../nbs/61_cli.ipynb #e49d787c
 @app.command()

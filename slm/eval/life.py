@@ -81,7 +81,7 @@ def live(
     steps:int=900, # of pretraining; the fine-tuning takes a third as many
     minutes:float|None=None, # of pretraining, instead of steps; the fine-tuning takes a third as long
     n_tests:int=600, # questions after each stage
-    n_asked:int=1500, # questions whose answers are compared
+    n_asked:int=2000, # questions whose answers are compared
     say=lambda s: None, # called with a line when a stage begins
     judge:Callable|None=None, # who compares answers, as `judge_with` takes it; the world if not given
     pretrain_options:dict={}, # of the stages

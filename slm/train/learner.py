@@ -226,11 +226,12 @@ class TrainLog(Callback):
     order,run_valid = Schedule.order+25,False
     def __init__(self,
         every:int=10, # optimiser steps
-        flops_per_token:float|None=None, # training cost of a token; 6N if not given
+        flops_per_token:float|None=None, # training cost of a token; that of a `GPT`, or 6N, if not given
         peak:float|None=None, # FLOP/s that count as 100 %; no MFU if not given
     ): self.every,self.cost,self.peak = every,flops_per_token,peak
     def before_fit(self):
-        self.cost = self.cost or 6*sum(p.numel() for p in self.model.parameters())
+        if not self.cost:
+            m = self.model; self.cost = m.flops_per_token() if isinstance(m, GPT) else 6*sum(p.numel() for p in m.parameters())
         self._restart(); self.t_start = self.t0
     def _restart(self): self.t0,self.tok0,self.loss_sum,self.n = time.perf_counter()-self.paused,self.tokens,0.,0
     def after_batch(self):

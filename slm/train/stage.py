@@ -17,7 +17,7 @@ from fastai.callback.core import Callback
 from fastai.data.core import DataLoaders
 from fastcore.basics import patch
 from ..data.corpus import text_encoding
-from ..model.gpt import lm_loss
+from ..model.gpt import GPT, lm_loss
 from ..model.pretrained import * # adds `save_pretrained` to `GPT`
 from .learner import *
 from .optim import OPTIMS, SpikeGuard
@@ -199,7 +199,8 @@ def train(self:Stage,
     end = run.info.get('settled', dict(steps=c.steps, cooldown=c.cooldown))
     peak,t0,before = matmul_flops(c.device, c.dtype),time.perf_counter(),0.; seconds = lambda: before+time.perf_counter()-t0
     learn.add_cbs([Schedule(end['steps'], SCHEDULES[c.schedule], warmup=c.warmup, cooldown=end['cooldown']),
-        SpikeGuard(), TrainLog(max(1, c.steps//200), peak=peak), CSVLog(run/'log.csv', self.columns), Bar(), GracefulStop(),
+        SpikeGuard(), TrainLog(max(1, c.steps//200), self.token_flops(learn), peak),
+        CSVLog(run/'log.csv', self.columns), Bar(), GracefulStop(),
         Samples(tok, run.info['prompts'], interval(c.steps, c.samples), run/'samples.md',
                 max_new_tokens=min(100, learn.model.cfg.max_seq_len//2)),
         Checkpoint(run/'checkpoints', minutes=c.save_minutes, seconds=seconds, sources=self.places())])
@@ -232,8 +233,8 @@ def counts(self:Stage, learn:LMLearner)->dict: # 'params', and more of that kind
 
 @patch
 def token_flops(self:Stage, learn:LMLearner)->float:
-    "What training on a token costs."
-    return 6*learn.model.num_params()
+    "What training on a token costs, in operations."
+    m = learn.model; return m.flops_per_token(self.c.seq_len) if isinstance(m, GPT) else 6*m.num_params()
 
 @patch
 def measure(self:Stage, learn:LMLearner, seconds:float, peak:float):
@@ -241,7 +242,8 @@ def measure(self:Stage, learn:LMLearner, seconds:float, peak:float):
     speeds = [r['tokens_per_s'] for r in learn.rows if 'tokens_per_s' in r]       # none if the last checkpoint was of the last step
     speed = bootstrap_ratio(speeds[1:] or speeds or [learn.tokens/seconds], unit='tokens/s')
     self.run.add_metrics(**self.figures(learn), **self.counts(learn), steps=learn.opt_steps, tokens=learn.tokens, tokens_per_s=speed,
-                         mfu=speed.value*self.token_flops(learn)/peak, seconds=Metric(seconds, unit='s'),
+                         mfu=speed.value*self.token_flops(learn)/peak,
+                         flops=learn.tokens*self.token_flops(learn), seconds=Metric(seconds, unit='s'),
                          peak_memory=Metric(peak_memory(self.c.device)/2**20, unit='MB'))
     plot_training(self.run/'log.csv', self.run/'training.png', floor=math.log(self.tok.vocab_size))
 
