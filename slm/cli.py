@@ -10,7 +10,7 @@ __all__ = ['app', 'Json', 'MaxBytes', 'Device', 'VocabSize', 'Tok', 'Context', '
            'stage_command', 'StageVerb', 'pretrain', 'resume', 'eval_', 'figures', 'bias', 'judge', 'toxicity', 'sft',
            'annotate_add', 'annotate_report', 'annotate_pairs', 'annotate_export', 'annotate_import', 'annotate_push',
            'annotate_pull', 'dpo', 'reward', 'rlhf', 'qlora', 'merge', 'open_any', 'export', 'serve', 'rag_index',
-           'rag_ask', 'rag_serve', 'demo', 'exp', 'report', 'generate', 'chat']
+           'rag_ask', 'rag_serve', 'demo', 'exp', 'plan', 'report', 'generate', 'chat']
 
 # %% ../nbs/61_cli.ipynb #fff7db54
 import dataclasses, errno, inspect, json, os, re, sys, typing, warnings
@@ -667,6 +667,31 @@ def exp(
     whole = len(sweep.run(out, only, jobs, record)) == len(sweep.todo(only, record))
     sweep.record(out, record); print(sweep_table(sweep, sweep.kept(record)))
     if not whole: print(f'interrupted: the same command goes on in {out}'); raise SystemExit(130)
+
+# %% ../nbs/61_cli.ipynb #61e50011
+@app.command()
+def plan(
+    gpu:Annotated[str, typer.Option('--gpu', '--machine', help='rtx-3090, m1, i3-10100t, or here: this machine, measured.')]='here',
+    days:Annotated[float, typer.Option(help='Days of training.')]=1.,
+    memory:Annotated[Optional[float], typer.Option(help='GiB that a training may take; all if not given.')]=None,
+    vocab_size:Annotated[int, typer.Option(help='Tokens in the vocabulary.')]=32768,
+    data_tokens:Annotated[Optional[float], typer.Option(help='Different tokens that there are; enough if not given.')]=None,
+    inference_tokens:Annotated[float, typer.Option(help='Tokens that the model will write in its life.')]=0.,
+    serve_on:Annotated[str, typer.Option(help='The machine that writes them.')]='i3-10100t',
+    law:Annotated[str, typer.Option(help='The scaling law, a name in slm/exp/laws.json.')]='chinchilla',
+    price:Annotated[float, typer.Option(help='Of a kilowatt-hour.')]=.30, json_:Json=False):
+    """Say what to train on a machine, how long it takes, and how good it will be.
+
+    Example: slm plan --gpu rtx-3090 --days 7 --inference-tokens 1e9"""
+    from slm.exp import plan as P
+    for k,v in (('days', days), ('memory', memory), ('data-tokens', data_tokens)):
+        if v is not None and not 0 < v < float('inf'): raise SLMError(f'--{k} must be above 0, not {v}')
+    if not 0 <= inference_tokens < float('inf'): raise SLMError(f'--inference-tokens must be at least 0, not {inference_tokens}')
+    m = P.find_machine(gpu); one,draws,sizes = P.read_law(law)
+    plans = P.candidates(m, days*86400, one, vocab_size, data_tokens, memory and memory*2**30)
+    p,figures = P.best(plans),P.plan_intervals(plans, draws, data_tokens)
+    if inference_tokens: p,figures = P.for_use(plans, m, one, inference_tokens, P.find_machine(serve_on)),{}
+    print(json.dumps(P.plan_info(p, m, figures), indent=1) if json_ else P.plan_table(p, m, figures, price, sizes))
 
 # %% ../nbs/61_cli.ipynb #e49d787c
 @app.command()

@@ -344,19 +344,25 @@ def memory_estimate(
     dtype:str='float32', # computed in: 'float32' or 'bfloat16'; in training the weights stay float32
     optim_bytes:int=8, # optimiser's state for each parameter: 8 for AdamW
     device:str='cpu', # 'cpu' keeps attention weights up to 2048 tokens, others never
+    accumulated:bool=True, # a step has several such batches: gradients of the earlier ones are there from the beginning
 )->dict[str,int]: # bytes of each part, and their 'total'
-    "Bytes that training or decoding needs, by formula."
+    "Bytes that training or decoding needs, by formula. The total of a training is the most at one time."
     c,n,e = cfg,cfg.num_params(),4 if dtype == 'float32' else 2
     q,kv = c.n_head*c.head_dim,c.n_kv_head*c.head_dim
-    if not train: parts = dict(weights=n*e, cache=2*c.n_layer*bs*kv*seq_len*e, logits=bs*c.vocab_size*(e+4))
-    else:
-        ff = c.d_ff*((3 if c.act == 'reglu' else 4) if c.act in GATES else 1 if c.act == 'relu' else 2)
-        pairs = c.n_head*(seq_len+min(128, seq_len))/2 if c.causal else c.n_head*seq_len
-        kept = pairs if device == 'cpu' and seq_len <= 2048 else 0
-        layer = 2*c.d_model*4 + (q+kv)*c.qk_norm*(4 if e == 4 else 8) + e*(2*c.d_model + 2*q + 2*kv + ff + kept)
-        parts = dict(weights=n*(4 if e == 4 else 6), gradients=4*n, optimiser=optim_bytes*n,
-                     activations=int(bs*seq_len*(c.n_layer*layer + c.d_model*(4+e))), logits=bs*seq_len*c.vocab_size*3*e)
-    return parts | dict(total=sum(parts.values()))
+    if not train:
+        p = dict(weights=n*e, cache=2*c.n_layer*bs*kv*seq_len*e, logits=bs*c.vocab_size*(e+4))
+        return p | dict(total=sum(p.values()))
+    ff = c.d_ff*((3 if c.act == 'reglu' else 4) if c.act in GATES else 1 if c.act == 'relu' else 2)
+    pairs = c.n_head*(seq_len+min(128, seq_len))/2 if c.causal else c.n_head*seq_len
+    kept = pairs if device == 'cpu' and seq_len <= 2048 else 0
+    layer = 2*c.d_model*4 + (q+kv)*c.qk_norm*(4 if e == 4 else 8) + e*(2*c.d_model + 2*q + 2*kv + ff + kept)
+    acts,out = int(bs*seq_len*(c.n_layer*layer + c.d_model*(4+e))),bs*seq_len*c.vocab_size*e
+    p = dict(weights=n*(4 if e == 4 else 6), gradients=4*n, optimiser=optim_bytes*n, activations=acts,
+             logits=out*(2 if device == 'cpu' else 3))
+    p['allocator'] = int(.35*(acts+p['logits'])) if device == 'cpu' else 0         # what was freed and not given back: bench/memory.py
+    if accumulated: return p | dict(total=sum(p.values()))
+    back = max(p['logits'], p['logits']-out+4*c.vocab_size*c.d_model)              # with the head's gradient, without the logits themselves
+    return p | dict(total=p['weights'] + p['optimiser'] + max(acts+back, p['gradients']) + p['allocator'])
 
 # %% ../../nbs/11_model.gpt.ipynb #aef10832
 def device_memory(
