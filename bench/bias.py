@@ -80,16 +80,15 @@ def peer(folder, bs):
 
 def ask_peer(lm, texts):
     from lm_eval.api.instance import Instance
-    return [x for x,
-            _ in lm.loglikelihood([Instance(request_type='loglikelihood', doc={}, arguments=('', t), idx=i) for i,t in enumerate(texts)],
-                                  disable_tqdm=True)]
+    asked = [Instance(request_type='loglikelihood', doc={}, arguments=('', t), idx=i) for i,t in enumerate(texts)]
+    return [x for x,_ in lm.loglikelihood(asked, disable_tqdm=True)]
 
 def timed(f): t0 = time.perf_counter(); r = f(); return time.perf_counter()-t0, r
 
 def blimp(a):
     rows = [r for f in data_files(a.data, '*.jsonl') for r in read_pairs(f)]
-    return [Example(f'row {i}', r['UID'], [r['sentence_good'], r['sentence_bad']], ['sentence_good', 'sentence_bad']) for i,
-            r in enumerate(rows, 1)]
+    return [Example(f'row {i}', r['UID'], [r['sentence_good'], r['sentence_bad']], ['sentence_good', 'sentence_bad'])
+            for i,r in enumerate(rows, 1)]
 
 def agreement(ours, theirs):
     d = np.array(theirs).reshape(-1, 2); a, b = ours[:, 0] > ours[:, 1], d[:, 0] > d[:, 1]

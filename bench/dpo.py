@@ -60,8 +60,8 @@ def world(a, run):
     run.add_metrics(win_rate=win_rate(w.judge, tasks, said['before'], said['after']))
     for kind in ('all', 'questions', 'tell'):
         some = [i for i,t in enumerate(tasks) if kind == 'all' or (t.kind == 'tell') == (kind == 'tell')]
-        run.add_metrics(**{f'judge_{kind}_{k}': wilson(sum(w.judge(tasks[i], s[i]).passed for i in some), len(some), 'of tasks') for k,
-                           s in said.items()})
+        run.add_metrics(**{f'judge_{kind}_{k}': wilson(sum(w.judge(tasks[i], s[i]).passed for i in some), len(some), 'of tasks')
+                           for k,s in said.items()})
         if kind != 'all':
             run.add_metrics(**{f'win_rate_{kind}': win_rate(w.judge, [tasks[i] for i in some],
                                                             *([s[i] for i in some] for s in said.values()))})
@@ -93,9 +93,8 @@ def main():
         run = RunDir.create(ROOT/'results'/'25_train.dpo'/(a.name or a.what), 'bench', seed=42, exist_ok=True, parent=Path(a.base).name,
                             config={k: v for k,v in vars(a).items() if k not in ('out', 'base', 'data', 'name')})
         trained = globals()[a.what](a, run); run.info['data'] = trained.info['data']; run.info['doctor'] = trained.info['doctor']
-        run.add_metrics(**{k: Metric(**m) for k,
-                           m in trained.info['metrics'].items() if k in ('likelier_before', 'likelier', 'accuracy', 'kl', 'answer_tokens',
-                                                                         'steps', 'peak_memory', 'params')})
+        kept = ('likelier_before', 'likelier', 'accuracy', 'kl', 'answer_tokens', 'steps', 'peak_memory', 'params')
+        run.add_metrics(**{k: Metric(**m) for k,m in trained.info['metrics'].items() if k in kept})
         shutil.copy(trained/'log.csv', run/'log.csv')
     run.finish(); print(json.dumps(run.info['metrics'], indent=1), run.info['doctor'])
 

@@ -28,8 +28,8 @@ def coverage(a, run):
             bs = [Battle(p if how == 'prompts' else k, names[i], names[j], float(q[p, i] > q[p, j])) for k,(p,i,j) in enumerate(pairs)]
             r = ratings(bs, names, seed=s); held[how].append([r[m].lo <= ELO*t <= r[m].hi for m,t in zip(names[1:], true[1:])])
     run.info['config'] |= dict(simulations=a.simulations, prompts=n, models=len(true))
-    run.add_metrics(**{k: bootstrap_ratio(np.sum(v, 1), np.full(len(v), len(true)-1), unit='of intervals hold the truth') for k,
-                       v in held.items()})
+    run.add_metrics(**{k: bootstrap_ratio(np.sum(v, 1), np.full(len(v), len(true)-1), unit='of intervals hold the truth')
+                       for k,v in held.items()})
 
 @contextlib.contextmanager
 def served(model, threads):

@@ -168,8 +168,8 @@ def answer(a):
                       (_,v,_) in zip(arms['retrieved'], asked)])
     n, good = len(asked), ok['retrieved']
     run = record(a.name, a, model=Path(model).name, k=a.k, cut=float(cut),
-                 answers=[dict(question=q, answer=v, **{k: arms[k][i][0] for k in arms}, without=lost[i][0]) for i,
-                          (q,v,_) in enumerate(asked)])
+                 answers=[dict(question=q, answer=v, **{k: arms[k][i][0] for k in arms}, without=lost[i][0])
+                          for i,(q,v,_) in enumerate(asked)])
     run.add_metrics(**{f'right, {k}': wilson(int(o.sum()), n) for k,o in ok.items()},
         **{'retrieved − closed book': bootstrap_ratio(good.astype(float)-ok['closed book']),
            'citation holds the answer, of right answers': wilson(int((cited & good).sum()), int(good.sum())),

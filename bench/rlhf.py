@@ -35,8 +35,8 @@ class Curve(Callback):
         t = time.perf_counter()-self.paused-self.t0
         with self.learn.pause(): m = self.look(self.model)
         row = dict(arm=self.arm, step=self.opt_steps,
-                   seconds=round(t, 1)) | {f'{k}{e}': round(getattr(v, a), 5) for k,v in m.items() for e,
-                                           a in (('', 'value'), ('_lo', 'lo'), ('_hi', 'hi'))}
+                   seconds=round(t, 1)) | {f'{k}{e}': round(getattr(v, a), 5) for k,v in m.items()
+                                            for e,a in (('', 'value'), ('_lo', 'lo'), ('_hi', 'hi'))}
         self.rows.append(row); print({k: v for k,v in row.items() if not k.endswith(('_lo', '_hi'))}, flush=True)
 
 def timed(f, *args, **kw): t0 = time.perf_counter(); r = f(*args, **kw); return r, time.perf_counter()-t0
@@ -70,8 +70,8 @@ def arms(a, run, tmp, base, tok, prompts, pairs, rm, f, judge, prompts_from, sec
         run.add_metrics(dpo_steps=r.info['config']['steps'], seconds_equal=Metric(spent, unit='s'))
     for arm in dict.fromkeys(r['arm'] for r in rows):
         for when,r in (('before', [r for r in rows if r['arm'] == arm][0]), ('after', [r for r in rows if r['arm'] == arm][-1])):
-            run.add_metrics(**{f'{arm}_{k}_{when}': Metric(r[k], r[f'{k}_lo'], r[f'{k}_hi'], len(held), u) for k,
-                               u in (('valid_reward', 'reward'), ('valid_judge', 'judge'), ('kl', 'nats/answer'),
+            run.add_metrics(**{f'{arm}_{k}_{when}': Metric(r[k], r[f'{k}_lo'], r[f'{k}_hi'], len(held), u)
+                               for k,u in (('valid_reward', 'reward'), ('valid_judge', 'judge'), ('kl', 'nats/answer'),
                                      ('answer_tokens', 'tokens/answer'))})
         run.add_metrics(**{f'{arm}_seconds': Metric(r['seconds'], unit='s')})
     with (run/'curve.csv').open('w', newline='') as out: w = csv.DictWriter(out, list(rows[0])); w.writeheader(); w.writerows(rows)

@@ -150,11 +150,8 @@ def main():
     ap.add_argument('--threads', type=int, default=usable_cpus()); ap.add_argument('--repeats', type=int, default=15)
     ap.add_argument('--out', type=Path, default=Path(__file__).parents[1]/'results'/'46_serve.api'/'soak')
     a = ap.parse_args(); signal.signal(signal.SIGTERM, lambda *_: sys.exit('ended'))                # so that the server ends too
-    run = RunDir.create(a.out, 'bench',
-                        config={k: v for k,
-                                v in vars(a).items() if k not in ('out',
-                                                                  'model')} | dict(model=a.model.stem, bytes=a.model.stat().st_size),
-                                                                  seed=0, exist_ok=True)
+    asked = {k: v for k,v in vars(a).items() if k not in ('out', 'model')}
+    run = RunDir.create(a.out, 'bench', asked | dict(model=a.model.stem, bytes=a.model.stat().st_size), seed=0, exist_ok=True)
     # the server and its client are programs too: a core for them
     spare = max(1, a.threads-1)
     with server(a, spare) as (_, url): extra, per = cost(int(url.rsplit(':')[-1]), a, spare)

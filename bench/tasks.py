@@ -124,8 +124,8 @@ def agree(a, run):
     for name in same:
         run.add_metrics(**{f'agreement_{name}': wilson(sum(same[name]), len(same[name]), 'of questions'),
                            f'largest_difference_{name}': Metric(max(diff[name]), n=len(diff[name]), unit='nats')})
-    run.add_metrics(**{f'speed_{k}shot_{who}': Metric(len(items)/s, n=len(items), unit='questions/s') for k,x,y in secs for who,
-                       s in (('ours', x), ('lm_eval', y))})
+    run.add_metrics(**{f'speed_{k}shot_{who}': Metric(len(items)/s, n=len(items), unit='questions/s') for k,x,y in secs
+                       for who,s in (('ours', x), ('lm_eval', y))})
     import lm_eval; run.info['config'] |= dict(harness=lm_eval.__version__, model='small')
 
 def memory(a, run):

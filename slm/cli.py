@@ -664,7 +664,7 @@ def exp(
     if sweep is None: return print(*(f'{n:16} {asks}' for n,(asks,_) in EXPERIMENTS.items()), sep='\n')
     if jobs < 1: raise SLMError(f'--jobs must be at least 1, not {jobs}')
     out = out or Path(f"runs/exp/{name}{'-quick'*quick}"); record = record or out/'results'
-    whole = len(sweep.run(out, only, jobs, record)) == len(sweep.todo(only, record))
+    want = sweep.todo(only, record); whole = len(sweep.run(out, only, jobs, record)) == len(want)
     sweep.record(out, record); print(sweep_table(sweep, sweep.kept(record)))
     if not whole: print(f'interrupted: the same command goes on in {out}'); raise SystemExit(130)
 
@@ -689,7 +689,7 @@ def plan(
     if not 0 <= inference_tokens < float('inf'): raise SLMError(f'--inference-tokens must be at least 0, not {inference_tokens}')
     m = P.find_machine(gpu); one,draws,sizes = P.read_law(law)
     plans = P.candidates(m, days*86400, one, vocab_size, data_tokens, memory and memory*2**30)
-    p,figures = P.best(plans),P.plan_intervals(plans, draws, data_tokens)
+    p,figures = P.best_plan(plans),P.plan_intervals(plans, draws, data_tokens)
     if inference_tokens: p,figures = P.for_use(plans, m, one, inference_tokens, P.find_machine(serve_on)),{}
     print(json.dumps(P.plan_info(p, m, figures), indent=1) if json_ else P.plan_table(p, m, figures, price, sizes))
 

@@ -241,8 +241,8 @@ def test_json_min_is_json(tmp_path):
     whole[0]['annotations'][0]['result'] = [tie, dict(from_name='comment', value=dict(text=['both fine']))]
     least = [dict(t['data'], id=i, annotator=1, annotation_id=i, lead_time=4., created_at='2026-01-02T03:04:05Z',
                   updated_at='2026-01-02T03:04:05Z',
-                  **(dict(other='tie', comment='both fine') if not i else dict(comparison=[dict(selected='left')]))) for i,
-                  t in enumerate(whole)]
+                  **(dict(other='tie', comment='both fine') if not i else dict(comparison=[dict(selected='left')])))
+                  for i,t in enumerate(whole)]
     assert imported(a, tmp_path, whole) == imported(b, tmp_path, least)
     plain = lambda s: [(j['item'], j['choice'], j['annotator'], j['comment']) for j in s.judgements()]
     assert plain(a) == plain(b) and plain(a)[0][1] == 'tie'

@@ -27,11 +27,11 @@ def published(folder):
     for kind,he in (('pro', 'he'), ('anti', 'she')):
         (folder/f'{kind}_stereotyped_type2.txt.test').write_text(f'1 [The builder] met the nurse and [{he}] waved.\n')
     three = dict(id='x', target='nurse', bias_type='profession', context='A nurse.',
-                 sentences=[dict(sentence=f'It was {w}.', gold_label=l) for w,
-                            l in (('old', 'stereotype'), ('new', 'anti-stereotype'), ('far', 'unrelated'))])
+                 sentences=[dict(sentence=f'It was {w}.', gold_label=l)
+                            for w,l in (('old', 'stereotype'), ('new', 'anti-stereotype'), ('far', 'unrelated'))])
     (folder/'dev.json').write_text(json.dumps(dict(data=dict(intrasentence=[three], intersentence=[three]))))
-    sents = [(f'{j}.guest.0.{g}.txt', f'The {j} said that {p} was late.') for j in ('nurse', 'pilot', 'cook') for g,
-             p in (('male', 'he'), ('female', 'she'), ('neutral', 'they'))]
+    sents = [(f'{j}.guest.0.{g}.txt', f'The {j} said that {p} was late.') for j in ('nurse', 'pilot', 'cook')
+             for g,p in (('male', 'he'), ('female', 'she'), ('neutral', 'they'))]
     (folder/'all_sentences.tsv').write_text('sentid\tsentence\n'+'\n'.join('\t'.join(s) for s in sents)+'\n')
     (folder/'occupations-stats.tsv').write_text('occupation\tbergsma_pct_female\tbls_pct_female\tbls_year\nnurse\t80\t90\t2015\npilot\t4\t5\t2015\ncook\t30\t40\t2015\n')
     q = dict(category='Age', context_condition='disambig', question_polarity='neg', context='Mara is old. Tom is young.',
@@ -161,9 +161,8 @@ def test_decisions_are_those_of_lm_eval(model, tmp_path):
     lm = HFLM(pretrained=str(model),
               tokenizer=PreTrainedTokenizerFast(tokenizer_object=tok.tok, eos_token='<|endoftext|>', pad_token='<|pad|>'), device='cpu',
               batch_size=32, dtype='float32')
-    want = np.array([x for x,
-                     _ in lm.loglikelihood([Instance(request_type='loglikelihood', doc={}, arguments=('', t), idx=i) for i,
-                                            t in enumerate(texts)])]).reshape(-1, 2)
+    asked = [Instance(request_type='loglikelihood', doc={}, arguments=('', t), idx=i) for i,t in enumerate(texts)]
+    want = np.array([x for x,_ in lm.loglikelihood(asked)]).reshape(-1, 2)
     got = np.array([logp for _,logp,_ in score_items(m, tok, items)])
     assert abs(got-want).max() < 1e-3 and ((got[:, 0] > got[:, 1]) == (want[:, 0] > want[:, 1])).mean() >= .999
 

@@ -325,3 +325,26 @@ def test_disk_that_fills_up_loses_nothing(whole, small_disk):
     r = run('resume', out)
     assert r.returncode == 0, r.stderr
     assert same(out, whole)
+
+# ---- experiments
+
+def test_rows_of_an_experiment_in_processes_of_their_own(tmp_path):
+    cmd = ('exp', 'scaling-rates', '--quick', '--out', tmp_path/'two')
+    first = run(*cmd, '--jobs', 2)
+    assert first.returncode == 0, first.stderr
+    rows = json.loads((tmp_path/'two'/'results'/'sweep.json').read_text())['rows']
+    assert list(rows) == ['16-0.006', '24-0.006']
+    assert all(r['status'] == 'done' and 'excess' in r['metrics'] for r in rows.values())
+    again = run(*cmd)                                                            # nothing is left to be trained
+    assert again.returncode == 0 and again.stdout == first.stdout
+    one = run('exp', 'scaling-rates', '--quick', '--out', tmp_path/'one', '--only', '24')
+    alone = json.loads((tmp_path/'one'/'results'/'sweep.json').read_text())['rows']
+    assert one.returncode == 0 and list(alone) == ['24-0.006']
+    assert alone['24-0.006']['metrics']['valid_bpb']['value'] == pytest.approx(rows['24-0.006']['metrics']['valid_bpb']['value'], rel=.01)
+
+def test_a_row_that_ends_is_one_line(tmp_path):
+    (tmp_path/'two').mkdir()
+    (tmp_path/'two'/'tokenizer.json').write_text('{}')
+    r = run('exp', 'scaling-rates', '--quick', '--out', tmp_path/'two', '--jobs', 2)
+    assert r.returncode == 2
+    assert r.stderr.strip().splitlines()[-1].startswith('slm: error: ') and 'Traceback' not in r.stderr

@@ -148,9 +148,8 @@ def test_the_job_writes_the_index_that_the_server_reads(built, overlay):
         assert not fits(policy['podSelector'], pods(docs)['fetch-model']['metadata']['labels'])
     else:
         assert where(server) == where(job) == [dict(claimName='index')] and named(docs, 'Deployment', 'slm')['spec']['replicas'] == 1
-        assert [m for c,
-                m in ((c, m) for c in (s,
-                                       j) for m in c['volumeMounts']) if m['name'] == 'index'] == [dict(name='index', mountPath='/index', readOnly=True), dict(name='index', mountPath='/index')]
+        mounts = [m for c in (s, j) for m in c['volumeMounts'] if m['name'] == 'index']
+        assert mounts == [dict(name='index', mountPath='/index', readOnly=True), dict(name='index', mountPath='/index')]
 
 def check_drain(pod, container, timeout):
     "A pod has the time that the server may take to leave"

@@ -13,8 +13,8 @@ from slm.train.annotate import PreferenceStore
 
 ROOT = Path(__file__).resolve().parent.parent
 SLM = [sys.executable, '-c', 'from slm.cli import main; main()']
-ENV = {k: v for k,
-       v in os.environ.items() if k != 'SLM_JUDGE_KEY'} | dict(PYTHONPATH=os.pathsep.join([str(ROOT), os.environ.get('PYTHONPATH', '')]))
+ENV = {k: v for k,v in os.environ.items() if k != 'SLM_JUDGE_KEY'}
+ENV['PYTHONPATH'] = os.pathsep.join([str(ROOT), os.environ.get('PYTHONPATH', '')])
 
 # ---- ratings against others
 
@@ -22,8 +22,8 @@ def a_table(seed, m=4, prompts=40, ties=.2):
     "Comparisons with ties and unequal numbers of meetings, nobody unbeaten"
     rng = np.random.default_rng(seed); r = rng.normal(size=m)*.8; names = [f'm{i}' for i in range(m)]
     def score(i, j): return .5 if rng.random() < ties else float(rng.random() < 1/(1+np.exp(r[j]-r[i])))
-    return names, [Battle(p, names[i], names[j], score(i, j), int(rng.integers(-50, 50))) for p in range(prompts) for i,
-                   j in itertools.combinations(range(m), 2) if rng.random() < .3+.2*i]
+    return names, [Battle(p, names[i], names[j], score(i, j), int(rng.integers(-50, 50))) for p in range(prompts)
+                   for i,j in itertools.combinations(range(m), 2) if rng.random() < .3+.2*i]
 
 def rows_of(names, battles):
     "±1 rows with a won or lost outcome and its weight: a tie is two halves"

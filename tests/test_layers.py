@@ -203,8 +203,8 @@ def test_autocast_converts_once():
         out = attn(torch.randn(1, 5, 32), AttnContext(*rope_cos_sin(torch.arange(5), rope_inv_freq(16), torch.bfloat16)))
     assert out.dtype == torch.bfloat16 and cast_once(torch.ones(2)).dtype == torch.float32
     out.float().sum().backward()
-    assert all(p.grad.dtype == torch.float32 and p.grad.abs().sum() > 0 for n,
-               p in attn.named_parameters() if 'v_proj' in n or 'o_proj' in n)
+    assert all(p.grad.dtype == torch.float32 and p.grad.abs().sum() > 0
+               for n,p in attn.named_parameters() if 'v_proj' in n or 'o_proj' in n)
 
 
 @pytest.mark.parametrize('shape', [(7, 33), (2, 5, 33), (2, 3, 4, 33), (33,)])

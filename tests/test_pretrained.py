@@ -74,8 +74,8 @@ def test_any_configuration_survives_the_round_trip(data):
     if hf_family(cfg) == 'gpt2': cfg = replace(cfg, rope_theta=back.rope_theta, rope_scaling=back.rope_scaling) # not used there
     assert back == cfg
     if 'rope_parameters' in d:                                       # the two spellings agree, and each is enough alone
-        new, old = {k:v for k,
-                    v in d.items() if k not in ('rope_theta', 'rope_scaling')}, {k:v for k,v in d.items() if k != 'rope_parameters'}
+        new = {k: v for k,v in d.items() if k not in ('rope_theta', 'rope_scaling')}
+        old = {k: v for k,v in d.items() if k != 'rope_parameters'}
         assert GPTConfig.from_hf(new) == GPTConfig.from_hf(old) == cfg
 
 @given(st.sampled_from(sorted(BASE.to_hf())),

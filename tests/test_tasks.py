@@ -26,8 +26,8 @@ def published(folder, n=12):
         lines(folder/f'ARC-Challenge/ARC-Challenge-{name}.jsonl', arc)
         lines(folder/f'ARC-Easy/ARC-Easy-{name}.jsonl',
               [r | dict(question=dict(stem=r['question'],
-                                      choices=[dict(text=t, label=l) for t,
-                                               l in zip(r['choices']['text'], r['choices']['label'])])) for r in arc])
+                                      choices=[dict(text=t, label=l)
+                                               for t,l in zip(r['choices']['text'], r['choices']['label'])])) for r in arc])
     for name in ('val', 'train'):
         lines(folder/f'hellaswag_{name}.jsonl',
               [dict(ind=i, activity_label='Telling', ctx_a=f'[header] {rng.choice(sents)}. [title] {rng.choice(sents)}.',

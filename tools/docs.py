@@ -86,8 +86,8 @@ def schema_faults(conf=None):
     from smalldocs.config import HTML_OPTIONS
     from smalldocs.quarto_keys import QUARTO_PAGE_OPTIONS
     conf = conf or config()
-    opts = {k: v for k,
-            v in conf.items() if k not in ('project', 'website', 'format', 'metadata-files')} | conf.get('format', {}).get('html', {})
+    own = {k: v for k,v in conf.items() if k not in ('project', 'website', 'format', 'metadata-files')}
+    opts = own | conf.get('format', {}).get('html', {})
     with tempfile.TemporaryDirectory(prefix='slm-docs-') as tmp:
         page = yaml.safe_dump({'title': 'x', **{k: v for k, v in opts.items() if k != 'bibliography'}}, sort_keys=False)
         for name, text in (('_quarto.yml', yaml.safe_dump(conf, sort_keys=False)), ('page-options.qmd', f'---\n{page}---\n\nx\n')):
@@ -166,8 +166,8 @@ def figure_faults(path):
     """Figures in a chapter's prose that nothing backs. What backs one: the chapter's code or its stored output holds the number; its paragraph names a record (`results/…`) or
     cites a page of the web; or it is computed before the reader's eyes ("= 42.7 GB/s")."""
     cs = cells(path)
-    run = '\n'.join(src(c)+'\n'+'\n'.join(''.join(v) for o in c['outputs'] for k,
-                                          v in {'text': o.get('text', ''), **o.get('data', {})}.items() if k.startswith('text'))
+    run = '\n'.join(src(c)+'\n'+'\n'.join(''.join(v) for o in c['outputs']
+                                          for k,v in {'text': o.get('text', ''), **o.get('data', {})}.items() if k.startswith('text'))
                                       for c in cs if c['cell_type'] == 'code')
     held = set(re.findall(r'\d+\.?\d*|\.\d+', run.replace(',', '').replace('_', ''))); held |= {h.removeprefix('0') for h in held}
     bad = []
@@ -175,8 +175,8 @@ def figure_faults(path):
         if c['cell_type'] != 'markdown': continue
         for par in re.split(r'\n\s*\n', re.sub(r'^```.*?^```', '', src(c), flags=re.S | re.M)):
             if re.search(r'https?://|results/', par): continue
-            bad += [f"{path.name}: '{said}' in \"{' '.join(par.split())[:90]}…\"" for n,
-                    said in figures(par) if n.replace(',', '').removeprefix('0') not in held]
+            bad += [f"{path.name}: '{said}' in \"{' '.join(par.split())[:90]}…\""
+                    for n,said in figures(par) if n.replace(',', '').removeprefix('0') not in held]
     return bad
 
 # ---- the site

@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['LMLearner', 'Counter', 'StopAt', 'decay_groups', 'adamw', 'NoEpochValidation', 'trapezoid', 'cosine', 'Schedule',
-           'autocast', 'AutoCast', 'TokenAccumulation', 'GradClip', 'evaluate', 'TrainLog', 'Evaluate', 'CSVLog', 'Bar',
-           'TensorBoardLog', 'WandbLog', 'Samples', 'quote', 'flatten_state', 'unflatten_state', 'read_state',
-           'checkpoints', 'Checkpoint', 'GracefulStop', 'plot_training']
+           'autocast', 'AutoCast', 'TokenAccumulation', 'Diverged', 'GradClip', 'evaluate', 'TrainLog', 'Evaluate',
+           'CSVLog', 'Bar', 'TensorBoardLog', 'WandbLog', 'Samples', 'quote', 'flatten_state', 'unflatten_state',
+           'read_state', 'checkpoints', 'Checkpoint', 'GracefulStop', 'plot_training']
 
 # %% ../../nbs/19_train.learner.ipynb #5ca36f3c
 from ..core import * # first: it silences a warning of the next ones
@@ -110,7 +110,7 @@ def fit_steps(self:LMLearner,
     self.n_steps, self.logger = steps, noop
     try:
         with self.no_bar(): self.fit(sys.maxsize, cbs=[StopAt(steps), NoEpochValidation(), *(cbs or [])])
-    except SLMError as e: raise SLMError(str(e).rpartition('\n\t')[2]) from None # fastai puts the callback's name before it
+    except SLMError as e: raise type(e)(str(e).rpartition('\n\t')[2]) from None # fastai puts the callback's name before it
     except (RuntimeError, MemoryError) as e:
         if not isinstance(e, (torch.OutOfMemoryError, MemoryError)) and 'allocate memory' not in str(e): raise
         b,t = self.xb[0].shape
@@ -183,6 +183,8 @@ class TokenAccumulation(Callback):
         torch._foreach_div_([p.grad for p in self.model.parameters() if p.grad is not None], max(1, self.seen)); self.before_fit()
 
 # %% ../../nbs/19_train.learner.ipynb #2f75132c
+class Diverged(SLMError): "The loss or its gradient has left all bounds."
+
 class GradClip(Callback):
     "Scale gradients down to a norm of at most `max_norm`; keep the norm in `learn.grad_norm`; stop at NaN."
     order,run_valid = AutoCast.order+10,False
@@ -190,7 +192,7 @@ class GradClip(Callback):
     def before_step(self):
         self.learn.grad_norm = nn.utils.clip_grad_norm_(self.model.parameters(), self.max_norm).item()
         if not math.isfinite(self.grad_norm):
-            raise SLMError(f'the gradient is not finite at step {self.opt_steps+1} (batch {self.iter} of epoch {self.epoch}): '
+            raise Diverged(f'the gradient is not finite at step {self.opt_steps+1} (batch {self.iter} of epoch {self.epoch}): '
                            'start again with a lower --lr, or go on with slm resume RUN --lr LOWER')
 
 # %% ../../nbs/19_train.learner.ipynb #6733d487

@@ -148,5 +148,5 @@ class SpikeGuard(Callback):
         last = self.losses[-self.window:]; now = median(last); self.best = min(self.best, now)
         if now > self.best+self.rise:
             k = next(i for i,l in enumerate(last) if l > self.best+self.rise)-self.window+1
-            raise SLMError(f'the loss rose from {self.best:.2f} to {now:.2f}: it began at step {self.opt_steps+1+k}, '
+            raise Diverged(f'the loss rose from {self.best:.2f} to {now:.2f}: it began at step {self.opt_steps+1+k}, '
                 f'batch {self.iter+k} of epoch {self.epoch}: go on with slm resume RUN --lr LOWER')
