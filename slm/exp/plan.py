@@ -63,7 +63,7 @@ def measure_machine(
     watts:float=65., # while training; nobody can measure it from here
 )->Machine:
     "This machine, measured in some seconds: products, bandwidth, and a small training for the rest."
-    device = str(get_device(device)); dtype = best_dtype(device); peak = matmul_flops(device, dtype)
+    device = str(get_device(device)); dtype = best_dtype(device); peak = matmul_flops(device, dtype, seconds=1.5)
     x = torch.ones(2**26, device=device); y = torch.ones_like(x)
     wait = torch.cuda.synchronize if device.startswith('cuda') else lambda: None
     def copy(): t0 = time.perf_counter(); y.copy_(x); wait(); return time.perf_counter()-t0
