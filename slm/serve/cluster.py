@@ -6,9 +6,11 @@
 __all__ = ['READING', 'BASE', 'kv_bytes', 'gguf_shape', 'NodePlan', 'node_plan']
 
 # %% ../../nbs/49_serve.cluster.ipynb #240318b9
+from ..core import *
 import math
 from dataclasses import dataclass
 from pathlib import Path
+from ..data.tokenizer import check_gguf
 
 # %% ../../nbs/49_serve.cluster.ipynb #e12f5ab5
 def kv_bytes(
@@ -25,13 +27,12 @@ def kv_bytes(
 def gguf_shape(
     path:str|Path, # a .gguf file
 )->tuple[int,int,int]: # layers, key-value heads, size of a head
-    "What `kv_bytes` needs to know of a model."
-    import gguf
-    fields = {k.split('.', 1)[-1]: f for k,f in gguf.GGUFReader(path).fields.items()}
-    get = lambda k: int(fields[k].contents())
-    heads = get('attention.head_count')
-    size = get('attention.key_length') if 'attention.key_length' in fields else get('embedding_length')//heads
-    return get('block_count'), get('attention.head_count_kv') if 'attention.head_count_kv' in fields else heads, size
+    "What `kv_bytes` needs to know of a model; raises `SLMError` for a file that does not hold together."
+    facts = check_gguf(path); at = lambda k, default=None: facts.get(f"{facts.get('general.architecture')}.{k}", default)
+    layers,heads,width = (at(k) for k in ('block_count', 'attention.head_count', 'embedding_length'))
+    if None in (layers, heads, width): raise SLMError(f"'{path}' does not say its layers, heads and width: is it the file of a language model?")
+    heads,kv = (max(h) if isinstance(h, list) else h for h in (heads, at('attention.head_count_kv', heads)))     # some name each layer's
+    return layers, kv, at('attention.key_length', width//heads)
 
 # %% ../../nbs/49_serve.cluster.ipynb #4066f81b
 READING = 238/60 # words that people read in a second
