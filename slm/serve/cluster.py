@@ -30,8 +30,9 @@ def gguf_shape(
     "What `kv_bytes` needs to know of a model; raises `SLMError` for a file that does not hold together."
     facts = check_gguf(path); at = lambda k, default=None: facts.get(f"{facts.get('general.architecture')}.{k}", default)
     layers,heads,width = (at(k) for k in ('block_count', 'attention.head_count', 'embedding_length'))
-    if None in (layers, heads, width): raise SLMError(f"'{path}' does not say its layers, heads and width: is it the file of a language model?")
-    heads,kv = (max(h) if isinstance(h, list) else h for h in (heads, at('attention.head_count_kv', heads)))     # some name each layer's
+    if None in (layers, heads, width):
+        raise SLMError(f"'{path}' does not say its layers, heads and width: is it the file of a language model?")
+    heads,kv = (max(h) if isinstance(h, list) else h for h in (heads, at('attention.head_count_kv', heads)))   # some name each layer's
     return layers, kv, at('attention.key_length', width//heads)
 
 # %% ../../nbs/49_serve.cluster.ipynb #4066f81b
