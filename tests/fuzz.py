@@ -143,8 +143,9 @@ def speaks(tok):
     from slm.core import SLMError
     tok.decode(tok.encode('The cat’s <|end|> 12345 \U0001f600\n\n sat'))
     tok.fingerprint, tok.id_bytes, tok.stop_ids, tok.names, tok.generation_config(), tok.pad_id, tok.bos_id
-    try: tok.chat(CHAT)
-    except SLMError as e: assert_one_line(e)
+    for ask in (lambda: tok.chat(CHAT), lambda: tok.encode_bytes(b'the \xff cat'), lambda: tok.decode_bytes(range(tok.vocab_size))):
+        try: ask()
+        except SLMError as e: assert_one_line(e)
 
 @reader(tokenizer_folders)
 def tokenizer(d):
@@ -373,9 +374,9 @@ def limits():
 def made(line, pools):
     "The files of an input: 'NAME SEED N', or 'NAME FOLDER'"
     name, *rest = line.split()
+    if name not in pools: pools[name] = list(READERS[name][0]()) # also where it is not needed: what it imports has no limits then
     if len(rest) == 1:
         return {str(p.relative_to(rest[0])): p.read_bytes() for p in Path(rest[0]).rglob('*') if p.is_file() and p.name != 'why.txt'}
-    if name not in pools: pools[name] = list(READERS[name][0]())
     rng = random.Random(line); return (change_template if name == 'template' else change)(rng.choice(pools[name]), rng)
 
 def work():

@@ -198,6 +198,19 @@ def test_characters_are_one_token_each():
     assert len(t.encode('Tö be')) == 5 and len(t.encode('ß')) == 2 and t.vocab_size == 6+256+1
     assert sorted(b for b in t.id_bytes[6:] if len(b)==1) == sorted(bytes([b]) for b in range(256))
 
+def foreign(vocab):
+    "A byte-level tokenizer with this vocabulary and no merges"
+    tok = tokenizers.Tokenizer(models.BPE(vocab={t: i for i,t in enumerate(vocab)}, merges=[], unk_token=vocab[0]))
+    tok.pre_tokenizer, tok.decoder = SPLIT, tokenizers.decoders.ByteLevel(); return Tokenizer(tok)
+
+def test_a_token_that_is_no_bytes_stands_for_itself():
+    t = foreign(['?', 'a', 'Ġ€', 'Ã©'])
+    assert t.id_bytes == [b'?', b'a', 'Ġ€'.encode(), 'é'.encode()]
+    assert all(b.decode() == t.tok.decode([i]) for i,b in enumerate(t.id_bytes))
+
+def test_a_byte_without_a_token():
+    with pytest.raises(SLMError, match='no token for the byte 0xff'): foreign(['?', 'a']).encode_bytes(b'a\xff')
+
 # ---- files
 
 def test_save_and_load(tok, tmp_path):

@@ -482,7 +482,7 @@ def id_bytes(self:Tokenizer)->list[bytes]: # the bytes of each id (for a special
         def f(i):
             t = self.tok.id_to_token(i)
             if t is None or i in added: return (t or '').encode()
-            if self.byte_level: return bytes(back[c] for c in t)
+            if self.byte_level: return bytes(back[c] for c in t) if back.keys() >= set(t) else t.encode()   # as the decoder has it
             return bytes([int(t[3:5], 16)]) if re.fullmatch(r'<0x[0-9A-F]{2}>', t) else t.replace('▁', ' ').encode()
         self._id_bytes = [f(i) for i in range(self.vocab_size)]
     return self._id_bytes
@@ -512,10 +512,12 @@ def decode(self:Tokenizer,
 def encode_bytes(self:Tokenizer,
     data:bytes, # anything
 )->list[int]: # token ids; `decode_bytes` gives back `data`
-    "Token ids of any bytes: valid UTF-8 as its text, a stray byte as the token of that byte."
+    "Token ids of any bytes: valid UTF-8 as its text, a stray byte as its token; raises `SLMError` if there is none."
     if not hasattr(self, '_byte_id'): self._byte_id = {b:i for i,b in reversed(list(enumerate(self.id_bytes))) if len(b)==1}
     parts = re.split('([\udc80-\udcff])', data.decode('utf-8', errors='surrogateescape')) # a stray byte b arrives as U+DC00+b
-    return [i for k,p in enumerate(parts) if p for i in ([self._byte_id[bytes([ord(p)-0xdc00])]] if k%2 else self.encode(p))]
+    stray = [bytes([ord(p)-0xdc00]) for p in parts[1::2]]
+    if lost := [b for b in stray if b not in self._byte_id]: raise SLMError(f'this vocabulary has no token for the byte {lost[0][0]:#04x}')
+    return [i for k,p in enumerate(parts) if p for i in ([self._byte_id[stray[k//2]]] if k%2 else self.encode(p))]
 
 # %% ../../nbs/04_data.tokenizer.ipynb #a2960920
 @patch
