@@ -9,8 +9,8 @@ __all__ = ['app', 'Json', 'MaxBytes', 'Device', 'VocabSize', 'Tok', 'Context', '
            'Reader', 'ReaderModel', 'Vectors', 'Where', 'Passages', 'main', 'corpus', 'tokenize', 'runs', 'options_of',
            'stage_command', 'StageVerb', 'pretrain', 'resume', 'eval_', 'figures', 'bias', 'judge', 'toxicity', 'sft',
            'annotate_add', 'annotate_report', 'annotate_pairs', 'annotate_export', 'annotate_import', 'annotate_push',
-           'annotate_pull', 'dpo', 'reward', 'rlhf', 'qlora', 'merge', 'open_any', 'export', 'serve', 'rag_index',
-           'rag_ask', 'rag_serve', 'demo', 'exp', 'plan', 'report', 'generate', 'chat']
+           'annotate_pull', 'dpo', 'reward', 'rlhf', 'distill', 'qlora', 'merge', 'open_any', 'export', 'serve',
+           'rag_index', 'rag_ask', 'rag_serve', 'demo', 'exp', 'plan', 'report', 'generate', 'chat']
 
 # %% ../nbs/61_cli.ipynb #fff7db54
 import dataclasses, errno, inspect, json, os, re, sys, typing, warnings
@@ -175,14 +175,15 @@ def resume(
     lr:Annotated[Optional[float], typer.Option(help='Another peak learning rate from here on.')]=None,
     corpus:Annotated[Optional[str], typer.Option(help='Where its text is now, if it has moved;')]=None,
     data:Annotated[Optional[str], typer.Option(help='where its rows, prompts or pairs are now;')]=None,
-    base:Annotated[Optional[str], typer.Option(help='where its base is now.')]=None,
+    base:Annotated[Optional[str], typer.Option(help='where its base is now;')]=None,
+    teacher:Annotated[Optional[str], typer.Option(help='where its teacher is now.')]=None,
     reward:Annotated[Optional[str], typer.Option(help="The reward of slm rlhf. A function is run only if it is named here.")]=None,
     judge:Annotated[Optional[str], typer.Option(help='The judge of slm rlhf, likewise.')]=None):
     """Go on with an interrupted run.
 
     Example: slm resume runs/books"""
     from slm.train.stage import resume
-    _end(resume(run, lr, corpus=corpus, data=data, base=base, reward=reward, judge=judge))
+    _end(resume(run, lr, corpus=corpus, data=data, base=base, teacher=teacher, reward=reward, judge=judge))
 
 # %% ../nbs/61_cli.ipynb #293a46f2
 @app.command('eval')
@@ -433,6 +434,13 @@ def rlhf():
     """Teach a model to earn rewards for its own answers (GRPO).
 
     Example: slm rlhf runs/sft --reward runs/reward --out runs/rlhf"""
+
+# %% ../nbs/61_cli.ipynb #61e50021
+@app.command(cls=StageVerb)
+def distill():
+    """Train a new, smaller model that watches a teacher.
+
+    Example: slm distill runs/books --corpus "files:books/*.txt" --preset 1m --minutes 30 --out runs/small"""
 
 # %% ../nbs/61_cli.ipynb #5873bebd
 @app.command(cls=StageVerb)

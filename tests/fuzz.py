@@ -338,7 +338,7 @@ def index(d):
         card = json.loads((d/'config.json').read_text())
         card['files'] = {p.name: hashlib.sha256(p.read_bytes()).hexdigest() for p in d.iterdir() if p.name != 'config.json'}
         (d/'config.json').write_text(json.dumps(card))
-    except (ValueError, TypeError): pass
+    except (ValueError, TypeError, RecursionError): pass
     ix = Index(d, embeddings='none')
     try: ix.search('old lamp'); ix.query("select id from txtai where similar('lamp')"); len(ix)
     finally: ix.close()

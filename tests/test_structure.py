@@ -49,6 +49,18 @@ def private(root):
                 found.add((m, alias[n.value.id], n.attr))
     return found
 
+def hidden_attributes(root):
+    "(module, name) of private attributes that a module takes of objects, while another module gives them"
+    hidden = lambda name: name[0] == '_' and not name.startswith('__')
+    def given(tree):
+        for n in ast.walk(tree):
+            if isinstance(n, (ast.FunctionDef, ast.ClassDef)): yield n.name
+            elif isinstance(n, ast.Attribute) and isinstance(n.ctx, ast.Store): yield n.attr
+            elif isinstance(n, ast.Name) and isinstance(n.ctx, ast.Store): yield n.id
+    own = {m: set(given(t)) for m,t in sources(root).items()}; ours = set().union(*own.values())
+    taken = {(m, n.attr) for m,t in sources(root).items() for n in ast.walk(t) if isinstance(n, ast.Attribute) and hidden(n.attr)}
+    return {(m, name) for m,name in taken if name in ours-own[m]}
+
 def chapters(root):
     "Module -> the notebook that exports it"
     res = {}
@@ -75,7 +87,7 @@ def test_no_modules_import_each_other():
     assert circles(graph(ROOT)) == set()
 
 def test_private_names_stay_in_their_chapter():
-    assert private(ROOT) == set()
+    assert private(ROOT) == set() and hidden_attributes(ROOT) == set()
 
 def test_no_module_imports_from_a_later_chapter():
     "Not even inside of a function: what a chapter uses has been read before"
@@ -93,7 +105,7 @@ def test_evaluation_takes_nothing_of_serving():
 
 def test_faults_of_structure_are_found(tmp_path):
     files = dict(a="__all__ = ['x']\nfrom .b import *\ndef x(): from slm.c import _y; return _y",
-                 b="def f(): from slm import a; return a._z", c="__all__ = ['x']\n_y = x = 1", cli="__all__ = ['x']")
+                 b="def f(): from slm import a; return a._z", c="__all__ = ['x']\n_y = x = 1\ndef g(o): return o._r", d="class R: _r = 1", cli="__all__ = ['x']")
     for d in ('slm', 'nbs'): (tmp_path/d).mkdir()
     (tmp_path/'slm'/'__init__.py').write_text('')
     for i,(k,s) in enumerate(files.items()):
@@ -102,5 +114,6 @@ def test_faults_of_structure_are_found(tmp_path):
         (tmp_path/'nbs'/f'{i:02}_{k}.ipynb').write_text(json.dumps(dict(cells=[cell])))
     assert circles(graph(tmp_path)) == {'slm.a', 'slm.b'}
     assert private(tmp_path) == {('slm.a', 'slm.c', '_y'), ('slm.b', 'slm.a', '_z')}
+    assert hidden_attributes(tmp_path) == {('slm.c', '_r')}
     assert later(tmp_path) == {('slm.a', 'slm.b'), ('slm.a', 'slm.c')}
     assert [n for n,ms in public(tmp_path).items() if len(ms) > 1] == ['x'] and public(tmp_path)['x'] == ['slm.a', 'slm.c']

@@ -283,7 +283,7 @@ def life_questions(
     classifier=None, # of toxicity
 )->dict[str,Question]:
     "The questions that fit a life: the world's for those who were born there, held-out text for others."
-    born = next((RunDir.open(s.path) for s in stages if s.info.get('stage') == 'pretrain'), None)
+    born = next((RunDir.open(s.path) for s in stages if s.info.get('stage') in ('pretrain', 'distill')), None)
     spec = corpus or (born and born.info['config'].get('corpus'))
     if spec and spec.split(':')[0] == 'world': qs = world_questions(float(spec.partition(':')[2] or 0), n) | text_questions([], pairs, bias)
     else:

@@ -133,9 +133,10 @@ class Sampler:
     def __init__(self, params:list[SamplingParams]):
         self.params = params
         self.gens = [torch.Generator().manual_seed(int(torch.randint(2**62, ())) if p.seed is None else int(p.seed)) for p in params]
-        self._columns()
+        self.lay_out()
 
-    def _columns(self):
+    def lay_out(self):
+        "Write `params` as columns."
         col = lambda name: torch.tensor([getattr(p, name) for p in self.params], dtype=torch.float64)
         self.greedy = torch.tensor([p.greedy for p in self.params])
         self.temperature = col('temperature').masked_fill(self.greedy, 1.)
@@ -156,7 +157,7 @@ class Sampler:
     ):
         "Let the other rows leave the batch; those that stay keep their generators."
         self.params, self.gens = [self.params[i] for i in rows], [self.gens[i] for i in rows]
-        self._columns()
+        self.lay_out()
 
 # %% ../../nbs/12_model.generate.ipynb #46e03674
 from fastcore.basics import patch

@@ -474,8 +474,8 @@ def add_judgement(
     if not isinstance(choice, str) and choice >= len(responses): raise SLMError(f'choice {choice} of {len(responses)}: count from 0')
     key = json.dumps([prompt, sorted(r['text'] for r in responses)]).encode()
     source = 'chat-'+hashlib.blake2b(key, digest_size=8).hexdigest()
-    known = store._items('WHERE source=?', source)
-    if not known: store.add_items([dict(prompt=prompt, responses=responses, source=source)]); known = store._items('WHERE source=?', source)
+    if not store.items(source): store.add_items([dict(prompt=prompt, responses=responses, source=source)])
+    known = store.items(source)
     item, now, at = known[0], time.time(), {r.text: k for k,r in enumerate(known[0].responses)}
     shown = [at[r['text']] for r in responses]
     started = None if seconds is None else now-seconds

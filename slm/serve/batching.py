@@ -266,7 +266,7 @@ def join_samplers(
     if len(samplers) == 1: return samplers[0]
     s = copy.copy(samplers[0])
     s.params, s.gens = [o.params[0] for o in samplers], [o.gens[0] for o in samplers]
-    s._columns()
+    s.lay_out()
     return s
 
 @patch

@@ -141,7 +141,7 @@ def add_items(self:PreferenceStore,
     new = 0
     with self.transaction():
         for n,row in enumerate(rows, 1):
-            it = _item(row, f'{where} {n}'); known = self._items('WHERE source=?', it.source)
+            it = _item(row, f'{where} {n}'); known = self.items(it.source)
             if known:
                 same = known[0].prompt == it.prompt and [r.text for r in known[0].responses] == [r.text for r in it.responses]
                 if not same: raise SLMError(f"{where} {n}: '{it.source}' is in the store with another content: give it another source")
@@ -162,9 +162,11 @@ def _items(self:PreferenceStore, sql='', *args):
     return [Item(i['id'], i['source'], json.loads(i['prompt']), rs[i['id']]) for i in found]
 
 @patch
-def items(self:PreferenceStore)->list[Item]:
-    "All items, by number."
-    return self._items()
+def items(self:PreferenceStore,
+    source:str|None=None, # only the one that came from there
+)->list[Item]:
+    "Items, by number."
+    return self._items('WHERE source=?', source) if source else self._items()
 
 @patch
 def item(self:PreferenceStore, id:int)->Item:

@@ -25,7 +25,7 @@ from ..model.gpt import GPT
 from ..model.pretrained import build_model, check_tokenizer, load_model_and_tokenizer, local_model, open_model
 from .learner import decay_groups
 from .optim import OPTIMS
-from .sft import FinetuneConfig, SFTStage, open_base
+from .sft import PackedConfig, SFTStage, open_base
 
 # %% ../../nbs/26_train.lora.ipynb #1888df5f
 def need(
@@ -333,7 +333,7 @@ def recompute(
 
 # %% ../../nbs/26_train.lora.ipynb #e5c85269
 @dataclass(kw_only=True)
-class LoRAConfig(FinetuneConfig):
+class LoRAConfig(PackedConfig):
     "Fine-tuning of an adapter."
     data:str = 'world' # world[:DIAL], a .jsonl, .json or .parquet file of conversations, or hf:OWNER/NAME
     four_bit:bool = False # hold the base in 4 bits, and the moments of AdamW in 8: QLoRA; otherwise plain LoRA
@@ -346,7 +346,7 @@ class LoRAConfig(FinetuneConfig):
     frugal:bool = False # least memory, more time
     bs:int = 16 # packed rows in an optimiser step
     opt:str|None = None # adamw8bit, adamw or muon; by default adamw8bit, without 4 bits adamw
-    allowed = FinetuneConfig.allowed | dict(rank=Span(1, 2**16), alpha=Span(0, ends='(]'), dropout=Span(0, 1, '[)'))
+    allowed = PackedConfig.allowed | dict(rank=Span(1, 2**16), alpha=Span(0, ends='(]'), dropout=Span(0, 1, '[)'))
 
 @dataclass(kw_only=True)
 class QLoRAConfig(LoRAConfig):

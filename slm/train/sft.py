@@ -5,9 +5,9 @@
 # %% auto #0
 __all__ = ['ROLES', 'SFT_SEED', 'SFT_VALID_SEED', 'WRITERS', 'to_turns', 'system_turns', 'to_messages', 'ChatTokens', 'ChatData',
            'load_chats', 'talk', 'pack', 'ChatLoader', 'ChatValidLoader', 'fill_up', 'AnswersOnly', 'FinetuneConfig',
-           'SFTConfig', 'resolve_finetune', 'base_opt', 'chat_dls', 'answer', 'verdicts', 'judge_rate', 'exact_match',
-           'open_base', 'Finetune', 'chats_of', 'SFTStage', 'sft', 'Classifier', 'class_loss', 'LabelLoader',
-           'class_accuracy', 'endings']
+           'PackedConfig', 'SFTConfig', 'resolve_finetune', 'base_opt', 'chat_dls', 'answer', 'verdicts', 'judge_rate',
+           'exact_match', 'open_base', 'Finetune', 'chats_of', 'SFTStage', 'sft', 'Classifier', 'class_loss',
+           'LabelLoader', 'class_accuracy', 'endings']
 
 # %% ../../nbs/23_train.sft.ipynb #ddbed7e5
 from ..core import * # first: it silences a warning of the next ones
@@ -290,13 +290,17 @@ class FinetuneConfig(StageConfig):
     data:str = 'world' # what to learn from
     epochs:float = 3. # times that each row is seen, if neither steps nor minutes are given
     bs:int = 16 # rows of an optimiser step
-    row_len:int|None = None # tokens of a packed row; twice the context, but at most 768, if that is more than the context
     max_rows:int|None = None # read no more than so many rows
     strict:bool = False # stop at the first row that cannot be used, instead of leaving it out
-    allowed = StageConfig.allowed | dict(row_len=Span(8))
 
 @dataclass(kw_only=True)
-class SFTConfig(FinetuneConfig):
+class PackedConfig(FinetuneConfig):
+    "Fine-tuning on rows that hold several conversations."
+    row_len:int|None = None # tokens of a packed row; twice the context, but at most 768, if that is more than the context
+    allowed = FinetuneConfig.allowed | dict(row_len=Span(8))
+
+@dataclass(kw_only=True)
+class SFTConfig(PackedConfig):
     "Fine-tuning on conversations."
     data:str = 'world' # world[:DIAL], a .jsonl, .json or .parquet file of conversations, or hf:OWNER/NAME
     bs:int = 16 # packed rows in an optimiser step
@@ -313,9 +317,10 @@ def resolve_finetune(
     if c.seq_len and c.seq_len > cfg.max_seq_len:
         raise SLMError(f"--seq-len must be from 8 to the base's {cfg.max_seq_len}, not {c.seq_len}")
     c.seq_len = c.seq_len or min(1024, cfg.max_seq_len)
-    c.row_len = max(c.seq_len, c.row_len or min(2*c.seq_len, 768))
+    row = max(c.seq_len, getattr(c, 'row_len', None) or min(2*c.seq_len, 768))
+    if hasattr(c, 'row_len'): c.row_len = row
     c.lr = c.lr or round(lr.get(c.opt, lr['adamw'])*(256/cfg.d_model)**.5, 7)
-    c.micro_batch = min(c.bs, c.micro_batch or max(1, min(8192, 2**27//cfg.vocab_size)//c.row_len))
+    c.micro_batch = min(c.bs, c.micro_batch or max(1, min(8192, 2**27//cfg.vocab_size)//row))
     while c.bs % c.micro_batch: c.micro_batch -= 1
     c.device = str(get_device(c.device))
     if c.dtype == 'auto': c.dtype = best_dtype(c.device)
@@ -406,7 +411,7 @@ class Finetune(Stage):
         self.c = resolve_finetune(self.c, self.model.cfg, self.rates)
         if self.run or not all(p.requires_grad for p in self.model.parameters()): return
         check_fits(self.model.cfg, *self.size(), self.c.device, dtype=self.c.dtype)
-    def size(self)->tuple[int,int]: "Rows and tokens that go through the model at once."; return self.c.micro_batch, self.c.row_len
+    def size(self)->tuple[int,int]: "Rows and tokens that go through the model at once."; return self.c.micro_batch, self.c.seq_len
     def rows(self)->int: "Rows of an epoch."; return len(self.data.train)
     def epoch_steps(self): return self.c.epochs*self.rows()/self.c.bs
     def accumulation(self): return TokenAccumulation(n_batches=self.c.bs//self.c.micro_batch) if self.c.bs > self.c.micro_batch else None
@@ -419,6 +424,7 @@ def chats_of(c, tok:Tokenizer)->ChatData: # c: a resolved `FinetuneConfig`
 class SFTStage(Finetune):
     "A model learns to answer, from conversations."
     name,Config = 'sft',SFTConfig
+    def size(self): return self.c.micro_batch, self.c.row_len
     def read(self):
         self.data = chats_of(self.c, self.tok)
         if self.data.rejects and not self.run: print(self.data.says(), file=sys.stderr)

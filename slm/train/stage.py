@@ -56,6 +56,7 @@ class Stage:
     name:str|None = None # in `run.json`; a class without one is only to be derived from
     Config = StageConfig # its options
     sources, code = (), () # options that say where something is; those that may name a function
+    parent = 'base' # the option, where there is one, that names the model which a run comes from
     loss_func = staticmethod(lm_loss) # called with logits, y, loss_mask
     columns = () # names that its callbacks `note`, for `log.csv`
     longest_warmup, last_seconds = 50, 0. # optimiser steps; what the end of a run takes
@@ -149,7 +150,7 @@ def start(cls:Stage,
     if (Path(out)/'run.json').exists(): raise SLMError(f"'{out}' already holds a run: choose another --out, or `slm resume {out}`")
     self = cls.of(options); self.check(); self.load(); self.plan(out); c = self.c
     kept = dataclasses.asdict(c) | {k: portable(v) for k,v in self.places().items()}
-    parent,about = Path(c.base).name if hasattr(c, 'base') else None,self.about()
+    parent,about = Path(getattr(c, self.parent)).name if hasattr(c, self.parent) else None,self.about()
     assert {'name', 'fingerprint'} <= set(about), f'{cls.__name__}.about must tell name and fingerprint of the data'
     self.run = RunDir.create(out, self.name, config=kept, seed=c.seed, parent=parent, data=about)
     self.run.info['prompts'] = prompts or self.prompts(); self.run.save()
@@ -219,11 +220,11 @@ def train(self:Stage,
 @patch
 def _same_base(self:Stage):
     "Remember what the base is; raise `SLMError` when it is another one on a resume"
-    c,run = self.c,self.run; base = Path(getattr(c, 'base', '')); skip = not hasattr(c, 'base') or os.environ.get('SLM_SKIP_HASHES')
-    if skip or not base.exists(): return                                         # a pretraining has none, one from the hub is fixed there
+    c,run,name = self.c,self.run,self.parent; base = Path(getattr(c, name, ''))
+    if not hasattr(c, name) or os.environ.get('SLM_SKIP_HASHES') or not base.exists(): return   # one from the hub is fixed there
     now = file_hashes(base) if base.is_dir() else dict(model=file_hash(base))
     if run.info.setdefault('base_hashes', now) != now:
-        raise SLMError(f"'{c.base}' is not the model that '{run.path}' started from: name that one with --base")
+        raise SLMError(f"'{base}' is not the model that '{run.path}' started from: name that one with --{name}")
 
 # %% ../../nbs/21_train.stage.ipynb #57a6e016
 @patch
