@@ -4,11 +4,12 @@
 
 # %% auto #0
 __all__ = ['wilson', 'percentile_interval', 'ratio_metric', 'linear_fit', 'clustered_share', 'paired_difference',
-           'paired_bootstrap', 'holm']
+           'paired_bootstrap', 'paired_t', 'detectable', 'holm']
 
 # %% ../../nbs/18_eval.stats.ipynb #5a3b6c04
 import math
 import numpy as np
+from scipy.special import chdtri, ndtr, stdtr, stdtrit
 from ..core import *
 
 # %% ../../nbs/18_eval.stats.ipynb #4560ffa0
@@ -91,6 +92,35 @@ def paired_bootstrap(
     d = np.concatenate(rows); d = d[:, 2]/d[:, 3]-d[:, 0]/d[:, 1]                                       # (draws,)
     p = min(1., 2*(1+min((d <= 0).sum(), (d >= 0).sum()))/(draws+1)); v = x[2].sum()/x[3].sum()-x[0].sum()/x[1].sum()
     return percentile_interval(v, d, n, unit), float(p)
+
+# %% ../../nbs/18_eval.stats.ipynb #5a3b6c41
+def paired_t(
+    before:np.ndarray, # (n,) a figure of each seed
+    after:np.ndarray, # (n,) of the same seeds
+    unit:str='',
+)->tuple[Metric,float]: # mean difference with its 95 % interval; p of two sides
+    "How much a figure changed, by Student's paired t; raises `SLMError` for fewer than two seeds."
+    d = np.asarray(after, float)-np.asarray(before, float); n = len(d)
+    if n < 2: raise SLMError(f'{n} seed cannot say how sure a difference is: take two or more')
+    se,mean = d.std(ddof=1)/math.sqrt(n),d.mean(); half = stdtrit(n-1, .975)*se
+    p = 2*stdtr(n-1, -abs(mean)/se) if se else float(mean == 0)
+    return Metric(float(mean), float(mean-half), float(mean+half), n, unit), float(p)
+
+# %% ../../nbs/18_eval.stats.ipynb #5a3b6c46
+def detectable(
+    sd:float, # standard deviation of the differences seed by seed
+    n:int, # seeds
+    power:float=.8, # how often it shall be found
+    alpha:float=.05, # of two sides; divide by the comparisons of a table
+)->float:
+    "The smallest true difference that a paired t of `n` seeds finds with this power."
+    if n < 2: raise SLMError(f'{n} seed cannot find anything: take two or more')
+    df,t = n-1,stdtrit(n-1, 1-alpha/2); lo,hi = 0.,(2*t+10)/math.sqrt(n)          # there it is always found
+    w = np.sqrt(chdtri(df, (np.arange(20_000)+.5)/20_000)/df)                   # what the standard deviation may seem to be, over `sd`
+    for _ in range(50):
+        mid = (lo+hi)/2; z = mid*math.sqrt(n); found = (ndtr(z-t*w)+ndtr(-z-t*w)).mean()
+        lo,hi = (lo,mid) if found >= power else (mid,hi)
+    return float(sd*hi)
 
 # %% ../../nbs/18_eval.stats.ipynb #0eb81a75
 def holm(
