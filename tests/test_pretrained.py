@@ -66,8 +66,8 @@ def test_any_configuration_survives_the_round_trip(data):
         max_seq_len=draw(64, 128), norm=draw('rms', 'layer'), norm_eps=draw(1e-5, 1e-6), norm_pos=draw('pre', 'post'),
         pos=draw('rope', 'learned', 'sinusoidal', 'alibi', 'none'), rope_theta=draw(1e4, 5e5),
         rope_scaling=draw(None, LLAMA3, dict(rope_type='linear', factor=2.)),
-        act=draw('swiglu', 'geglu', 'reglu') if gated else draw('gelu', 'gelu_tanh', 'relu', 'relu2', 'silu'), bias=draw(True, False),
-        qk_norm=draw(True, False),
+        act=draw('swiglu', 'geglu', 'reglu', 'glu', 'bilinear') if gated else draw('gelu', 'gelu_tanh', 'relu', 'relu2', 'silu'),
+        bias=draw(True, False), qk_norm=draw(True, False),
         causal=draw(True, False), tied=draw(True, False), dropout=draw(0., .1), n_types=draw(0, 2))
     d = json.loads(json.dumps(cfg.to_hf()))
     back = GPTConfig.from_hf(d)
@@ -164,7 +164,7 @@ VARIANTS = [('llama', {}), ('llama', dict(tie_word_embeddings=True)), ('llama', 
     ('llama', dict(head_dim=8, num_key_value_heads=4)), ('llama', dict(attention_bias=True, mlp_bias=True)),
     ('llama', dict(rope_parameters=dict(rope_theta=5e5, **LLAMA3))),
     ('llama', dict(rope_parameters=dict(rope_theta=1e4, rope_type='linear', factor=4.))), ('llama', dict(hidden_act='gelu')),
-    ('llama', dict(rms_norm_eps=1e-3)),
+    ('llama', dict(rms_norm_eps=1e-3)), ('llama', dict(hidden_act='sigmoid')), ('qwen3', dict(hidden_act='linear')),
     ('mistral', dict(sliding_window=None)), ('qwen3', dict(head_dim=16)), ('qwen3', dict(head_dim=32, tie_word_embeddings=True)),
     ('qwen3', dict(head_dim=16, rope_parameters=dict(rope_theta=5e5, **LLAMA3))),
     ('gpt2', {}), ('gpt2', dict(tie_word_embeddings=False)), ('gpt2', dict(activation_function='relu', n_inner=100)),

@@ -37,13 +37,14 @@ class GPTConfig:
     pos:str = 'rope' # 'rope', 'learned', 'sinusoidal', 'alibi' or 'none'
     rope_theta:float = 10_000. # base of the rotary speeds
     rope_scaling:dict|None = None # as in a Hugging Face config: see `rope_inv_freq`
-    act:str = 'swiglu' # with a gate: 'swiglu', 'geglu', 'reglu'; without: 'gelu', 'gelu_tanh', 'relu', 'relu2', 'silu'
+    act:str = 'swiglu' # with a gate: 'swiglu', 'geglu', 'reglu', 'glu', 'bilinear'; without: 'gelu', 'gelu_tanh', 'relu', 'relu2', 'silu'
     bias:bool = False # biases in linear layers and LayerNorm
     qk_norm:bool = False # RMSNorm on queries and keys (Qwen 3)
     causal:bool = True # False: every token sees every other (an encoder)
     tied:bool = True # the head is the embedding
     dropout:float = 0. # on the embedding and on what each part adds, while training
     n_types:int = 0 # token types (BERT's two sentences); 0 for none
+    init_std:float|None = None # deviation of a new model's weights; √(2/(5d)) if not given (GPT-2: .02)
 
     def __post_init__(self): self.fill(); self.check()
 
@@ -102,6 +103,8 @@ def check(self:GPTConfig):
     if self.pos == 'sinusoidal' and self.d_model % 2:
         raise SLMError(f'd_model={self.d_model} is odd: sinusoids come in pairs, choose an even one')
     if not 0 <= self.dropout < 1: raise SLMError(f'dropout={self.dropout}: it must be at least 0 and below 1')
+    if self.init_std is not None and (not isinstance(self.init_std, (int, float)) or not 0 < self.init_std < 10):
+        raise SLMError(f'init_std={repr(self.init_std)[:40]}: it must be a number above 0 and below 10')
 
 # %% ../../nbs/11_model.gpt.ipynb #6c1f2a02
 @patch(as_prop=True)
@@ -252,10 +255,10 @@ class GPT(nn.Module):
 @patch
 @torch.no_grad()
 def init_weights(self:GPT):
-    """Normal with variance 2/(5d) (Nguyen & Salazar 2019); biases 0, norms 1.
+    """Normal with variance 2/(5d) (Nguyen & Salazar 2019), or with `init_std`; biases 0, norms 1.
 
     What writes to the stream is smaller by √(2·n_layer) (GPT-2, §2.3)."""
-    std = math.sqrt(2/(5*self.cfg.d_model))
+    std = self.cfg.init_std or math.sqrt(2/(5*self.cfg.d_model))
     for name,m in self.named_modules():
         if isinstance(m, (nn.Linear, nn.Embedding)):
             nn.init.normal_(m.weight, std=std/math.sqrt(2*self.cfg.n_layer) if name.endswith(('o_proj', 'down_proj')) else std)
@@ -352,7 +355,7 @@ def memory_estimate(
     if not train:
         p = dict(weights=n*e, cache=2*c.n_layer*bs*kv*seq_len*e, logits=bs*c.vocab_size*(e+4))
         return p | dict(total=sum(p.values()))
-    ff = c.d_ff*((3 if c.act == 'reglu' else 4) if c.act in GATES else 1 if c.act == 'relu' else 2)
+    ff = c.d_ff*((3 if c.act in ('reglu', 'bilinear') else 4) if c.act in GATES else 1 if c.act == 'relu' else 2)
     pairs = c.n_head*(seq_len+min(128, seq_len))/2 if c.causal else c.n_head*seq_len
     kept = pairs if device == 'cpu' and seq_len <= 2048 else 0
     layer = 2*c.d_model*4 + (q+kv)*c.qk_norm*(4 if e == 4 else 8) + e*(2*c.d_model + 2*q + 2*kv + ff + kept)

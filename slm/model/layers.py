@@ -354,7 +354,7 @@ class Attention(nn.Module):
 ACTS = dict(gelu=F.gelu, gelu_tanh=lambda x: F.gelu(x, approximate='tanh'), relu=F.relu, relu2=lambda x: F.relu(x).square(), silu=F.silu)
 
 # %% ../../nbs/10_model.layers.ipynb #b76a9c8b
-GATES = dict(swiglu=F.silu, geglu=F.gelu, reglu=F.relu)
+GATES = dict(swiglu=F.silu, geglu=F.gelu, reglu=F.relu, glu=torch.sigmoid, bilinear=lambda x: x)
 
 class MLP(nn.Module):
     "Feed-forward network, with a gate (Shazeer 2020) or without; raises `SLMError` for an activation that is not known."

@@ -23,7 +23,7 @@ from .gpt import GPT, GPTConfig
 from ..data.tokenizer import Tokenizer, check_gguf, read_settings
 
 # %% ../../nbs/13_model.pretrained.ipynb #00174a88
-LLAMA_ACT = {'swiglu':'silu', 'geglu':'gelu', 'reglu':'relu'} # ours -> hidden_act of a gated MLP
+LLAMA_ACT = {'swiglu':'silu', 'geglu':'gelu', 'reglu':'relu', 'glu':'sigmoid', 'bilinear':'linear'} # ours -> hidden_act of a gated MLP
 GPT2_ACT = {'gelu_tanh':'gelu_new', 'gelu':'gelu', 'relu':'relu', 'relu2':'relu2', 'silu':'silu'} # ours -> activation_function
 
 def hf_family(
