@@ -349,3 +349,13 @@ def test_a_row_that_ends_is_one_line(tmp_path):
     r = run('exp', 'scaling-rates', '--quick', '--out', tmp_path/'two', '--jobs', 2)
     assert r.returncode == 2
     assert r.stderr.strip().splitlines()[-1].startswith('slm: error: ') and 'Traceback' not in r.stderr
+
+def test_every_row_of_every_experiment_can_be_asked(tmp_path):
+    "Nothing is trained: options that no stage takes would come to light after hours"
+    from slm.exp.sweep import EXPERIMENTS, find_experiment
+    from slm.train.stage import find_stage
+    find_experiment(None); assert len(EXPERIMENTS) >= 2
+    for name,quick in ((n, q) for n in EXPERIMENTS for q in (False, True)):
+        sweep = find_experiment(name, quick); stage = find_stage(sweep.stage); assert sweep.rows and sweep.name == name
+        for row in sweep.rows: stage(stage.Config(**sweep.options(row, tmp_path))).check()
+        if quick: assert sum(o.get('steps', 99) for o in sweep.rows.values()) <= 40

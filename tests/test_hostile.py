@@ -615,11 +615,13 @@ def test_types_of_tensors_at_which_llama_cpp_aborts(tmp_path):
     """, tmp_path)
 
 def experts(count, used, **more): return dict(add_expert_count=count, add_expert_used_count=used, **more)
+def heads(**more): return dict(add_embedding_length=32, add_head_count=2) | more
 NAN, INF = float('nan'), float('inf')
 
 @pytest.mark.parametrize('said', [dict(add_rope_scaling_type='x'), *(dict(add_rope_scaling_factor=x) for x in (NAN, 0., -1.)),
                                   *(dict(add_layer_norm_rms_eps=x) for x in (NAN, INF, -1.)), dict(add_expert_count=1), experts(0, 2),
-                                  experts(2, 3), experts(4, 2, add_expert_group_used_count=9), experts(513, 2)])
+                                  experts(2, 3), experts(4, 2, add_expert_group_used_count=9), experts(513, 2),
+                                  *(heads(add_rope_dimension_count=n) for n in (256, 8, 15)), heads(add_value_length=8)])
 def test_facts_at_which_llama_cpp_aborts(said, tmp_path):
     gguf = pytest.importorskip('gguf')
     from slm.core import SLMError
@@ -628,7 +630,8 @@ def test_facts_at_which_llama_cpp_aborts(said, tmp_path):
         w = gguf.GGUFWriter(tmp_path/'m.gguf', 'llama')
         for k,v in said.items(): w.add_string('llama.rope.scaling.type', v) if k == 'add_rope_scaling_type' else getattr(w, k)(v)
         w.write_header_to_file(); w.write_kv_data_to_file(); w.write_tensors_to_file(); w.close(); return check_gguf(tmp_path/'m.gguf')
-    with pytest.raises(SLMError, match='expert|rope|epsilon'): write(**said)
+    with pytest.raises(SLMError, match='expert|rope|epsilon|heads'): write(**said)
+    assert write(**heads(add_rope_dimension_count=16))['llama.rope.dimension_count'] == 16
     assert write(**experts(8, 2), add_rope_scaling_type='yarn')['llama.expert_count'] == 8
 
 def test_a_key_of_a_gguf_file_that_is_no_text_is_one_line(tmp_path):

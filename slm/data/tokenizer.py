@@ -782,6 +782,18 @@ def _experts_fit(facts, arch):
     if not whole or not used <= count <= 512 or bool(count) != bool(used) or not at_once <= groups <= count:
         raise ValueError(f'{used} of {count} experts, {at_once} of {groups} groups')
 
+def _heads_fit(facts, arch):
+    "Does the rotation fit the heads? It is all of a head or, in some architectures, its beginning; llama.cpp ends the process otherwise"
+    width, heads = facts.get(f'{arch}.embedding_length'), facts.get(f'{arch}.attention.head_count')
+    if not isinstance(width, int) or not isinstance(heads, int): return          # each layer has its own
+    key = facts.get(f'{arch}.attention.key_length', width//heads); value = facts.get(f'{arch}.attention.value_length', key)
+    turned = facts.get(f'{arch}.rope.dimension_count', key)
+    for v in (key, value, turned):
+        if not isinstance(v, int) or v < 1: raise ValueError(f'heads of {key} and {value} numbers, {turned} of them turned')
+    whole = arch in ('llama', 'qwen3')
+    if turned > key or turned%2 or whole and not turned == key == value:
+        raise ValueError(f'heads of {key} and {value} numbers, {turned} of them turned')
+
 # %% ../../nbs/04_data.tokenizer.ipynb #f8c2d917
 def _gguf_facts_fit(facts):
     "Are the values of the kinds that readers take for granted?"
@@ -795,7 +807,7 @@ def _gguf_facts_fit(facts):
                 if not isinstance(v, int) or not 0 < v <= _GGUF_LIMITS[name]: raise ValueError(f'{k} = {v}')
     if (way := facts.get(f'{arch}.rope.scaling.type', 'none')) not in ('none', 'linear', 'yarn', 'longrope'):
         raise ValueError(f'rope scaling by {way!r}')
-    _experts_fit(facts, arch)
+    _experts_fit(facts, arch); _heads_fit(facts, arch)
     for k,v in facts.items():
         if not k.startswith(f'{arch}.') or not isinstance(v, float): continue
         least = 1e-30 if '.rope.' in k else 0 if k.endswith('epsilon') else -1e30
