@@ -458,7 +458,7 @@ def test_llama3_scaling_is_recovered_from_its_factors(hd, theta, factor, high, o
 @pytest.mark.parametrize('word,kw',
                          [('several parts', dict(add_split_count=3)), ('num_experts', dict(add_expert_count=8, add_expert_used_count=2)),
                           ('sliding_window', dict(add_sliding_window=16)),
-                                     ('partial_rotary_factor', dict(add_rope_dimension_count=8)), ('mamba', dict(arch='mamba')),
+                                     ('of them turned', dict(add_rope_dimension_count=8)), ('mamba', dict(arch='mamba')),
                                      ('embedding_length', None)])
 def test_gguf_that_cannot_be_opened(tmp_path, word, kw):
     def add_split_count(w, n): w.add_uint16('split.count', n)
