@@ -626,12 +626,13 @@ def test_facts_at_which_llama_cpp_aborts(said, tmp_path):
     gguf = pytest.importorskip('gguf')
     from slm.core import SLMError
     from slm.data.tokenizer import check_gguf
-    def write(**said):
-        w = gguf.GGUFWriter(tmp_path/'m.gguf', 'llama')
+    def write(arch='llama', **said):
+        w = gguf.GGUFWriter(tmp_path/'m.gguf', arch)
         for k,v in said.items(): w.add_string('llama.rope.scaling.type', v) if k == 'add_rope_scaling_type' else getattr(w, k)(v)
         w.write_header_to_file(); w.write_kv_data_to_file(); w.write_tensors_to_file(); w.close(); return check_gguf(tmp_path/'m.gguf')
     with pytest.raises(SLMError, match='expert|rope|epsilon|heads'): write(**said)
     assert write(**heads(add_rope_dimension_count=16))['llama.rope.dimension_count'] == 16
+    assert write('gptneox', **heads(add_rope_dimension_count=4)) and write('gpt2', add_embedding_length=30, add_head_count=2)  # odd heads
     assert write(**experts(8, 2), add_rope_scaling_type='yarn')['llama.expert_count'] == 8
 
 def test_a_key_of_a_gguf_file_that_is_no_text_is_one_line(tmp_path):

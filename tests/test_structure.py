@@ -105,7 +105,8 @@ def test_evaluation_takes_nothing_of_serving():
 
 def test_faults_of_structure_are_found(tmp_path):
     files = dict(a="__all__ = ['x']\nfrom .b import *\ndef x(): from slm.c import _y; return _y",
-                 b="def f(): from slm import a; return a._z", c="__all__ = ['x']\n_y = x = 1\ndef g(o): return o._r", d="class R: _r = 1", cli="__all__ = ['x']")
+                 b="def f(): from slm import a; return a._z", c="__all__ = ['x']\n_y = x = 1\ndef g(o): return o._r",
+                 d="class R: _r = 1", cli="__all__ = ['x']")
     for d in ('slm', 'nbs'): (tmp_path/d).mkdir()
     (tmp_path/'slm'/'__init__.py').write_text('')
     for i,(k,s) in enumerate(files.items()):

@@ -787,11 +787,11 @@ def _heads_fit(facts, arch):
     width, heads = facts.get(f'{arch}.embedding_length'), facts.get(f'{arch}.attention.head_count')
     if not isinstance(width, int) or not isinstance(heads, int): return          # each layer has its own
     key = facts.get(f'{arch}.attention.key_length', width//heads); value = facts.get(f'{arch}.attention.value_length', key)
-    turned = facts.get(f'{arch}.rope.dimension_count', key)
-    for v in (key, value, turned):
+    turned = facts.get(f'{arch}.rope.dimension_count')                           # not there: all of a head, or none
+    for v in (key, value, key if turned is None else turned):
         if not isinstance(v, int) or v < 1: raise ValueError(f'heads of {key} and {value} numbers, {turned} of them turned')
     whole = arch in ('llama', 'qwen3')
-    if turned > key or turned%2 or whole and not turned == key == value:
+    if turned is not None and (turned > key or turned%2 or whole and turned != key) or whole and key != value:
         raise ValueError(f'heads of {key} and {value} numbers, {turned} of them turned')
 
 # %% ../../nbs/04_data.tokenizer.ipynb #f8c2d917

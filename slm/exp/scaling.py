@@ -6,7 +6,7 @@
 __all__ = ['SCALING_WIDTHS', 'SCALING_CONTEXT', 'SCALING_BATCH', 'SCALING_VOCAB', 'SCALING_COMMON', 'SCALING_RATES',
            'SCALING_RATE', 'SCALING_BUDGETS', 'Law', 'huber_loss', 'fit_law', 'law_intervals', 'isoflop_minimum',
            'budget_slope', 'fit_kaplan', 'scaled_shape', 'scaled_config', 'budget_rows', 'story_figures',
-           'scaling_rates', 'scaling_world', 'scaling_points', 'prediction']
+           'scaling_rates', 'scaling_world', 'scaling_points']
 
 # %% ../../nbs/51_exp.scaling.ipynb #51e50003
 from ..core import *
@@ -187,14 +187,3 @@ def scaling_points(
     w,n,d,c = np.array([r['model']['d_model'] for r in rs]),get('params'),get('tokens'),get('flops')
     return dict(width=w, n=n, bare=n-SCALING_VOCAB*w, paid=c/6/d, d=d, flops=c, loss=get('story_bpb'), excess=get('excess'),
                 seed=np.array([r['seed'] for r in rs]))
-
-def prediction(
-    law:Law, laws:list[Law], # the fit, and its bootstrap
-    noise:np.ndarray, # logarithms of loss over law, of the runs that were fitted
-    n:float, d:float, # parameters and tokens of a run to come
-    level:float=.9, # how often the interval shall hold it
-)->tuple[float,float,float]: # loss, and the ends of the interval
-    "What a run will cost: the doubt about the law, and the luck of a run."
-    rng = np.random.default_rng(0); said = np.array([l(n, d) for l in laws])
-    draws = rng.choice(said, 20_000)*np.exp(rng.choice(noise*math.sqrt(len(noise)/max(1, len(noise)-5)), 20_000))
-    return float(law(n, d)), *map(float, np.quantile(draws, [(1-level)/2, (1+level)/2]))

@@ -207,8 +207,8 @@ class LlamaCpp:
         except ImportError: raise SLMError("llama.cpp is not there: pip install -e '.[serve]'") from None
         p = X.CommonParams(); p.model.path, p.n_ctx, p.n_parallel, p.use_jinja = str(path), n_ctx, 1, True
         p.warmup, p.fit_params, p.verbosity, p.n_gpu_layers = False, False, -1, 0
-        alone = not Path(path).is_file() or Path(path).stat().st_size < 2**25   # in a small file threads wait for each other longer than
-        p.cpuparams.n_threads = 1 if alone else hardware()['cores']             # they work: beside other work sixty times as long
+        alone = not Path(path).is_file() or Path(path).stat().st_size < 2**25   # threads that spin wait longer than they work there,
+        p.cpuparams.n_threads = 1 if alone else hardware()['cores']             # and stand still where others work
         p.cache_type_k = p.cache_type_v = X.ggml_type.GGML_TYPE_F32
         p.flash_attn_type = X.llama_flash_attn_type.LLAMA_FLASH_ATTN_TYPE_DISABLED
         try: self.server = X.Server(p)

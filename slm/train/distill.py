@@ -66,14 +66,15 @@ class Distill(Callback):
     order = TrainLog.order+2                                                     # within `AutoCast`, and when the row is there
     columns = ('loss_text', 'loss_teacher')
     def __init__(self,
-        teacher:GPT, # has the student's vocabulary
+        teacher:GPT, # knows the student's tokens
         alpha:float=.5, # weight of the text
         temperature:float=1.,
         top_k:int=64, # tokens that the teacher speaks of
     ): self.teacher,self.alpha,self.temperature,self.top_k = teacher.eval().requires_grad_(False),alpha,temperature,top_k
     def before_fit(self): self.seen = []; self.learn.loss_func = self.loss
     def before_batch(self):
-        with torch.no_grad(): self.said = teacher_probs(self.teacher(*self.xb), self.top_k, self.temperature)
+        v = self.model.cfg.vocab_size                                            # a teacher's table may have empty rows behind the tokens
+        with torch.no_grad(): self.said = teacher_probs(self.teacher(*self.xb)[..., :v], self.top_k, self.temperature)
     def loss(self, logits, y, mask):
         text,kl = lm_loss(logits, y, mask),teacher_kl(logits, *self.said, mask, self.temperature)
         self.seen.append(torch.stack([text.detach(), kl.detach()])); return self.alpha*text + (1-self.alpha)*kl
