@@ -1,7 +1,7 @@
 "The command line as a user meets it: real processes, real signals, real faults."
 import json, os, random, shutil, signal, subprocess, sys, time, typing
 from pathlib import Path
-import pytest
+import forked, pytest
 from hypothesis import given, settings, strategies as st
 from typer.testing import CliRunner
 from slm.cli import app, main
@@ -19,8 +19,7 @@ def home(tmp_path_factory):
     os.environ.pop('SLM_HOME') if old is None else os.environ.__setitem__('SLM_HOME', old)
 
 def run(*args, **env):
-    return subprocess.run(SLM+[str(a) for a in args], capture_output=True, text=True, errors='replace', timeout=1200,
-                          env={**os.environ, **env})
+    return forked.run(*args, env=env)
 
 def fails(capsys, monkeypatch, *args):
     "Call `main` as the console script does; return its one line of standard error"
