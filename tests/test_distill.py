@@ -83,3 +83,12 @@ def test_a_context_that_is_not_given_fits_the_teacher(teacher, tmp_path):
     "The preset's 256 tokens would be too many"
     run = distill(teacher, 'pydocs', tmp_path/'run', **SMALL | dict(seq_len=None, steps=1)); c = run.info['config']
     assert c['seq_len'] == 64 and c['micro_batch']*c['seq_len'] == c['batch_tokens']
+
+def test_a_teacher_takes_memory_too(teacher, tmp_path, monkeypatch):
+    from slm.train.distill import DistillStage
+    import slm.train.pretrain
+    stage = DistillStage.of(dict(teacher=str(teacher), corpus='pydocs', **SMALL))
+    stage.load(); stage.resolve()
+    weights = sum(p.nbytes for p in stage.teacher.parameters()); assert weights < stage.held < 10*weights
+    monkeypatch.setattr(slm.train.pretrain, 'device_memory', lambda device: stage.held+1000)
+    with pytest.raises(SLMError, match='the model needs about'): stage.build()

@@ -1,7 +1,7 @@
 "PDF, HTML, Word and tables as documents; the encoders that an index may have; readers at an address."
 import io, subprocess, sys, zipfile
 from pathlib import Path
-import pytest
+import forked, pytest
 from slm.core import SLMError
 pytest.importorskip('txtai', reason='needs: pip install txtai'); pytest.importorskip('xllamacpp', reason='needs: pip install xllamacpp')
 from slm.serve import rag as R
@@ -211,8 +211,7 @@ def test_what_is_no_encoder_is_one_line_and_leaves_no_index(tmp_path, what, monk
 # ---- on the command line
 
 def rag(tmp_path, *args):
-    r = subprocess.run([sys.executable, '-c', 'from slm.cli import main; main()', 'rag', *map(str, args)], cwd=ROOT, capture_output=True,
-                       text=True)
+    r = forked.run('rag', *args, cwd=ROOT)
     return r.returncode, r.stdout, r.stderr
 
 def test_the_command_tells_what_it_left_out_and_keeps_to_the_encoder(tmp_path):

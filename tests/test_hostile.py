@@ -5,17 +5,20 @@ import json, os, re, resource, subprocess, sys, tempfile, textwrap
 from pathlib import Path
 from types import SimpleNamespace
 
-import pytest
+import forked, pytest
 from hypothesis import HealthCheck, given, settings, strategies as st
 
 GB = 2**30
 
 def bounded(code, cwd, memory=4*GB, cpu=60, wall=300):
     "Run Python `code` in a process that may use `memory` bytes of address space and `cpu` seconds; its exit code, stdout, stderr"
-    def limits():
-        resource.setrlimit(resource.RLIMIT_AS, (memory, memory)); resource.setrlimit(resource.RLIMIT_CPU, (cpu, cpu))
-    r = subprocess.run([sys.executable, '-c', textwrap.dedent(code)], cwd=cwd, preexec_fn=limits, capture_output=True, text=True,
-                       timeout=wall, env=os.environ | dict(OMP_NUM_THREADS='1', TQDM_DISABLE='1'))
+    code = textwrap.dedent(code)
+    if memory >= 4*GB: r = forked.run(code=code, cwd=cwd, memory=memory, cpu=cpu, timeout=wall)
+    else:                                                                        # less than PyTorch's address space: without it
+        def limits():
+            resource.setrlimit(resource.RLIMIT_AS, (memory, memory)); resource.setrlimit(resource.RLIMIT_CPU, (cpu, cpu))
+        env = os.environ | dict(OMP_NUM_THREADS='1')
+        r = subprocess.run([sys.executable, '-c', code], cwd=cwd, preexec_fn=limits, capture_output=True, text=True, timeout=wall, env=env)
     return r.returncode, r.stdout, r.stderr
 
 # ---- runs and checkpoints

@@ -1,11 +1,12 @@
 "Conversations: what trl makes of the same rows and weights, shapes and faults of the data, the loader's position, and a run that is cut off."
-import json, subprocess, sys
+import json
 
 import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings, strategies as st
 
+from forked import run
 from slm.core import RunDir, SLMError
 from slm.data.tokenizer import Tokenizer, train_bpe
 from slm.model.gpt import GPT, GPTConfig, lm_loss
@@ -234,10 +235,6 @@ def test_bad_settings(base, tmp_path):
 
 
 # ------------------------------------------------------------------ the command line
-
-def run(*args, stdin=None):
-    return subprocess.run([sys.executable, '-c', 'from slm.cli import main; main()', *map(str, args)], capture_output=True, text=True,
-                          timeout=240, input=stdin)
 
 
 def test_teach_and_talk_from_the_command_line(base, tmp_path):

@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['LADDER', 'MODERN_CONTEXT', 'MODERN_BATCH', 'MODERN_VOCAB', 'MODERN_STEPS', 'MODERN_SHAPE', 'MODERN_COMMON',
-           'MODERN_RATES', 'MODERN_LOSS', 'modern_config', 'equal_cost', 'ladder_rung', 'tokens_until', 'modern_rates']
+           'MODERN_RATES', 'MODERN_LOWER', 'MODERN_LOSS', 'modern_config', 'equal_cost', 'ladder_rung', 'tokens_until',
+           'modern_rates', 'rate_range']
 
 # %% ../../nbs/54_exp.modern.ipynb #54b10004
 from ..core import *
@@ -52,6 +53,7 @@ def ladder_rung(
 MODERN_COMMON = dict(corpus='world', preset='1m', seq_len=MODERN_CONTEXT, batch_tokens=MODERN_BATCH, steps=MODERN_STEPS,
                      evals=1, samples=0, dropout=0., max_bytes=8_000_000)
 MODERN_RATES = dict(adamw=(.002, .004, .008, .016), muon=(.006, .012, .024, .048))
+MODERN_LOWER = {'gpt2': .001, 'qk-norm': .001, 'init': .001, 'muon': .003} # where the lowest of these was the best
 MODERN_LOSS = 2.4 # nats/token, of training text: how long until there?
 
 def tokens_until(
@@ -72,4 +74,14 @@ def _sweep(name, rows, quick):
 def modern_rates(quick:bool=False)->Sweep:
     "Eight models, each with rates from low to too high."
     rows = {f'{n}-{lr}': ladder_rung(n) | dict(lr=lr) for n in LADDER for lr in MODERN_RATES[ladder_rung(n)['opt']]}
+    rows |= {f'{n}-{lr}': ladder_rung(n) | dict(lr=lr) for n,lr in MODERN_LOWER.items()}
     return _sweep('modern-rates', rows, quick)
+
+# %% ../../nbs/54_exp.modern.ipynb #54b10013
+def rate_range(
+    rates:np.ndarray, losses:np.ndarray, # (k,) learning rates in order, and what they came to
+    within:float=.02, # bits/byte
+)->tuple[float,float,float]: # the best rate; from where to where the loss is within so much of the best
+    "How far a learning rate may be off, by straight lines between the rates that were tried."
+    x = np.log(rates); fine = np.linspace(x[0], x[-1], 1000); ok = np.exp(fine[np.interp(fine, x, losses) <= losses.min()+within])
+    return float(rates[losses.argmin()]), float(ok[0]), float(ok[-1])

@@ -6,7 +6,7 @@
 __all__ = ['SCALING_WIDTHS', 'SCALING_CONTEXT', 'SCALING_BATCH', 'SCALING_VOCAB', 'SCALING_COMMON', 'SCALING_RATES',
            'SCALING_RATE', 'SCALING_BUDGETS', 'Law', 'huber_loss', 'fit_law', 'law_intervals', 'isoflop_minimum',
            'budget_slope', 'fit_kaplan', 'scaled_shape', 'scaled_config', 'budget_rows', 'story_figures',
-           'scaling_rates', 'scaling_world', 'scaling_points']
+           'scaling_rates', 'scaling_world', 'scaling_points', 'foretell', 'scaling_held']
 
 # %% ../../nbs/51_exp.scaling.ipynb #51e50003
 from ..core import *
@@ -187,3 +187,20 @@ def scaling_points(
     w,n,d,c = np.array([r['model']['d_model'] for r in rs]),get('params'),get('tokens'),get('flops')
     return dict(width=w, n=n, bare=n-SCALING_VOCAB*w, paid=c/6/d, d=d, flops=c, loss=get('story_bpb'), excess=get('excess'),
                 seed=np.array([r['seed'] for r in rs]))
+
+# %% ../../nbs/51_exp.scaling.ipynb #51e50061
+def foretell(
+    laws:list[Law], # the fit, then those of its bootstrap
+    off:np.ndarray, # (k,) log of measured over fitted, of the runs that it was fitted to
+    n:float, d:float, # parameters and tokens of a new run
+    seed:int=0,
+)->Metric: # with the interval that holds such a run in 90 of 100 cases
+    "What a run will cost, by the law and by how runs deviate from it."
+    says = np.repeat([float(l(n, d)) for l in laws[1:]], 20); draws = says*np.exp(np.random.default_rng(seed).choice(off, len(says)))
+    return Metric(float(laws[0](n, d)), *map(float, np.percentile(draws, [5, 95])), n=len(off), unit='bits/byte')
+
+@experiment('scaling-held', 'Does the law say what three and ten times the largest budget will give?')
+def scaling_held(quick:bool=False)->Sweep:
+    "Two runs beyond what the law was fitted to."
+    rows = budget_rows(1e14, (128,), lambda d: SCALING_RATE) | budget_rows(3e14, (160,), lambda d: SCALING_RATE)
+    return _sweep('scaling-held', rows, quick)

@@ -112,6 +112,12 @@ def callbacks(self:DistillStage):
     "Nobody is asked where only the text counts."
     c = self.c; return [Distill(self.teacher, c.alpha, c.temperature, c.top_k)] if c.alpha < 1 else []
 
+@patch(as_prop=True)
+def held(self:DistillStage)->int:
+    "The teacher's weights, and what it says of a batch."
+    said = self.c.micro_batch*self.c.seq_len*self.teacher.cfg.vocab_size*4
+    return said+sum(p.numel()*p.element_size() for p in self.teacher.parameters())
+
 @patch
 def token_flops(self:DistillStage, learn):
     "The student's training, and a third of the teacher's: its forward pass."

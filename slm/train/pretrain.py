@@ -15,7 +15,7 @@ from ..core import *
 from ..data.corpus import build_corpus, Corpus
 from ..data.tokenizer import Tokenizer, train_bpe, char_tokenizer
 from ..data.loaders import tokenize, token_dls, TokenData
-from ..model.gpt import GPT, GPTConfig, MIXERS, check_fits
+from ..model.gpt import GPT, GPTConfig, MIXERS, check_fits, device_memory
 from ..model.pretrained import *
 from .learner import *
 from .stage import *
@@ -144,6 +144,7 @@ def prompts_from(corpus:Corpus, n:int=3, chars:int=24)->list[str]:
 class PretrainStage(Stage):
     "A new model learns to continue text."
     name,Config,sources,longest_warmup = 'pretrain',PretrainConfig,('corpus', 'tokenizer'),100
+    held = 0 # bytes of the device that are taken by something else
     def check(self): check_config(self.c)
     def resolve(self): self.c = resolve(self.c)
     def read(self):
@@ -165,7 +166,8 @@ class PretrainStage(Stage):
 @patch
 def build(self:PretrainStage)->GPT:
     "A new model."
-    c = self.c; cfg = c.sizes(self.tok.vocab_size, max_seq_len=c.seq_len, dropout=c.dropout or 0.); check_fits(cfg, c.micro_batch, c.seq_len, c.device, dtype=c.dtype)
+    c = self.c; cfg = c.sizes(self.tok.vocab_size, max_seq_len=c.seq_len, dropout=c.dropout or 0.)
+    check_fits(cfg, c.micro_batch, c.seq_len, c.device, dtype=c.dtype, memory=device_memory(c.device)-self.held)
     model = GPT(cfg).to(c.device)
     if c.compile: model.compile()
     return model
