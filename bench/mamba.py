@@ -2,9 +2,9 @@
 
     python bench/mamba.py [--rows 4] [--tokens 256] [--repeats 5]
 
-One thread, float32, AdamW. transformers' classes run as they do without CUDA kernels: token by token; with mambapy's parallel scan where that is
-installed (pip install mambapy); and compiled, which is when they take PyTorch's associative scan (--compile: minutes). Peers take turns, so that a busy
-machine hits all. Writes results/56_exp.mamba/speed/run.json.
+One thread, float32, AdamW; seconds are the processor's own. transformers' classes run as they do without CUDA kernels: token by token; with mambapy's
+parallel scan where that is installed (pip install mambapy); and compiled, which is when they take PyTorch's associative scan (--compile: minutes). Peers
+take turns, so that a busy machine hits all. Writes results/56_exp.mamba/speed/run.json.
 """
 import argparse, tempfile, time
 from importlib.util import find_spec
@@ -49,7 +49,7 @@ def main():
     secs = {k: [] for k in jobs}
     for step in jobs.values(): step(x, y)
     for _ in range(a.repeats):
-        for k,step in jobs.items(): t0 = time.perf_counter(); step(x, y); secs[k].append(time.perf_counter()-t0)
+        for k,step in jobs.items(): t0 = time.process_time(); step(x, y); secs[k].append(time.process_time()-t0)
     run.add_metrics(**{k: median(x.numel()/np.array(s), 'tokens/s') for k,s in secs.items()})
     for mixer in ('mamba', 'mamba2'):
         best = min((k for k in secs if k.startswith(f'{mixer}_t')), key=lambda k: np.median(secs[k]))

@@ -40,26 +40,25 @@ def run_states(
     a:Tensor, # (t,b,n,c) decays
     x:Tensor, # (t,b,n,c) what is written; overwritten by the states
     h:Tensor, # (b,n,c) state before
-)->Tensor: # (t,b,n,c) the state after each token
+)->Tensor: # (b,n,c) the last state
     "h ← a·h + x, token by token."
-    for i in range(len(x)): h = torch.addcmul(x[i], a[i], h, out=x[i])
-    return x
+    for decay,state in zip(a, x): h = torch.addcmul(state, decay, h, out=state)
+    return h
 
 # %% ../../nbs/56_exp.mamba.ipynb #56a10019
-def _piece(dt, w, A, B, h, new): # time first: (t,b,c), (t,b,c) the input times its step, (c,n), (t,b,n), (b,n,c), (t,b) or None
-    "Decays and states of some tokens, each (t,b,n,c)"
-    a = (dt[:, :, None]*A.T).exp_()
+def _piece(dt, w, A, B, h, new, a, s): # (t,b,c), (t,b,c) input times step, (n,c), (t,b,n), (b,n,c), (t,b) or None; a and s (t,b,n,c) are written
+    "Decays and states of some tokens"
+    torch.mul(dt[:, :, None], A, out=a).exp_()
     if new is not None: a.masked_fill_(new[..., None, None], 0)
-    return a, run_states(a, w[:, :, None]*B[..., None], h)
+    return run_states(a, torch.mul(w[:, :, None], B[..., None], out=s), h)
 
-def _piece_back(gy, a, s, h, C, after): # (t,b,c); decays, states; (b,n,c) state before; (t,b,n); (b,n,c) gradient that comes from later
-    "Gradients of the states, of what comes earlier, and of the logarithms of the decays"
-    g = C[..., None]*gy[:, :, None]                                              # (t,b,n,c)
-    g[-1] += after
-    for i in range(len(g)-2, -1, -1): torch.addcmul(g[i], a[i+1], g[i+1], out=g[i])
-    before = a[0]*g[0]
+def _piece_back(gy, a, s, h, C, after, g): # (t,b,c); decays, states; (b,n,c) state before; (t,b,n); (b,n,c) gradient from later; g (t,b,n,c) is written
+    "Gradients of the states in `g`, of the logarithms of the decays in `a`, of the state before in `after`"
+    torch.mul(C[..., None], gy[:, :, None], out=g)[-1] += after
+    ga = list(zip(g, a))
+    for (gt,_),(later,decay) in zip(ga[-2::-1], ga[:0:-1]): torch.addcmul(gt, decay, later, out=gt)
+    torch.mul(a[0], g[0], out=after)
     a.mul_(g); a[0] *= h; a[1:] *= s[:-1]                                         # ∂L/∂(log a) = a·h·g
-    return g, before, a
 
 # %% ../../nbs/56_exp.mamba.ipynb #56a10021
 PIECE = 16 # tokens; before each such piece the state is kept for the way back
@@ -68,26 +67,29 @@ class _SelectiveScan(torch.autograd.Function):
     "The scan with its gradient by hand; everything time first."
     @staticmethod
     def forward(ctx, u, dt, A, B, C, h, new):
-        w,y,starts = u*dt,torch.empty_like(u),[]
+        w,y,starts,rates = u*dt,torch.empty_like(u),[],A.T.contiguous(); room = u.new_empty(2, min(PIECE, len(u)), *h.shape)
         for i in range(0, len(u), PIECE):
-            at = slice(i, i+PIECE); starts.append(h)
-            _,s = _piece(dt[at], w[at], A, B[at], h, None if new is None else new[at])
-            torch.matmul(C[at, :, None], s, out=y[at].unsqueeze(2)); h = s[-1].clone()
+            at = slice(i, i+PIECE); starts.append(h); a,s = room[:, :len(u[at])]
+            h = _piece(dt[at], w[at], rates, B[at], h, None if new is None else new[at], a, s).clone()
+            torch.matmul(C[at, :, None], s, out=y[at].unsqueeze(2))
         ctx.save_for_backward(u, dt, A, B, C, torch.stack(starts), new); ctx.mark_non_differentiable(h)
         return y, h
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, gy, _):
-        u,dt,A,B,C,starts,new = ctx.saved_tensors; w,gy = u*dt,gy.contiguous(); after = torch.zeros_like(starts[0])
-        gw,gdt,gA,gB,gC = torch.empty_like(u),torch.empty_like(u),torch.zeros_like(A),torch.empty_like(B),torch.empty_like(C)
+        u,dt,A,B,C,starts,new = ctx.saved_tensors; w,gy,rates = u*dt,gy.contiguous(),A.T.contiguous()
+        gw,gdt,gB,gC = (torch.empty_like(o) for o in (u, u, B, C)); after,gA = torch.zeros(2, *starts[0].shape).to(u)
+        room = u.new_empty(3, min(PIECE, len(u)), *after.shape)
         for k in range(len(starts)-1, -1, -1):
-            at = slice(k*PIECE, (k+1)*PIECE); a,s = _piece(dt[at], w[at], A, B[at], starts[k], None if new is None else new[at])
+            at,h = slice(k*PIECE, (k+1)*PIECE),starts[k]; a,s,g = room[:, :len(u[at])]
+            _piece(dt[at], w[at], rates, B[at], h, None if new is None else new[at], a, s)
             torch.matmul(s, gy[at][..., None], out=gC[at].unsqueeze(-1))
-            g,after,ga = _piece_back(gy[at], a, s, starts[k], C[at], after)
+            _piece_back(gy[at], a, s, h, C[at], after, g)
             torch.matmul(B[at][:, :, None], g, out=gw[at].unsqueeze(2)); torch.matmul(g, w[at][..., None], out=gB[at].unsqueeze(-1))
-            gA += torch.einsum('tbnc,tbc->cn', ga, dt[at]); torch.sum(ga.mul_(A.T), 2, out=gdt[at])
-        return gw*dt, gdt.addcmul_(gw, u), gA, gB, gC, None, None
+            for ga,d in zip(a, dt[at]): gA.addcmul_(ga, d[:, None])
+            torch.sum(a.mul_(rates), 2, out=gdt[at])
+        return gw*dt, gdt.addcmul_(gw, u), gA.sum(0).T, gB, gC, None, None
 
 # %% ../../nbs/56_exp.mamba.ipynb #56a10023
 def wide(x:Tensor)->Tensor: # in float32, or float64 if it was
@@ -440,10 +442,10 @@ def equal_size(
     return min(kinds, key=lambda o: abs(GPTConfig(vocab_size=MODERN_VOCAB, mixer=mixer, **o).num_params()/like-1))
 
 MAMBA_ROWS = {'transformer': ladder_rung('muon'), **{m: dict(mixer=m, model=equal_size(m), opt='muon') for m in ('mamba', 'mamba2')}}
-MAMBA_RATES = (.006, .012, .024, .048)
+MAMBA_RATES = (.003, .006, .012, .024)
 
 # %% ../../nbs/56_exp.mamba.ipynb #56a10124
-MAMBA_BEST = dict(transformer=.012, mamba=.012, mamba2=.012) # of `mamba-rates`
+MAMBA_BEST = dict(transformer=.006, mamba=.006, mamba2=.006) # of `mamba-rates`
 
 def _mamba_sweep(name, rows, quick):
     common = MODERN_COMMON | (dict(steps=8, max_bytes=2_000_000) if quick else {})
