@@ -2,9 +2,9 @@
 
     python bench/mamba.py [--rows 4] [--tokens 256] [--repeats 5]
 
-One thread, float32, AdamW; seconds are the processor's own. transformers' classes run as they do without CUDA kernels: token by token; with mambapy's
-parallel scan where that is installed (pip install mambapy); and compiled, which is when they take PyTorch's associative scan (--compile: minutes). Peers
-take turns, so that a busy machine hits all. Writes results/56_exp.mamba/speed/run.json.
+One thread, float32, AdamW; seconds are the processor's own. transformers' classes run as they do without CUDA kernels: token by token; with
+mambapy's parallel scan where that is installed (pip install mambapy); and compiled, which is when they take PyTorch's associative scan
+(--compile: minutes). Peers take turns, so that a busy machine hits all. Writes results/56_exp.mamba/speed/run.json.
 """
 import argparse, tempfile, time
 from importlib.util import find_spec
@@ -30,9 +30,11 @@ def stepper(model, loss):
 
 def main():
     ap = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter); add = ap.add_argument
-    add('--rows', type=int, default=4); add('--tokens', type=int, default=256); add('--repeats', type=int, default=5); add('--compile', action='store_true')
+    add('--rows', type=int, default=4); add('--tokens', type=int, default=256); add('--repeats', type=int, default=5)
+    add('--compile', action='store_true')
     a = ap.parse_args(); torch.set_num_threads(1)
-    run = RunDir.create(ROOT/'results'/'56_exp.mamba'/'speed', 'bench', dict(rows=a.rows, tokens=a.tokens, repeats=a.repeats, threads=1), exist_ok=True)
+    config = dict(rows=a.rows, tokens=a.tokens, repeats=a.repeats, threads=1)
+    run = RunDir.create(ROOT/'results'/'56_exp.mamba'/'speed', 'bench', config, exist_ok=True)
     x,y = torch.randint(512, (2, a.rows, a.tokens)); jobs,close = {},{}
     ours = lambda m, x, y: lm_loss(m(x), y)
     theirs = lambda m, x, y: F.cross_entropy(m(input_ids=x, use_cache=False).logits.flatten(0, 1), y.flatten())

@@ -57,24 +57,25 @@ def test_gradients_of_the_scan_by_hand_are_those_of_autograd(b, t, c, n, seed):
     for x,y in zip(got, want): assert rel(x, y) < 1e-4
 
 @settings(max_examples=15, deadline=None)
-@given(st.integers(1, 2), st.integers(1, 50), st.sampled_from([(1, 1), (4, 1), (4, 2), (6, 3)]), st.integers(1, 4), st.integers(1, 20), st.integers(0, 99))
-def test_gradients_of_the_products_are_those_of_the_recurrence(b, t, heads, p, chunk, seed):
-    (h,g),n = heads,3
-    (_,dt,A,B,C),w = scan_args(b, t, h*g, n*g, seed, torch.float64)
-    u,dt,A,B,C = (o.detach() for o in (w.unflatten(-1, (h, g)), dt[..., :h], A[:h, 0] if len(A) >= h else A[:, 0], B.unflatten(-1, (g, n)), C.unflatten(-1, (g, n))))
-    args = [o.clone().requires_grad_() for o in (u, dt, A, B, C)]
+@given(st.integers(1, 2), st.integers(1, 50), st.sampled_from([(1, 1), (4, 1), (4, 2), (6, 3)]), st.integers(1, 20), st.integers(0, 99))
+def test_gradients_of_the_products_are_those_of_the_recurrence(b, t, heads, chunk, seed):
+    (h,g),p,n = heads,2,3; gen = torch.Generator().manual_seed(seed); draw = lambda *s: torch.randn(*s, generator=gen, dtype=torch.float64)
+    args = [draw(b, t, h, p), F.softplus(draw(b, t, h)-1), -draw(h).exp(), draw(b, t, g, n), draw(b, t, g, n)]; w = draw(b, t, h, p)
     def slowly(u, dt, A, B, C):
-        wide = lambda o, i: o[:, :, i//(h//g)]
-        return torch.stack([slow_scan(u[:, :, i], dt[:, :, i, None].expand(b, t, g), A[i].expand(g, n), wide(B, i), wide(C, i)) for i in range(h)], 2)
-    want = gradients(slowly, args, u.sin()); got = gradients(lambda *o: ssd(*o, chunk=chunk)[0], [o.detach().float().requires_grad_() for o in args], u.sin())
+        of = lambda o, i: o[:, :, i//(h//g)]
+        head = lambda i: slow_scan(u[:, :, i], dt[:, :, i, None].expand(b, t, p), A[i].expand(p, n), of(B, i), of(C, i))
+        return torch.stack([head(i) for i in range(h)], 2)
+    want = gradients(slowly, [o.clone().requires_grad_() for o in args], w)
+    got = gradients(lambda *o: ssd(*o, chunk=chunk)[0], [o.float().requires_grad_() for o in args], w)
     for x,y in zip(got, want): assert rel(x, y) < 1e-4
 
 def test_a_wrong_gradient_is_noticed():
-    "PyTorch's own parallel scan, in the mode that is compiled, gives right outputs and wrong gradients on a processor; this test's measure sees it"
+    "PyTorch's parallel scan, in the mode that is compiled, gives right outputs and wrong gradients on a processor: this measure sees it"
     (u,dt,A,B,C),w = scan_args(2, 40, 4, 3, 0, torch.float32); want = gradients(slow_scan, scan_args(2, 40, 4, 3, 0, torch.float64)[0], w)
     join = lambda l, r: (l[0]*r[0], r[0]*l[1]+r[1])
     def parallel(mode):
-        return lambda u,dt,A,B,C: (associative_scan(join, (torch.exp(dt[..., None]*A), (dt*u)[..., None]*B[:, :, None]), 1, combine_mode=mode)[1]*C[:, :, None]).sum(-1)
+        states = lambda *ax: associative_scan(join, ax, 1, combine_mode=mode)[1]
+        return lambda u,dt,A,B,C: (states(torch.exp(dt[..., None]*A), (dt*u)[..., None]*B[:, :, None])*C[:, :, None]).sum(-1)
     ours = lambda *o: selective_scan(*o)[0]; worst = lambda f: max(map(rel, gradients(f, (u, dt, A, B, C), w), want))
     assert worst(ours) < 1e-4 and worst(parallel('generic')) < 1e-4
     try: compiled = worst(parallel('pointwise'))
@@ -82,8 +83,8 @@ def test_a_wrong_gradient_is_noticed():
     assert torch.__version__ >= '2.12' or compiled > .01
 
 def test_steps_of_zero_leave_the_state():
-    (u,dt,A,B,C),_ = scan_args(2, 9, 4, 3, 0, torch.float32); _,h = selective_scan(u, dt, A, B, C); _,again = selective_scan(u, dt*0, A, B, C, h)
-    assert torch.equal(again, h)
+    (u,dt,A,B,C),_ = scan_args(2, 9, 4, 3, 0, torch.float32); _,h = selective_scan(u, dt, A, B, C)
+    assert torch.equal(selective_scan(u, dt*0, A, B, C, h)[1], h)
 
 # ---- transformers
 
@@ -96,12 +97,14 @@ def test_transformers_opens_ours(mixer, tied, models, tmp_path):
     for t in (1, 3, 255, 256):
         x = torch.randint(m.cfg.vocab_size, (2, t), generator=torch.Generator().manual_seed(t))
         with torch.no_grad(): assert gap(hf(x).logits, m(x)) < 1e-4
-    back = GPT.from_pretrained(tmp_path); assert back.cfg == m.cfg and all(torch.equal(v, back.state_dict()[k]) for k,v in m.state_dict().items())
+    back = GPT.from_pretrained(tmp_path); assert back.cfg == m.cfg
+    assert all(torch.equal(v, back.state_dict()[k]) for k,v in m.state_dict().items())
 
-@pytest.mark.parametrize('theirs', (MambaForCausalLM(MambaConfig(vocab_size=40, hidden_size=48, num_hidden_layers=2, state_size=5, conv_kernel=3, expand=3)),
-    Mamba2ForCausalLM(Mamba2Config(vocab_size=40, hidden_size=48, num_hidden_layers=2, state_size=5, num_heads=12, head_dim=8, n_groups=4))), ids=('mamba', 'mamba2'))
-def test_we_open_theirs(theirs, tmp_path):
-    torch.manual_seed(0)
+@both
+def test_we_open_theirs(mixer, tmp_path):
+    torch.manual_seed(0); size = dict(vocab_size=40, hidden_size=48, num_hidden_layers=2, state_size=5)
+    if mixer == 'mamba': theirs = MambaForCausalLM(MambaConfig(**size, conv_kernel=3, expand=3))
+    else: theirs = Mamba2ForCausalLM(Mamba2Config(**size, num_heads=12, head_dim=8, n_groups=4))
     for p in theirs.parameters(): p.data += .1*torch.randn_like(p)
     theirs.eval().save_pretrained(tmp_path); m = GPT.from_pretrained(tmp_path)
     for t in (1, 3, 255, 256):
@@ -159,8 +162,8 @@ def test_a_run_is_resumed_bit_for_bit(mixer, tmp_path):
     class StopAfter(Callback):
         order = 85
         def after_batch(self): self.learn.interrupted = self.opt_steps == 3
-    opts = dict(corpus='pydocs', max_bytes=200_000, tokenizer='char', steps=6, seq_len=64, batch_tokens=256, evals=1, samples=1, mixer=mixer,
-                block_diagonal=True, model=dict(n_layer=2, d_model=64))
+    opts = dict(corpus='pydocs', max_bytes=200_000, tokenizer='char', steps=6, seq_len=64, batch_tokens=256, evals=1, samples=1,
+                mixer=mixer, block_diagonal=True, model=dict(n_layer=2, d_model=64))
     assert pretrain(out=tmp_path/'cut', cbs=[StopAfter()], **opts).info['status'] == 'interrupted'
     cut,whole = resume(tmp_path/'cut'),pretrain(out=tmp_path/'whole', **opts)
     a,b = (load_model_and_tokenizer(r.path)[0].state_dict() for r in (cut, whole)); assert all(torch.equal(a[k], b[k]) for k in b)
@@ -177,14 +180,17 @@ def spoken(engine, requests):
 def test_the_engine_says_what_the_model_says(mixer, models):
     "Slots that held other texts before, prompts in chunks, rows that wait while others speak; and a text that goes on is not read again"
     m = models[mixer]; gen = torch.Generator().manual_seed(2); ask = lambda p, n=6: Request(p, n, temperature=0, logprobs=0)
-    prompts = [torch.randint(5, TOK.vocab_size, (n,), generator=gen).tolist() for n in (1, 40, 7, 70, 3)]; prompts += [prompts[1][:20], prompts[3]+[6, 7]]
+    prompts = [torch.randint(5, TOK.vocab_size, (n,), generator=gen).tolist() for n in (1, 40, 7, 70, 3)]
+    prompts += [prompts[1][:20], prompts[3]+[6, 7]]
     plain = lambda p, n=6: generate_ids(m, [p], SamplingParams(temperature=0, max_new_tokens=n))[0]
     e = TorchEngine(copy.deepcopy(m), TOK, slots=3, chunk=32, threads=1); e.ends = set()
     try:
         for _ in range(2): assert [ids for ids,_ in spoken(e, [ask(p) for p in prompts])] == [plain(p) for p in prompts]
         (first,_), = spoken(e, [ask(prompts[1])]); more = prompts[1]+first+[9, 9]
-        (ids,last), = spoken(e, [ask(more)]); assert ids == plain(more) and last.cached_tokens == len(more)-3   # all but the newest token of the answer
-        (ids,last), = spoken(e, [ask(more[:-4])]); assert ids == plain(more[:-4]) and last.cached_tokens == 0     # a state cannot go back
+        (ids,last), = spoken(e, [ask(more)]); assert ids == plain(more)
+        assert last.cached_tokens == len(more)-3                                 # all but the newest token of the answer
+        (ids,last), = spoken(e, [ask(more[:-4])]); assert ids == plain(more[:-4])
+        assert last.cached_tokens == 0                                           # a state cannot go back
     finally: e.close()
 
 def test_what_does_not_go_with_a_state_is_refused(models, tmp_path):
@@ -192,10 +198,15 @@ def test_what_does_not_go_with_a_state_is_refused(models, tmp_path):
     for what in (lambda: m.fuse_(), lambda: TorchEngine(copy.deepcopy(m), TOK, int8=True, own_thread=False)):
         with pytest.raises(SLMError, match="Llama's switches"): what()
     with pytest.raises(SLMError, match="mixer='mamba'.*--to hf"): export_gguf(m, TOK, tmp_path/'m.gguf')
-    for kw,says in ((dict(pos='alibi'), 'pos'), (dict(norm='layer'), 'norm'), (dict(causal=False), 'causal'), (dict(qk_norm=True), 'qk_norm'), (dict(act='relu'), 'act'),
-                    (dict(d_ff=100), 'd_ff'), (dict(n_head=3), 'n_head'), (dict(expand=0), 'expand'), (dict(expand=2.5), 'expand'), (dict(state_size=-1), 'state_size'),
-                    (dict(conv_width='4'), 'conv_width'), (dict(mixer='mamba2', n_groups=3), 'n_groups'), (dict(mixer='mamba2', head_dim=100), 'head_dim')):
-        with pytest.raises(SLMError, match=says): GPTConfig(**SMALL | dict(mixer='mamba') | kw)
+
+@pytest.mark.parametrize('kw', (dict(pos='alibi'), dict(norm='layer'), dict(causal=False), dict(qk_norm=True), dict(act='relu'),
+    dict(d_ff=100), dict(n_head=3), dict(expand=0), dict(expand=2.5), dict(state_size=-1), dict(conv_width='4')), ids=lambda d: next(iter(d)))
+def test_switches_that_do_not_go_with_a_state(kw):
+    with pytest.raises(SLMError, match=next(iter(kw))): GPTConfig(**SMALL | dict(mixer='mamba') | kw)
+
+def test_heads_and_groups_must_fit():
+    for kw in (dict(n_groups=3), dict(n_groups=0), dict(head_dim=100)):
+        with pytest.raises(SLMError, match=next(iter(kw))): GPTConfig(**SMALL, mixer='mamba2', **kw)
 
 def test_the_command_line_refuses_in_one_line(tmp_path, capsys, monkeypatch):
     for args,says in ((['--mixer', 'rwkv'], 'one of attention, mamba, mamba2'), (['--mixer', 'mamba', '--compile'], 'unrolled')):

@@ -46,13 +46,13 @@ def run_states(
     return h
 
 # %% ../../nbs/56_exp.mamba.ipynb #56a10019
-def _piece(dt, w, A, B, h, new, a, s): # (t,b,c), (t,b,c) input times step, (n,c), (t,b,n), (b,n,c), (t,b) or None; a and s (t,b,n,c) are written
-    "Decays and states of some tokens"
+def _piece(dt, w, A, B, h, new, a, s): # (t,b,c), (t,b,c) input times step, (n,c), (t,b,n), (b,n,c), (t,b) or None; (t,b,n,c) twice
+    "Decays of some tokens into `a`, and their states into `s`"
     torch.mul(dt[:, :, None], A, out=a).exp_()
     if new is not None: a.masked_fill_(new[..., None, None], 0)
     return run_states(a, torch.mul(w[:, :, None], B[..., None], out=s), h)
 
-def _piece_back(gy, a, s, h, C, after, g): # (t,b,c); decays, states; (b,n,c) state before; (t,b,n); (b,n,c) gradient from later; g (t,b,n,c) is written
+def _piece_back(gy, a, s, h, C, after, g): # (t,b,c); decays, states; (b,n,c) state before; (t,b,n); (b,n,c) gradient from later; (t,b,n,c)
     "Gradients of the states in `g`, of the logarithms of the decays in `a`, of the state before in `after`"
     torch.mul(C[..., None], gy[:, :, None], out=g)[-1] += after
     ga = list(zip(g, a))
@@ -313,8 +313,8 @@ def ssd(
 class Mamba2Mixer(StateMixer):
     "A selective state space, each head with its own steps and decay (Dao & Gu 2024, §7.1)."
     def __init__(self, c:GPTConfig, layer:int=0):
-        self_n = 2*c.n_groups*c.state_size
-        super().__init__(c, layer, c.d_ff+self_n, c.n_head); self.sizes,self.groups,self.p = (c.d_ff, c.d_ff+self_n, c.n_head),c.n_groups,c.head_dim
+        channels = c.d_ff+2*c.n_groups*c.state_size; super().__init__(c, layer, channels, c.n_head)
+        self.sizes,self.groups,self.p = (c.d_ff, channels, c.n_head),c.n_groups,c.head_dim
         self.in_proj = nn.Linear(c.d_model, sum(self.sizes), bias=False)
         self.dt_bias,self.A_log = nn.Parameter(torch.zeros(c.n_head)),nn.Parameter(torch.zeros(c.n_head))
         self.norm = RMSNorm(c.d_ff, c.norm_eps)
@@ -331,8 +331,8 @@ class Mamba2Mixer(StateMixer):
         y,h = ssd(u, dt, -wide(self.A_log).exp(), B, C, h, new)
         if ctx.cache is not None: ctx.cache.write(self.layer, seen, h)
         y = torch.addcmul(y, wide(u), wide(self.D)[:, None]).flatten(2)*F.silu(wide(z))
-        if self.groups > 1: y = F.rms_norm(y.unflatten(-1, (self.groups, -1)), (y.shape[-1]//self.groups,), eps=self.norm.eps).flatten(-2)*self.norm.weight
-        else: y = self.norm(y)
+        if self.groups == 1: return self.out_proj(self.norm(y).to(z.dtype))
+        y = y.unflatten(-1, (self.groups, -1)); y = F.rms_norm(y, y.shape[-1:], eps=self.norm.eps).flatten(2)*self.norm.weight
         return self.out_proj(y.to(z.dtype))
 
 @patch
@@ -430,7 +430,8 @@ def learn_task(
 @torch.no_grad()
 def task_accuracy(m:GPT, task, t:int, rows:int=64, seed:int=1)->float:
     "How much of what is asked is answered."
-    x,y,known = task(rows, t, m.cfg.vocab_size, torch.Generator().manual_seed(seed)); return (m(x).argmax(-1) == y)[known].float().mean().item()
+    x,y,known = task(rows, t, m.cfg.vocab_size, torch.Generator().manual_seed(seed))
+    return (m(x).argmax(-1) == y)[known].float().mean().item()
 
 # %% ../../nbs/56_exp.mamba.ipynb #56a10121
 def equal_size(
@@ -438,7 +439,8 @@ def equal_size(
 )->dict: # options of a `GPTConfig`
     "Depth and width with about as many parameters as the transformer that it is compared with."
     like = modern_config(ladder_rung('muon')['model']).num_params()
-    kinds = [dict(n_layer=n, d_model=d, **(dict(head_dim=32) if mixer == 'mamba2' else {})) for n in range(6, 15) for d in range(96, 161, 16)]
+    heads = dict(head_dim=32) if mixer == 'mamba2' else {}
+    kinds = [dict(n_layer=n, d_model=d, **heads) for n in range(6, 15) for d in range(96, 161, 16)]
     return min(kinds, key=lambda o: abs(GPTConfig(vocab_size=MODERN_VOCAB, mixer=mixer, **o).num_params()/like-1))
 
 MAMBA_ROWS = {'transformer': ladder_rung('muon'), **{m: dict(mixer=m, model=equal_size(m), opt='muon') for m in ('mamba', 'mamba2')}}

@@ -19,7 +19,8 @@ from .layers import *
 
 # %% ../../nbs/11_model.gpt.ipynb #33ba8925
 MIXERS = dict(attention='slm.model.layers:Block', mamba='slm.exp.mamba:MambaBlock', mamba2='slm.exp.mamba:Mamba2Block') # kinds of block
-CHOICES = dict(mixer=tuple(MIXERS), norm=tuple(NORMS), norm_pos=('pre', 'post'), pos=('rope', 'learned', 'sinusoidal', 'alibi', 'none'), act=(*GATES, *ACTS))
+CHOICES = dict(mixer=tuple(MIXERS),
+    norm=tuple(NORMS), norm_pos=('pre', 'post'), pos=('rope', 'learned', 'sinusoidal', 'alibi', 'none'), act=(*GATES, *ACTS))
 
 @dataclass
 class GPTConfig:
@@ -124,7 +125,8 @@ def fill_state(self:GPTConfig):
         if getattr(self, k) != v: raise SLMError(f"{k}={getattr(self, k)!r} does not go with mixer '{self.mixer}': leave it away")
     for k in ('expand', 'head_dim'):
         n = getattr(self, k)
-        if n is not None and (type(n) is not int or not 1 <= n <= 1<<13): raise SLMError(f'{k}={repr(n)[:40]}: it must be a whole number from 1 to 8,192')
+        if n is not None and (type(n) is not int or not 1 <= n <= 1<<13):
+            raise SLMError(f'{k}={repr(n)[:40]}: it must be a whole number from 1 to 8,192')
     width = self.expand*self.d_model
     size = width if self.mixer == 'mamba' else self.head_dim or math.gcd(width, 64)
     if width % size: raise SLMError(f'expand·d_model={width} is not a multiple of head_dim={size}: change one of them')
@@ -290,17 +292,6 @@ class GPT(nn.Module):
         h = self.model(idx, cache, seqlens, types)                               # (b,t,d)
         return self.head(h if keep is None else h[keep][None])
 
-# %% ../../nbs/11_model.gpt.ipynb #9e5dbc4f
-@patch
-def new_cache(self:GPT,
-    b:int, # rows
-    max_len:int|None=None, # tokens that a row can hold; `max_seq_len` if not given. A state holds any number
-)->KVCache:
-    "An empty cache of the model's kind."
-    c,w = self.cfg,self.get_input_embeddings().weight
-    if c.mixer != 'attention': return find_block(c.mixer).new_cache(c, b, w.dtype, w.device)
-    return KVCache(c.n_layer, b, c.n_kv_head, max_len or c.max_seq_len, c.head_dim, w.dtype, w.device)
-
 # %% ../../nbs/11_model.gpt.ipynb #02b5b764
 @patch
 @torch.no_grad()
@@ -346,6 +337,17 @@ def lm_loss(
     n = y.numel() if loss_mask is None else loss_mask.sum().clamp(min=1)
     share = torch.ones(y.shape, device=y.device)/n if loss_mask is None else loss_mask/n                # (b,t)
     return _CrossEntropy.apply(logits.flatten(0, 1), y.flatten(), share.flatten())
+
+# %% ../../nbs/11_model.gpt.ipynb #9e5dbc4f
+@patch
+def new_cache(self:GPT,
+    b:int, # rows
+    max_len:int|None=None, # tokens that a row can hold; `max_seq_len` if not given. A state holds any number
+)->KVCache:
+    "An empty cache of the model's kind."
+    c,w = self.cfg,self.get_input_embeddings().weight
+    if c.mixer != 'attention': return find_block(c.mixer).new_cache(c, b, w.dtype, w.device)
+    return KVCache(c.n_layer, b, c.n_kv_head, max_len or c.max_seq_len, c.head_dim, w.dtype, w.device)
 
 # %% ../../nbs/11_model.gpt.ipynb #e13e2682
 @patch

@@ -54,11 +54,12 @@ def _mamba_to_hf(cfg):
                expand=cfg.expand, layer_norm_epsilon=cfg.norm_eps, hidden_act='silu', use_bias=False, use_conv_bias=True,
                time_step_rank=math.ceil(cfg.d_model/16), max_position_embeddings=cfg.max_seq_len, dropout=cfg.dropout)
     if cfg.mixer == 'mamba': return res | dict(architectures=['MambaForCausalLM'], intermediate_size=cfg.d_ff)
-    return res | dict(architectures=['Mamba2ForCausalLM'], num_heads=cfg.n_head, head_dim=cfg.head_dim, n_groups=cfg.n_groups, chunk_size=64)
+    heads = dict(num_heads=cfg.n_head, head_dim=cfg.head_dim, n_groups=cfg.n_groups)
+    return res | heads | dict(architectures=['Mamba2ForCausalLM'], chunk_size=64)
 
 @patch
 def to_hf(self:GPTConfig)->dict: # the content of a Hugging Face config.json
-    "This configuration as a Hugging Face `config.json`; `model_type` is llama, qwen3, gpt2, mamba, mamba2 or, when none of them can express it, slm."
+    "This configuration as a Hugging Face `config.json`; `model_type` is `hf_family`."
     family = hf_family(self)
     res = dict(model_type=family, vocab_size=self.vocab_size, tie_word_embeddings=self.tied,
                bos_token_id=None, eos_token_id=None, pad_token_id=None)
@@ -166,7 +167,7 @@ def _from_gpt2(d):
 def from_hf(cls:GPTConfig,
     d:dict, # the content of a config.json
 )->GPTConfig:
-    "Read a Hugging Face config of llama, mistral, qwen3, gpt2, mamba, mamba2 (or our slm); raises `SLMError` that names the key that cannot be expressed."
+    "Read a Hugging Face config of a family that we know; raises `SLMError` that names the key that cannot be expressed."
     try:
         family = d.get('model_type')
         _check_hf(d, family)
@@ -177,7 +178,7 @@ def from_hf(cls:GPTConfig,
         if family in ('llama', 'mistral', 'qwen3'): kw = _from_llama(d, family)
         elif family == 'gpt2': kw = _from_gpt2(d)
         elif family in ('mamba', 'mamba2'): kw = _from_mamba(d, family)
-        else: raise SLMError(f"config.json: model_type is {family!r}: this model opens llama, mistral, qwen3, gpt2, mamba, mamba2 (and its own slm)")
+        else: raise SLMError(f"config.json: model_type is {family!r}: known are llama, mistral, qwen3, gpt2, mamba, mamba2 (and our slm)")
         return cls(vocab_size=d['vocab_size'], norm_pos='pre', causal=True, n_types=0, **kw)
     except KeyError as e: raise SLMError(f"config.json lacks {e}: it is damaged, or not of a {family} model") from None
     except (TypeError, AttributeError, ValueError, ArithmeticError) as e:

@@ -39,7 +39,8 @@ class TextConfig(StageConfig):
     cooldown:float = 0.6 # part of the run in which the rate falls
     evals:int = 20 # how many validations during the run
     samples:int = 4 # how many times samples are written
-    allowed = StageConfig.allowed | dict(mixer=MIXERS, dropout=Span(0, 1, '[)'), tokens=Span(0, ends='(]'), batch_tokens=Span(1), max_bytes=Span(1))
+    allowed = StageConfig.allowed | dict(mixer=MIXERS,
+        dropout=Span(0, 1, '[)'), tokens=Span(0, ends='(]'), batch_tokens=Span(1), max_bytes=Span(1))
     def sizes(self, vocab_size=512, **more)->GPTConfig:
         "The model that is meant."
         return GPTConfig.preset(self.preset, **dict(vocab_size=vocab_size, mixer=self.mixer) | more | self.model)
@@ -89,7 +90,8 @@ def check_config(c:PretrainConfig):
     if c.batch_tokens and c.seq_len and c.batch_tokens < c.seq_len:
         raise SLMError(f'--batch-tokens must be at least --seq-len, not {c.batch_tokens}')
     m = c.sizes(); get_device(c.device)
-    if c.compile and m.mixer != 'attention': raise SLMError(f"--compile does not go with mixer '{m.mixer}': its loop over tokens would be unrolled")
+    if c.compile and m.mixer != 'attention':
+        raise SLMError(f"--compile does not go with mixer '{m.mixer}': its loop over tokens would be unrolled")
 
 # %% ../../nbs/22_train.pretrain.ipynb #5f44b356
 def get_tokenizer(
