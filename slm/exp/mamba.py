@@ -416,7 +416,7 @@ def learn_task(
     task, # `induction` or `selective_copying`
     steps:int=200, # of 16 rows
     t:int=32, # tokens
-    lr:float=.03,
+    lr:float=.02,
     seed:int=0, # of the rows
 )->GPT: # the same
     "Train a small model on fresh rows of a task."
