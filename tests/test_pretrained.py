@@ -143,7 +143,7 @@ def test_published_configs_are_read(name):
     ('partial_rotary_factor', dict(rope_parameters=dict(rope_type='default', rope_theta=1e4, partial_rotary_factor=.25))),
     ('rope_type', dict(rope_parameters=dict(rope_type='longrope', factor=4.))), ('factor', dict(rope_parameters=dict(rope_type='linear'))),
     ('hidden_act', dict(hidden_act='gelu_pytorch_tanh')),
-    ('quantization_config', dict(quantization_config=dict(quant_method='gptq'))), ('model_type', dict(model_type='mamba')),
+    ('quantization_config', dict(quantization_config=dict(quant_method='gptq'))), ('model_type', dict(model_type='rwkv')),
     ('model_type', dict(model_type=None))])
 def test_what_cannot_be_expressed_is_refused_by_name(key, over):
     with pytest.raises(SLMError, match=key) as e: GPTConfig.from_hf(BASE.to_hf() | over)

@@ -14,7 +14,6 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 from ..core import SLMError
-from .layers import KVCache
 from .gpt import GPT
 
 # %% ../../nbs/12_model.generate.ipynb #edc9b03c
@@ -190,7 +189,7 @@ class DecodeBatch:
         c, w, lens = model.cfg, model.get_input_embeddings().weight, [len(p) for p in prompts]
         self.model, self.sampler, self.device, self.v = model, Sampler(params), w.device, vocab_size or c.vocab_size
         max_len = min(c.max_seq_len, max(n + p.max_new_tokens for n,p in zip(lens, params)))
-        self.cache = KVCache(c.n_layer, len(prompts), c.n_kv_head, max_len, c.head_dim, w.dtype, w.device)
+        self.cache = model.new_cache(len(prompts), max_len)
         self.x = torch.tensor([[*p] + [0]*(max(lens)-len(p)) for p in prompts], device=w.device) # (b,t), padded on the right
         self.seqlens = torch.tensor(lens, device=w.device)[:, None]                             # (b,1)
         self.seen = torch.zeros(len(prompts), self.v, dtype=torch.bool, device=w.device) if self.sampler.penalizes else None

@@ -233,6 +233,7 @@ def attn_bias(
 # %% ../../nbs/10_model.layers.ipynb #165d14c8
 class KVCache:
     "Room for the keys and values of all layers; each row has its own length."
+    parts, rewinds = ('k', 'v'), True # its tensors, (layers, rows, …); can a row go back to fewer tokens?
     def __init__(self,
         n_layer:int, # layers of the model
         b:int, # rows
@@ -247,7 +248,7 @@ class KVCache:
         self.max_len = max_len
 
     @property
-    def nbytes(self): return self.k.nbytes + self.v.nbytes
+    def nbytes(self): return sum(getattr(self, n).nbytes for n in self.parts)
     def __repr__(self):
         return f'KVCache(layers={len(self.k)}, lens={self.lens.tolist()}, max_len={self.max_len}, {self.nbytes/2**20:.2f} MiB)'
 
@@ -297,8 +298,17 @@ def keep(self:KVCache,
     rows, # indices of the rows that stay, in their new order: a list or a tensor
 ):
     "Drop the other rows."
-    rows = torch.as_tensor(rows)
-    self.k,self.v = (o[:, rows.to(o.device)] for o in (self.k, self.v)); self.lens = self.lens[rows.cpu()]
+    rows = torch.as_tensor(rows); self.lens = self.lens[rows.cpu()]
+    for n in self.parts: o = getattr(self, n); setattr(self, n, o[:, rows.to(o.device)])
+
+@patch
+def start_row(self:KVCache,
+    row:int, # that begins anew
+    source:int, # row that holds the beginning of the same text
+    n:int, # so many tokens of it
+):
+    "Take over what is known of a text."
+    if row != source: self.k[:, row, :, :n] = self.k[:, source, :, :n]; self.v[:, row, :, :n] = self.v[:, source, :, :n]
 
 # %% ../../nbs/10_model.layers.ipynb #46def9ec
 @dataclass
@@ -309,6 +319,7 @@ class AttnContext:
     bias:Tensor|None=None # (b or 1, h or 1, t, s) of `attn_bias`
     causal:bool=True # hide what comes later
     cache:KVCache|None=None # between its `begin` and `end`
+    pos:Tensor|None=None # (b,t) place of each token in its document, where a row has several; for layers without mask and rotation
 
 # %% ../../nbs/10_model.layers.ipynb #1a066db1
 def cast_once(

@@ -70,11 +70,12 @@ def common(
 def place(
     slots:list[Slot],
     ids:list[int], # of a new prompt
+    rewinds:bool=True, # can a row be used that has read further than what both have in common? A state cannot go back
 )->tuple[Slot|None,Slot|None,int]: # slot to use (None: all are busy), slot to copy from, tokens that are known then
     "Where a prompt goes: a free slot that knows most of it, else the one not used for longest."
     free = [s for s in slots if s.job is None]
     if not free: return None, None, 0
-    known = {s.row: min(common(s.ids, ids), len(ids)-1) for s in slots}
+    known = {s.row: n if rewinds or n == len(s.ids) else 0 for s in slots for n in [min(common(s.ids, ids), len(ids)-1)]}
     source = max(slots, key=lambda s: (known[s.row], s.job is None))
     n = known[source.row]
     if source.job is None and n > .5*len(source.ids): return source, source, n   # it goes on where it stopped
@@ -88,7 +89,8 @@ def part(
 )->KVCache: # shares its memory; its lengths are a copy
     "Some rows of a cache."
     c = copy.copy(cache)
-    c.k, c.v, c.lens = cache.k[:, a:b], cache.v[:, a:b], cache.lens[a:b].clone()
+    c.lens = cache.lens[a:b].clone()
+    for n in cache.parts: setattr(c, n, getattr(cache, n)[:, a:b])
     return c
 
 PAD = 32 # prompts are read in multiples of so many tokens: few shapes, so that no library keeps thousands of plans
@@ -118,7 +120,7 @@ class TorchEngine:
         else: self.gpt = model.fuse_(int8) if int8 or c.is_llama and not hasattr(model, 'fused') else model.eval()
         w = model.get_input_embeddings().weight
         self.device, self.v = w.device, min(tok.vocab_size, c.vocab_size)
-        self.cache = KVCache(c.n_layer, slots, c.n_kv_head, self.max_seq_len+PAD, c.head_dim, w.dtype, w.device)
+        self.cache = model.new_cache(slots, self.max_seq_len+PAD)
         self.rows, self.seen = [Slot(i) for i in range(slots)], torch.zeros(slots, self.v, dtype=torch.bool, device=w.device)
         self.ends = set(tok.stop_ids)
         self.waiting, self.wake, self.closing, self.clock = deque(), threading.Condition(), False, 0
@@ -199,11 +201,10 @@ def _admit(self:TorchEngine):
     "Give free slots to those who wait, first come, first served"
     while self.waiting:
         job = self.waiting[0]
-        slot, source, n = place(self.rows, job.request.ids)
+        slot, source, n = place(self.rows, job.request.ids, self.cache.rewinds)
         if slot is None: return
         self.waiting.popleft()
-        if source is not slot and n:
-            for x in (self.cache.k, self.cache.v): x[:, slot.row, :, :n] = x[:, source.row, :, :n]
+        self.cache.start_row(slot.row, source.row, n)
         self.clock += 1
         slot.ids, slot.job, slot.used, job.cached = job.request.ids[:n], job, self.clock, n
         if job.sampler.penalizes:
@@ -238,7 +239,9 @@ def _speak(self:TorchEngine):
     cache = part(self.cache, a, b)
     cache.lens[:] = torch.tensor([len(s.ids) for s in self.rows[a:b]])
     if step: logits = self.gpt.step(x, cache)                                    # (b,v)
-    else: logits = self.gpt.head(self.gpt.model(x[:, None].to(self.device), cache=cache)[:, 0])
+    else:
+        valid = None if cache.rewinds else torch.tensor([[s in live] for s in self.rows[a:b]]).long()  # the others' states stay as they are
+        logits = self.gpt.head(self.gpt.model(x[:, None].to(self.device), cache=cache, seqlens=valid)[:, 0])
     for s in live: s.ids += s.todo
     self._choose(live, logits[[s.row-a for s in live]])
 

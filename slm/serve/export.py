@@ -40,9 +40,9 @@ def gguf_arch(
     "The llama.cpp architecture that computes what `cfg` computes; raises `SLMError` that says which switch none of them has."
     arch = hf_family(cfg)
     if arch not in ('llama', 'qwen3'):
-        what = ', '.join(f'{k}={getattr(cfg, k)!r}' for k in ('norm', 'pos', 'act', 'bias', 'norm_pos', 'causal'))
+        what = ', '.join(f'{k}={getattr(cfg, k)!r}' for k in ('mixer', 'norm', 'pos', 'act', 'bias', 'norm_pos', 'causal'))
         raise SLMError(f"GGUF is written for llama and qwen3 models only, and this one is neither ({what})"
-                       + (": export it with --to hf" if arch == 'gpt2' else ': only slm can run it'))
+                       + (': only slm can run it' if arch == 'slm' else ": export it with --to hf"))
     if cfg.act != 'swiglu': raise SLMError(f"llama.cpp has no {arch} with {cfg.act}, only with swiglu: export it with --to hf")
     if arch == 'qwen3' and (cfg.rope_scaling or {}).get('rope_type') == 'llama3':
         raise SLMError("llama.cpp's qwen3 (query and key norms) has no rope_scaling 'llama3': export it with --to hf")

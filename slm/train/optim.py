@@ -68,9 +68,9 @@ def muon_groups(
     model:nn.Module,
 )->list[list[nn.Parameter]]: # [matrices of the blocks, embedding and head, the rest]; frozen parameters are in none
     "Parameters for Muon, and those for AdamW with and without weight decay."
-    ps = [(n, p) for n,p in model.named_parameters() if p.requires_grad]
-    hidden = lambda n,p: p.ndim == 2 and '.layers.' in n
-    return [[p for n,p in ps if hidden(n, p)], [p for n,p in ps if p.ndim >= 2 and not hidden(n, p)], [p for _,p in ps if p.ndim < 2]]
+    ps,plain = [(n, p) for n,p in model.named_parameters() if p.requires_grad],not_decayed(model)
+    kind = lambda n,p: 2 if id(p) in plain else 0 if p.ndim == 2 and '.layers.' in n else 1
+    return [[p for n,p in ps if kind(n, p) == k] for k in range(3)]
 
 # %% ../../nbs/20_train.optim.ipynb #af98ec21
 class Together:

@@ -15,7 +15,7 @@ from ..core import *
 from ..data.corpus import build_corpus, Corpus
 from ..data.tokenizer import Tokenizer, train_bpe, char_tokenizer
 from ..data.loaders import tokenize, token_dls, TokenData
-from ..model.gpt import GPT, GPTConfig, check_fits, device_memory
+from ..model.gpt import GPT, GPTConfig, MIXERS, check_fits, device_memory
 from ..model.pretrained import *
 from .learner import *
 from .stage import *
@@ -26,6 +26,7 @@ class TextConfig(StageConfig):
     "A new model that learns from a text; `None` means: chosen from data, preset and machine."
     corpus:str = 'pydocs' # a name, hf:OWNER/NAME[:column], or files:GLOB, see `slm corpus`
     preset:str = '1m' # model size: 1m, 3m, 10m, 25m, 50m, 125m or 350m (see recipes/)
+    mixer:str = 'attention' # what mixes tokens: attention, or a state: mamba or mamba2 (twice as many blocks, each half as large)
     model:dict = field(default_factory=dict) # overrides of the preset, as in `GPTConfig`
     tokens:int|None = None # train on so many tokens
     batch_tokens:int|None = None # tokens in an optimiser step
@@ -38,7 +39,11 @@ class TextConfig(StageConfig):
     cooldown:float = 0.6 # part of the run in which the rate falls
     evals:int = 20 # how many validations during the run
     samples:int = 4 # how many times samples are written
-    allowed = StageConfig.allowed | dict(dropout=Span(0, 1, '[)'), tokens=Span(0, ends='(]'), batch_tokens=Span(1), max_bytes=Span(1))
+    allowed = StageConfig.allowed | dict(mixer=MIXERS,
+        dropout=Span(0, 1, '[)'), tokens=Span(0, ends='(]'), batch_tokens=Span(1), max_bytes=Span(1))
+    def sizes(self, vocab_size=512, **more)->GPTConfig:
+        "The model that is meant."
+        return GPTConfig.preset(self.preset, **dict(vocab_size=vocab_size, mixer=self.mixer) | more | self.model)
 
 @dataclass(kw_only=True)
 class PretrainConfig(TextConfig):
@@ -68,13 +73,13 @@ def resolve(
     c:PretrainConfig, # as given
 )->PretrainConfig: # with every number but `steps` filled in
     "Choose what was left open."
-    c = dataclasses.replace(c); d = GPTConfig.preset(c.preset, vocab_size=512, **c.model).d_model
-    z = default_sizes(d); c.seq_len,c.batch_tokens,c.lr = (getattr(c, k) or z[k] for k in ('seq_len', 'batch_tokens', 'lr'))
+    c = dataclasses.replace(c); m = c.sizes()
+    z = default_sizes(m.d_model); c.seq_len,c.batch_tokens,c.lr = (getattr(c, k) or z[k] for k in ('seq_len', 'batch_tokens', 'lr'))
     c.micro_batch = c.micro_batch or max(1, min(c.batch_tokens, z['at_once'])//c.seq_len)
     if c.tokens: c.steps, c.tokens = max(1, round(c.tokens/c.batch_tokens)), None
     c.device = str(get_device(c.device))
     if c.dtype == 'auto': c.dtype = best_dtype(c.device)
-    if c.compile is None: c.compile = c.device.startswith('cuda')
+    if c.compile is None: c.compile = c.device.startswith('cuda') and m.mixer == 'attention'
     return c
 
 # %% ../../nbs/22_train.pretrain.ipynb #64c727be
@@ -84,7 +89,9 @@ def check_config(c:PretrainConfig):
     if len(given) != 1: raise SLMError(f"give exactly one of --steps, --tokens and --minutes (got {' and '.join(given) or 'none'})")
     if c.batch_tokens and c.seq_len and c.batch_tokens < c.seq_len:
         raise SLMError(f'--batch-tokens must be at least --seq-len, not {c.batch_tokens}')
-    GPTConfig.preset(c.preset, vocab_size=512, **c.model); get_device(c.device)
+    m = c.sizes(); get_device(c.device)
+    if c.compile and m.mixer != 'attention':
+        raise SLMError(f"--compile does not go with mixer '{m.mixer}': its loop over tokens would be unrolled")
 
 # %% ../../nbs/22_train.pretrain.ipynb #5f44b356
 def get_tokenizer(
@@ -161,8 +168,7 @@ class PretrainStage(Stage):
 @patch
 def build(self:PretrainStage)->GPT:
     "A new model."
-    c = self.c; sizes = dict(vocab_size=self.tok.vocab_size, max_seq_len=c.seq_len) | {'dropout': c.dropout or 0.} | c.model
-    cfg = GPTConfig.preset(c.preset, **sizes)
+    c = self.c; cfg = c.sizes(self.tok.vocab_size, max_seq_len=c.seq_len, dropout=c.dropout or 0.)
     check_fits(cfg, c.micro_batch, c.seq_len, c.device, dtype=c.dtype, memory=device_memory(c.device)-self.held)
     model = GPT(cfg).to(c.device)
     if c.compile: model.compile()
