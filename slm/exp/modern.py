@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['LADDER', 'MODERN_CONTEXT', 'MODERN_BATCH', 'MODERN_VOCAB', 'MODERN_STEPS', 'MODERN_SHAPE', 'MODERN_COMMON',
-           'MODERN_RATES', 'MODERN_LOWER', 'MODERN_LOSS', 'modern_config', 'equal_cost', 'ladder_rung', 'tokens_until',
-           'modern_rates', 'rate_range']
+           'MODERN_RATES', 'MODERN_LOWER', 'MODERN_LOSS', 'MODERN_RATE', 'modern_config', 'equal_cost', 'ladder_rung',
+           'tokens_until', 'modern_rates', 'rate_range', 'modern_ladder']
 
 # %% ../../nbs/54_exp.modern.ipynb #54b10004
 from ..core import *
@@ -85,3 +85,16 @@ def rate_range(
     "How far a learning rate may be off, by straight lines between the rates that were tried."
     x = np.log(rates); fine = np.linspace(x[0], x[-1], 1000); ok = np.exp(fine[np.interp(fine, x, losses) <= losses.min()+within])
     return float(rates[losses.argmin()]), float(ok[0]), float(ok[-1])
+
+# %% ../../nbs/54_exp.modern.ipynb #54b10018
+MODERN_RATE = {'gpt2': .002, 'rope': .004, 'rmsnorm': .004, 'no-bias': .004, 'swiglu': .004, 'qk-norm': .002, 'init': .002, 'muon': .006}
+
+@experiment('modern-ladder', 'What does each step from GPT-2 to Transformer++ gain, and what is lost without it?')
+def modern_ladder(quick:bool=False)->Sweep:
+    "Eight rungs with five seeds each; six ladders that lack a rung, and more steps without Muon, with three."
+    rows = {f'{n}-{s}': ladder_rung(n) | dict(lr=MODERN_RATE[n], seed=s) for s in range(1, 6) for n in LADDER}
+    for s in range(1, 4):
+        rows |= {f'without-{n}-{s}': ladder_rung('muon', n) | dict(lr=MODERN_RATE['muon'], seed=s) for n in list(LADDER)[1:-1]}
+        rows[f'init-longer-{s}'] = ladder_rung('init') | dict(lr=MODERN_RATE['init'], seed=s, steps=860)
+    if quick: rows = {r: {k: v for k,v in o.items() if k != 'steps'} for r,o in rows.items()}
+    return _sweep('modern-ladder', rows, quick)
