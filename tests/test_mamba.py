@@ -9,7 +9,7 @@ from transformers import AutoModelForCausalLM, Mamba2Config, Mamba2ForCausalLM, 
 from slm.cli import main
 from slm.core import SLMError, read_json
 from slm.data.tokenizer import char_tokenizer
-from slm.exp.mamba import slow_scan, selective_scan, ssd
+from slm.model.mamba import slow_scan, selective_scan, ssd
 from slm.model.generate import SamplingParams, generate_ids
 from slm.model.gpt import GPT, GPTConfig, lm_loss, memory_estimate
 from slm.model.pretrained import load_model_and_tokenizer

@@ -18,7 +18,7 @@ from ..core import SLMError, get_device
 from .layers import *
 
 # %% ../../nbs/11_model.gpt.ipynb #33ba8925
-MIXERS = dict(attention='slm.model.layers:Block', mamba='slm.exp.mamba:MambaBlock', mamba2='slm.exp.mamba:Mamba2Block') # kinds of block
+MIXERS = dict(attention='slm.model.layers:Block', mamba='slm.model.mamba:MambaBlock', mamba2='slm.model.mamba:Mamba2Block') # kinds of block
 CHOICES = dict(mixer=tuple(MIXERS),
     norm=tuple(NORMS), norm_pos=('pre', 'post'), pos=('rope', 'learned', 'sinusoidal', 'alibi', 'none'), act=(*GATES, *ACTS))
 
@@ -47,7 +47,7 @@ class GPTConfig:
     dropout:float = 0. # on the embedding and on what each part adds, while training
     n_types:int = 0 # token types (BERT's two sentences); 0 for none
     init_std:float|None = None # deviation of a new model's weights; √(2/(5d)) if not given (GPT-2: .02)
-    mixer:str = 'attention' # or a block that keeps a state instead: 'mamba' or 'mamba2' (see `slm.exp.mamba`)
+    mixer:str = 'attention' # or a block that keeps a state instead: 'mamba' or 'mamba2' (see `slm.model.mamba`)
     state_size:int|None = None # with a state: numbers that a channel remembers; 16, with mamba2 64, if not given
     conv_width:int = 4 # with a state: tokens that its convolution sees
     expand:int = 2 # with a state: inner width over d
