@@ -4,8 +4,9 @@
 
 # %% auto #0
 __all__ = ['LADDER', 'MODERN_CONTEXT', 'MODERN_BATCH', 'MODERN_VOCAB', 'MODERN_STEPS', 'MODERN_SHAPE', 'MODERN_COMMON',
-           'MODERN_RATES', 'MODERN_LOWER', 'MODERN_LOSS', 'MODERN_RATE', 'modern_config', 'equal_cost', 'ladder_rung',
-           'tokens_until', 'modern_rates', 'rate_range', 'modern_ladder']
+           'MODERN_RATES', 'MODERN_LOWER', 'MODERN_LOSS', 'MODERN_RATE', 'GLU_VARIANTS', 'GLU_RATES', 'GLU_STEPS',
+           'modern_config', 'equal_cost', 'ladder_rung', 'tokens_until', 'modern_rates', 'rate_range', 'modern_ladder',
+           'glu_variant', 'glu_rates']
 
 # %% ../../nbs/54_exp.modern.ipynb #54b10004
 from ..core import *
@@ -98,3 +99,24 @@ def modern_ladder(quick:bool=False)->Sweep:
         rows[f'init-longer-{s}'] = ladder_rung('init') | dict(lr=MODERN_RATE['init'], seed=s, steps=860)
     if quick: rows = {r: {k: v for k,v in o.items() if k != 'steps'} for r,o in rows.items()}
     return _sweep('modern-ladder', rows, quick)
+
+# %% ../../nbs/54_exp.modern.ipynb #54b10021
+GLU_VARIANTS = ('relu', 'gelu', 'silu', 'relu2', 'glu', 'bilinear', 'reglu', 'geglu', 'swiglu')
+GLU_RATES = dict(adamw=(.001, .002, .004), muon=(.003, .006, .012))
+GLU_STEPS = 512
+
+def glu_variant(
+    act:str, # a name in `GLU_VARIANTS`
+    opt:str='muon', # 'adamw' or 'muon'
+)->dict: # `model` and `opt` of a pretraining
+    "The top of the ladder with another feed-forward layer, as large and as expensive."
+    top = ladder_rung('muon')['model']; other = {k: v for k,v in top.items() if k != 'd_ff'} | dict(act=act)
+    return dict(model=equal_cost(other, top), opt=opt)
+
+@experiment('glu-rates', 'Which learning rate suits each activation and gate, with AdamW and with Muon?')
+def glu_rates(quick:bool=False)->Sweep:
+    "Nine feed-forward layers, two optimisers, three rates each."
+    kinds = [(o, a, lr) for o,lrs in GLU_RATES.items() for a in GLU_VARIANTS for lr in lrs]
+    rows = {f'{o}-{a}-{lr}': glu_variant(a, o) | dict(lr=lr, steps=GLU_STEPS) for o,a,lr in kinds}
+    if quick: rows = {r: {k: v for k,v in o.items() if k != 'steps'} for r,o in rows.items()}
+    return _sweep('glu-rates', rows, quick)

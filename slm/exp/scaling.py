@@ -6,7 +6,7 @@
 __all__ = ['SCALING_WIDTHS', 'SCALING_CONTEXT', 'SCALING_BATCH', 'SCALING_VOCAB', 'SCALING_COMMON', 'SCALING_RATES',
            'SCALING_RATE', 'SCALING_BUDGETS', 'Law', 'huber_loss', 'fit_law', 'law_intervals', 'isoflop_minimum',
            'budget_slope', 'fit_kaplan', 'scaled_shape', 'scaled_config', 'budget_rows', 'story_figures',
-           'scaling_rates', 'scaling_world', 'scaling_points', 'foretell', 'scaling_held']
+           'scaling_rates', 'scaling_world', 'scaling_points', 'predict_loss', 'scaling_held']
 
 # %% ../../nbs/51_exp.scaling.ipynb #51e50003
 from ..core import *
@@ -189,7 +189,7 @@ def scaling_points(
                 seed=np.array([r['seed'] for r in rs]))
 
 # %% ../../nbs/51_exp.scaling.ipynb #51e50061
-def foretell(
+def predict_loss(
     laws:list[Law], # the fit, then those of its bootstrap
     off:np.ndarray, # (k,) log of measured over fitted, of the runs that it was fitted to
     n:float, d:float, # parameters and tokens of a new run
