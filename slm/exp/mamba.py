@@ -80,7 +80,7 @@ MAMBA_ROWS = {'transformer': ladder_rung('muon'), **{m: dict(mixer=m, model=equa
 MAMBA_RATES = (.003, .006, .012, .024)
 
 # %% ../../nbs/56_exp.mamba.ipynb #56a10124
-MAMBA_BEST = dict(transformer=.006, mamba=.006, mamba2=.006) # of `mamba-rates`
+MAMBA_BEST = dict(transformer=.006, mamba=.006, mamba2=.006) # the first of `modern-rates`; the others wait for `mamba-rates`
 
 def _mamba_sweep(name, rows, quick):
     common = MODERN_COMMON | (dict(steps=8, max_bytes=2_000_000) if quick else {})
