@@ -2,7 +2,8 @@
 
 A server imports PyTorch and fastai once, and each process is a fork of it: a command costs tenths of a second instead of six.
 A process has its own folder, environment, standard streams, arguments and limits, and dies as any other. What a library reads from the
-environment while it is imported (`OMP_NUM_THREADS`, `HF_HUB_OFFLINE`) is that of the first process: who changes it starts an interpreter."""
+environment while it is imported (`OMP_NUM_THREADS`, `HF_HUB_OFFLINE`) is that of the first process: who changes it starts
+an interpreter."""
 import multiprocessing, os, resource, subprocess, sys, tempfile
 from pathlib import Path
 

@@ -200,7 +200,8 @@ def test_what_does_not_go_with_a_state_is_refused(models, tmp_path):
     with pytest.raises(SLMError, match="mixer='mamba'.*--to hf"): export_gguf(m, TOK, tmp_path/'m.gguf')
 
 @pytest.mark.parametrize('kw', (dict(pos='alibi'), dict(norm='layer'), dict(causal=False), dict(qk_norm=True), dict(act='relu'),
-    dict(d_ff=100), dict(n_head=3), dict(expand=0), dict(expand=2.5), dict(state_size=-1), dict(conv_width='4')), ids=lambda d: next(iter(d)))
+    dict(d_ff=100), dict(n_head=3), dict(expand=0), dict(expand=2.5), dict(state_size=-1), dict(conv_width='4')),
+    ids=lambda d: next(iter(d)))
 def test_switches_that_do_not_go_with_a_state(kw):
     with pytest.raises(SLMError, match=next(iter(kw))): GPTConfig(**SMALL | dict(mixer='mamba') | kw)
 
