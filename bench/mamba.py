@@ -35,7 +35,7 @@ def main():
     a = ap.parse_args(); torch.set_num_threads(1)
     config = dict(rows=a.rows, tokens=a.tokens, repeats=a.repeats, threads=1)
     run = RunDir.create(ROOT/'results'/'56_exp.mamba'/'speed', 'bench', config, exist_ok=True)
-    x,y = torch.randint(512, (2, a.rows, a.tokens)); jobs,close = {},{}
+    set_seed(0); x,y = torch.randint(512, (2, a.rows, a.tokens)); jobs,close = {},{}
     ours = lambda m, x, y: lm_loss(m(x), y)
     theirs = lambda m, x, y: F.cross_entropy(m(input_ids=x, use_cache=False).logits.flatten(0, 1), y.flatten())
     for mixer in ('mamba', 'mamba2'):

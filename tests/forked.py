@@ -15,11 +15,11 @@ COMMAND = 'from slm.cli import main; main()'
 def _work(code, args, cwd, env, files, memory, cpu):
     "What the new process does first"
     for fd,(path,how) in enumerate(zip(files, (os.O_RDONLY, os.O_WRONLY, os.O_WRONLY))): os.dup2(os.open(path, how), fd)
-    kw = dict(encoding='utf-8', errors='replace')
-    sys.stdin,sys.stdout,sys.stderr = open(0, **kw), open(1, 'w', **kw), open(2, 'w', buffering=1, **kw)
+    utf8 = dict(encoding='utf-8')                                                # as strict as an interpreter's own
+    sys.stdin,sys.stdout = open(0, **utf8),open(1, 'w', **utf8); sys.stderr = open(2, 'w', buffering=1, errors='backslashreplace', **utf8)
     os.chdir(cwd); os.environ.clear(); os.environ.update(env)
     sys.argv,sys.path[:0] = ['slm', *args],['']                                  # as `python -c` has it
-    if memory: resource.setrlimit(resource.RLIMIT_AS, (memory, memory))
+    if memory: sys.modules['torch'].set_num_threads(1); resource.setrlimit(resource.RLIMIT_AS, (memory, memory))
     if cpu: resource.setrlimit(resource.RLIMIT_CPU, (cpu, cpu))
     exec(compile(code, '<string>', 'exec'), dict(__name__='__main__'))
 

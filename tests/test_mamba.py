@@ -78,9 +78,12 @@ def test_a_wrong_gradient_is_noticed():
         return lambda u,dt,A,B,C: (states(torch.exp(dt[..., None]*A), (dt*u)[..., None]*B[:, :, None])*C[:, :, None]).sum(-1)
     ours = lambda *o: selective_scan(*o)[0]; worst = lambda f: max(map(rel, gradients(f, (u, dt, A, B, C), w), want))
     assert worst(ours) < 1e-4 and worst(parallel('generic')) < 1e-4
+    halved = lambda u,dt,A,B,C: ours(u, dt, .5*A+.5*A.detach(), B, C)            # the same outputs, and a gradient that is half of it
+    assert worst(halved) > .1
+    if not torch.__version__.startswith('2.14.'): return                         # elsewhere it may have been mended
     try: compiled = worst(parallel('pointwise'))
     except Exception as e: pytest.skip(f'the compiled mode does not run here: {type(e).__name__}')
-    assert torch.__version__ >= '2.12' or compiled > .01
+    assert compiled > .01
 
 def test_steps_of_zero_leave_the_state():
     (u,dt,A,B,C),_ = scan_args(2, 9, 4, 3, 0, torch.float32); _,h = selective_scan(u, dt, A, B, C)

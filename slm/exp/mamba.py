@@ -10,7 +10,7 @@ __all__ = ['MAMBA_ROWS', 'MAMBA_RATES', 'MAMBA_BEST', 'induction', 'selective_co
 from ..core import *
 import torch
 from torch import Tensor
-from .modern import MODERN_COMMON, MODERN_CONTEXT, MODERN_VOCAB, ladder_rung, modern_config, tokens_until
+from .modern import MODERN_CONTEXT, MODERN_VOCAB, ladder_rung, modern_config, modern_sweep
 from .sweep import Sweep, experiment, with_seeds
 from ..model.gpt import GPT, GPTConfig, lm_loss
 from ..train.optim import muon, muon_groups
@@ -82,17 +82,13 @@ MAMBA_RATES = (.003, .006, .012, .024)
 # %% ../../nbs/56_exp.mamba.ipynb #56a10124
 MAMBA_BEST = dict(transformer=.006, mamba=.006, mamba2=.006) # the first of `modern-rates`; the others wait for `mamba-rates`
 
-def _mamba_sweep(name, rows, quick):
-    common = MODERN_COMMON | (dict(steps=8, max_bytes=2_000_000) if quick else {})
-    return Sweep(name, rows, common, vocab_size=MODERN_VOCAB, measure=tokens_until, quick=quick)
-
 @experiment('mamba-rates', 'Which learning rate suits a transformer, Mamba and Mamba-2 of equal size?')
 def mamba_rates(quick:bool=False)->Sweep:
     "Three models, each with rates from low to too high."
     rows = {f'{n}-{lr}': o | dict(lr=lr) for n,o in MAMBA_ROWS.items() for lr in MAMBA_RATES[:1 if quick else None]}
-    return _mamba_sweep('mamba-rates', rows, quick)
+    return modern_sweep('mamba-rates', rows, quick)
 
 @experiment('mamba-world', 'Does a state learn stories as well as attention, at equal parameters and tokens?')
 def mamba_world(quick:bool=False)->Sweep:
     "Each at its best rate, three seeds."
-    return _mamba_sweep('mamba-world', with_seeds({n: o | dict(lr=MAMBA_BEST[n]) for n,o in MAMBA_ROWS.items()}, 1 if quick else 3), quick)
+    return modern_sweep('mamba-world', with_seeds({n: o | dict(lr=MAMBA_BEST[n]) for n,o in MAMBA_ROWS.items()}, 1 if quick else 3), quick)

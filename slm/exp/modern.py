@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['LADDER', 'MODERN_CONTEXT', 'MODERN_BATCH', 'MODERN_VOCAB', 'MODERN_STEPS', 'MODERN_SHAPE', 'MODERN_COMMON',
            'MODERN_RATES', 'MODERN_LOWER', 'MODERN_LOSS', 'MODERN_RATE', 'GLU_VARIANTS', 'GLU_RATES', 'GLU_STEPS',
-           'modern_config', 'equal_cost', 'ladder_rung', 'tokens_until', 'modern_rates', 'rate_range', 'modern_ladder',
-           'glu_variant', 'glu_rates']
+           'modern_config', 'equal_cost', 'ladder_rung', 'tokens_until', 'modern_sweep', 'modern_rates', 'rate_range',
+           'modern_ladder', 'glu_variant', 'glu_rates']
 
 # %% ../../nbs/54_exp.modern.ipynb #54b10004
 from ..core import *
@@ -65,18 +65,24 @@ def tokens_until(
     "How much a run has read when its training loss first was below a given one."
     with open(run.path/'log.csv', newline='') as f: rows = [(int(r['tokens']), float(r['loss'])) for r in csv.DictReader(f)]
     t,l = np.array(rows).T; below = np.convolve(l, np.ones(over)/over, 'valid') < loss
-    return dict(tokens_until=Metric(t[over-1:][below.argmax()], unit='tokens')) if below.any() else {}
+    return dict(tokens_until=Metric(float(t[over-1:][below.argmax()]), unit='tokens')) if below.any() else {}
 
-def _sweep(name, rows, quick):
-    common = MODERN_COMMON | (dict(steps=8, max_bytes=2_000_000) if quick else {})
-    return Sweep(name, dict(list(rows.items())[:2]) if quick else rows, common, vocab_size=MODERN_VOCAB, measure=tokens_until, quick=quick)
+def modern_sweep(
+    name:str, # of the experiment
+    rows:dict[str,dict], # name -> options
+    quick:bool, # the first two rows, some steps of each
+)->Sweep:
+    "Trainings with the text, the batch and the steps of this chapter."
+    common = MODERN_COMMON | (dict(max_bytes=2_000_000) if quick else {})
+    rows = {r: o | dict(steps=8) for r,o in list(rows.items())[:2]} if quick else rows
+    return Sweep(name, rows, common, vocab_size=MODERN_VOCAB, measure=tokens_until, quick=quick)
 
 @experiment('modern-rates', 'Which learning rate suits each step from GPT-2 to Transformer++?')
 def modern_rates(quick:bool=False)->Sweep:
     "Eight models, each with rates from low to too high."
     rows = {f'{n}-{lr}': ladder_rung(n) | dict(lr=lr) for n in LADDER for lr in MODERN_RATES[ladder_rung(n)['opt']]}
     rows |= {f'{n}-{lr}': ladder_rung(n) | dict(lr=lr) for n,lr in MODERN_LOWER.items()}
-    return _sweep('modern-rates', rows, quick)
+    return modern_sweep('modern-rates', rows, quick)
 
 # %% ../../nbs/54_exp.modern.ipynb #54b10013
 def rate_range(
@@ -97,8 +103,7 @@ def modern_ladder(quick:bool=False)->Sweep:
     for s in range(1, 4):
         rows |= {f'without-{n}-{s}': ladder_rung('muon', n) | dict(lr=MODERN_RATE['muon'], seed=s) for n in list(LADDER)[1:-1]}
         rows[f'init-longer-{s}'] = ladder_rung('init') | dict(lr=MODERN_RATE['init'], seed=s, steps=860)
-    if quick: rows = {r: {k: v for k,v in o.items() if k != 'steps'} for r,o in rows.items()}
-    return _sweep('modern-ladder', rows, quick)
+    return modern_sweep('modern-ladder', rows, quick)
 
 # %% ../../nbs/54_exp.modern.ipynb #54b10021
 GLU_VARIANTS = ('relu', 'gelu', 'silu', 'relu2', 'glu', 'bilinear', 'reglu', 'geglu', 'swiglu')
@@ -118,5 +123,4 @@ def glu_rates(quick:bool=False)->Sweep:
     "Nine feed-forward layers, two optimisers, three rates each."
     kinds = [(o, a, lr) for o,lrs in GLU_RATES.items() for a in GLU_VARIANTS for lr in lrs]
     rows = {f'{o}-{a}-{lr}': glu_variant(a, o) | dict(lr=lr, steps=GLU_STEPS) for o,a,lr in kinds}
-    if quick: rows = {r: {k: v for k,v in o.items() if k != 'steps'} for r,o in rows.items()}
-    return _sweep('glu-rates', rows, quick)
+    return modern_sweep('glu-rates', rows, quick)
