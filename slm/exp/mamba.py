@@ -90,5 +90,5 @@ def mamba_rates(quick:bool=False)->Sweep:
 
 @experiment('mamba-world', 'Does a state learn stories as well as attention, at equal parameters and tokens?')
 def mamba_world(quick:bool=False)->Sweep:
-    "Each at its best rate, three seeds."
-    return modern_sweep('mamba-world', with_seeds({n: o | dict(lr=MAMBA_BEST[n]) for n,o in MAMBA_ROWS.items()}, 1 if quick else 3), quick)
+    "Each at its best rate, three seeds that have chosen nothing."
+    return modern_sweep('mamba-world', with_seeds({n: o | dict(lr=MAMBA_BEST[n]) for n,o in MAMBA_ROWS.items()}, 3, 1), quick)

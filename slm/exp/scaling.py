@@ -191,12 +191,14 @@ def scaling_points(
 # %% ../../nbs/51_exp.scaling.ipynb #51e50061
 def predict_loss(
     laws:list[Law], # the fit, then those of its bootstrap
-    off:np.ndarray, # (k,) log of measured over fitted, of the runs that it was fitted to
+    off:np.ndarray, # (k,) log of measured over fitted, of the runs that it was fitted to; more than were fitted numbers
     n:float, d:float, # parameters and tokens of a new run
+    fitted:int=5, # numbers of the law; 4 where `E` was given
     seed:int=0,
 )->Metric: # with the interval that holds such a run in 90 of 100 cases
     "What a run will cost, by the law and by how runs deviate from it."
-    says = np.repeat([float(l(n, d)) for l in laws[1:]], 20); draws = says*np.exp(np.random.default_rng(seed).choice(off, len(says)))
+    wide = off*(len(off)/(len(off)-fitted))**.5
+    says = np.repeat([float(l(n, d)) for l in laws[1:]], 20); draws = says*np.exp(np.random.default_rng(seed).choice(wide, len(says)))
     return Metric(float(laws[0](n, d)), *map(float, np.percentile(draws, [5, 95])), n=len(off), unit='bits/byte')
 
 @experiment('scaling-held', 'Does the law say what three and ten times the largest budget will give?')

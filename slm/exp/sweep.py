@@ -44,9 +44,10 @@ class Sweep:
 def with_seeds(
     rows:dict[str,dict], # name -> options
     seeds:int, # so many of each
+    first:int=0, # seed; 1, if 0 has chosen the learning rates
 )->dict[str,dict]: # 'NAME-0', 'NAME-1', …
     "Each row with several seeds, the same ones for all: their differences are paired."
-    return {f'{n}-{s}': dict(o, seed=s) for s in range(seeds) for n,o in rows.items()}
+    return {f'{n}-{s}': dict(o, seed=s) for s in range(first, first+seeds) for n,o in rows.items()}
 
 # %% ../../nbs/50_exp.sweep.ipynb #50e5000d
 @patch
