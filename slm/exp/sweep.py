@@ -25,7 +25,7 @@ class Sweep:
     name:str # of the experiment
     rows:dict[str,dict] # name of a row -> its options
     common:dict # options of every row
-    stage:str = 'pretrain' # what trains
+    stage:str = 'pretrain' # what trains, where a row has no other `stage`
     vocab_size:int|None = None # train one tokenizer for all rows, of so many tokens
     cost:Callable = lambda o: o.get('steps') or 1 # called with options; how long a row takes, beside the others
     measure:Callable|None = None # called with a finished run: more figures, name -> `Metric`
@@ -34,11 +34,19 @@ class Sweep:
     def __post_init__(self):
         if bad := [r for r in self.rows if not r.replace('-', '').replace('_', '').replace('.', '').isalnum()]:
             raise SLMError(f"'{bad[0]}' is no name of a folder: letters, digits, - _ and . are")
+        for r in self.rows:
+            for n in self.needs(r):
+                if n not in self.rows or self.needs(n): raise SLMError(f"row {r} needs '{n}': a row of this table that needs no other")
 
     def options(self, row:str, out:Path)->dict:
         "All options of a row."
-        tok = dict(tokenizer=str(Path(out)/'tokenizer.json')) if self.vocab_size else {}
-        return self.common | tok | self.rows[row]
+        tok = dict(tokenizer=str(Path(out)/'tokenizer.json')) if self.vocab_size and self.stage_of(row) == 'pretrain' else {}
+        own = {k: str(Path(out)/v[4:]) if isinstance(v, str) and v.startswith('row:') else v for k,v in self.rows[row].items()}
+        return {k: v for k,v in (self.common | tok | own).items() if k != 'stage'}
+
+    def stage_of(self, row:str)->str: return self.rows[row].get('stage', self.stage)
+    def needs(self, row:str)->list[str]: # rows whose models this one is given, as `teacher='row:NAME'`
+        return [v[4:] for v in self.rows[row].values() if isinstance(v, str) and v.startswith('row:')]
 
 # %% ../../nbs/50_exp.sweep.ipynb #50e5000a
 def with_seeds(
@@ -79,7 +87,7 @@ def train_row(self:Sweep,
         elif state == 'begun' and checkpoints(path/'checkpoints'): run = resume(path)
         else:
             shutil.rmtree(path, ignore_errors=True); path.mkdir(parents=True)
-            write_json(path/'asked.json', _plain(options)); run = find_stage(self.stage).start(options, path)
+            write_json(path/'asked.json', _plain(options)); run = find_stage(self.stage_of(row)).start(options, path)
     except Diverged as e: run = RunDir.open(path); run.info['failed'] = str(e); run.save()  # that is a result
     if self.measure and run.info['status'] == 'done' and 'measured' not in run.info:
         run.info['measured'] = True; run.add_metrics(**self.measure(run))         # written together
@@ -130,18 +138,21 @@ def run(self:Sweep,
     to:str|Path|None=None, # folder of results: what is recorded there is left out
 )->list[RunDir]: # of the rows that are done or have failed; shorter when it was interrupted
     "Train what is not trained yet."
-    rows = self.todo(only, to)
-    Path(out).mkdir(parents=True, exist_ok=True)
-    if rows: self.prepare(out)
-    cost = {r: self.cost(self.options(r, out)) for r in rows}; got = []
+    wanted = self.todo(only, to); Path(out).mkdir(parents=True, exist_ok=True); got = []
+    if wanted: self.prepare(out)
+    before = {n: None for r in wanted for n in self.needs(r) if n not in wanted and self.state(n, out) != 'done'}
+    first = [*before, *(r for r in wanted if not self.needs(r))]                 # then those who need them
+    cost = {r: self.cost(self.options(r, out)) for r in [*before, *wanted]}; train = self._here if jobs == 1 else self._apart
     with progress(desc=self.name, total=sum(cost.values()), unit='') as bar:
-        for run in (self._here(rows, out) if jobs == 1 else self._apart(rows, out, jobs)):
-            if run.info['status'] == 'interrupted': break
-            got.append(run); bar.update(cost[run.path.name]); bar.set_postfix_str(run.path.name)
+        for rows in (first, [r for r in wanted if r not in first]):
+            for run in train(rows, out, jobs):
+                if run.info['status'] == 'interrupted': return got
+                if (row := run.path.name) in wanted: got.append(run)
+                bar.update(cost[row]); bar.set_postfix_str(row)
     return got
 
 @patch
-def _here(self:Sweep, rows, out): return (self.train_row(r, out) for r in rows)
+def _here(self:Sweep, rows, out, jobs): return (self.train_row(r, out) for r in rows)
 
 # %% ../../nbs/50_exp.sweep.ipynb #50e50012
 @patch
