@@ -1,5 +1,5 @@
 "Models with a state beside the others: transformers' numbers, optimisers, training and resume, engines, and what refuses."
-import copy, sys
+import copy, csv, json, sys
 from concurrent.futures import ThreadPoolExecutor
 import pytest, torch
 import torch.nn.functional as F
@@ -171,6 +171,26 @@ def test_a_run_is_resumed_bit_for_bit(mixer, tmp_path):
     cut,whole = resume(tmp_path/'cut'),pretrain(out=tmp_path/'whole', **opts)
     a,b = (load_model_and_tokenizer(r.path)[0].state_dict() for r in (cut, whole)); assert all(torch.equal(a[k], b[k]) for k in b)
     assert cut.metric('valid_loss').value == whole.metric('valid_loss').value
+
+@both
+def test_it_learns_to_answer_and_what_is_preferred(mixer, tmp_path):
+    "Fine-tuning, LoRA and DPO on a base of some steps: the losses fall"
+    from slm.train.dpo import dpo
+    from slm.train.lora import lora
+    from slm.train.pretrain import pretrain
+    from slm.train.sft import sft
+    chat = lambda i: dict(messages=[dict(role='user', content=f'What is {i} plus one?'), dict(role='assistant', content=f'It is {i+1}.')])
+    (tmp_path/'chats.jsonl').write_text('\n'.join(json.dumps(chat(i)) for i in range(60)))
+    pairs = [dict(prompt=f'What is {i} plus one?', chosen=f'It is {i+1}.', rejected=f'No idea of {i}.') for i in range(60)]
+    (tmp_path/'pairs.jsonl').write_text('\n'.join(map(json.dumps, pairs)))
+    pretrain('pydocs', tmp_path/'base', max_bytes=200_000, vocab_size=300, steps=4, seq_len=256, batch_tokens=1024, evals=1, samples=0,
+             mixer=mixer, model=dict(n_layer=2, d_model=64))
+    few = dict(steps=8, evals=1, samples=0)
+    tuned,low = (f(tmp_path/'base', tmp_path/'chats.jsonl', tmp_path/f.__name__, **few) for f in (sft, lora))
+    for r in (tuned, low): assert r.metric('valid_bpb').value < r.metric('valid_bpb_before').value, r
+    liked = dpo(tmp_path/'sft', tmp_path/'pairs.jsonl', tmp_path/'dpo', **few); assert liked.metric('kl').value > 0
+    with open(liked.path/'log.csv', newline='') as f: losses = [float(r['loss']) for r in csv.DictReader(f)]
+    assert losses[-1] < losses[0]
 
 # ---- engines
 
