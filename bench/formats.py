@@ -34,28 +34,32 @@ def story_bits(run, gguf, kind, stories):
 def served(path, kind, threads, prompts):
     "Tokens a second that a client sees, and megabytes that the server holds"
     slm = Path(sys.executable).with_name('slm')
-    command = [slm, 'serve', path, '--engine', 'gguf' if kind in KINDS else 'torch', '--port', '0', '--slots', '1', '--threads', str(threads)]
-    with subprocess.Popen([*command, *FORMATS[kind]], stdout=subprocess.PIPE, text=True) as proc:
+    how = ['--engine', 'gguf' if kind in KINDS else 'torch', '--slots', '1', '--threads', str(threads), *FORMATS[kind]]
+    with subprocess.Popen([slm, 'serve', path, '--port', '0', *how], stdout=subprocess.PIPE, text=True) as proc:
         try:
             c = http.client.HTTPConnection(proc.stdout.readline().split('http://')[1].split()[0])
             def ready(): c.request('GET', '/readyz'); r = c.getresponse(); r.read(); return r.status == 200
             def ask(i):
-                body = dict(model='any', prompt=prompts[i], max_tokens=200, temperature=1, seed=i)
+                name = path.stem if path.suffix == '.gguf' else path.name
+                body = dict(model=name, prompt=prompts[i%len(prompts)], max_tokens=200, temperature=1, seed=i)
                 c.request('POST', '/v1/completions', json.dumps(body), {'Content-Type': 'application/json'})
-                return json.loads(c.getresponse().read())['usage']['completion_tokens']
+                if 'usage' not in (said := json.loads(c.getresponse().read())): sys.exit(f'{path}: {said}')
+                return said['usage']['completion_tokens']
             while not ready(): time.sleep(.1)
             for i in range(3): ask(i)
             t,made,n = time.perf_counter(),0,0
-            while (spent := time.perf_counter()-t) < 4 or n < 3: made += ask(n%len(prompts)); n += 1
+            while (spent := time.perf_counter()-t) < 4 or n < 3: made += ask(n); n += 1
             status = dict(l.split(':', 1) for l in Path(f'/proc/{proc.pid}/status').read_text().splitlines())
             return made/(time.perf_counter()-t), int(status['VmRSS'].split()[0])/1024
         finally: proc.terminate()
 
 def main():
     ap = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter); add = ap.add_argument
-    add('--runs', type=Path, default=ROOT/'runs'/'exp'/'small-sizes'); add('--rounds', type=int, default=3); add('--stories', type=int, default=100)
+    add('--runs', type=Path, default=ROOT/'runs'/'exp'/'small-sizes'); add('--rounds', type=int, default=3)
+    add('--stories', type=int, default=100)
     add('--out', type=Path, default=ROOT/'results'/'53_exp.small'/'formats'/'formats.json'); a = ap.parse_args()
-    stories = list(World().stories(51, a.stories)); size = [len(s.text.encode()) for s in stories]; truth = np.array([s.bits for s in stories])
+    stories = list(World().stories(51, a.stories)); size = [len(s.text.encode()) for s in stories]
+    truth = np.array([s.bits for s in stories])
     prompts = [' '.join(s.text.split()[:3]) for s in stories]; table = []
     with tempfile.TemporaryDirectory() as tmp:
         for run in sorted((p for p in a.runs.iterdir() if (p/'model.safetensors').exists()), key=lambda p: int(p.name)):

@@ -32,7 +32,8 @@ def median(x, unit, n_boot=1000):
 def main():
     ap = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     ap.add_argument('--repeats', type=int, default=40); a = ap.parse_args(); torch.set_num_threads(1)
-    run = RunDir.create(ROOT/'results'/'54_exp.modern'/'speed', 'bench', dict(repeats=a.repeats, threads=1, dtype='bfloat16'), exist_ok=True)
+    config = dict(repeats=a.repeats, threads=1, dtype='bfloat16')
+    run = RunDir.create(ROOT/'results'/'54_exp.modern'/'speed', 'bench', config, exist_ok=True)
     set_seed(0); x,y = torch.randint(MODERN_VOCAB, (2, MODERN_BATCH//MODERN_CONTEXT, MODERN_CONTEXT))
     jobs = {n: stepper(n) for n in LADDER}; secs = {n: [] for n in jobs}
     for step in jobs.values(): step(x, y)
