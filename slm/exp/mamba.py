@@ -86,7 +86,7 @@ MAMBA_BEST = dict(transformer=.006, mamba=.006, mamba2=.006) # the first of `mod
 @experiment('mamba-rates', 'Which learning rate suits a transformer, Mamba and Mamba-2 of equal size?')
 def mamba_rates(quick:bool=False)->Sweep:
     "Three models, each with rates from low to too high."
-    rows = {f'{n}-{lr}': o | dict(lr=lr) for n,o in MAMBA_ROWS.items() for lr in MAMBA_RATES}
+    rows = {f'{n}-{lr}': o | dict(lr=lr) for lr in MAMBA_RATES for n,o in MAMBA_ROWS.items()}
     rows |= {f'{n}-{lr}': MAMBA_ROWS[n] | dict(lr=lr) for n,lr in MAMBA_LOWER.items()}
     return modern_sweep('mamba-rates', rows, quick)
 
