@@ -78,10 +78,10 @@ def equal_size(
 
 MAMBA_ROWS = {'transformer': ladder_rung('muon'), **{m: dict(mixer=m, model=equal_size(m), opt='muon') for m in ('mamba', 'mamba2')}}
 MAMBA_RATES = (.003, .006, .012, .024)
-MAMBA_LOWER = {'mamba': .0015, 'mamba2': .0015} # where the lowest of these was the best, or as good
+MAMBA_LOWER = {'mamba': .0015} # where the lowest of these was the best
 
 # %% ../../nbs/56_exp.mamba.ipynb #56a10124
-MAMBA_BEST = dict(transformer=.006, mamba=.006, mamba2=.006) # the first of `modern-rates`; the others wait for `mamba-rates`
+MAMBA_BEST = dict(transformer=.006, mamba=.003, mamba2=.006) # as `mamba-rates` has found
 
 @experiment('mamba-rates', 'Which learning rate suits a transformer, Mamba and Mamba-2 of equal size?')
 def mamba_rates(quick:bool=False)->Sweep:
