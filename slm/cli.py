@@ -686,7 +686,7 @@ def plan(
     data_tokens:Annotated[Optional[float], typer.Option(help='Different tokens that there are; enough if not given.')]=None,
     inference_tokens:Annotated[float, typer.Option(help='Tokens that the model will write in its life.')]=0.,
     serve_on:Annotated[str, typer.Option(help='The machine that writes them.')]='i3-10100t',
-    law:Annotated[str, typer.Option(help='The scaling law, a name in slm/exp/laws.json.')]='chinchilla',
+    law:Annotated[str, typer.Option(help='The scaling law: chinchilla, of web text, or world, of our own runs (--vocab-size 1024).')]='chinchilla',
     price:Annotated[float, typer.Option(help='Of a kilowatt-hour.')]=.30, json_:Json=False):
     """Say what to train on a machine, how long it takes, and how good it will be.
 
@@ -695,11 +695,11 @@ def plan(
     for k,v in (('days', days), ('memory', memory), ('data-tokens', data_tokens)):
         if v is not None and not 0 < v < float('inf'): raise SLMError(f'--{k} must be above 0, not {v}')
     if not 0 <= inference_tokens < float('inf'): raise SLMError(f'--inference-tokens must be at least 0, not {inference_tokens}')
-    m = P.find_machine(gpu); one,draws,sizes = P.read_law(law)
+    m = P.find_machine(gpu); one,draws,sizes,unit = P.read_law(law)
     plans = P.candidates(m, days*86400, one, vocab_size, data_tokens, memory and memory*2**30)
-    p,figures = P.best_plan(plans),P.plan_intervals(plans, draws, data_tokens)
+    p,figures = P.best_plan(plans),P.plan_intervals(plans, draws, data_tokens, unit)
     if inference_tokens: p,figures = P.for_use(plans, m, one, inference_tokens, P.find_machine(serve_on)),{}
-    print(json.dumps(P.plan_info(p, m, figures), indent=1) if json_ else P.plan_table(p, m, figures, price, sizes))
+    print(json.dumps(P.plan_info(p, m, figures), indent=1) if json_ else P.plan_table(p, m, figures, price, sizes, unit))
 
 # %% ../nbs/61_cli.ipynb #e49d787c
 @app.command()

@@ -117,7 +117,7 @@ class Plan:
     tokens:float # to be read
     seconds:float # that this takes
     memory:float # bytes
-    loss:float # nats a token, by the law
+    loss:float # by the law, in its unit
     @property
     def steps(self)->int: return max(1, round(self.tokens/self.batch_tokens))
 
@@ -152,24 +152,25 @@ def best_plan(plans:list[Plan])->Plan:
 # %% ../../nbs/52_exp.plan.ipynb #52e5001a
 def read_law(
     name:str='chinchilla', # in slm/exp/laws.json
-)->tuple[Law,list[Law],list[float]]: # the law, those of its bootstrap, and the sizes that it was fitted to
+)->tuple[Law,list[Law],list[float],str]: # the law, those of its bootstrap, the sizes that it was fitted to, its unit
     "A fitted law; raises `SLMError` for a name that is not there."
     laws = read_json(Path(str(resources.files('slm.exp')))/'laws.json')
     if name not in laws: raise SLMError(f"no law '{name}': there are {', '.join(laws)}")
-    return Law(*laws[name]['law']), [Law(*l) for l in laws[name]['draws']], laws[name]['params']
+    found = laws[name]; return Law(*found['law']), [Law(*l) for l in found['draws']], found['params'], found['unit']
 
 # %% ../../nbs/52_exp.plan.ipynb #52e5001d
 def plan_intervals(
     plans:list[Plan], # candidates
     draws:list[Law], # laws of a bootstrap
     data_tokens:float|None=None, # as in `candidates`
+    unit:str='nats/token', # of the law
 )->dict[str,Metric]: # params, tokens and loss of the best plan
     "Intervals of the plan: the best candidate of each law."
     p = best_plan(plans); n,d = (np.array(v, float) for v in ([q.cfg.num_params() for q in plans], [q.tokens for q in plans]))
     all_ = [loss_of(l, n, d, data_tokens) for l in draws]; picks = [int(a.argmin()) for a in all_]; losses = [a.min() for a in all_]
     return dict(params=percentile_interval(p.cfg.num_params(), np.array([n[i] for i in picks]), len(draws)),
                 tokens=percentile_interval(p.tokens, np.array([plans[i].tokens for i in picks]), len(draws), 'tokens'),
-                loss=percentile_interval(p.loss, np.array(losses), len(draws), 'nats/token'))
+                loss=percentile_interval(p.loss, np.array(losses), len(draws), unit))
 
 # %% ../../nbs/52_exp.plan.ipynb #52e50021
 def use_seconds(
@@ -210,6 +211,7 @@ def plan_table(
     figures:dict[str,Metric], # of `plan_intervals`; empty if not given
     price:float=.30, # of a kilowatt-hour
     sizes:tuple|list=(0, math.inf), # parameters of the models that the law was fitted to
+    unit:str='nats/token', # of the law
 )->str:
     "A plan in lines."
     c,kwh,s = plan.cfg,machine.watts*plan.seconds/3.6e6,plan.seconds; n = c.num_params()
@@ -221,9 +223,9 @@ def plan_table(
         text=f"{plan.tokens/1e9:,.2f} billion tokens{tail('tokens', lambda v: f'{v/1e9:,.2f}')}, {plan.tokens/n:,.0f} a parameter",
         batch=f'{plan.batch_tokens:,} tokens a step, {plan.micro_batch} rows at once, {plan.steps:,} steps',
         time=f'{span}, {plan.tokens/plan.seconds:,.0f} tokens/s', memory=f'{plan.memory/2**30:.1f} GiB of {machine.memory/2**30:.1f}',
-        loss=f"{plan.loss:.3f} nats/token{tail('loss', lambda v: f'{v:.3f}')}",
+        loss=f"{plan.loss:.3f} {unit}{tail('loss', lambda v: f'{v:.3f}')}",
         energy=f'{kwh:,.1f} kWh, {kwh*price:,.2f} at {price:.2f} a kWh')
-    if not sizes[0] <= n <= sizes[1]: lines['note'] = f'a guess: the law was fitted to models from {sizes[0]/1e6:,.0f}M parameters on'
+    if not sizes[0] <= n <= sizes[1]: lines['note'] = f'a guess: the law was fitted to models of {sizes[0]/1e6:,.2f}M to {sizes[1]/1e6:,.2f}M parameters'
     return '\n'.join(f'{k:8} {v}' for k,v in lines.items())
 
 # %% ../../nbs/52_exp.plan.ipynb #52e50026
