@@ -686,7 +686,7 @@ def plan(
     data_tokens:Annotated[Optional[float], typer.Option(help='Different tokens that there are; enough if not given.')]=None,
     inference_tokens:Annotated[float, typer.Option(help='Tokens that the model will write in its life.')]=0.,
     serve_on:Annotated[str, typer.Option(help='The machine that writes them.')]='i3-10100t',
-    law:Annotated[str, typer.Option(help='The scaling law: chinchilla, of web text, or world, of our own runs (--vocab-size 1024).')]='chinchilla',
+    law:Annotated[str, typer.Option(help='A scaling law: chinchilla (web text) or world (our own runs; --vocab-size 1024).')]='chinchilla',
     price:Annotated[float, typer.Option(help='Of a kilowatt-hour.')]=.30, json_:Json=False):
     """Say what to train on a machine, how long it takes, and how good it will be.
 

@@ -225,7 +225,8 @@ def plan_table(
         time=f'{span}, {plan.tokens/plan.seconds:,.0f} tokens/s', memory=f'{plan.memory/2**30:.1f} GiB of {machine.memory/2**30:.1f}',
         loss=f"{plan.loss:.3f} {unit}{tail('loss', lambda v: f'{v:.3f}')}",
         energy=f'{kwh:,.1f} kWh, {kwh*price:,.2f} at {price:.2f} a kWh')
-    if not sizes[0] <= n <= sizes[1]: lines['note'] = f'a guess: the law was fitted to models of {sizes[0]/1e6:,.2f}M to {sizes[1]/1e6:,.2f}M parameters'
+    if not sizes[0] <= n <= sizes[1]:
+        lines['note'] = 'a guess: the law was fitted to models of '+' to '.join(f'{s/1e6:,.2f}M' for s in sizes)+' parameters'
     return '\n'.join(f'{k:8} {v}' for k,v in lines.items())
 
 # %% ../../nbs/52_exp.plan.ipynb #52e50026
