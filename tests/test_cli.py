@@ -358,6 +358,6 @@ def test_every_row_of_every_experiment_can_be_asked(tmp_path):
     from slm.train.stage import find_stage
     find_experiment(None); assert len(EXPERIMENTS) >= 2
     for name,quick in ((n, q) for n in EXPERIMENTS for q in (False, True)):
-        sweep = find_experiment(name, quick); stage = find_stage(sweep.stage); assert sweep.rows and sweep.name == name
-        for row in sweep.rows: stage(stage.Config(**sweep.options(row, tmp_path))).check()
+        sweep = find_experiment(name, quick); assert sweep.rows and sweep.name == name
+        for row in sweep.rows: stage = find_stage(sweep.stage_of(row)); stage(stage.Config(**sweep.options(row, tmp_path))).check()
         if quick: assert sum(sweep.options(row, tmp_path)['steps'] for row in sweep.rows) <= 40

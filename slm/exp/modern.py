@@ -11,6 +11,7 @@ __all__ = ['LADDER', 'MODERN_CONTEXT', 'MODERN_BATCH', 'MODERN_VOCAB', 'MODERN_S
 # %% ../../nbs/54_exp.modern.ipynb #54b10004
 from ..core import *
 import csv
+from bisect import bisect_left
 import numpy as np
 from .sweep import Sweep, experiment
 from ..model.gpt import GPTConfig
@@ -39,7 +40,7 @@ def equal_cost(
     "Make a model as large and as expensive as another."
     size = lambda o: np.array([(c := modern_config(o)).num_params(), c.flops_per_token(MODERN_CONTEXT)])
     off = lambda d_ff: np.abs(size(options | dict(d_ff=d_ff))/size(like)-1).max()
-    return options | dict(d_ff=min(range(1, 2*like['d_ff']), key=off))
+    return options | dict(d_ff=bisect_left(range(2*like['d_ff']), True, 1, key=lambda d: off(d+1) >= off(d))) # it falls, then rises
 
 def ladder_rung(
     upto:str, # a name in `LADDER`: this change and all before it
