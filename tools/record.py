@@ -7,7 +7,6 @@ from pathlib import Path
 from slm.core import atomic_file, git_commit, hardware, versions, write_json
 
 ROOT = Path(__file__).resolve().parent.parent
-INSTALL = re.compile(r'making \.venv|installing |WARNING: |\[notice\]')
 
 KEEP = dict(demo={'runs/demo': '31_eval.life/demo', 'runs/demo/sft': '23_train.sft/world'}) # records of its runs
 FILES = ('run.json', 'log.csv', 'samples.md')
@@ -20,15 +19,15 @@ def record(name):
     "Run `make NAME` in a fresh clone and keep what it printed; exits when it failed"
     with tempfile.TemporaryDirectory(prefix='slm-record-') as tmp:
         subprocess.run(['git', 'clone', '-q', str(ROOT), f'{tmp}/slm'], check=True)
-        t0, installed, lines = time.time(), None, []
+        t0, lines = time.time(), []
         p = subprocess.Popen(['make', name], cwd=f'{tmp}/slm', stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
                              text=True)
         for l in p.stdout:
             print(l, end='', flush=True)
-            if installed is None and not INSTALL.match(l): installed = time.time()-t0
             if not l.startswith(('WARNING: ', '[notice]')):
                 lines.append(re.sub(r'\x1b\[[0-9;]*m', '', l).rstrip().replace(f'{tmp}/slm/', '').replace(f'{tmp}/slm', 'slm'))
         if p.wait(): sys.exit(f'make {name} failed: nothing recorded')
+        installed = (Path(tmp)/'slm'/'.venv'/dict(test='.dev', demo='.core')[name]).stat().st_mtime-t0 # make touches it then
         for run,kept in KEEP.get(name, {}).items():
             folder = ROOT/'results'/kept; folder.mkdir(parents=True, exist_ok=True)
             for f in FILES:
@@ -37,7 +36,7 @@ def record(name):
     with atomic_file(out/'output.txt') as f: f.write('\n'.join(shorten(lines))+'\n')
     write_json(out/'run.json',
                dict(schema=1, stage='record', command=f'make {name}', commit=git_commit(), hardware=hardware(), versions=versions(),
-                                    seconds=round(time.time()-t0, 1), install_seconds=round(installed or 0, 1), status='done'))
+                                    seconds=round(time.time()-t0, 1), install_seconds=round(installed, 1), status='done'))
 
 def age(name):
     "A line when the package has changed since `make NAME` was recorded; '' when it has not"
