@@ -48,7 +48,7 @@ def served(path, kind, threads, prompts):
             while not ready(): time.sleep(.1)
             for i in range(3): ask(i)
             t,made,n = time.perf_counter(),0,0
-            while (spent := time.perf_counter()-t) < 4 or n < 3: made += ask(n); n += 1
+            while time.perf_counter()-t < 4 or n < 3: made += ask(n); n += 1
             status = dict(l.split(':', 1) for l in Path(f'/proc/{proc.pid}/status').read_text().splitlines())
             return made/(time.perf_counter()-t), int(status['VmRSS'].split()[0])/1024
         finally: proc.terminate()
@@ -58,6 +58,7 @@ def main():
     add('--runs', type=Path, default=ROOT/'runs'/'exp'/'small-sizes'); add('--rounds', type=int, default=3)
     add('--stories', type=int, default=100)
     add('--out', type=Path, default=ROOT/'results'/'53_exp.small'/'formats'/'formats.json'); a = ap.parse_args()
+    if not a.runs.is_dir(): return print(f"nothing to measure in '{a.runs}': slm exp small-sizes trains the models")
     stories = list(World().stories(51, a.stories)); size = [len(s.text.encode()) for s in stories]
     truth = np.array([s.bits for s in stories])
     prompts = [' '.join(s.text.split()[:3]) for s in stories]; table = []

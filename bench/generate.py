@@ -9,6 +9,7 @@ a busy machine hits both, and figures are medians over the repeats. Prints JSON 
 import argparse, json, time
 from pathlib import Path
 import numpy as np, torch
+from common import median
 from slm.core import Metric, RunDir, set_seed
 from slm.model.generate import SamplingParams, generate_ids
 from slm.model.gpt import GPT, GPTConfig
@@ -38,11 +39,6 @@ def theirs(hf, prompts, wants):
     return [row[t:t+n].tolist() for row,n in zip(out, wants)]
 
 def ours(model, prompts, wants): return generate_ids(model, prompts, [SamplingParams(temperature=0, max_new_tokens=n) for n in wants])
-
-def median(x, unit, n_boot=1000):
-    "Median with its bootstrap interval"
-    x = np.asarray(x); draws = np.median(np.random.default_rng(0).choice(x, (n_boot, len(x))), axis=1)
-    return Metric(float(np.median(x)), *map(float, np.percentile(draws, [2.5, 97.5])), n=len(x), unit=unit)
 
 def main():
     ap = argparse.ArgumentParser(description=__doc__.split('\n')[0])

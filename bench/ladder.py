@@ -7,6 +7,7 @@ processor's own. The rungs take turns, so that a busy machine hits all. Writes r
 """
 import argparse, time
 from pathlib import Path
+from common import median
 from slm.core import Metric, RunDir, set_seed
 import numpy as np, torch
 from slm.exp.modern import LADDER, MODERN_BATCH, MODERN_CONTEXT, MODERN_VOCAB, ladder_rung, modern_config
@@ -23,11 +24,6 @@ def stepper(name):
         with autocast('cpu', 'bfloat16')(): loss = lm_loss(m(x), y)
         loss.backward(); torch.nn.utils.clip_grad_norm_(m.parameters(), 1.); opt.step(); opt.zero_grad()
     return step
-
-def median(x, unit, n_boot=1000):
-    "Median with its bootstrap interval"
-    x = np.asarray(x); draws = np.median(np.random.default_rng(0).choice(x, (n_boot, len(x))), axis=1)
-    return Metric(float(np.median(x)), *map(float, np.percentile(draws, [2.5, 97.5])), n=len(x), unit=unit)
 
 def main():
     ap = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)

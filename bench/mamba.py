@@ -10,17 +10,13 @@ import argparse, tempfile, time
 from importlib.util import find_spec
 from pathlib import Path
 import numpy as np, torch, torch.nn.functional as F
+from common import median
 from transformers import AutoModelForCausalLM
 from slm.core import Metric, RunDir, set_seed
 from slm.model.gpt import GPT, GPTConfig, lm_loss
 from slm.model.pretrained import *
 
 ROOT = Path(__file__).parents[1]
-
-def median(x, unit, n_boot=1000):
-    "Median with its bootstrap interval"
-    x = np.asarray(x); draws = np.median(np.random.default_rng(0).choice(x, (n_boot, len(x))), axis=1)
-    return Metric(float(np.median(x)), *map(float, np.percentile(draws, [2.5, 97.5])), n=len(x), unit=unit)
 
 def stepper(model, loss):
     "A training step on one batch"

@@ -10,16 +10,12 @@ with bootstrap intervals. Prints JSON and writes it to results/19_train.learner/
 import argparse, json, time
 from pathlib import Path
 import numpy as np, torch, torch.nn.functional as F
+from common import median
 from slm.core import Metric, RunDir, best_dtype, matmul_flops, set_seed
 from slm.model.gpt import GPT, GPTConfig, lm_loss
 from slm.train.learner import adamw, decay_groups
 
 ROOT = Path(__file__).parents[1]
-
-def median(x, unit, n_boot=1000):
-    "Median with its bootstrap interval"
-    x = np.asarray(x); draws = np.median(np.random.default_rng(0).choice(x, (n_boot, len(x))), axis=1)
-    return Metric(float(np.median(x)), *map(float, np.percentile(draws, [2.5, 97.5])), n=len(x), unit=unit)
 
 def stepper(model, logits, params, dtype):
     "A training step on one batch, in a plain loop with fused AdamW"

@@ -699,7 +699,7 @@ def plan(
     plans = P.candidates(m, days*86400, one, vocab_size, data_tokens, memory and memory*2**30)
     p,figures = P.best_plan(plans),P.plan_intervals(plans, draws, data_tokens, unit)
     if inference_tokens: p,figures = P.for_use(plans, m, one, inference_tokens, P.find_machine(serve_on)),{}
-    print(json.dumps(P.plan_info(p, m, figures), indent=1) if json_ else P.plan_table(p, m, figures, price, sizes, unit))
+    print(json.dumps(P.plan_info(p, m, figures, unit), indent=1) if json_ else P.plan_table(p, m, figures, price, sizes, unit))
 
 # %% ../nbs/61_cli.ipynb #e49d787c
 @app.command()

@@ -230,10 +230,11 @@ def plan_table(
     return '\n'.join(f'{k:8} {v}' for k,v in lines.items())
 
 # %% ../../nbs/52_exp.plan.ipynb #52e50026
-def plan_info(plan:Plan, machine:Machine, figures:dict[str,Metric])->dict: # JSON-ready
+def plan_info(plan:Plan, machine:Machine, figures:dict[str,Metric], unit:str='nats/token')->dict: # JSON-ready
     "A plan for a program to read."
     c = plan.cfg; out = {k: getattr(plan, k) for k in ('batch_tokens', 'micro_batch', 'steps', 'tokens', 'seconds', 'memory', 'loss')}
-    return dict(out, machine=machine.title, params=c.num_params(), n_layer=c.n_layer, d_model=c.d_model, vocab_size=c.vocab_size,
+    return dict(out, loss_unit=unit, machine=machine.title, params=c.num_params(),
+                n_layer=c.n_layer, d_model=c.d_model, vocab_size=c.vocab_size,
                 seq_len=c.max_seq_len, kwh=machine.watts*plan.seconds/3.6e6, intervals={k: [m.lo, m.hi] for k,m in figures.items()})
 
 def find_machine(name:str)->Machine: # a name in `MACHINES`, or 'here'

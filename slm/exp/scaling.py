@@ -6,7 +6,7 @@
 __all__ = ['SCALING_WIDTHS', 'SCALING_CONTEXT', 'SCALING_BATCH', 'SCALING_VOCAB', 'SCALING_COMMON', 'SCALING_RATES',
            'SCALING_RATE', 'SCALING_BUDGETS', 'Law', 'huber_loss', 'fit_law', 'law_intervals', 'isoflop_minimum',
            'budget_slope', 'fit_kaplan', 'scaled_shape', 'scaled_config', 'budget_rows', 'story_figures',
-           'scaling_rates', 'scaling_world', 'scaling_points', 'predict_loss', 'scaling_held']
+           'scaling_sweep', 'scaling_rates', 'scaling_world', 'scaling_points', 'predict_loss', 'scaling_held']
 
 # %% ../../nbs/51_exp.scaling.ipynb #51e50003
 from ..core import *
@@ -156,17 +156,23 @@ def story_figures(run:RunDir)->dict[str,Metric]:
     "What held-out stories cost a run, one whole story at a time, and how far that is above the truth."
     m = excess(*load_model_and_tokenizer(run.path), list(World().stories(51, 300))); return dict(story_bpb=m['bpb'], excess=m['excess'])
 
-def _sweep(name, rows, quick): # all text that a row can read is new to it
+def scaling_sweep(
+    name:str, # of the experiment
+    rows:dict[str,dict], # name -> options, with `model` and `steps`
+    quick:bool, # the first two rows, some steps of each
+)->Sweep:
+    "Trainings on the text of this chapter, all of it new to a row, measured on whole stories."
     common = dict(SCALING_COMMON, max_bytes=2_000_000) if quick else dict(SCALING_COMMON, max_bytes=120_000_000)
     rows = {r: dict(o, steps=8) for r,o in list(rows.items())[:2]} if quick else rows
-    cost = lambda o: o['steps']*SCALING_BATCH*scaled_config(o['model']['d_model']).flops_per_token(SCALING_CONTEXT)
+    size = lambda o: GPTConfig(vocab_size=SCALING_VOCAB, max_seq_len=SCALING_CONTEXT, **o['model']).flops_per_token(SCALING_CONTEXT)
+    cost = lambda o: o['steps']*SCALING_BATCH*size(o)
     return Sweep(name, rows, common, vocab_size=SCALING_VOCAB, cost=cost, measure=story_figures, quick=quick)
 
 @experiment('scaling-rates', 'Which learning rate suits which size?')
 def scaling_rates(quick:bool=False)->Sweep:
     "Seven sizes with five rates at the smallest budget."
     rows = {f'{d}-{lr}': next(iter(budget_rows(1e12, (d,), lambda d: lr).values())) for lr in SCALING_RATES for d in SCALING_WIDTHS[:7]}
-    return _sweep('scaling-rates', rows, quick)
+    return scaling_sweep('scaling-rates', rows, quick)
 
 # %% ../../nbs/51_exp.scaling.ipynb #51e50041
 SCALING_RATE = .024 # the best at the smallest budget, or within .003 bits/byte of it
@@ -176,7 +182,7 @@ SCALING_BUDGETS = {1e12: SCALING_WIDTHS[:7], 3e12: SCALING_WIDTHS[:7], 1e13: SCA
 def scaling_world(quick:bool=False)->Sweep:
     "Four budgets, seven sizes each, two seeds."
     rows = {n: o for flops,widths in SCALING_BUDGETS.items() for n,o in budget_rows(flops, widths, lambda d: SCALING_RATE).items()}
-    return _sweep('scaling-world', with_seeds(rows, 2), quick)
+    return scaling_sweep('scaling-world', with_seeds(rows, 2), quick)
 
 # %% ../../nbs/51_exp.scaling.ipynb #51e50053
 def scaling_points(
@@ -205,4 +211,4 @@ def predict_loss(
 def scaling_held(quick:bool=False)->Sweep:
     "Two runs beyond what the law was fitted to."
     rows = budget_rows(1e14, (128,), lambda d: SCALING_RATE) | budget_rows(3e14, (160,), lambda d: SCALING_RATE)
-    return _sweep('scaling-held', rows, quick)
+    return scaling_sweep('scaling-held', rows, quick)
