@@ -6,7 +6,7 @@
 __all__ = ['LADDER', 'MODERN_CONTEXT', 'MODERN_BATCH', 'MODERN_VOCAB', 'MODERN_STEPS', 'MODERN_SHAPE', 'MODERN_COMMON',
            'MODERN_RATES', 'MODERN_LOWER', 'MODERN_LOSS', 'MODERN_RATE', 'GLU_VARIANTS', 'GLU_RATES', 'GLU_STEPS',
            'modern_config', 'equal_cost', 'ladder_rung', 'tokens_until', 'modern_sweep', 'modern_rates', 'rate_range',
-           'modern_ladder', 'glu_variant', 'glu_rates']
+           'modern_ladder', 'modern_prose', 'glu_variant', 'glu_rates']
 
 # %% ../../nbs/54_exp.modern.ipynb #54b10004
 from ..core import *
@@ -72,9 +72,10 @@ def modern_sweep(
     name:str, # of the experiment
     rows:dict[str,dict], # name -> options
     quick:bool, # the first two rows, some steps of each
+    corpus:str='world',
 )->Sweep:
     "Trainings with the text, the batch and the steps of this chapter."
-    common = MODERN_COMMON | (dict(max_bytes=2_000_000) if quick else {})
+    common = MODERN_COMMON | dict(corpus=corpus) | (dict(max_bytes=2_000_000) if quick else {})
     rows = {r: o | dict(steps=8) for r,o in list(rows.items())[:2]} if quick else rows
     return Sweep(name, rows, common, vocab_size=MODERN_VOCAB, measure=tokens_until, quick=quick)
 
@@ -105,6 +106,15 @@ def modern_ladder(quick:bool=False)->Sweep:
         rows |= {f'without-{n}-{s}': ladder_rung('muon', n) | dict(lr=MODERN_RATE['muon'], seed=s) for n in list(LADDER)[1:-1]}
         rows[f'init-longer-{s}'] = ladder_rung('init') | dict(lr=MODERN_RATE['init'], seed=s, steps=860)
     return modern_sweep('modern-ladder', rows, quick)
+
+# %% ../../nbs/54_exp.modern.ipynb #54b10048
+@experiment('modern-prose', 'Does the ladder say the same of text that people wrote?')
+def modern_prose(quick:bool=False)->Sweep:
+    "The rows of `modern-ladder` at equal steps, and three rungs at half and twice their rate."
+    rows = {r: o for r,o in modern_ladder().rows.items() if 'longer' not in r}
+    for n in ('gpt2', 'swiglu', 'muon'):
+        rows |= {f'{n}-at-{k}-1': ladder_rung(n) | dict(lr=k*MODERN_RATE[n], seed=1) for k in (.5, 2)}
+    return modern_sweep('modern-prose', rows, quick, 'pydocs')
 
 # %% ../../nbs/54_exp.modern.ipynb #54b10021
 GLU_VARIANTS = ('relu', 'gelu', 'silu', 'relu2', 'glu', 'bilinear', 'reglu', 'geglu', 'swiglu')

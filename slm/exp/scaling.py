@@ -4,9 +4,10 @@
 
 # %% auto #0
 __all__ = ['SCALING_WIDTHS', 'SCALING_CONTEXT', 'SCALING_BATCH', 'SCALING_VOCAB', 'SCALING_COMMON', 'SCALING_RATES',
-           'SCALING_RATE', 'SCALING_BUDGETS', 'Law', 'huber_loss', 'fit_law', 'law_intervals', 'isoflop_minimum',
-           'budget_slope', 'fit_kaplan', 'scaled_shape', 'scaled_config', 'budget_rows', 'story_figures',
-           'scaling_sweep', 'scaling_rates', 'scaling_world', 'scaling_points', 'predict_loss', 'scaling_held']
+           'SCALING_RATE', 'SCALING_BUDGETS', 'PROSE_BUDGETS', 'Law', 'huber_loss', 'fit_law', 'law_intervals',
+           'isoflop_minimum', 'budget_slope', 'fit_kaplan', 'scaled_shape', 'scaled_config', 'budget_rows',
+           'story_figures', 'scaling_sweep', 'scaling_rates', 'scaling_world', 'scaling_points', 'predict_loss',
+           'scaling_held', 'scaling_prose']
 
 # %% ../../nbs/51_exp.scaling.ipynb #51e50003
 from ..core import *
@@ -160,13 +161,15 @@ def scaling_sweep(
     name:str, # of the experiment
     rows:dict[str,dict], # name -> options, with `model` and `steps`
     quick:bool, # the first two rows, some steps of each
+    corpus:str='world', # all of its text is new to a row
 )->Sweep:
-    "Trainings on the text of this chapter, all of it new to a row, measured on whole stories."
-    common = dict(SCALING_COMMON, max_bytes=2_000_000) if quick else dict(SCALING_COMMON, max_bytes=120_000_000)
+    "Trainings on the text of this chapter, measured on whole stories if it is the world's."
+    common = SCALING_COMMON | dict(corpus=corpus, max_bytes=2_000_000 if quick else 120_000_000)
     rows = {r: dict(o, steps=8) for r,o in list(rows.items())[:2]} if quick else rows
     size = lambda o: GPTConfig(vocab_size=SCALING_VOCAB, max_seq_len=SCALING_CONTEXT, **o['model']).flops_per_token(SCALING_CONTEXT)
     cost = lambda o: o['steps']*SCALING_BATCH*size(o)
-    return Sweep(name, rows, common, vocab_size=SCALING_VOCAB, cost=cost, measure=story_figures, quick=quick)
+    return Sweep(name, rows, common, vocab_size=SCALING_VOCAB, cost=cost, quick=quick,
+                 measure=story_figures if corpus == 'world' else None)
 
 @experiment('scaling-rates', 'Which learning rate suits which size?')
 def scaling_rates(quick:bool=False)->Sweep:
@@ -212,3 +215,13 @@ def scaling_held(quick:bool=False)->Sweep:
     "Two runs beyond what the law was fitted to."
     rows = budget_rows(1e14, (128,), lambda d: SCALING_RATE) | budget_rows(3e14, (160,), lambda d: SCALING_RATE)
     return scaling_sweep('scaling-held', rows, quick)
+
+# %% ../../nbs/51_exp.scaling.ipynb #51e50071
+PROSE_BUDGETS = {1e12: SCALING_WIDTHS[1:6], 3e12: SCALING_WIDTHS[2:7], 1e13: SCALING_WIDTHS[4:9]}
+
+@experiment('scaling-prose', 'Does the best size grow in the same way on text that people wrote?')
+def scaling_prose(quick:bool=False)->Sweep:
+    "Three budgets, five sizes each, two seeds; two sizes with half and twice the rate."
+    rows = {n: o for flops,widths in PROSE_BUDGETS.items() for n,o in budget_rows(flops, widths, lambda d: SCALING_RATE).items()}
+    rates = {f'at-{k}-{n}': o | dict(lr=k*SCALING_RATE) for n,o in rows.items() if n in ('1e12-32', '1e12-96') for k in (.5, 2)}
+    return scaling_sweep('scaling-prose', with_seeds(rows, 2) | with_seeds(rates, 1), quick, 'pydocs')
