@@ -5,9 +5,9 @@
 # %% auto #0
 __all__ = ['SCALING_WIDTHS', 'SCALING_CONTEXT', 'SCALING_BATCH', 'SCALING_VOCAB', 'SCALING_COMMON', 'SCALING_RATES',
            'SCALING_RATE', 'SCALING_BUDGETS', 'PROSE_BUDGETS', 'Law', 'huber_loss', 'fit_law', 'law_intervals',
-           'isoflop_minimum', 'budget_slope', 'fit_kaplan', 'scaled_shape', 'scaled_config', 'budget_rows',
-           'story_figures', 'scaling_sweep', 'scaling_rates', 'scaling_world', 'scaling_points', 'predict_loss',
-           'scaling_held', 'scaling_prose']
+           'isoflop_minimum', 'budget_slope', 'slope_interval', 'fit_kaplan', 'scaled_shape', 'scaled_config',
+           'budget_rows', 'story_figures', 'scaling_sweep', 'scaling_rates', 'scaling_world', 'scaling_points',
+           'predict_loss', 'scaling_held', 'scaling_prose']
 
 # %% ../../nbs/51_exp.scaling.ipynb #51e50003
 from ..core import *
@@ -116,6 +116,24 @@ def budget_slope(
 )->tuple[float,float]: # a and log k of N = k·C^a
     "A straight line in logarithms."
     a,b = np.polyfit(np.log(flops), np.log(n), 1); return float(a), float(b)
+
+# %% ../../nbs/51_exp.scaling.ipynb #51e50091
+def slope_interval(
+    flops:np.ndarray, # (b,) budgets
+    runs:list[tuple[np.ndarray,np.ndarray]], # for each of them, parameters (k,) and losses (k,); k is 4 or more
+    draws:int=1000,
+    seed:int=0,
+)->Metric: # a of N = k·C^a, with a 95 % interval
+    "The slope of Approach 2, with deviations from the parabolas drawn anew."
+    if (few := min(len(n) for n,_ in runs)) < 4: raise SLMError(f'a parabola through {few} runs leaves nothing over: four are the least')
+    rng,best,off = np.random.default_rng(seed),[],[]
+    xs = [np.log(n)-np.log(n).mean() for n,_ in runs]; fits = [np.polyfit(x, l, 2) for x,(_,l) in zip(xs, runs)]
+    for x,f,(_,l) in zip(xs, fits, runs): off.append((l-np.polyval(f, x))*(len(l)/(len(l)-3))**.5)
+    for x,f,(n,_) in zip(xs, fits, runs):
+        y = np.polyval(f, x)[:, None]+rng.choice(np.concatenate(off), (len(x), draws)); c2,c1,_ = np.polyfit(x, y, 2)      # (draws,) each
+        best.append(np.where(c2 > 0, np.log(n).mean()-c1/(2*np.where(c2 > 0, c2, 1)), np.nan))
+    value = budget_slope(flops, [isoflop_minimum(n, l)[0] for n,l in runs])[0]; ys = np.stack(best)                      # (b,draws)
+    return percentile_interval(value, np.polyfit(np.log(flops), ys[:, ~np.isnan(ys).any(0)], 1)[0], sum(map(len, xs)))
 
 # %% ../../nbs/51_exp.scaling.ipynb #51e50025
 def fit_kaplan(

@@ -144,11 +144,10 @@ def run(self:Sweep,
     first = [*before, *(r for r in wanted if not self.needs(r))]                 # then those who need them
     cost = {r: self.cost(self.options(r, out)) for r in [*before, *wanted]}; train = self._here if jobs == 1 else self._apart
     with progress(desc=self.name, total=sum(cost.values()), unit='') as bar:
-        for rows in (first, [r for r in wanted if r not in first]):
-            for run in train(rows, out, jobs):
-                if run.info['status'] == 'interrupted': return got
-                if (row := run.path.name) in wanted: got.append(run)
-                bar.update(cost[row]); bar.set_postfix_str(row)
+        for run in train([*first, *(r for r in wanted if r not in first)], out, jobs):
+            if run.info['status'] == 'interrupted': return got
+            if (row := run.path.name) in wanted: got.append(run)
+            bar.update(cost[row]); bar.set_postfix_str(row)
     return got
 
 @patch
@@ -157,14 +156,19 @@ def _here(self:Sweep, rows, out, jobs): return (self.train_row(r, out) for r in 
 # %% ../../nbs/50_exp.sweep.ipynb #50e50012
 @patch
 def _apart(self:Sweep, rows, out, jobs):
-    "Rows in processes of their own"
+    "Rows in processes of their own; each waits for those that it needs, which stand before it"
+    begun = {}
     def one(row):
+        for n in self.needs(row): n in begun and begun[n].result()
         code = f'from slm.exp.sweep import find_experiment as f; f({self.name!r}, {self.quick}).train_row({row!r}, {str(out)!r})'
         env = os.environ | dict(OMP_NUM_THREADS=str(max(1, (os.cpu_count() or 1)//jobs)), TQDM_DISABLE='1')
         done = subprocess.run([sys.executable, '-c', code], env=env, capture_output=True, text=True, encoding='utf-8', errors='replace')
         if done.returncode: raise SLMError(f'row {row} ended: '+(done.stderr.strip().splitlines() or ['without a word'])[-1])
         return RunDir.open(Path(out)/row)
-    with ThreadPoolExecutor(jobs) as pool: yield from pool.map(one, rows)
+    with ThreadPoolExecutor(jobs) as pool:
+        for r in rows: begun[r] = pool.submit(one, r)
+        try: yield from (begun[r].result() for r in rows)
+        finally: pool.shutdown(cancel_futures=True)
 
 # %% ../../nbs/50_exp.sweep.ipynb #50e5001b
 SWEEP_KEPT = ('metrics', 'seed', 'commit', 'started', 'hardware', 'failed', 'status')
