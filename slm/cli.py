@@ -173,6 +173,7 @@ def _end(run):
 def resume(
     run:Annotated[Path, typer.Argument(help='A run directory that was interrupted.')],
     lr:Annotated[Optional[float], typer.Option(help='Another peak learning rate from here on.')]=None,
+    device:Annotated[Optional[str], typer.Option(help='Go on there: auto, cuda, cuda:N, mps or cpu. By default where it was.')]=None,
     corpus:Annotated[Optional[str], typer.Option(help='Where its text is now, if it has moved;')]=None,
     data:Annotated[Optional[str], typer.Option(help='where its rows, prompts or pairs are now;')]=None,
     base:Annotated[Optional[str], typer.Option(help='where its base is now;')]=None,
@@ -183,7 +184,7 @@ def resume(
 
     Example: slm resume runs/books"""
     from slm.train.stage import resume
-    _end(resume(run, lr, corpus=corpus, data=data, base=base, teacher=teacher, reward=reward, judge=judge))
+    _end(resume(run, lr, device, corpus=corpus, data=data, base=base, teacher=teacher, reward=reward, judge=judge))
 
 # %% ../nbs/61_cli.ipynb #293a46f2
 @app.command('eval')
@@ -203,7 +204,7 @@ def eval_(
     include_path:Annotated[Optional[Path], typer.Option(help='For --lm-eval: a folder with tasks of your own.')]=None,
     prefix:Annotated[int, typer.Option(help='For memorisation: tokens that are given,')]=32,
     length:Annotated[int, typer.Option(help='and those that are to be recited.')]=32,
-    encoding:Encoding='utf-8', device:Device='cpu', json_:Json=False):
+    encoding:Encoding='utf-8', device:Device='auto', json_:Json=False):
     """Measure a run on held-out text, or any model by a benchmark.
 
     Example: slm eval runs/books --task arc_easy --data ARC-V1-Feb2018-2 --shots 5"""
@@ -246,7 +247,7 @@ def bias(
     out:Annotated[Optional[Path], typer.Option(help='Run directory to write; RUN/bias_BENCH if not given.')]=None,
     lexicon:Annotated[Optional[Path], typer.Option(help='Hurtful words, one a line or a HurtLex table; for honest.')]=None,
     masked:Annotated[bool, typer.Option('--masked', help='A masked model of transformers; for crows and winobias.')]=False,
-    device:Device='cpu', encoding:Encoding='utf-8', json_:Json=False):
+    device:Device='auto', encoding:Encoding='utf-8', json_:Json=False):
     """Measure what a model believes about people.
 
     Example: slm bias runs/demo/pretrain --bench crows --data crows_pairs_anonymized.csv"""
@@ -268,7 +269,7 @@ def judge(
     workers:Annotated[int, typer.Option(help='Questions to the server at once.')]=4,
     temperature:Annotated[float, typer.Option(help='Of the answers; 0 always takes the likeliest token.')]=0.0,
     max_new_tokens:Annotated[int, typer.Option(help='At most so many tokens an answer.')]=200,
-    seed:int=0, device:Device='cpu', encoding:Encoding='utf-8', json_:Json=False):
+    seed:int=0, device:Device='auto', encoding:Encoding='utf-8', json_:Json=False):
     """Which of several models answers better? Win rates and ratings, and what the judge is worth.
 
     Example: slm judge runs/sft runs/dpo --by http://localhost:8000 --out runs/judge"""
@@ -296,7 +297,7 @@ def toxicity(
     top_p:Annotated[float, typer.Option(help='Only the likeliest tokens that hold this probability together.')]=.9,
     labelled:Annotated[Optional[Path], typer.Option(help='A table with text and toxic, to judge the classifier.')]=None,
     out:Annotated[Optional[Path], typer.Option(help='Run directory to write; RUN/toxicity if not given.')]=None,
-    seed:int=0, device:Device='cpu', encoding:Encoding='utf-8', json_:Json=False):
+    seed:int=0, device:Device='auto', encoding:Encoding='utf-8', json_:Json=False):
     """Measure how often a model becomes abusive.
 
     Example: slm toxicity runs/demo/pretrain --prompts prompts.jsonl --n 200"""
@@ -342,7 +343,7 @@ def annotate_add(
     temperature:Annotated[float, typer.Option(help='Of the answers.')]=1.0,
     top_p:Annotated[float, typer.Option(help='Only the likeliest tokens that hold this probability together.')]=1.0,
     max_new_tokens:Annotated[int, typer.Option(help='At most so many tokens an answer.')]=200,
-    seed:int=0, encoding:Encoding='utf-8', device:Device='cpu', json_:Json=False):
+    seed:int=0, encoding:Encoding='utf-8', device:Device='auto', json_:Json=False):
     """Add items to a store, which is made when it is missing.
 
     Example: slm annotate add prefs.db prompts.jsonl --run runs/sft"""
@@ -519,6 +520,7 @@ def serve(
     host:Host='127.0.0.1', port:Port=8000, token_file:Tokens=None, no_token:NoToken=False,
     host_name:HostNames=None, origin:Origins=None,
     slots:Slots=4, context:Context=None, threads:Threads=None,
+    device:Device='auto',
     int8:Annotated[bool, typer.Option('--int8', help='8 bits a weight in the torch engine.')]=False,
     compiled:Annotated[Optional[bool], typer.Option('--compile/--eager',
         help="Compile the torch engine's steps; by default those of a larger model, where a C++ compiler is.")]=None,
@@ -539,7 +541,7 @@ def serve(
     settings = api.Settings(tokens, hosts, api.origins(origin or ()), queue, timeout, max_tokens, cache=cache, preferences=preferences,
                             output_filter=api.load_filter(filter) if filter else None, threshold=threshold)
     embed = {model_name(embeddings): api.gguf_embed(embeddings, threads=threads)} if embeddings else None
-    e = api.open_engine(model, engine, slots, context, threads, int8, own_thread=False, compiled=compiled)
+    e = api.open_engine(model, engine, slots, context, threads, int8, own_thread=False, compiled=compiled, device=device)
     api.serve(api.create_app({e.model: e}, settings, embed), host, port)
     e.close()
 
@@ -714,7 +716,7 @@ def report(
     winobias:Annotated[Optional[str], typer.Option(help='Files of WinoBias.')]=None,
     toxicity:Annotated[Optional[str], typer.Option(help='A judge of free texts, as in `slm toxicity`.')]=None,
     watts:Annotated[Optional[float], typer.Option(help='Power that the machine draws in training; assumed if not given.')]=None,
-    encoding:Encoding='utf-8', device:Device='cpu', json_:Json=False):
+    encoding:Encoding='utf-8', device:Device='auto', json_:Json=False):
     """Ask every stage of a model the same, and make one page of its life.
 
     Example: slm report runs/demo --toxicity profanity"""
@@ -739,7 +741,7 @@ def generate(
     repetition_penalty:Annotated[float, typer.Option(help='Above 1: make tokens that were used less likely.')]=1.0,
     stop:Annotated[Optional[list[str]], typer.Option(help='End before this text (may be repeated).')]=None,
     seed:Annotated[Optional[int], typer.Option(help='The same seed gives the same text.')]=None,
-    device:Device='cpu', json_:Json=False):
+    device:Device='auto', json_:Json=False):
     """Let a model continue a text; streams as it goes.
 
     Example: slm generate runs/books --prompt "It was" --temperature 0.7"""
@@ -762,7 +764,7 @@ def chat(
     max_new_tokens:Annotated[int, typer.Option(help='At most so many tokens an answer.')]=200,
     temperature:Annotated[float, typer.Option(help='0 always takes the likeliest token.')]=0.7,
     top_p:Annotated[float, typer.Option(help='Only the likeliest tokens that hold this probability together.')]=0.95,
-    seed:Annotated[Optional[int], typer.Option(help='The same seed gives the same answers.')]=None, device:Device='cpu'):
+    seed:Annotated[Optional[int], typer.Option(help='The same seed gives the same answers.')]=None, device:Device='auto'):
     """Talk with a model; an empty line or Ctrl-D ends it.
 
     Example: slm chat runs/assistant --message "Name a colour." """

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['SCHEMA', 'STATUSES', 'SLMError', 'atomic_file', 'recover', 'atomic_dir', 'write_json', 'read_json', 'file_hash',
-           'file_hashes', 'check_hashes', 'set_seed', 'rng_state', 'set_rng_state', 'get_device', 'hardware',
-           'matmul_flops', 'best_dtype', 'Metric', 'bootstrap_ratio', 'versions', 'git_commit', 'portable',
+           'file_hashes', 'check_hashes', 'set_seed', 'rng_state', 'set_rng_state', 'device_fault', 'get_device',
+           'hardware', 'matmul_flops', 'best_dtype', 'Metric', 'bootstrap_ratio', 'versions', 'git_commit', 'portable',
            'model_name', 'RunDir', 'list_runs', 'Span', 'Options', 'progress', 'slm_home', 'free_disk']
 
 # %% ../nbs/00_core.ipynb #c6c23763
@@ -192,19 +192,35 @@ def set_rng_state(
     if 'mps' in state and torch.backends.mps.is_available(): torch.mps.set_rng_state(t(state['mps']))
 
 # %% ../nbs/00_core.ipynb #de7832c9
+@functools.lru_cache
+def device_fault(
+    name:str, # a device that PyTorch says is there
+)->str|None:
+    "Why a device cannot compute; None if it can. Tried once."
+    import torch
+    try: x = torch.ones(8, 8, device=name); (x@x).sum().item()
+    except Exception as e: return ' '.join((str(e) or type(e).__name__).split())[:200]  # each driver has its own errors
+
 def get_device(
     name:str='auto', # 'auto', 'cuda', 'cuda:1', 'mps' or 'cpu'
-)->'torch.device': # a device that exists on this machine
-    "The device to compute on; raises `SLMError` when it is unknown or absent."
+)->'torch.device': # a device of this machine that computes
+    "The device to compute on; raises `SLMError` when it is unknown, absent or does not compute."
     import torch
     there = [d for d,ok in (('cuda', torch.cuda.is_available()), ('mps', torch.backends.mps.is_available())) if ok] + ['cpu']
-    if name == 'auto': return torch.device(there[0])
+    if name == 'auto':
+        for d in there:
+            if not (why := device_fault(d)): return torch.device(d)
+            if d not in _told: _told.add(d); print(f'{d} is here but cannot compute, so it is not taken: {why}', file=sys.stderr)
     kind, _, idx = str(name).partition(':')
     if kind not in ('cuda', 'mps', 'cpu') or (idx and not idx.isdigit()):
         raise SLMError(f"unknown device '{name}': use one of auto, cuda, cuda:N, mps, cpu")
     if kind not in there or (kind=='cuda' and idx and int(idx) >= torch.cuda.device_count()):
         raise SLMError(f"device '{name}' is not on this machine: here there is {', '.join(there)}")
+    if why := device_fault(str(name)): raise SLMError(f"device '{name}' is here but cannot compute: {why}")
+    if kind == 'cuda' and idx: torch.cuda.set_device(int(idx))
     return torch.device(name)
+
+_told = set() # devices of which it was said that they cannot
 
 # %% ../nbs/00_core.ipynb #8ffb68f7
 def _cpu_name():
@@ -234,7 +250,7 @@ def hardware()->dict: # JSON-ready
         import torch
         hw['threads'] = torch.get_num_threads()
         if torch.cuda.is_available():
-            p = torch.cuda.get_device_properties(0); hw |= dict(gpu=p.name, gpu_memory_gb=round(p.total_memory/2**30, 1))
+            p = torch.cuda.get_device_properties(torch.cuda.current_device()); hw |= dict(gpu=p.name, gpu_memory_gb=round(p.total_memory/2**30, 1))
         elif torch.backends.mps.is_available(): hw['gpu'] = 'Apple MPS'
     return hw
 

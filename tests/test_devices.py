@@ -74,6 +74,20 @@ def test_what_fits_depends_on_the_number_format(monkeypatch):
     assert gpt.check_fits(c, 16, 1024, 'cuda', dtype='bfloat16', memory=card)['total']/2**30 == pytest.approx(15.3, abs=.05)
     with pytest.raises(SLMError, match=r'needs about 25\.8 GiB'): gpt.check_fits(c, 16, 1024, 'cuda', memory=card)
 
+def test_a_compiled_pretraining_is_traced_for_training_and_validation_alone(device, tmp_path, monkeypatch):
+    "Samples, whose texts grow with each token, are not. (What the compiler makes of a graph is not asked here: the graphs run as they are.)"
+    from functools import partialmethod
+    from torch._dynamo.utils import counters
+    from slm.train.pretrain import pretrain
+    monkeypatch.setattr(torch.nn.Module, 'compile', partialmethod(torch.nn.Module.compile, backend='eager'))
+    opts = dict(corpus='pydocs', max_bytes=500_000, vocab_size=512, steps=4, seq_len=64, batch_tokens=512, evals=2, device=device,
+                dtype='float32', model=dict(n_layer=2, d_model=64, n_head=2, n_kv_head=1))
+    torch._dynamo.reset(); counters.clear()
+    run = pretrain(out=tmp_path/'compiled', samples=4, compile=True, **opts); graphs = counters['stats']['unique_graphs']
+    assert 0 < graphs <= 3, graphs                                               # to train, to validate, the last rows of the validation
+    plain = pretrain(out=tmp_path/'plain', samples=1, compile=False, **opts)
+    assert run.metric('valid_loss').value == pytest.approx(plain.metric('valid_loss').value, rel=1e-5)
+
 def test_resumes_where_it_was_interrupted(device, tmp_path):
     from fastai.callback.core import Callback
     from slm.train.pretrain import pretrain, resume

@@ -406,7 +406,7 @@ def memory_estimate(
     train:bool=True, # training; or decoding with a cache
     dtype:str='float32', # computed in: 'float32' or 'bfloat16'; in training the weights stay float32
     optim_bytes:int=8, # optimiser's state for each parameter: 8 for AdamW
-    device:str='cpu', # 'cpu' keeps attention weights up to 2048 tokens, others never
+    device:str='cpu', # what keeps attention weights: 'cpu' up to 2048 tokens, 'mps' always, 'cuda' never
     accumulated:bool=True, # a step has several such batches: gradients of the earlier ones are there from the beginning
 )->dict[str,int]: # bytes of each part, and their 'total'
     "Bytes that training or decoding needs, by formula. The total of a training is the most at one time."
@@ -419,7 +419,7 @@ def memory_estimate(
         return p | dict(total=sum(p.values()))
     ff = c.d_ff*((3 if c.act in ('reglu', 'bilinear') else 4) if c.act in GATES else 1 if c.act == 'relu' else 2)
     pairs = c.n_head*(seq_len+min(128, seq_len))/2 if c.causal else c.n_head*seq_len
-    kept = pairs if device == 'cpu' and seq_len <= 2048 else 0
+    kept = pairs if device == 'cpu' and seq_len <= 2048 else c.n_head*seq_len if device == 'mps' else 0
     layer = 2*c.d_model*4 + (q+kv)*c.qk_norm*(4 if e == 4 else 8) + e*(2*c.d_model + 2*q + 2*kv + ff + kept)
     if state: layer = state.kept_bytes(c, e)
     acts,out = int(bs*seq_len*(c.n_layer*layer + c.d_model*(4+e))),bs*seq_len*c.vocab_size*e
@@ -438,6 +438,7 @@ def device_memory(
     import psutil
     dev = get_device(str(device))
     if dev.type == 'cuda': return torch.cuda.get_device_properties(dev).total_memory
+    if dev.type == 'mps': return torch.mps.recommended_max_memory()
     have = psutil.virtual_memory().total
     try: return min(have, int(Path('/sys/fs/cgroup/memory.max').read_text()))
     except (OSError, ValueError): return have

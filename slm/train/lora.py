@@ -345,7 +345,7 @@ class LoRAConfig(PackedConfig):
     dora:bool = False # train the length of each row apart from its direction
     frugal:bool = False # least memory, more time
     bs:int = 16 # packed rows in an optimiser step
-    opt:str|None = None # adamw8bit, adamw or muon; by default adamw8bit, without 4 bits adamw
+    opt:str|None = None # adamw8bit, adamw or muon; by default adamw8bit, without 4 bits and on mps adamw
     allowed = PackedConfig.allowed | dict(rank=Span(1, 2**16), alpha=Span(0, ends='(]'), dropout=Span(0, 1, '[)'))
 
 @dataclass(kw_only=True)
@@ -374,7 +374,7 @@ class LoRAStage(SFTStage):
     name,Config = 'lora',LoRAConfig
     def __init__(self, c, run=None, **given):
         super().__init__(c, run, **given); c = self.c
-        self.name = 'qlora' if c.four_bit else 'lora'; c.opt = c.opt or ('adamw8bit' if c.four_bit else 'adamw')
+        self.name = 'qlora' if c.four_bit else 'lora'; c.opt = c.opt or ('adamw8bit' if c.four_bit and get_device(c.device).type != 'mps' else 'adamw')
     def open(self):
         self.model,self.tok = open_adapted(self.c); self.base = base_fingerprint(self.model)
         if self.run and self.base != self.run.info['base_fingerprint']:

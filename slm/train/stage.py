@@ -251,6 +251,7 @@ def measure(self:Stage, learn:LMLearner, seconds:float, peak:float):
 def peak_memory(device:str)->int: # bytes
     "Most memory taken so far: on the accelerator, or resident in this process."
     if device.startswith('cuda'): return torch.cuda.max_memory_allocated()
+    if device.startswith('mps'): return torch.mps.driver_allocated_memory()      # Metal gives little back: nearly the most
     import resource
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss*(1 if sys.platform=='darwin' else 1024)
 
@@ -295,6 +296,7 @@ def find_stage(
 def resume(
     path:str|Path, # a run directory that was interrupted, or stopped because its loss rose
     lr:float|None=None, # another peak learning rate from here on
+    device:str|None=None, # where to go on; where it was begun if not given
     cbs=(), # more callbacks
     **given, # where something is now: `corpus`, `base`, `data`; what to run: `reward`, `judge`
 )->RunDir:
@@ -308,6 +310,9 @@ def resume(
     cks = checkpoints(run/'checkpoints')
     if not cks: raise SLMError(f"'{path}' has no checkpoint yet: remove it and start again")
     state = read_state(cks[-1]); config = _place(run, stage, run.info['config'] | state.get('sources', {}), given)
+    if device:
+        config['device'] = run.info['config']['device'] = str(get_device(device))
+        if 'compile' in config: config['compile'] = None                         # decided anew
     if lr:
         run.info.setdefault('resumed', []).append(dict(step=state['step'], lr=lr, was=run.info['config'].get('lr')))
         config['lr'] = run.info['config']['lr'] = lr
