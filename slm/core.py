@@ -250,7 +250,8 @@ def hardware()->dict: # JSON-ready
         import torch
         hw['threads'] = torch.get_num_threads()
         if torch.cuda.is_available():
-            p = torch.cuda.get_device_properties(torch.cuda.current_device()); hw |= dict(gpu=p.name, gpu_memory_gb=round(p.total_memory/2**30, 1))
+            p = torch.cuda.get_device_properties(torch.cuda.current_device())
+            hw |= dict(gpu=p.name, gpu_memory_gb=round(p.total_memory/2**30, 1))
         elif torch.backends.mps.is_available(): hw['gpu'] = 'Apple MPS'
     return hw
 

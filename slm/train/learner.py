@@ -12,6 +12,7 @@ __all__ = ['NO_MEMORY', 'LMLearner', 'Counter', 'StopAt', 'not_decayed', 'decay_
 # %% ../../nbs/19_train.learner.ipynb #5ca36f3c
 from ..core import * # first: it silences a warning of the next ones
 import contextlib, csv, json, math, shutil, signal, sys, threading, time
+from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
 import numpy as np, torch, torch.nn.functional as F
@@ -346,7 +347,8 @@ class Samples(Callback):
     def sample(self):
         self.model.eval()
         try:
-            with torch.compiler.set_stance('force_eager'): return generate(self.model, self.tok, self.prompts, **self.params) # each length would be compiled
+            with torch.compiler.set_stance('force_eager'):                       # or each length would be compiled
+                return generate(self.model, self.tok, self.prompts, **self.params)
         finally: self.model.train()
 
 def quote(s:str)->str:
@@ -361,7 +363,7 @@ def flatten_state(
     tensors,plain = {},{}
     for i,st in sd['state'].items():
         for k,v in st.items():
-            if isinstance(v, Tensor): tensors[f'{i}.{k}'] = v.detach().contiguous().clone()
+            if isinstance(v, Tensor): tensors[f'{i}.{k}'] = v.detach().contiguous()
             else: plain.setdefault(str(i), {})[k] = v
     return tensors, dict(state=plain, param_groups=sd['param_groups'])
 
@@ -374,25 +376,49 @@ def unflatten_state(tensors:dict, plain:dict)->dict: # what `load_state_dict` ta
 
 # %% ../../nbs/19_train.learner.ipynb #52dccb1a
 @patch
+def host_copies(self:LMLearner, tensors:dict)->dict:
+    "Copies in the machine's memory, page-locked if they come from a card; the same buffers each time."
+    kept = self.__dict__.setdefault('buffers', {})
+    for k,v in tensors.items():
+        if k not in kept or (kept[k].shape, kept[k].dtype) != (v.shape, v.dtype):
+            kept[k] = torch.empty(v.shape, dtype=v.dtype, pin_memory=v.is_cuda)
+        kept[k].copy_(v, non_blocking=True)
+    if any(v.is_cuda for v in tensors.values()): torch.cuda.synchronize()
+    return {k: kept[k] for k in tensors}
+
+@patch
+def written(self:LMLearner):
+    "Wait until the last checkpoint is on the disk; raises what went wrong there."
+    job = self.__dict__.pop('writing', None)
+    if job: job.result()
+
+@patch
 def save_checkpoint(self:LMLearner,
     root:str|Path, # the run's `checkpoints` folder
     keep:int=2, # how many to keep
+    background:bool=False, # copy it and write it from a thread: `written` waits for that
     **extra, # more JSON for `state.json`
 )->Path: # the new folder
     "Write `root/STEP/{model,optim}.safetensors, state.json` in one step; raises `SLMError` when the disk is full."
-    path = Path(root)/f'{self.opt_steps:08d}'
-    tensors,plain = flatten_state(self.opt.opt.state_dict())
+    path = Path(root)/f'{self.opt_steps:08d}'; self.written()
+    optim,plain = flatten_state(self.opt.opt.state_dict()); model = self.model.state_dict()
+    if background: # under names that differ
+        both = self.host_copies({('m', k): v for k,v in model.items()} | {('o', k): v for k,v in optim.items()})
+        model,optim = ({k: v for (p,k),v in both.items() if p == part} for part in 'mo')
     state = dict(schema=1, step=self.opt_steps, tokens=self.tokens, loader=self.dls.train.state_dict(),
                  rng=rng_state(), optim=plain) | extra
-    try:
-        with atomic_dir(path) as d:
-            save_file(self.model.state_dict(), d/'model.safetensors', metadata={'format': 'pt'})
-            save_file(tensors, d/'optim.safetensors'); write_json(d/'state.json', state | dict(hashes=file_hashes(d)))
-    except Exception as e:
-        if not isinstance(e, OSError) and 'space' not in str(e): raise
-        raise SLMError(f"cannot write checkpoint '{path.name}' ({e}): free some disk space, then resume from the previous one") from None
-    for old in checkpoints(root)[:-keep]: shutil.rmtree(old)
-    return path
+    def write():
+        try:
+            with atomic_dir(path) as d:
+                save_file(model, d/'model.safetensors', metadata={'format': 'pt'})
+                save_file(optim, d/'optim.safetensors'); write_json(d/'state.json', state | dict(hashes=file_hashes(d)))
+        except Exception as e:
+            if not isinstance(e, OSError) and 'space' not in str(e): raise
+            raise SLMError(f"cannot write checkpoint '{path.name}' ({e}): free some disk space, "
+                           'then resume from the previous one') from None
+        for old in checkpoints(root)[:-keep]: shutil.rmtree(old)
+    if not background: write(); return path
+    pool = ThreadPoolExecutor(1); self.writing = pool.submit(write); pool.shutdown(wait=False); return path
 
 def read_state(path:str|Path)->dict: # the content of `state.json`
     "What a checkpoint knows beside its tensors; raises `SLMError` when it is damaged."
@@ -434,20 +460,24 @@ def load_checkpoint(self:LMLearner,
 
 # %% ../../nbs/19_train.learner.ipynb #1b5efa01
 class Checkpoint(Callback):
-    "Every `every` steps (or `minutes`), and when interrupted, write a checkpoint under `root`."
+    "Every `every` steps (or `minutes`, or a sixtieth of the run if that is longer), and when interrupted, write a checkpoint under `root`."
     order,run_valid = Samples.order+10,False
     def __init__(self, root:str|Path, every:int|None=None, minutes:float|None=None, keep:int=2,
+                 background:bool|None=None, # write from a thread; by default where the model is not on a processor
                  **extra): # more for `state.json`: values, or functions that return one
-        self.root,self.every,self.minutes,self.keep,self.extra = Path(root),every,minutes,keep,extra
-    def before_fit(self): self.t_last = time.monotonic()
+        self.root,self.every,self.minutes,self.keep,self.background,self.extra = Path(root),every,minutes,keep,background,extra
+    def before_fit(self): self.t0 = self.t_last = time.monotonic()
     def due(self):
+        now = time.monotonic()
         return self.interrupted or (self.every and self.opt_steps%self.every==0) or (
-            self.minutes and time.monotonic()-self.t_last > 60*self.minutes)
+            self.minutes and now-self.t_last > max(60*self.minutes, (now-self.t0)/60))
     def after_batch(self):
         if not self.stepped or not self.due(): return
         extra = {k: v() if callable(v) else v for k,v in self.extra.items()}
-        with self.learn.pause(): self.learn.save_checkpoint(self.root, self.keep, **extra)
+        behind = next(self.model.parameters()).device.type != 'cpu' if self.background is None else self.background
+        with self.learn.pause(): self.learn.save_checkpoint(self.root, self.keep, behind, **extra)
         self.t_last = time.monotonic()
+    def after_fit(self): self.learn.written()
 
 class GracefulStop(Callback):
     "Turn the first Ctrl-C (or SIGTERM) into an orderly end after the current step."

@@ -374,7 +374,8 @@ class LoRAStage(SFTStage):
     name,Config = 'lora',LoRAConfig
     def __init__(self, c, run=None, **given):
         super().__init__(c, run, **given); c = self.c
-        self.name = 'qlora' if c.four_bit else 'lora'; c.opt = c.opt or ('adamw8bit' if c.four_bit and get_device(c.device).type != 'mps' else 'adamw')
+        self.name = 'qlora' if c.four_bit else 'lora'; fewer = c.four_bit and get_device(c.device).type != 'mps'
+        c.opt = c.opt or ('adamw8bit' if fewer else 'adamw')
     def open(self):
         self.model,self.tok = open_adapted(self.c); self.base = base_fingerprint(self.model)
         if self.run and self.base != self.run.info['base_fingerprint']:

@@ -202,7 +202,8 @@ def build(self:PretrainStage)->GPT:
     c = self.c; cfg = c.sizes(self.tok.vocab_size, max_seq_len=c.seq_len, dropout=c.dropout or 0.)
     check_fits(cfg, c.micro_batch, c.seq_len, c.device, dtype=c.dtype, memory=device_memory(c.device)-self.held)
     model = GPT(cfg).to(c.device)
-    if c.compile: model.model.constants(model.model.embed_tokens.weight.device); model.compile()  # made inside of a graph, they would be its input
+    if c.compile: # constants that a graph makes itself would be another graph's input
+        model.model.constants(model.model.embed_tokens.weight.device); model.compile()
     return model
 
 @patch
