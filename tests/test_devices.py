@@ -2,7 +2,7 @@
 
 The processor is the reference, and runs through the same tests; mps and cuda are skipped, with a line that says so, where they are not.
 """
-import copy, pytest, torch
+import copy, os, pytest, torch
 from slm.core import set_seed, rng_state, set_rng_state
 from slm.model.gpt import GPT, GPTConfig
 
@@ -104,3 +104,32 @@ def test_resumes_where_it_was_interrupted(device, tmp_path):
     a, b = cut.metric('valid_loss').value, whole.metric('valid_loss').value
     assert a == b if device == 'cpu' else a == pytest.approx(b, rel=1e-3)            # sums on an accelerator come in no fixed order
     assert b < torch.tensor(512.).log()                                              # better than guessing
+
+def test_a_whole_life_from_the_command_line(device, tmp_path, monkeypatch):
+    "Each verb that computes, once, tiny; a processor is what all other tests run on"
+    from slm.data.world import World
+    from slm.train.dpo import Pair, write_preferences
+    from typer.testing import CliRunner
+    from slm.cli import app
+    if device == 'cpu' and 'SLM_LIFE' not in os.environ: pytest.skip('on a processor each verb has tests of its own')
+    monkeypatch.chdir(tmp_path); user = lambda text: [dict(role='user', content=text)]
+    write_preferences('pairs.jsonl', [Pair(user(p.task.prompt), p.chosen, p.rejected) for p in World(limit=20).preferences(3, 40)])
+    def slm(*args):
+        r = CliRunner().invoke(app, [*map(str, args), '--device', device])
+        assert r.exit_code == 0 and not r.exception, (args[0], r.exception, r.output[-500:])
+        return r.output
+    few = ('--steps', 2, '--samples', 1, '--evals', 1)
+    slm('pretrain', '--corpus', 'world', '--max-bytes', 1_500_000, '--vocab-size', 512, '--seq-len', 256, '--batch-tokens', 1024,
+        '--out', 'base', *few)
+    chat = ('--data', 'pairs.jsonl', *few)
+    slm('sft', 'base', '--data', 'world', '--max-rows', 40, '--bs', 4, '--out', 'sft', *few)
+    slm('qlora', 'sft', '--no-four-bit', '--data', 'world', '--max-rows', 40, '--bs', 4, '--out', 'lora', *few)
+    slm('dpo', 'sft', '--bs', 4, '--out', 'dpo', *chat); slm('reward', 'sft', '--bs', 4, '--out', 'reward', *chat)
+    slm('rlhf', 'sft', '--reward', 'reward', '--bs', 2, '--group', 2, '--max-new-tokens', 8, '--out', 'rlhf', *chat)
+    slm('distill', 'base', '--corpus', 'world', '--max-bytes', 1_500_000, '--seq-len', 128, '--batch-tokens', 512, '--out', 'student', *few)
+    for run in ('base', 'dpo', 'lora'): slm('generate', run, '--prompt', 'Once', '--max-new-tokens', 4)
+    slm('chat', 'sft', '--message', 'Who has the kite?', '--max-new-tokens', 4)
+    slm('eval', 'base', '--docs', 10, '--probes', 10)
+    (tmp_path/'prompts.jsonl').write_text('{"prompt": {"text": "Once"}}\n')
+    slm('toxicity', 'base', '--prompts', 'prompts.jsonl', '--classifier', 'profanity', '--n', 1)
+    if device != 'mps': slm('qlora', 'sft', '--data', 'world', '--max-rows', 40, '--bs', 4, '--out', 'qlora', *few)
