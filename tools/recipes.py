@@ -7,7 +7,7 @@ import sys
 from pathlib import Path
 from slm.exp.plan import MACHINES as PROFILES
 from slm.model.gpt import GPTConfig, memory_estimate
-from slm.train.pretrain import PretrainConfig, resolve
+from slm.train.pretrain import PretrainConfig, resolve, rows_that_fit
 
 HERE = Path(__file__).resolve().parent.parent/'recipes'
 MACHINES = dict( # page -> profile of slm.exp.plan, and rows
@@ -26,8 +26,10 @@ def span(s): return f'{s/86400:.1f} days' if s >= 1.5*86400 else f'{s/3600:.1f} 
 
 def row(m, preset, corpus, amount, unit, vocab, what):
     "One run: what it costs and the command"
-    c = resolve(PretrainConfig(corpus=corpus, preset=preset, steps=1, device='cpu', dtype=m.dtype)); at_once = c.micro_batch*c.seq_len
+    c = resolve(PretrainConfig(corpus=corpus, preset=preset, steps=1, device='cpu', dtype=m.dtype))
     cfg = GPTConfig.preset(preset, vocab_size=vocab, max_seq_len=c.seq_len)
+    if m.device != 'cpu': c.micro_batch = rows_that_fit(cfg, c.batch_tokens, c.seq_len, m.device, m.dtype, .9*m.memory)
+    at_once = c.micro_batch*c.seq_len
     per_token = m.token_seconds(cfg, c.seq_len, c.batch_tokens, at_once)
     tokens = amount if unit=='tokens' else amount*60/per_token; seconds = tokens*per_token
     mem = memory_estimate(cfg, c.micro_batch, c.seq_len, dtype=m.dtype, device=m.device, accumulated=at_once < c.batch_tokens)['total']
@@ -56,7 +58,7 @@ def page(name):
 Look at `tokens_per_s` in your `log.csv`.
 
 **Memory** is `memory_estimate`: weights, gradients and AdamW's two moments in float32, activations of one micro-batch, and the logits.
-When it does not fit, lower `--micro-batch`: gradients are accumulated to the same number of tokens a step, and the result is the same.
+When it does not fit, lower `--micro-batch` (on a card it is chosen by its memory): gradients are accumulated to the same number of tokens a step, and the result is the same.
 
 `slm plan --gpu {profile} --days 1` says what is best there for a time of your choice. `--minutes` may stand for `--tokens`: the number of
 steps is then measured at the start. Ctrl-C leaves a checkpoint; `slm resume runs/NAME` goes on.
