@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['NO_MEMORY', 'LMLearner', 'Counter', 'StopAt', 'not_decayed', 'decay_groups', 'adamw', 'NoEpochValidation',
-           'trapezoid', 'cosine', 'Schedule', 'autocast', 'AutoCast', 'TokenAccumulation', 'Diverged', 'GradClip',
-           'evaluate', 'TrainLog', 'Evaluate', 'CSVLog', 'Bar', 'TensorBoardLog', 'WandbLog', 'Samples', 'quote',
-           'flatten_state', 'unflatten_state', 'read_state', 'checkpoints', 'Checkpoint', 'GracefulStop',
+           'trapezoid', 'cosine', 'Schedule', 'autocast', 'AutoCast', 'TokenAccumulation', 'Diverged', 'Late',
+           'GradClip', 'evaluate', 'TrainLog', 'Evaluate', 'CSVLog', 'Bar', 'TensorBoardLog', 'WandbLog', 'Samples',
+           'quote', 'flatten_state', 'unflatten_state', 'read_state', 'checkpoints', 'Checkpoint', 'GracefulStop',
            'plot_training']
 
 # %% ../../nbs/19_train.learner.ipynb #5ca36f3c
@@ -189,23 +189,41 @@ class TokenAccumulation(Callback):
     def __init__(self, n_tokens:int=0, n_batches:int=1): self.n_tokens,self.n_batches = n_tokens,n_batches
     def before_fit(self): self.seen,self.k = 0,0
     def after_loss(self):
-        n = self.yb[1].sum().item()
+        n = self.yb[1].sum()                                                     # stays on the device: nobody waits for it
         self.learn.loss_grad = self.loss_grad*n; self.seen += n; self.k += 1
     def before_step(self):
-        if self.seen < self.n_tokens or self.k < self.n_batches: raise CancelBatchException()
-        torch._foreach_div_([p.grad for p in self.model.parameters() if p.grad is not None], max(1, self.seen)); self.before_fit()
+        if self.k < self.n_batches or (self.n_tokens and self.seen < self.n_tokens): raise CancelBatchException()
+        torch._foreach_div_([p.grad for p in self.model.parameters() if p.grad is not None], self.seen.clamp(min=1)); self.before_fit()
 
 # %% ../../nbs/19_train.learner.ipynb #2f75132c
 class Diverged(SLMError): "The loss or its gradient has left all bounds."
 
+class Late:
+    "A figure of the device. A card's is read when it has arrived, without waiting for what the card was asked to do since."
+    def __init__(self, x:Tensor): # a scalar
+        self.value,self.there = x.detach(),None
+        if x.is_cuda:
+            self.value = torch.empty((), dtype=x.dtype, pin_memory=True).copy_(x.detach(), non_blocking=True)
+            self.there = torch.cuda.Event(); self.there.record()
+    def item(self)->float:
+        if self.there: self.there.synchronize()
+        return self.value.item()
+
 class GradClip(Callback):
-    "Scale gradients down to a norm of at most `max_norm`; keep the norm in `learn.grad_norm`; stop at NaN."
+    "Scale gradients down to a norm of at most `max_norm`; keep the norm in `learn.grad_norm`; stop at NaN, on a card a step later."
     order,run_valid = AutoCast.order+10,False
     def __init__(self, max_norm:float=1.0): self.max_norm = max_norm
+    def before_fit(self): self.norm = None
     def before_step(self):
-        self.learn.grad_norm = nn.utils.clip_grad_norm_(self.model.parameters(), self.max_norm).item()
+        was,self.norm = self.norm,Late(nn.utils.clip_grad_norm_(self.model.parameters(), self.max_norm)); late = bool(self.norm.there)
+        if not late or was: self.look(was if late else self.norm, self.opt_steps+1-late)
+    def settle(self): # before anything is saved
+        if self.norm: self.look(self.norm, self.opt_steps)
+    def after_fit(self): self.settle()
+    def look(self, norm, step):
+        self.learn.grad_norm = norm.item()
         if not math.isfinite(self.grad_norm):
-            raise Diverged(f'the gradient is not finite at step {self.opt_steps+1} (batch {self.iter} of epoch {self.epoch}): '
+            raise Diverged(f'the gradient is not finite at step {step} (batch {self.iter} of epoch {self.epoch}): '
                            'start again with a lower --lr, or go on with slm resume RUN --lr LOWER')
 
 # %% ../../nbs/19_train.learner.ipynb #6733d487
@@ -473,6 +491,7 @@ class Checkpoint(Callback):
             self.minutes and now-self.t_last > max(60*self.minutes, (now-self.t0)/60))
     def after_batch(self):
         if not self.stepped or not self.due(): return
+        for cb in self.learn.cbs: getattr(cb, 'settle', noop)()
         extra = {k: v() if callable(v) else v for k,v in self.extra.items()}
         behind = next(self.model.parameters()).device.type != 'cpu' if self.background is None else self.background
         with self.learn.pause(): self.learn.save_checkpoint(self.root, self.keep, behind, **extra)

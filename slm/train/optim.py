@@ -141,12 +141,14 @@ class SpikeGuard(Callback):
         rise:float=1.0, # nats a token
         window:int=20, # optimiser steps
     ): self.rise,self.window = rise,window
-    def before_fit(self): self.losses,self.best = [],math.inf
+    def before_fit(self): self.losses,self.best,self.newest = [],math.inf,None
     def before_step(self):
-        self.losses.append(self.loss.item())
+        was,self.newest = self.newest,Late(self.loss); late = bool(self.newest.there)                # on a card a step behind
+        if late and not was: return
+        self.losses.append((was if late else self.newest).item())
         if len(self.losses) < self.window: return
         last = self.losses[-self.window:]; now = median(last); self.best = min(self.best, now)
         if now > self.best+self.rise:
-            k = next(i for i,l in enumerate(last) if l > self.best+self.rise)-self.window+1
+            k = next(i for i,l in enumerate(last) if l > self.best+self.rise)-self.window+1-late
             raise Diverged(f'the loss rose from {self.best:.2f} to {now:.2f}: it began at step {self.opt_steps+1+k}, '
                 f'batch {self.iter+k} of epoch {self.epoch}: go on with slm resume RUN --lr LOWER')

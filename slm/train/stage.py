@@ -14,6 +14,7 @@ from pathlib import Path
 import numpy as np, torch
 from torch import nn
 from fastai.callback.core import Callback
+from fastai.learner import Recorder
 from fastai.data.core import DataLoaders
 from fastcore.basics import patch
 from ..data.corpus import text_encoding
@@ -111,6 +112,7 @@ def learner(self:Stage,
     learn = LMLearner(dls, model, loss_func=self.loss_func, opt_func=lambda ps, lr: opt(ps, lr=lr, wd=c.wd), splitter=splitter, lr=c.lr,
                       cbs=[AutoCast(c.dtype), GradClip(c.clip), *self.callbacks(), *cbs])
     if gather := self.accumulation(): learn.add_cb(gather)
+    learn.remove_cb(Recorder)                                                # it reads the loss of each batch, for which a card must stop
     return learn
 
 @patch
