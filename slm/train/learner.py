@@ -42,7 +42,7 @@ class LMLearner(Learner):
         self.opt_steps,self.n_steps,self.tokens,self.paused = 0,None,0,0.        # steps done and to be done, tokens, seconds of pauses
         self.stepped,self.interrupted,self.grad_norm = False,False,None          # of the last batch; did somebody ask for an end?
         self.row,self.rows,self.samples = None,[],[]                             # figures of this step, all figures, last texts
-        self.amp = contextlib.nullcontext                                        # what the forward pass is computed in
+        self.amp,self.inside = contextlib.nullcontext,contextlib.ExitStack()     # what the forward pass is computed in, and is in now
         super().__init__(dls, model, loss_func=loss_func, opt_func=opt_func or adamw, lr=lr, splitter=kwargs.pop('splitter', decay_groups),
                          cbs=[Counter(), *L(cbs)], **kwargs)
 
@@ -127,8 +127,7 @@ def fit_steps(self:LMLearner,
         b,t = self.xb[0].shape
         raise SLMError(f'memory ran out at step {self.opt_steps+1} with {b} rows of {t} tokens at once: lower --micro-batch '
                        '(the step stays the same: gradients are accumulated), --seq-len or --preset') from None
-    finally:
-        for cb in self.cbs: getattr(cb, 'leave', noop)()                         # fastai tells no callback of an exception
+    finally: self.inside.close()                                                 # fastai tells no callback of an exception
 
 class NoEpochValidation(Callback):
     "Steps decide when to validate, not epochs."
@@ -174,13 +173,11 @@ def autocast(
 class AutoCast(Callback):
     "Compute model and loss in `dtype`; parameters, gradients and optimiser stay in float32."
     order = Schedule.order-20
-    def __init__(self, dtype:str='auto'): self.dtype,self.ctx = dtype,None
+    def __init__(self, dtype:str='auto'): self.dtype = dtype
     def before_fit(self): self.learn.amp = autocast(next(self.model.parameters()).device.type, self.dtype)
-    def before_batch(self): self.ctx = self.learn.amp(); self.ctx.__enter__()
-    def after_loss(self):   self.leave()
-    def after_cancel_batch(self): self.leave()
-    def leave(self):
-        if self.ctx is not None: self.ctx.__exit__(None, None, None); self.ctx = None
+    def before_batch(self): self.learn.inside.enter_context(self.learn.amp())
+    def after_loss(self):   self.learn.inside.close()
+    def after_cancel_batch(self): self.learn.inside.close()
 
 # %% ../../nbs/19_train.learner.ipynb #b0f8fcc1
 class TokenAccumulation(Callback):
@@ -378,10 +375,12 @@ def flatten_state(
     sd:dict, # an optimiser's `state_dict()`
 )->tuple[dict,dict]: # (tensors by flat name, the rest as JSON)
     "Split an optimiser's state into tensors and plain values."
-    tensors,plain = {},{}
+    tensors,plain,seen = {},{},set()
     for i,st in sd['state'].items():
         for k,v in st.items():
-            if isinstance(v, Tensor): tensors[f'{i}.{k}'] = v.detach().contiguous()
+            if isinstance(v, Tensor):
+                v = v.detach().contiguous(); at = v.untyped_storage().data_ptr()
+                tensors[f'{i}.{k}'] = v.clone() if at in seen else v; seen.add(at)                   # some share a table
             else: plain.setdefault(str(i), {})[k] = v
     return tensors, dict(state=plain, param_groups=sd['param_groups'])
 
@@ -491,7 +490,7 @@ class Checkpoint(Callback):
             self.minutes and now-self.t_last > max(60*self.minutes, (now-self.t0)/60))
     def after_batch(self):
         if not self.stepped or not self.due(): return
-        for cb in self.learn.cbs: getattr(cb, 'settle', noop)()
+        for cb in self.learn.cbs: isinstance(cb, GradClip) and cb.settle()
         extra = {k: v() if callable(v) else v for k,v in self.extra.items()}
         behind = next(self.model.parameters()).device.type != 'cpu' if self.background is None else self.background
         with self.learn.pause(): self.learn.save_checkpoint(self.root, self.keep, behind, **extra)
