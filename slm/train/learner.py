@@ -391,7 +391,7 @@ def unflatten_state(tensors:dict, plain:dict)->dict: # what `load_state_dict` ta
         i,name = k.split('.', 1); state.setdefault(int(i), {})[name] = v
     return dict(state=state, param_groups=plain['param_groups'])
 
-# %% ../../nbs/19_train.learner.ipynb #52dccb1a
+# %% ../../nbs/19_train.learner.ipynb #19aa0003
 @patch
 def host_copies(self:LMLearner, tensors:dict)->dict:
     "Copies in the machine's memory, page-locked if they come from a card; the same buffers each time."
@@ -409,6 +409,7 @@ def written(self:LMLearner):
     job = self.__dict__.pop('writing', None)
     if job: job.result()
 
+# %% ../../nbs/19_train.learner.ipynb #52dccb1a
 @patch
 def save_checkpoint(self:LMLearner,
     root:str|Path, # the run's `checkpoints` folder
@@ -437,6 +438,7 @@ def save_checkpoint(self:LMLearner,
     if not background: write(); return path
     pool = ThreadPoolExecutor(1); self.writing = pool.submit(write); pool.shutdown(wait=False); return path
 
+# %% ../../nbs/19_train.learner.ipynb #19aa0004
 def read_state(path:str|Path)->dict: # the content of `state.json`
     "What a checkpoint knows beside its tensors; raises `SLMError` when it is damaged."
     state = read_json(Path(path)/'state.json'); again = 'remove this checkpoint to go on from the one before'

@@ -192,7 +192,7 @@ class Settle(Callback):
         self.learn.n_steps = self.learn.stop_at.steps = self.learn.schedule.total = steps
         self.learn.schedule.kwargs['cooldown'] = run.info['settled']['cooldown']
 
-# %% ../../nbs/21_train.stage.ipynb #57a6e014
+# %% ../../nbs/21_train.stage.ipynb #57a6e0aa
 @contextlib.contextmanager
 def repeatable(
     on:bool=True, # or do nothing
@@ -203,6 +203,7 @@ def repeatable(
     try: yield
     finally: torch.use_deterministic_algorithms(was)
 
+# %% ../../nbs/21_train.stage.ipynb #57a6e014
 @patch
 def train(self:Stage,
     cbs=(), # more callbacks
