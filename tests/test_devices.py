@@ -75,7 +75,7 @@ def test_what_fits_depends_on_the_number_format(monkeypatch):
     with pytest.raises(SLMError, match=r'needs about 25\.8 GiB'): gpt.check_fits(c, 16, 1024, 'cuda', memory=card)
 
 def test_a_compiled_pretraining_is_traced_for_training_and_validation_alone(device, tmp_path, monkeypatch):
-    "Samples, whose texts grow with each token, are not. (What the compiler makes of a graph is not asked here: the graphs run as they are.)"
+    "Samples, whose texts grow with each token, are not. The graphs run as they are: what a compiler makes of them is not asked here"
     from functools import partialmethod
     from torch._dynamo.utils import counters
     from slm.train.pretrain import pretrain

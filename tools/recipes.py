@@ -58,7 +58,8 @@ def page(name):
 Look at `tokens_per_s` in your `log.csv`.
 
 **Memory** is `memory_estimate`: weights, gradients and AdamW's two moments in float32, activations of one micro-batch, and the logits.
-When it does not fit, lower `--micro-batch` (on a card it is chosen by its memory): gradients are accumulated to the same number of tokens a step, and the result is the same.
+On a card `--micro-batch` is chosen by its memory. When it does not fit, lower it: gradients are accumulated to the same number of
+tokens a step, and the result is the same.
 
 `slm plan --gpu {profile} --days 1` says what is best there for a time of your choice. `--minutes` may stand for `--tokens`: the number of
 steps is then measured at the start. Ctrl-C leaves a checkpoint; `slm resume runs/NAME` goes on.
