@@ -198,8 +198,8 @@ def repeatable(
     on:bool=True, # or do nothing
 ):
     "Inside, a card adds up in a fixed order; what cannot do so raises."
-    was = torch.are_deterministic_algorithms_enabled(); os.environ.setdefault('CUBLAS_WORKSPACE_CONFIG', ':4096:8')
-    if on: torch.use_deterministic_algorithms(True)
+    was = torch.are_deterministic_algorithms_enabled()
+    if on: os.environ.setdefault('CUBLAS_WORKSPACE_CONFIG', ':4096:8'); torch.use_deterministic_algorithms(True)
     try: yield
     finally: torch.use_deterministic_algorithms(was)
 
