@@ -16,6 +16,7 @@ from dataclasses import asdict, fields, replace
 from pathlib import Path
 import numpy as np, torch
 from torch import Tensor
+from torch.overrides import TorchFunctionMode
 from safetensors import SafetensorError, safe_open
 from fastcore.basics import patch
 from ..core import atomic_file, check_hashes, get_device, progress, read_json, SLMError, write_json
@@ -300,6 +301,12 @@ def _check_fit(
     faults += [f'{k} is {tuple(sd[k].shape)}, not {tuple(want[k].shape)}' for k in bent[:3]]
     if faults: raise SLMError(f"'{where}' does not hold the weights that its configuration describes: {'; '.join(faults)}")
 
+class _Shapes(TorchFunctionMode):
+    "Nothing is drawn: on 'meta' that does nothing either, but imports PyTorch's compiler first, which takes longer than a small model"
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        if func.__name__ in ('normal_', 'uniform_', 'trunc_normal_', 'kaiming_uniform_'): return args[0] if args else kwargs['tensor']
+        return func(*args, **(kwargs or {}))
+
 def build_model(
     cls:type, # `GPT`, or a class made from it
     cfg:GPTConfig,
@@ -320,7 +327,7 @@ def build_model(
         if emb is None: sd['model.embed_tokens.weight'] = head
         elif emb.shape == head.shape and not torch.equal(emb, head): cfg = replace(cfg, tied=False)
         if cfg.tied: del sd['lm_head.weight']
-    with torch.device('meta'): model = cls(cfg)
+    with torch.device('meta'), _Shapes(): model = cls(cfg)
     _check_fit(model.state_dict(), sd, where)
     model.load_state_dict(sd, assign=True)
     return model.eval()
