@@ -36,7 +36,7 @@ def orthogonalize(
 # %% ../../nbs/20_train.optim.ipynb #d0a9c993
 class Muon(torch.optim.Optimizer):
     "Momentum, orthogonalised, on AdamW's scale (Jordan et al. 2024; Liu et al. 2025, eq. 4): `torch.optim.Muon`, same shapes at once."
-    most = 1<<24 # entries that go through the rounds together
+    most = dict(cuda=1<<27) # entries that go through the rounds together; 1<<24 elsewhere
     def __init__(self, params, lr:float=3e-3, weight_decay:float=0.1, momentum:float=0.95):
         super().__init__(params, dict(lr=lr, weight_decay=weight_decay, momentum=momentum))
 
@@ -45,10 +45,10 @@ class Muon(torch.optim.Optimizer):
         for g in self.param_groups:
             shapes = defaultdict(list)
             for p in g['params']:
-                if p.grad is not None: shapes[tuple(sorted(p.shape))].append(p)
+                if p.grad is not None: shapes[p.shape].append(p)
             for (m,n),ps in shapes.items():
-                k = max(1, self.most//(m*n))
-                for i in range(0, len(ps), k): self.move(ps[i:i+k], g, scale=.2*n**.5)
+                k = max(1, self.most.get(ps[0].device.type, 1<<24)//(m*n))
+                for i in range(0, len(ps), k): self.move(ps[i:i+k], g, scale=.2*max(m, n)**.5)
 
     def move(self, ps, g, scale):
         "A step of matrices of one shape."
@@ -58,10 +58,10 @@ class Muon(torch.optim.Optimizer):
         bufs = [self.state[p]['momentum_buffer'] for p in ps]
         torch._foreach_lerp_(bufs, grads, 1-g['momentum'])
         ahead = torch._foreach_lerp(grads, bufs, g['momentum'])                 # Nesterov
-        flat = lambda t: t.mT if t.shape[0] > t.shape[1] else t
-        steps = orthogonalize(torch.stack([flat(t) for t in ahead]))            # (k,m,n)
+        turn = lambda t: t.mT if ps[0].shape[0] > ps[0].shape[1] else t
+        steps = turn(orthogonalize(turn(torch.stack(ahead).bfloat16())))        # (k,…) as the matrices are
         torch._foreach_mul_(ps, 1-g['lr']*g['weight_decay'])
-        for p,s in zip(ps, steps): flat(p).add_(s, alpha=-g['lr']*scale)
+        torch._foreach_add_(ps, steps.to(ps[0].dtype, memory_format=torch.contiguous_format).unbind(), alpha=-g['lr']*scale)
 
 # %% ../../nbs/20_train.optim.ipynb #7c9420a3
 def muon_groups(
