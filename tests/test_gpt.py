@@ -11,7 +11,9 @@ from transformers import BertConfig, BertModel, LlamaConfig, LlamaForCausalLM, Q
 from slm.core import SLMError
 from slm.model.gpt import *
 from slm.model.gpt import CHOICES
+import slm.model.fast
 from slm.model.layers import KVCache
+from slm.train.learner import unscored
 
 GPT2 = dict(norm='layer', pos='learned', act='gelu_tanh', bias=True)
 BERT = GPT2 | dict(act='gelu', norm_pos='post', causal=False, n_types=2)
@@ -207,6 +209,35 @@ def test_lm_loss():
     g, = torch.autograd.grad(lm_loss(logits, y, mask), logits)
     assert g[~mask].abs().max() == 0 and g[mask].abs().min() > 0
     none = lm_loss(logits, y, torch.zeros_like(mask)); assert none.item() == 0
+
+
+@pytest.mark.parametrize('tied', [True, False])
+@pytest.mark.parametrize('parts', [1, 2, 7, 100])
+def test_head_and_loss_in_parts(parts, tied):
+    "The loss and every gradient of a whole model, as PyTorch computes them from all logits"
+    m = make(tied=tied); x, y = torch.randint(97, (2, 3, 16)); mask = torch.rand(3, 16) < .6
+    F.cross_entropy(m(x).flatten(0, 1), y.masked_fill(~mask, -100).flatten()).backward()
+    want = {n: p.grad.clone() for n,p in m.named_parameters()}; m.zero_grad()
+    loss = lm_loss(Unscored(m(x, scored=False), m.matrix()), y, mask, most=math.ceil(48*97/parts))
+    loss.backward(torch.tensor(3.))
+    for n,p in m.named_parameters(): torch.testing.assert_close(p.grad/3, want[n], rtol=1e-4, atol=1e-6)
+    nats = token_nats(Unscored(m(x, scored=False), m.matrix()), y)
+    torch.testing.assert_close((nats*mask).sum()/mask.sum(), loss.detach())
+
+
+def test_parts_without_a_gradient_of_the_head():
+    m = make(tied=False).requires_grad_(False); h = torch.randn(2, 9, m.cfg.d_model, requires_grad=True); y = torch.randint(97, (2, 9))
+    lm_loss(Unscored(h, m.matrix()), y, most=97*5).backward(); g, h.grad = h.grad, None
+    F.cross_entropy(m.head(h).flatten(0, 1), y.flatten()).backward()
+    torch.testing.assert_close(g, h.grad); assert m.lm_head.weight.grad is None
+    lm_loss(Unscored(h, m.matrix()), y, torch.zeros(2, 9), most=97*5).backward()     # nobody counts
+    torch.testing.assert_close(h.grad, g)
+
+
+def test_a_head_that_is_no_matrix_keeps_its_scores():
+    m = make(tied=False); assert m.matrix() is m.lm_head.weight and make().matrix() is not None
+    m.lm_head = torch.nn.Sequential(m.lm_head); assert m.matrix() is None and unscored(m) == ()
+    assert GPT(GPTConfig(vocab_size=97, n_layer=1, d_model=64)).fuse_().matrix() is None
 
 
 def test_dropout_only_while_training():

@@ -285,6 +285,13 @@ def write_safetensors(
     f.write(len(raw).to_bytes(8, 'little')); f.write(raw)
     for k in names: f.write(sd[k].detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
 
+# %% ../../nbs/13_model.pretrained.ipynb #02a0f586
+class _Shapes(TorchFunctionMode):
+    "Nothing is drawn: on 'meta' that does nothing either, but imports PyTorch's compiler first, which takes longer than a small model"
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        if func.__name__ in ('normal_', 'uniform_', 'trunc_normal_', 'kaiming_uniform_'): return args[0] if args else kwargs['tensor']
+        return func(*args, **(kwargs or {}))
+
 # %% ../../nbs/13_model.pretrained.ipynb #02a0f587
 def _some(names): return ', '.join(sorted(names)[:3]) + (f' and {len(names)-3} more' if len(names) > 3 else '')
 
@@ -300,12 +307,6 @@ def _check_fit(
     bent = [k for k in sorted(set(want)&set(sd)) if want[k].shape != sd[k].shape]
     faults += [f'{k} is {tuple(sd[k].shape)}, not {tuple(want[k].shape)}' for k in bent[:3]]
     if faults: raise SLMError(f"'{where}' does not hold the weights that its configuration describes: {'; '.join(faults)}")
-
-class _Shapes(TorchFunctionMode):
-    "Nothing is drawn: on 'meta' that does nothing either, but imports PyTorch's compiler first, which takes longer than a small model"
-    def __torch_function__(self, func, types, args=(), kwargs=None):
-        if func.__name__ in ('normal_', 'uniform_', 'trunc_normal_', 'kaiming_uniform_'): return args[0] if args else kwargs['tensor']
-        return func(*args, **(kwargs or {}))
 
 def build_model(
     cls:type, # `GPT`, or a class made from it

@@ -279,8 +279,8 @@ class AnswersOnly(Callback):
     "Compute scores only for the tokens that count, and for as many others as fill up."
     order,run_valid = AutoCast.order-2,False
     def before_batch(self):
-        (x,_,seqlens),(y,m) = self.xb,self.yb; keep = fill_up(m)
-        self.learn.xb,self.learn.yb = (x, None, seqlens, None, keep),(y[keep][None], m[keep][None])
+        (x,_,seqlens,*leave),(y,m) = self.xb,self.yb; keep = fill_up(m)
+        self.learn.xb,self.learn.yb = (x, None, seqlens, None, keep, *leave[2:]),(y[keep][None], m[keep][None])
 
 # %% ../../nbs/23_train.sft.ipynb #f4216a13
 @dataclass(kw_only=True)
