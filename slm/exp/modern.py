@@ -118,7 +118,7 @@ def modern_prose(quick:bool=False)->Sweep:
 
 # %% ../../nbs/54_exp.modern.ipynb #54b10021
 GLU_VARIANTS = ('relu', 'gelu', 'silu', 'relu2', 'glu', 'bilinear', 'reglu', 'geglu', 'swiglu')
-GLU_RATES = dict(adamw=(.001, .002, .004), muon=(.003, .006, .012))
+GLU_RATES = dict(adamw=(.001, .002, .004, .008, .016), muon=(.003, .006, .012, .024)) # the first three, and more where the last was best
 GLU_STEPS = 512
 
 def glu_variant(
@@ -131,7 +131,7 @@ def glu_variant(
 
 @experiment('glu-rates', 'Which learning rate suits each activation and gate, with AdamW and with Muon?')
 def glu_rates(quick:bool=False)->Sweep:
-    "Nine feed-forward layers, two optimisers, three rates each."
+    "Nine feed-forward layers, two optimisers, rates until the best lies inside."
     kinds = [(o, a, lr) for o,lrs in GLU_RATES.items() for a in GLU_VARIANTS for lr in lrs]
     rows = {f'{o}-{a}-{lr}': glu_variant(a, o) | dict(lr=lr, steps=GLU_STEPS) for o,a,lr in kinds}
     return modern_sweep('glu-rates', rows, quick)
