@@ -11,7 +11,7 @@ CORES := $(shell getconf _NPROCESSORS_ONLN 2>/dev/null || echo 2)
 WORKERS ?= $(shell n=$(CORES); [ $$n -gt 4 ] && n=4; echo $$n)
 SHELL := bash
 .DEFAULT_GOAL := help
-.PHONY: help demo install test notebooks pytest check prepare clean-nbs docs slow lab bench run pins resolve record
+.PHONY: help demo install test gpu notebooks pytest check prepare clean-nbs docs slow lab bench run pins resolve record
 
 help:
 	@grep -hE '^[a-z-]+:.*## ' Makefile | sed -E 's/^([a-z-]+):.*## (.*)/make \1|\2/' | awk -F'|' '{printf "%-15s %s\n", $$1, $$2}'
@@ -55,6 +55,9 @@ test: .venv/.dev ## run every chapter and the tests of tests/
 
 slow: .venv/.dev ## the same with slow cells and slow tests (needs time, and the network for some)
 	@$(call quiet,$(BIN)/python tools/run_tests.py --workers $(WORKERS) --slow)
+
+gpu: .venv/.dev ## what a card does here, in eight minutes and without a network: numbers, speed, memory (DEVICE=mps for Metal)
+	@$(call quiet,$(BIN)/python tools/gpu_check.py --device $(or $(DEVICE),cuda))
 
 notebooks: .venv/.dev ## run every chapter, nothing else
 	@$(call quiet,$(BIN)/python tools/run_tests.py --workers $(WORKERS) --only notebooks)

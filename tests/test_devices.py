@@ -2,7 +2,8 @@
 
 The processor is the reference, and runs through the same tests; mps and cuda are skipped, with a line that says so, where they are not.
 """
-import copy, os, pytest, torch
+import copy, json, os, pytest, subprocess, sys, torch
+from pathlib import Path
 from slm.core import set_seed, rng_state, set_rng_state
 from slm.model.gpt import GPT, GPTConfig
 
@@ -133,3 +134,25 @@ def test_a_whole_life_from_the_command_line(device, tmp_path, monkeypatch):
     (tmp_path/'prompts.jsonl').write_text('{"prompt": {"text": "Once"}}\n')
     slm('toxicity', 'base', '--prompts', 'prompts.jsonl', '--classifier', 'profanity', '--n', 1)
     if device != 'mps': slm('qlora', 'sft', '--data', 'world', '--max-rows', 40, '--bs', 4, '--out', 'qlora', *few)
+
+# ---- the check of a card, on what is there
+
+def check(*args):
+    tool = Path(__file__).parent.parent/'tools'/'gpu_check.py'
+    return subprocess.run([sys.executable, tool, *map(str, args)], capture_output=True, text=True, timeout=900)
+
+def test_the_check_of_a_card_runs_and_writes_what_it_measured(tmp_path):
+    r = check('--device', 'cpu', '--quick', '--only', 'training', '--only', 'generation', '--out', tmp_path/'card.json')
+    assert r.returncode == 0, r.stdout+r.stderr
+    got = json.loads((tmp_path/'card.json').read_text())
+    assert got['training']['ok'] and got['generation']['ok'] and got['hardware']['cores']
+    row = got['training']['rows']['1m']
+    assert row['tokens_per_s']['value'] > 0 < row['estimate_mb'] and row['dtype'] in ('float32', 'bfloat16')
+    assert all(v['tokens_per_s'] > 0 for v in got['generation']['rows'].values())
+
+def test_a_part_that_fails_is_named_and_ends_with_1(tmp_path):
+    r = check('--device', 'cpu', '--quick', '--only', 'generation', '--out', tmp_path/'card.json')     # there is no model
+    assert r.returncode == 1 and 'FAILED: generation' in r.stdout and not json.loads((tmp_path/'card.json').read_text())['generation']['ok']
+
+def test_a_device_that_is_not_there_is_one_line():
+    r = check('--device', 'tpu'); assert r.returncode == 2 and 'Traceback' not in r.stderr and 'tpu' in r.stderr.splitlines()[-1]
