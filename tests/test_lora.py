@@ -7,7 +7,7 @@ peft = pytest.importorskip('peft', reason="needs: pip install -e '.[qlora]'")
 bnb = pytest.importorskip('bitsandbytes', reason="needs: pip install -e '.[qlora]'")
 from safetensors.torch import load_file, save_file
 from slm.core import SLMError, set_seed
-from slm.model.gpt import GPT, GPTConfig, lm_loss
+from slm.model.gpt import GPT, GPTConfig, lm_loss, recompute
 from slm.train.learner import decay_groups, flatten_state, unflatten_state
 from slm.train.lora import *
 from slm.train.optim import muon_groups

@@ -5,15 +5,15 @@
 # %% auto #0
 __all__ = ['LADDER', 'MODERN_CONTEXT', 'MODERN_BATCH', 'MODERN_VOCAB', 'MODERN_STEPS', 'MODERN_SHAPE', 'MODERN_COMMON',
            'MODERN_RATES', 'MODERN_LOWER', 'MODERN_LOSS', 'MODERN_RATE', 'GLU_VARIANTS', 'GLU_RATES', 'GLU_STEPS',
-           'modern_config', 'equal_cost', 'ladder_rung', 'tokens_until', 'modern_sweep', 'modern_rates', 'rate_range',
-           'modern_ladder', 'modern_prose', 'glu_variant', 'glu_rates']
+           'GLU_RATE', 'modern_config', 'equal_cost', 'ladder_rung', 'tokens_until', 'modern_sweep', 'modern_rates',
+           'rate_range', 'modern_ladder', 'modern_prose', 'glu_variant', 'glu_rates', 'glu_world']
 
 # %% ../../nbs/54_exp.modern.ipynb #54b10004
 from ..core import *
 import csv
 from bisect import bisect_left
 import numpy as np
-from .sweep import Sweep, experiment
+from .sweep import Sweep, experiment, with_seeds
 from ..model.gpt import GPTConfig
 
 # %% ../../nbs/54_exp.modern.ipynb #54b10008
@@ -135,3 +135,14 @@ def glu_rates(quick:bool=False)->Sweep:
     kinds = [(o, a, lr) for o,lrs in GLU_RATES.items() for a in GLU_VARIANTS for lr in lrs]
     rows = {f'{o}-{a}-{lr}': glu_variant(a, o) | dict(lr=lr, steps=GLU_STEPS) for o,a,lr in kinds}
     return modern_sweep('glu-rates', rows, quick)
+
+# %% ../../nbs/54_exp.modern.ipynb #54b10029
+GLU_RATE = { # the best of `glu-rates`
+    'adamw': dict.fromkeys(GLU_VARIANTS, .004) | dict(silu=.008),
+    'muon': dict.fromkeys(GLU_VARIANTS, .012) | dict(relu=.006, relu2=.006)}
+
+@experiment('glu-world', 'Which activation or gate is the best, with AdamW and with Muon?')
+def glu_world(quick:bool=False)->Sweep:
+    "Nine feed-forward layers, two optimisers, eight seeds, each at its own best rate."
+    rows = {f'{o}-{a}': glu_variant(a, o) | dict(lr=GLU_RATE[o][a], steps=GLU_STEPS) for o in GLU_RATE for a in GLU_VARIANTS}
+    return modern_sweep('glu-world', with_seeds(rows, 8, 1), quick)

@@ -4,17 +4,18 @@
 
 # %% auto #0
 __all__ = ['MIXERS', 'CHOICES', 'PRESETS', 'GPTConfig', 'round_up', 'find_block', 'Backbone', 'GPT', 'Unscored', 'logits_at_once',
-           'lm_loss', 'token_nats', 'memory_estimate', 'device_memory', 'check_fits']
+           'lm_loss', 'token_nats', 'memory_estimate', 'recompute', 'device_memory', 'check_fits']
 
 # %% ../../nbs/11_model.gpt.ipynb #81007c0d
 import importlib, math
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import NamedTuple
+from types import MethodType
 import torch
 import torch.nn.functional as F
 from fastcore.basics import patch
 from torch import nn, Tensor
+from torch.utils.checkpoint import checkpoint
 from ..core import SLMError, get_device
 from .layers import *
 
@@ -470,6 +471,7 @@ def memory_estimate(
     optim_bytes:int=8, # optimiser's state for each parameter: 8 for AdamW
     device:str='cpu', # what keeps attention weights: 'cpu' up to 2048 tokens, 'mps' always, 'cuda' never
     accumulated:bool=True, # a step has several such batches: gradients of the earlier ones are there from the beginning
+    frugal:bool=False, # with `recompute`
 )->dict[str,int]: # bytes of each part, and their 'total'
     "Bytes that training or decoding needs, by formula. The total of a training is the most at one time."
     c,n,e = cfg,cfg.num_params(),4 if dtype == 'float32' else 2
@@ -484,15 +486,29 @@ def memory_estimate(
     kept = pairs if device == 'cpu' and seq_len <= 2048 else c.n_head*seq_len if device == 'mps' else 0
     layer = 2*c.d_model*4 + (q+kv)*c.qk_norm*(4 if e == 4 else 8) + e*(2*c.d_model + 2*q + 2*kv + ff + kept)
     if state: layer = state.kept_bytes(c, e)
-    acts,out = int(bs*seq_len*(c.n_layer*layer + c.d_model*(4+e))),bs*seq_len*c.vocab_size*e
-    p = dict(weights=n*(4 if e == 4 else 6), gradients=4*n, optimiser=optim_bytes*n, activations=acts,
-             logits=out*(2 if device == 'cpu' else 3))
+    out = bs*seq_len*c.vocab_size*e; logits = out*(2 if device == 'cpu' else 3)
     parts = math.ceil(out/e/logits_at_once(device)); head = c.vocab_size*c.d_model
-    if parts > 1: p['logits'] = out//parts + 2**25*(4 if e == 4 else 8) + head*(4 if e == 4 else 8) # see `_HeadLoss`
-    p['allocator'] = int(.35*(acts+p['logits'])) if device == 'cpu' else 0         # what was freed and not given back: bench/memory.py
+    if parts > 1: logits = out//parts + 2**25*(4 if e == 4 else 8) + head*(4 if e == 4 else 8)          # see `_HeadLoss`
+    acts = int(bs*seq_len*(c.d_model*4*c.n_layer if frugal else c.n_layer*layer)) + bs*seq_len*c.d_model*(4+e)
+    if frugal: acts += max(0, int(bs*seq_len*layer)-logits)                       # one block is there at a time, the logits no more
+    p = dict(weights=n*(4 if e == 4 else 6), gradients=4*n, optimiser=optim_bytes*n, activations=acts, logits=logits)
+    p['allocator'] = int(.35*(acts+logits)) if device == 'cpu' else 0             # what was freed and not given back: bench/memory.py
     if accumulated: return p | dict(total=sum(p.values()))
-    back = p['logits'] if parts > 1 else max(p['logits'], p['logits']-out+4*head) # with the head's gradient, without the logits themselves
+    back = logits if parts > 1 else max(logits, logits-out+4*head) # with the head's gradient, without the logits themselves
     return p | dict(total=p['weights'] + p['optimiser'] + max(acts+back, p['gradients']) + p['allocator'])
+
+# %% ../../nbs/11_model.gpt.ipynb #cfd39702
+def recompute(
+    model:nn.Module, # changed in place
+)->nn.Module: # the same model
+    "Keep only the input of each block for the backward pass (Chen et al. 2016)."
+    def forward(block, x, ctx):
+        f = type(block).forward
+        return checkpoint(f, block, x, ctx, use_reentrant=False) if torch.is_grad_enabled() and block.training else f(block, x, ctx)
+    for m in model.modules():
+        if isinstance(m, Backbone):
+            for block in m.layers: block.forward = MethodType(forward, block)
+    return model
 
 # %% ../../nbs/11_model.gpt.ipynb #aef10832
 def device_memory(
@@ -516,11 +532,12 @@ def check_fits(
     train:bool=True, # training; or decoding with a cache
     dtype:str='float32', # computed in
     memory:int|None=None, # bytes there are; the device's if not given
+    frugal:bool=False, # with `recompute`
 )->dict[str,int]: # what `memory_estimate` says
     "Raise `SLMError`, with the estimate, for a model that does not fit into the memory of `device`."
     kind,have = get_device(str(device)).type,memory or device_memory(device)
-    m = memory_estimate(cfg, bs, seq_len, train, dtype, device=kind)
+    m = memory_estimate(cfg, bs, seq_len, train, dtype, device=kind, frugal=frugal)
     if m['total'] <= have: return m
     gb = lambda b: f'{b/2**30:.1f}'
     raise SLMError(f"the model needs about {gb(m['total'])} GiB ({', '.join(f'{k} {gb(v)}' for k,v in m.items() if k != 'total')}), "
-                   f"{kind} has {gb(have)}: take a smaller preset, fewer rows or a shorter context")
+                   f"{kind} has {gb(have)}: take a smaller preset, fewer rows or a shorter context{'' if frugal or not train else ', or keep less: --frugal'}")

@@ -4,19 +4,16 @@
 
 # %% auto #0
 __all__ = ['need', 'block_linears', 'base_fingerprint', 'add_lora', 'param_counts', 'save_adapter', 'load_adapter', 'merge',
-           'dequantize_4bit', 'quantize_4bit', 'weight_bytes', 'adamw8bit', 'load_4bit', 'give_back', 'recompute',
-           'LoRAConfig', 'QLoRAConfig', 'open_adapted', 'LoRAStage', 'QLoRAStage', 'lora', 'qlora', 'open_adapter_run',
-           'merge_run']
+           'dequantize_4bit', 'quantize_4bit', 'weight_bytes', 'adamw8bit', 'load_4bit', 'give_back', 'LoRAConfig',
+           'QLoRAConfig', 'open_adapted', 'LoRAStage', 'QLoRAStage', 'lora', 'qlora', 'open_adapter_run', 'merge_run']
 
 # %% ../../nbs/26_train.lora.ipynb #0d45ed28
 from ..core import * # first: it silences a warning of the next ones
 import ctypes, functools, hashlib, importlib, logging, math
 from dataclasses import dataclass
 from pathlib import Path
-from types import MethodType
 import torch
 from torch import nn
-from torch.utils.checkpoint import checkpoint
 from fastai.optimizer import OptimWrapper
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
@@ -321,16 +318,6 @@ def give_back(
     try: return all(ctypes.CDLL(None).mallopt(k, size) for k in (-3, -1)) # M_MMAP_THRESHOLD, M_TRIM_THRESHOLD
     except (AttributeError, OSError, TypeError): return False
 
-def recompute(
-    model:GPT, # changed in place
-)->GPT: # the same model
-    "Keep only the input of each block for the backward pass (Chen et al. 2016)."
-    def forward(block, x, ctx):
-        f = type(block).forward
-        return checkpoint(f, block, x, ctx, use_reentrant=False) if torch.is_grad_enabled() and block.training else f(block, x, ctx)
-    for block in model.model.layers: block.forward = MethodType(forward, block)
-    return model
-
 # %% ../../nbs/26_train.lora.ipynb #e5c85269
 @dataclass(kw_only=True)
 class LoRAConfig(PackedConfig):
@@ -343,7 +330,6 @@ class LoRAConfig(PackedConfig):
     dropout:float = 0. # on the adapter's input, while training
     rslora:bool = False # scale by alpha/√rank
     dora:bool = False # train the length of each row apart from its direction
-    frugal:bool = False # least memory, more time
     bs:int = 16 # packed rows in an optimiser step
     opt:str|None = None # adamw8bit, adamw or muon; by default adamw8bit, without 4 bits and on mps adamw
     allowed = PackedConfig.allowed | dict(rank=Span(1, 2**16), alpha=Span(0, ends='(]'), dropout=Span(0, 1, '[)'))
@@ -366,7 +352,7 @@ def open_adapted(
     if not model.cfg.causal: raise SLMError(f"'{c.base}' looks both ways: only a model that generates can learn to answer")
     set_seed(c.seed); add_lora(model, c.rank, c.alpha or 2*c.rank, c.targets, c.dropout, c.rslora, c.dora)
     model.peft_config['default'].base_model_name_or_path = portable(str(c.base))
-    return (recompute(model) if c.frugal else model).train(), tok
+    return model.train(), tok
 
 # %% ../../nbs/26_train.lora.ipynb #e127be32
 class LoRAStage(SFTStage):

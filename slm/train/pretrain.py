@@ -101,11 +101,12 @@ def rows_that_fit(
     device:str, # 'cuda' or 'mps'
     dtype:str, # computed in
     memory:int, # bytes that may be taken
+    frugal:bool=False, # with `recompute`
 )->int: # rows; 1 where not even that fits
     "As many rows of a step as go through at once, all batches alike."
     most = max(1, batch_tokens//seq_len)
     for k in range(1, most+1):
-        m = memory_estimate(cfg, -(-most//k), seq_len, dtype=dtype, device=device, accumulated=k > 1)
+        m = memory_estimate(cfg, -(-most//k), seq_len, dtype=dtype, device=device, accumulated=k > 1, frugal=frugal)
         if m['total'] <= memory: return -(-most//k)
     return 1
 
@@ -184,7 +185,7 @@ class PretrainStage(Stage):
         c = self.c; asked,c.dropout = c.dropout,0.; kind = c.device.split(':')[0]
         if kind != 'cpu' and not self.rows_asked:
             cfg,free = c.sizes(self.tok.vocab_size, max_seq_len=c.seq_len),.9*(device_memory(c.device)-self.held)
-            c.micro_batch = rows_that_fit(cfg, c.batch_tokens, c.seq_len, kind, c.dtype, free)
+            c.micro_batch = rows_that_fit(cfg, c.batch_tokens, c.seq_len, kind, c.dtype, free, c.frugal)
         super().plan(out)
         c.dropout = default_dropout(self.epochs) if asked is None else asked
     def about(self):
@@ -200,7 +201,8 @@ class PretrainStage(Stage):
 def build(self:PretrainStage)->GPT:
     "A new model."
     c = self.c; cfg = c.sizes(self.tok.vocab_size, max_seq_len=c.seq_len, dropout=c.dropout or 0.)
-    check_fits(cfg, c.micro_batch, c.seq_len, c.device, dtype=c.dtype, memory=device_memory(c.device)-self.held)
+    check_fits(cfg, c.micro_batch, c.seq_len, c.device, dtype=c.dtype, memory=device_memory(c.device)-self.held,
+               frugal=c.frugal)
     model = GPT(cfg).to(c.device)
     if c.compile: # constants that a graph makes itself would be another graph's input
         model.model.constants(model.model.embed_tokens.weight.device); model.compile()

@@ -410,7 +410,7 @@ class Finetune(Stage):
     def resolve(self):
         self.c = resolve_finetune(self.c, self.model.cfg, self.rates)
         if self.run or not all(p.requires_grad for p in self.model.parameters()): return
-        check_fits(self.model.cfg, *self.size(), self.c.device, dtype=self.c.dtype)
+        check_fits(self.model.cfg, *self.size(), self.c.device, dtype=self.c.dtype, frugal=self.c.frugal)
     def size(self)->tuple[int,int]: "Rows and tokens that go through the model at once."; return self.c.micro_batch, self.c.seq_len
     def rows(self)->int: "Rows of an epoch."; return len(self.data.train)
     def epoch_steps(self): return self.c.epochs*self.rows()/self.c.bs

@@ -18,7 +18,7 @@ from fastai.learner import Recorder
 from fastai.data.core import DataLoaders
 from fastcore.basics import patch
 from ..data.corpus import text_encoding
-from ..model.gpt import GPT, lm_loss
+from ..model.gpt import GPT, lm_loss, recompute
 from ..model.pretrained import * # adds `save_pretrained` to `GPT`
 from .learner import *
 from .optim import OPTIMS, SpikeGuard
@@ -44,6 +44,7 @@ class StageConfig(Options):
     seed:int = 42 # of all that is drawn
     device:str = 'auto' # auto, cuda, cuda:N, mps or cpu
     dtype:str = 'auto' # auto, float32 or bfloat16
+    frugal:bool = False # keep less for the way back and compute it again: least memory, more time
     deterministic:bool = False # bit for bit the same on a card, too, and slower
     evals:int = 10 # how many validations during the run
     samples:int = 2 # how many times samples are written
@@ -109,6 +110,7 @@ def learner(self:Stage,
 )->LMLearner:
     "Model, data, loss and callbacks, the same for the same seed."
     c = self.c; set_seed(c.seed); dls,model = self.loaders(),self.build(); opt,splitter = OPTIMS[c.opt]
+    if c.frugal: recompute(model)
     learn = LMLearner(dls, model, loss_func=self.loss_func, opt_func=lambda ps, lr: opt(ps, lr=lr, wd=c.wd), splitter=splitter, lr=c.lr,
                       cbs=[AutoCast(c.dtype), GradClip(c.clip), *self.callbacks(), *cbs])
     if gather := self.accumulation(): learn.add_cb(gather)
