@@ -540,4 +540,5 @@ def check_fits(
     if m['total'] <= have: return m
     gb = lambda b: f'{b/2**30:.1f}'
     raise SLMError(f"the model needs about {gb(m['total'])} GiB ({', '.join(f'{k} {gb(v)}' for k,v in m.items() if k != 'total')}), "
-                   f"{kind} has {gb(have)}: take a smaller preset, fewer rows or a shorter context{'' if frugal or not train else ', or keep less: --frugal'}")
+                   f"{kind} has {gb(have)}: take a smaller preset, fewer rows or a shorter context"
+                   + (', or keep less: --frugal' if train and not frugal else ''))

@@ -12,6 +12,7 @@ from ..core import * # first: it silences a warning of the next ones
 import ctypes, functools, hashlib, importlib, logging, math
 from dataclasses import dataclass
 from pathlib import Path
+from types import MethodType
 import torch
 from torch import nn
 from fastai.optimizer import OptimWrapper
