@@ -21,8 +21,8 @@ def child(a):
     from slm.core import best_dtype, set_seed
     from slm.model.pretrained import load_model_and_tokenizer
     from slm.train.learner import AutoCast, GradClip, LMLearner, Schedule, TokenAccumulation, autocast, evaluate
-    from slm.model.gpt import recompute
-    from slm.train.lora import add_lora, give_back, load_4bit, param_counts, weight_bytes
+    from slm.model.gpt import give_back, recompute
+    from slm.train.lora import add_lora, load_4bit, param_counts, weight_bytes
     from slm.train.optim import OPTIMS
     from slm.train.pretrain import peak_memory
     from slm.train.sft import AnswersOnly, chat_dls, load_chats

@@ -135,6 +135,15 @@ def test_a_whole_life_from_the_command_line(device, tmp_path, monkeypatch):
     slm('toxicity', 'base', '--prompts', 'prompts.jsonl', '--classifier', 'profanity', '--n', 1)
     if device != 'mps': slm('qlora', 'sft', '--data', 'world', '--max-rows', 40, '--bs', 4, '--out', 'qlora', *few)
 
+def test_a_frugal_training_is_the_same_training(tmp_path):
+    from slm.model.pretrained import load_model_and_tokenizer
+    from slm.train.pretrain import pretrain
+    few = dict(max_bytes=400_000, vocab_size=300, seq_len=64, batch_tokens=512, steps=3, evals=1, samples=0, dropout=.1,
+               model=dict(n_layer=2, d_model=64))
+    runs = [pretrain('world', tmp_path/str(f), frugal=f, **few) for f in (False, True)]
+    a,b = (load_model_and_tokenizer(r.path)[0].state_dict() for r in runs)
+    assert all(torch.equal(v, b[k]) for k,v in a.items()) and runs[1].info['config']['frugal']
+
 # ---- the check of a card, on what is there
 
 def check(*args):

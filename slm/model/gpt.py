@@ -4,10 +4,10 @@
 
 # %% auto #0
 __all__ = ['MIXERS', 'CHOICES', 'PRESETS', 'GPTConfig', 'round_up', 'find_block', 'Backbone', 'GPT', 'Unscored', 'logits_at_once',
-           'lm_loss', 'token_nats', 'memory_estimate', 'recompute', 'device_memory', 'check_fits']
+           'lm_loss', 'token_nats', 'memory_estimate', 'give_back', 'recompute', 'device_memory', 'check_fits']
 
 # %% ../../nbs/11_model.gpt.ipynb #81007c0d
-import importlib, math
+import ctypes, importlib, math
 from dataclasses import dataclass, fields
 from pathlib import Path
 from types import MethodType
@@ -492,12 +492,19 @@ def memory_estimate(
     acts = int(bs*seq_len*(c.d_model*4*c.n_layer if frugal else c.n_layer*layer)) + bs*seq_len*c.d_model*(4+e)
     if frugal: acts += max(0, int(bs*seq_len*layer)-logits)                       # one block is there at a time, the logits no more
     p = dict(weights=n*(4 if e == 4 else 6), gradients=4*n, optimiser=optim_bytes*n, activations=acts, logits=logits)
-    p['allocator'] = int(.35*(acts+logits)) if device == 'cpu' else 0             # what was freed and not given back: bench/memory.py
+    p['allocator'] = int((.1 if frugal else .35)*(acts+logits)) if device == 'cpu' else 0 # freed and not given back
     if accumulated: return p | dict(total=sum(p.values()))
     back = logits if parts > 1 else max(logits, logits-out+4*head) # with the head's gradient, without the logits themselves
     return p | dict(total=p['weights'] + p['optimiser'] + max(acts+back, p['gradients']) + p['allocator'])
 
 # %% ../../nbs/11_model.gpt.ipynb #cfd39702
+def give_back(
+    size:int=2**18, # bytes from which on a freed tensor goes back to the system
+)->bool: # did the allocator understand? (glibc's does)
+    "Let the process shrink when tensors are freed, where the C library is glibc."
+    try: return all(ctypes.CDLL(None).mallopt(k, size) for k in (-3, -1)) # M_MMAP_THRESHOLD, M_TRIM_THRESHOLD
+    except (AttributeError, OSError, TypeError): return False
+
 def recompute(
     model:nn.Module, # changed in place
 )->nn.Module: # the same model

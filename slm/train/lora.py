@@ -4,12 +4,12 @@
 
 # %% auto #0
 __all__ = ['need', 'block_linears', 'base_fingerprint', 'add_lora', 'param_counts', 'save_adapter', 'load_adapter', 'merge',
-           'dequantize_4bit', 'quantize_4bit', 'weight_bytes', 'adamw8bit', 'load_4bit', 'give_back', 'LoRAConfig',
-           'QLoRAConfig', 'open_adapted', 'LoRAStage', 'QLoRAStage', 'lora', 'qlora', 'open_adapter_run', 'merge_run']
+           'dequantize_4bit', 'quantize_4bit', 'weight_bytes', 'adamw8bit', 'load_4bit', 'LoRAConfig', 'QLoRAConfig',
+           'open_adapted', 'LoRAStage', 'QLoRAStage', 'lora', 'qlora', 'open_adapter_run', 'merge_run']
 
 # %% ../../nbs/26_train.lora.ipynb #0d45ed28
 from ..core import * # first: it silences a warning of the next ones
-import ctypes, functools, hashlib, importlib, logging, math
+import functools, hashlib, importlib, logging, math
 from dataclasses import dataclass
 from pathlib import Path
 from types import MethodType
@@ -19,7 +19,7 @@ from fastai.optimizer import OptimWrapper
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from ..data.tokenizer import Tokenizer
-from ..model.gpt import GPT
+from ..model.gpt import GPT, give_back
 from ..model.pretrained import build_model, check_tokenizer, load_model_and_tokenizer, local_model, open_model
 from .learner import decay_groups
 from .optim import OPTIMS
@@ -310,14 +310,6 @@ def load_4bit(
     for k,lin in small.items():
         name = k.removesuffix('.weight'); lin.bias = model.get_submodule(name).bias; model.set_submodule(name, lin)
     return _is_4bit(model).requires_grad_(False).eval(), tok
-
-# %% ../../nbs/26_train.lora.ipynb #9ada12d2
-def give_back(
-    size:int=2**18, # bytes from which on a freed tensor goes back to the system
-)->bool: # did the allocator understand? (glibc's does)
-    "Let the process shrink when tensors are freed, where the C library is glibc."
-    try: return all(ctypes.CDLL(None).mallopt(k, size) for k in (-3, -1)) # M_MMAP_THRESHOLD, M_TRIM_THRESHOLD
-    except (AttributeError, OSError, TypeError): return False
 
 # %% ../../nbs/26_train.lora.ipynb #e5c85269
 @dataclass(kw_only=True)

@@ -18,7 +18,7 @@ from fastai.learner import Recorder
 from fastai.data.core import DataLoaders
 from fastcore.basics import patch
 from ..data.corpus import text_encoding
-from ..model.gpt import GPT, lm_loss, recompute
+from ..model.gpt import GPT, give_back, lm_loss, recompute
 from ..model.pretrained import * # adds `save_pretrained` to `GPT`
 from .learner import *
 from .optim import OPTIMS, SpikeGuard
@@ -110,7 +110,7 @@ def learner(self:Stage,
 )->LMLearner:
     "Model, data, loss and callbacks, the same for the same seed."
     c = self.c; set_seed(c.seed); dls,model = self.loaders(),self.build(); opt,splitter = OPTIMS[c.opt]
-    if c.frugal: recompute(model)
+    if c.frugal: give_back(); recompute(model)
     learn = LMLearner(dls, model, loss_func=self.loss_func, opt_func=lambda ps, lr: opt(ps, lr=lr, wd=c.wd), splitter=splitter, lr=c.lr,
                       cbs=[AutoCast(c.dtype), GradClip(c.clip), *self.callbacks(), *cbs])
     if gather := self.accumulation(): learn.add_cb(gather)
