@@ -791,3 +791,6 @@ def _ask():
     "The next line, or '' at the end"
     try: return input('> ' if sys.stdin.isatty() else '').strip()
     except EOFError: return ''
+
+# %% ../nbs/61_cli.ipynb #abe16f69
+if __name__ == '__main__' and '__file__' in globals(): main()                     # not in a notebook

@@ -324,7 +324,7 @@ def test_interrupted_and_gone_on_with(models, server, tmp_path, slm):
         seen = lambda: sum(len(s.judgements()) for s in [PreferenceStore(out/'preferences.db')]) if (out/'preferences.db').exists() else 0
         for how,code,until in ((signal.SIGINT, 130, 5), (signal.SIGKILL, -signal.SIGKILL, 12)):
             q = subprocess.Popen(SLM+['judge', *map(str, args), '--by', b.url], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-                                 env=ENV, cwd=ROOT)
+                                 env=ENV, cwd=ROOT, preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL))
             t0 = time.time()
             # one question is let through for each that waits
             while seen() < until:
