@@ -234,6 +234,13 @@ def test_parts_without_a_gradient_of_the_head():
     torch.testing.assert_close(h.grad, g)
 
 
+def test_what_has_no_scores_yet_gives_them_and_can_be_copied():
+    o = Unscored(torch.randn(2, 3, 8), torch.randn(5, 8)); z = F.linear(o.h, o.weight)
+    assert o.shape == (2, 3, 5) and torch.equal(o.argmax(-1), z.argmax(-1))
+    c = copy.deepcopy(o); assert type(c) is Unscored and torch.equal(c.h, o.h)
+    with pytest.raises(AttributeError): o.nothing_of_the_kind
+
+
 def test_a_head_that_is_no_matrix_keeps_its_scores():
     m = make(tied=False); assert m.matrix() is m.lm_head.weight and make().matrix() is not None
     m.lm_head = torch.nn.Sequential(m.lm_head); assert m.matrix() is None and unscored(m) == ()

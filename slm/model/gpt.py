@@ -341,7 +341,9 @@ class Unscored:
     "What the head has yet to turn into scores, for a loss that takes it some rows at a time."
     h:Tensor # (b,t,d) from the backbone
     weight:Tensor # (v,d) of the head
-    def __getattr__(self, name): return getattr(F.linear(self.h, self.weight), name) # who asks for more gets the scores
+    def __getattr__(self, name): # who asks for more gets the scores
+        if name.startswith('__'): raise AttributeError(name)                      # copying, pickling
+        return getattr(F.linear(self.h, self.weight), name)
 
 @patch
 def matrix(self:GPT)->Tensor|None: # (v,d)
