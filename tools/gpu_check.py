@@ -1,4 +1,4 @@
-"""What a card does here, in at most eight minutes and without a network: python tools/gpu_check.py [--device cuda] [--out FILE]
+"""What a card does here, made for eight minutes and without a network: python tools/gpu_check.py [--device cuda] [--out FILE]
 
 Four parts, each of which goes on when another fails:
 parity      tests/test_devices.py: the processor's numbers, and a whole life by the command line
@@ -76,7 +76,7 @@ def main():
     p.add_argument('--out', type=Path, default=ROOT/'results'/'52_exp.plan'/'card'/'card.json')
     p.add_argument('--quick', action='store_true', help='a version of seconds, to see that it runs')
     p.add_argument('--only', choices=['parity', 'cells', 'training', 'generation'], action='append', help='may be repeated')
-    a = p.parse_args(); home = Path(tempfile.mkdtemp()); os.environ.setdefault('SLM_HOME', str(home/'slm_home'))
+    a = p.parse_args(); tmp = tempfile.TemporaryDirectory(); home = Path(tmp.name); os.environ.setdefault('SLM_HOME', str(home/'slm_home'))
     os.environ.update(TQDM_DISABLE='1', MPLBACKEND='agg'); sys.path.insert(0, str(ROOT))
     from slm.core import SLMError, get_device, hardware, versions, write_json
     try: device = str(get_device(a.device))
@@ -86,7 +86,8 @@ def main():
     res = dict(schema=1, device=device, quick=a.quick, hardware=hardware(), versions=versions())
     if device.startswith('cuda'):
         import torch; card = torch.cuda.get_device_properties(device)
-        res['card'] = dict(name=card.name, memory_gb=card.total_memory/2**30, capability=f'{card.major}.{card.minor}', cuda=torch.version.cuda)
+        res['card'] = dict(name=card.name, memory_gb=card.total_memory/2**30, capability=f'{card.major}.{card.minor}',
+                           cuda=torch.version.cuda)
     t0 = time.time()
     for name,f in parts.items():
         if a.only and name not in a.only: continue
