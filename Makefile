@@ -84,7 +84,7 @@ lab: .venv/.dev ## open the book in Jupyter
 	@cd nbs && PATH="$(CURDIR)/$(BIN):$$PATH" $(CURDIR)/$(BIN)/jupyter lab
 
 pins: ## the hashes of deploy/requirements/*.txt anew, from *.in (needs uv; torch-cpu.txt and the base's digest are changed by hand)
-	@cd deploy/requirements && for f in build gguf torch rag no-deps; do uv pip compile -q --python-platform linux --python-version 3.11.0 --generate-hashes \
+	@cd deploy/requirements && for f in build gguf torch rag train no-deps; do uv pip compile -q --python-platform linux --python-version 3.11.0 --generate-hashes \
 	  --no-emit-package torch --no-annotate --no-header --override no-cuda.in $$([ $$f = no-deps ] && echo --no-deps) $$f.in -o $$f.txt; done
 
 resolve: ## does each extra of settings.ini resolve, in an empty environment and five minutes? Installs nothing

@@ -4,13 +4,13 @@
 
 # %% auto #0
 __all__ = ['app', 'Json', 'MaxBytes', 'Device', 'VocabSize', 'Tok', 'Context', 'Encoding', 'Model', 'OUT', 'PROMPTS',
-           'TENSORBOARD', 'WANDB', 'annotate', 'StoreFile', 'Format', 'Url', 'Project', 'TokenFile', 'Host', 'Port',
-           'Tokens', 'HostNames', 'Origins', 'NoToken', 'Slots', 'Threads', 'Queue', 'Timeout', 'MaxTokens', 'rag',
-           'Reader', 'ReaderModel', 'Vectors', 'Where', 'Passages', 'main', 'corpus', 'tokenize', 'runs', 'options_of',
-           'stage_command', 'StageVerb', 'pretrain', 'resume', 'eval_', 'figures', 'bias', 'judge', 'toxicity', 'sft',
-           'annotate_add', 'annotate_report', 'annotate_pairs', 'annotate_export', 'annotate_import', 'annotate_push',
-           'annotate_pull', 'dpo', 'reward', 'rlhf', 'distill', 'qlora', 'merge', 'open_any', 'export', 'serve',
-           'rag_index', 'rag_ask', 'rag_serve', 'demo', 'exp', 'plan', 'report', 'generate', 'chat']
+           'TENSORBOARD', 'NPROC', 'WANDB', 'annotate', 'StoreFile', 'Format', 'Url', 'Project', 'TokenFile', 'Host',
+           'Port', 'Tokens', 'HostNames', 'Origins', 'NoToken', 'Slots', 'Threads', 'Queue', 'Timeout', 'MaxTokens',
+           'rag', 'Reader', 'ReaderModel', 'Vectors', 'Where', 'Passages', 'main', 'corpus', 'tokenize', 'runs',
+           'options_of', 'stage_command', 'StageVerb', 'pretrain', 'resume', 'eval_', 'figures', 'bias', 'judge',
+           'toxicity', 'sft', 'annotate_add', 'annotate_report', 'annotate_pairs', 'annotate_export', 'annotate_import',
+           'annotate_push', 'annotate_pull', 'dpo', 'reward', 'rlhf', 'distill', 'qlora', 'merge', 'open_any', 'export',
+           'serve', 'rag_index', 'rag_ask', 'rag_serve', 'demo', 'exp', 'plan', 'report', 'generate', 'chat']
 
 # %% ../nbs/61_cli.ipynb #fff7db54
 import dataclasses, errno, inspect, json, os, re, sys, typing, warnings
@@ -31,7 +31,9 @@ def main():
     for f,errors in ((sys.stdin, 'replace'), (sys.stdout, 'backslashreplace'), (sys.stderr, 'backslashreplace')):
         if hasattr(f, 'reconfigure'): f.reconfigure(errors=errors) # a terminal that lacks a character shows its number
     try: app()
-    except SLMError as e: _fail(e)
+    except SLMError as e:
+        if type(e).__name__ == 'Lost' and 'SLM_LAUNCHER' in os.environ: raise SystemExit(3) from None # who started it knows more
+        _fail(e)
     except KeyboardInterrupt: print('slm: interrupted', file=sys.stderr); raise SystemExit(130)
     except OSError as e:
         if e.errno != errno.ENOSPC: raise
@@ -127,7 +129,15 @@ def options_of(
 OUT = Annotated[Path, typer.Option(help='Run directory to make.')]
 PROMPTS = Annotated[Optional[list[str]], typer.Option(help='What to complete while training (may be repeated).')]
 TENSORBOARD = Annotated[bool, typer.Option('--tensorboard', help='Also log for TensorBoard, in OUT/tensorboard.')]
+NPROC = Annotated[int, typer.Option(help='Processes on this machine, each with a card of its own or a part of the cores.')]
 WANDB = Annotated[bool, typer.Option('--wandb', help='Also log to Weights & Biases.')]
+
+def _together(nproc, device=None):
+    "Start the command again in several processes and end as they end; in one of them, meet the others"
+    if nproc == 1 and 'WORLD_SIZE' not in os.environ: return
+    from slm.train.distributed import join_ranks, launch
+    if 'WORLD_SIZE' not in os.environ: raise SystemExit(launch(nproc, ['-m', 'slm.cli', *sys.argv[1:]]))
+    join_ranks(device or 'auto')
 
 def stage_command(
     verb:str, # its stage has the same name
@@ -136,13 +146,14 @@ def stage_command(
     "A command that trains, with the options of its stage."
     from slm.train.stage import Stage, find_stage, TensorBoardLog, WandbLog
     stage = find_stage(verb); fields = options_of(stage.Config)
-    def run(out, tensorboard, wandb, prompt=None, **given):
+    def run(out, tensorboard, wandb, nproc, prompt=None, **given):
+        _together(nproc, given.get('device'))
         lists = {k for k,v in given.items() if v is None and isinstance(getattr(stage.Config, k, None), str)} # nothing given: the default
         cbs = [TensorBoardLog(out/'tensorboard')]*tensorboard + [WandbLog(name=out.name)]*wandb
         if 'base' in given: prompt = [[dict(role='user', content=p)] for p in prompt or []]
         _end(stage.start({k: v for k,v in given.items() if k not in lists}, out, cbs, prompt))
     more = dict(prompt=(PROMPTS, None)) if stage.prompts is not Stage.prompts else {}
-    more |= dict(out=(OUT, Path(f'runs/{verb}')), tensorboard=(TENSORBOARD, False), wandb=(WANDB, False))
+    more |= dict(out=(OUT, Path(f'runs/{verb}')), tensorboard=(TENSORBOARD, False), wandb=(WANDB, False), nproc=(NPROC, 1))
     last = [inspect.Parameter(k, inspect.Parameter.KEYWORD_ONLY, default=d, annotation=a) for k,(a,d) in more.items()]
     run.__signature__ = inspect.Signature(fields+last); run.__annotations__ = {p.name: p.annotation for p in fields+last}
     one = typer.Typer(add_completion=False, rich_markup_mode=None); one.command(verb, help=help)(run)
@@ -179,10 +190,12 @@ def resume(
     base:Annotated[Optional[str], typer.Option(help='where its base is now;')]=None,
     teacher:Annotated[Optional[str], typer.Option(help='where its teacher is now.')]=None,
     reward:Annotated[Optional[str], typer.Option(help="The reward of slm rlhf. A function is run only if it is named here.")]=None,
-    judge:Annotated[Optional[str], typer.Option(help='The judge of slm rlhf, likewise.')]=None):
+    judge:Annotated[Optional[str], typer.Option(help='The judge of slm rlhf, likewise.')]=None,
+    nproc:NPROC=1):
     """Go on with an interrupted run.
 
     Example: slm resume runs/books"""
+    _together(nproc, device)
     from slm.train.stage import resume
     _end(resume(run, lr, device, corpus=corpus, data=data, base=base, teacher=teacher, reward=reward, judge=judge))
 

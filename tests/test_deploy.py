@@ -15,7 +15,7 @@ DEPLOY = ROOT/'deploy'
 OVERLAYS = sorted(p.name for p in (DEPLOY/'overlays').iterdir())
 CRDS = {'ServiceMonitor'}                                             # kinds that Kubernetes' own schemas do not know
 overlay = pytest.mark.parametrize('overlay', OVERLAYS)
-servers = pytest.mark.parametrize('overlay', [o for o in OVERLAYS if o != 'annotation'])
+servers = pytest.mark.parametrize('overlay', [o for o in OVERLAYS if o not in ('annotation', 'train')])
 
 # ---- manifests
 
@@ -128,7 +128,7 @@ def arguments(args):
     while hasattr(cmd, 'commands'):
         if args[0] not in cmd.commands: pytest.skip(f"this checkout has no verb '{args[0]}'")
         cmd, args = cmd.commands[args[0]], args[1:]
-    opts = [a.split('=')[0] for a in args if a.startswith('--')]; known = {o for p in cmd.params for o in p.opts}
+    opts = [a.split('=')[0] for a in args if a.startswith('--')]; known = {o for p in getattr(cmd, "real", cmd).params for o in p.opts}
     assert set(opts) <= known, (cmd.name, set(opts)-known)
     return opts
 
@@ -175,6 +175,38 @@ def test_jobs_say_what_the_commands_know(built, overlay):
     for name,pod in pods(built[overlay]).items():
         for c in pod['spec']['containers']:
             if 'command' not in c: arguments(c['args'])
+
+# ---- a training by several pods
+
+def test_the_training_s_pods_meet_and_its_settings_agree(built):
+    docs = built['train']; job = named(docs, 'Job', 'train')['spec']; pod = job['template']['spec']; c, = pod['containers']; at = settings(docs)
+    service = named(docs, 'Service', 'train'); policy = named(docs, 'NetworkPolicy', 'train')['spec']; labels = job['template']['metadata']['labels']
+    assert job['completionMode'] == 'Indexed' and job['completions'] == job['parallelism'] == int(at['WORLD_SIZE'])
+    assert service['spec']['clusterIP'] == 'None' and service['spec']['publishNotReadyAddresses'] # before anybody is ready
+    assert at['MASTER_ADDR'] == f"train-0.{pod['subdomain']}" and pod['subdomain'] == service['metadata']['name'] # Kubernetes names pods JOB-INDEX
+    assert [int(at['MASTER_PORT'])] == [p['port'] for p in service['spec']['ports']] == [p['containerPort'] for p in c['ports']]
+    assert fits(service['spec']['selector'], labels) and fits(policy['podSelector'], labels)
+    assert policy['ingress'] == [{'from': [dict(podSelector=policy['podSelector'])]}] and policy['egress'][0] == dict(to=[dict(podSelector=policy['podSelector'])])
+    assert all('ipBlock' not in str(d['spec']) for d in of(docs, 'NetworkPolicy'))
+    assert named(docs, 'PersistentVolumeClaim', 'data')['spec']['accessModes'] == ['ReadWriteMany']
+    for line in c['args'][0].splitlines():
+        if 'slm ' in line: arguments(shlex.split(line.split('slm ', 1)[1].split(';')[0]))
+
+def test_the_training_s_pods_train_and_start_again(built, tmp_path):
+    "The container's own command, with the environment that the manifest gives it, in two processes that know nothing else of each other"
+    docs = built['train']; c, = pods(docs)['train']['spec']['containers']; (tmp_path/'bin').mkdir(); (tmp_path/'text').mkdir()
+    (tmp_path/'bin/slm').write_text(f'#!/bin/sh\nexec {sys.executable} -m slm.cli "$@"\n'); (tmp_path/'bin/slm').chmod(0o755)
+    from slm.data.world import World
+    for i in range(9): (tmp_path/f'text/{i}.txt').write_text('\n\n'.join(s.text for s in World().stories(i, 40)))
+    with socket.socket() as s: s.bind(('127.0.0.1', 0)); port = s.getsockname()[1]
+    told = {k: v.replace('/data', str(tmp_path)) for k,v in settings(docs).items()}
+    told |= dict(MASTER_ADDR='127.0.0.1', MASTER_PORT=str(port), PRESET='1m', STEPS='3', OMP_NUM_THREADS='1', PATH=f"{tmp_path/'bin'}:/usr/bin:/bin", PYTHONPATH=str(ROOT))
+    start = lambda r: subprocess.Popen([*c['command'], *c['args']], env=told | dict(RANK=str(r)), cwd=tmp_path, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+    (tmp_path/'runs/pretrain').mkdir(parents=True); (tmp_path/'runs/pretrain/run.json').write_text('{}')   # what a pod left that died at once
+    both = [start(r) for r in range(2)]; said = [p.communicate(timeout=120)[0] for p in both]
+    assert [p.returncode for p in both] == [0, 0], said
+    info = json.loads((tmp_path/'runs/pretrain/run.json').read_text()); assert info['status'] == 'done' and info['processes'] == 2
+    late = start(1); assert late.wait(10) == 0                        # a pod that comes again when all is over
 
 # ---- the model comes by revision and hash
 
@@ -316,7 +348,7 @@ def test_dockerfile_is_clean():
     r = subprocess.run([hadolint, DEPLOY/'Dockerfile'], capture_output=True, text=True); assert r.returncode == 0, r.stdout
 
 def test_images_are_of_one_base_and_nobody_s():
-    assert final_stages() == ['gguf', 'torch', 'rag']
+    assert final_stages() == ['gguf', 'torch', 'rag', 'train']
     assert len({arg for ops in stages().values() for op,arg in ops if op == 'FROM'}) == 1
     for name in final_stages():
         ops = stages()[name]
@@ -338,14 +370,14 @@ def test_any_builder_makes_the_images_and_they_hold_no_cache():
         if 'apt-get' in arg: assert arg.endswith('rm -rf /var/lib/apt/lists/* /var/cache/apt/*.bin')
 
 def test_only_the_torch_image_has_a_compiler():
-    assert ['g++' in str(stages()[n]) for n in final_stages()] == [False, True, False]
+    assert ['g++' in str(stages()[n]) for n in final_stages()] == [False, True, False, False]
 
 def test_workflow_publishes_every_image():
     jobs = yaml.safe_load((ROOT/'.github'/'workflows'/'image.yml').read_text())['jobs']
     assert jobs['publish']['strategy']['matrix']['target'] == final_stages()
     assert jobs['cluster']['env']['IMAGE'] == f'ghcr.io/slm-book/slm-rag:{__version__}'
 
-@pytest.mark.parametrize('target', ['gguf', 'torch', 'rag'])
+@pytest.mark.parametrize('target', ['gguf', 'torch', 'rag', 'train'])
 def test_pins_satisfy_what_the_package_asks_for(target):
     cp = ConfigParser(delimiters=['=']); cp.read(ROOT/'settings.ini'); asked = {}
     for k,v in cp['DEFAULT'].items():
@@ -489,6 +521,11 @@ print(answer_all(e, [Request(ids, 3, temperature=0)])[0][1].completion_tokens); 
 import slm.cli, slm.serve.grounded
 from slm.serve.rag import Index, documents
 i = Index(MODEL+'-index', writable=True); i.upsert(documents([MODEL+'.md', MODEL+'.html'])); print(len(i)); i.close()
+''', train='''
+import slm.cli, slm.train.distributed, slm.train.rlhf, slm.train.lora
+from slm.train.pretrain import pretrain
+run = pretrain('world:0.02', MODEL+'-run', max_bytes=30_000, preset='1m', steps=2, seq_len=32, batch_tokens=256, device='cpu')
+print((run.path/'training.png').stat().st_size)
 ''')
 
 def pins(target):
@@ -497,7 +534,7 @@ def pins(target):
         if l.startswith('-r '): yield from pins(Path(l[3:]).stem)
         elif l and l[0] != '#': yield Requirement(l)
 
-@pytest.mark.parametrize('target', ['torch', 'rag'])
+@pytest.mark.parametrize('target', ['torch', 'rag', 'train'])
 def test_the_lists_are_enough(target, tmp_path):
     from slm.data.tokenizer import train_bpe
     from slm.model.gpt import GPT, GPTConfig
@@ -508,7 +545,7 @@ def test_the_lists_are_enough(target, tmp_path):
     (tmp_path/'model.html').write_text('<h1>Lamps</h1><p>Ben has the lamp.</p>')  # read by a process of its own
     GPT(GPTConfig(vocab_size=tok.vocab_size, n_layer=1, n_head=2, d_model=32, max_seq_len=128)).save_pretrained(model, tok)
     wants = [*pins(target), *(pins('no-deps') if target == 'rag' else [])]
-    site = linked(wants, tmp_path/'site'); assert (site/'torch').exists() and not (site/'fastai').exists()
+    site = linked(wants, tmp_path/'site'); assert (site/'torch').exists() and (site/'fastai').exists() == (target == 'train')
     env = os.environ | dict(SLM_HOME=str(tmp_path/'home'), PYTHONPATH=f'{site}{os.pathsep}{ROOT}')
     venv.create(tmp_path/'bare', symlinks=True)                       # whatever is started from there has nothing else
     r = subprocess.run([tmp_path/'bare'/'bin'/'python', '-W', 'ignore', '-c', f'MODEL = {str(model)!r}'+USE[target]], capture_output=True,

@@ -237,6 +237,7 @@ def doc_lens(
 class LMDataLoader:
     "Endless epochs of `(x, y, loss_mask, seqlens)` from a tape: one pass an epoch, cut and shuffled anew each time."
     n_inp = 1 # fastai: x goes into the model, the rest to the loss
+    ranks = 0, 1 # of several processes that share each batch, which one this is, and how many there are
     def __init__(self,
         data:TokenShards, # the tape
         bs:int, # b, rows a batch
@@ -251,6 +252,10 @@ class LMDataLoader:
         self.eot_id, self.pad_id, self.epoch, self.pos, self._kept = eot_id, pad_id, 0, 0, (None, None); self.to(device)
     def to(self, device): import torch; self.device = torch.device(device); return self
     def __len__(self): return self.data.n_tokens//self.seq_len//self.bs
+
+    def mine(self, rows): # the rows of a batch, or their numbers
+        "Those that this process reads."
+        r,n = self.ranks; k = len(rows); return rows[r*k//n:(r+1)*k//n]
 
     def batch(self, x:np.ndarray, y:np.ndarray, pad_from:int|None=None):
         "x, y (b,t) as tensors on the device, with loss_mask (b,t) and seqlens (b,n) or None"
@@ -270,7 +275,7 @@ class LMDataLoader:
     )->tuple: # x (b,t), y (b,t), loss_mask (b,t), seqlens (b,n) or None
         "The batch at any position."
         start, order = self._plan(epoch)
-        rows = np.stack([self.data.read(start+int(k)*self.seq_len, self.seq_len+1) for k in order[pos*self.bs:(pos+1)*self.bs]])
+        rows = np.stack([self.data.read(start+int(k)*self.seq_len, self.seq_len+1) for k in self.mine(order[pos*self.bs:(pos+1)*self.bs])])
         return self.batch(rows[:,:-1], rows[:,1:])
 
 # %% ../../nbs/05_data.loaders.ipynb #65ece445

@@ -80,7 +80,8 @@ class Distill(Callback):
         self.seen.append(torch.stack([text.detach(), kl.detach()])); return self.alpha*text + (1-self.alpha)*kl
     def after_batch(self):
         if 'loss' not in (self.row or {}): return
-        self.learn.row.update(zip(self.columns, torch.stack(self.seen).mean(0).tolist())); self.seen = []
+        means = self.ranks.each(torch.stack(self.seen).mean(0).cpu()); self.seen = []
+        self.learn.row.update(zip(self.columns, torch.stack(means).mean(0).tolist()))
 
 # %% ../../nbs/29_train.distill.ipynb #d1570015
 @dataclass(kw_only=True)

@@ -5,9 +5,9 @@
 # %% auto #0
 __all__ = ['LOSSES', 'PAIR_SEED', 'completion_logps', 'dpo_loss', 'check_loss', 'Pair', 'as_pair', 'prompt_of', 'Preferences',
            'read_preferences', 'write_preferences', 'split_pairs', 'EncodedPair', 'shorten', 'encode_preference',
-           'PairData', 'PairLoader', 'PairValidLoader', 'pad_rows', 'over_answers', 'answer_logps', 'DPO',
-           'preference_accuracy', 'win_rate', 'sampled_kl', 'PairEval', 'plot_preferences', 'doctor', 'PairConfig',
-           'DPOConfig', 'pair_dls', 'PairStage', 'DPOStage', 'dpo', 'load_pairs', 'to_show']
+           'PairData', 'PairLoader', 'PairValidLoader', 'pad_rows', 'over_answers', 'answer_logps', 'reference_logps',
+           'DPO', 'preference_accuracy', 'win_rate', 'sampled_kl', 'PairEval', 'plot_preferences', 'doctor',
+           'PairConfig', 'DPOConfig', 'pair_dls', 'PairStage', 'DPOStage', 'dpo', 'load_pairs', 'to_show']
 
 # %% ../../nbs/25_train.dpo.ipynb #331e0fdf
 from ..core import * # first: it silences a warning of the next ones
@@ -262,7 +262,7 @@ class PairLoader(LMDataLoader):
     def order(self, epoch): return np.random.default_rng([self.seed, epoch]).permutation(len(self.data))
     def at(self, epoch:int, pos:int)->tuple:
         "The batch at any position; `now` are its pairs' numbers."
-        self.now = self.order(epoch)[pos*self.bs:(pos+1)*self.bs]; rows = [self.data.rows[i] for i in self.now]
+        self.now = self.mine(self.order(epoch)[pos*self.bs:(pos+1)*self.bs]); rows = [self.data.rows[i] for i in self.now]
         return pad_rows([(r.prompt, r.chosen) for r in rows]+[(r.prompt, r.rejected) for r in rows], self.pad_id, self.device)
 
 class PairValidLoader(PairLoader):
@@ -315,6 +315,12 @@ def answer_logps(
     logps = over_answers(f, [(r.prompt, a) for r in data.rows for a in (r.chosen, r.rejected)], model)
     model.train(was); return torch.stack([l.sum() for l in logps]).view(-1, 2)
 
+def reference_logps(model:nn.Module, data:PairData, amp=contextlib.nullcontext)->Tensor: # (n,2) nats, of chosen and rejected
+    "The same, each process for a part of the pairs."
+    ranks,res = Ranks.now,torch.zeros(len(data), 2); mine = copy.copy(data); mine.rows = data.rows[ranks.rank::ranks.size]
+    for r,logps in enumerate(ranks.each(answer_logps(model, mine, amp).cpu() if mine.rows else res[:0])): res[r::ranks.size] = logps
+    return res
+
 # %% ../../nbs/25_train.dpo.ipynb #e11b0e21
 class DPO(Callback):
     "Learn from preferences: the loss is `dpo_loss`, the loaders are `PairLoader`s whose data know their `ref` (Rafailov et al. 2023)."
@@ -338,7 +344,7 @@ class DPO(Callback):
         self.seen.append(torch.stack([rewards, logps.detach(), n]).view(3, 2, -1)); return loss
     def after_batch(self):
         if not self.training or 'loss' not in (self.row or {}): return
-        x = torch.cat(self.seen, 2); (rc,rr),(lc,lr),(nc,nr) = x.mean(2).tolist(); self.seen = []
+        x = torch.cat(self.ranks.each(torch.cat(self.seen, 2).cpu()), 2); (rc,rr),(lc,lr),(nc,nr) = x.mean(2).tolist(); self.seen = []
         right = ((x[0,0] > x[0,1]).float()+(x[0,0] == x[0,1]).float()/2).mean().item()
         self.learn.row.update(zip(self.columns, (rc, rr, rc-rr, right, lc, lr, nc, nr)))
 
@@ -388,7 +394,7 @@ def sampled_kl(
 # %% ../../nbs/25_train.dpo.ipynb #145eb150
 class PairEval(Callback):
     "Every `every` steps, add to the row: loss and accuracy on (at most 200) held-out pairs, KL and length of sampled answers."
-    order,run_valid = Evaluate.order+2,False
+    order,run_valid,first_only = Evaluate.order+2,False,True
     columns = 'valid_accuracy kl answer_tokens'.split()
     def __init__(self,
         tok:Tokenizer,
@@ -489,7 +495,7 @@ def pair_dls(
 class PairStage(Finetune):
     "What stages have in common that learn from pairs."
     Config = PairConfig
-    def size(self): return 2*self.c.micro_batch, self.c.seq_len
+    def size(self): return 2*self.rows_here, self.c.seq_len
     def read(self): self.prefs,self.train_pairs,self.valid_pairs = load_pairs(self.c, self.tok)
     def rows(self): return len(self.train_pairs)
     def about(self):
@@ -508,7 +514,7 @@ class DPOStage(PairStage):
         super().read(); both = dict(train=self.train_pairs, valid=self.valid_pairs); amp = autocast(self.c.device, self.c.dtype)
         self.ref = copy.deepcopy(self.model).eval().requires_grad_(False)
         kept = load_file(self.run/'reference.safetensors') if self.run else {}
-        for k,d in both.items(): d.ref = kept[k] if kept else answer_logps(self.model, d, amp)
+        for k,d in both.items(): d.ref = kept[k] if kept else reference_logps(self.model, d, amp)
     def loaders(self): c = self.c; return pair_dls(self.train_pairs, self.valid_pairs, c.micro_batch, c.seed, c.device)
     def callbacks(self): return [DPO(self.c.beta, self.c.loss, self.c.label_smoothing)]
     @property

@@ -39,6 +39,10 @@ class Muon(torch.optim.Optimizer):
     most = dict(cuda=1<<27) # entries that go through the rounds together; 1<<24 elsewhere
     def __init__(self, params, lr:float=3e-3, weight_decay:float=0.1, momentum:float=0.95):
         super().__init__(params, dict(lr=lr, weight_decay=weight_decay, momentum=momentum))
+        self.ranks,shapes = Ranks.now,defaultdict(list)                         # several processes deal the matrices out
+        for g in self.param_groups:
+            for p in g['params']: shapes[p.shape].append(p)
+        self.owner = {p: i%self.ranks.size for ps in shapes.values() for i,p in enumerate(ps)}
 
     @torch.no_grad()
     def step(self):
@@ -47,11 +51,19 @@ class Muon(torch.optim.Optimizer):
             for p in g['params']:
                 if p.grad is not None: shapes[p.shape].append(p)
             for (m,n),ps in shapes.items():
-                k = max(1, self.most.get(ps[0].device.type, 1<<24)//(m*n))
+                k = self.ranks.size*max(1, self.most.get(ps[0].device.type, 1<<24)//(m*n))
                 for i in range(0, len(ps), k): self.move(ps[i:i+k], g, scale=.2*max(m, n)**.5)
 
     def move(self, ps, g, scale):
         "A step of matrices of one shape."
+        hands = [[p for p in ps if self.owner[p] == r] for r in range(self.ranks.size)]; mine = hands[self.ranks.rank]
+        steps = self.turned(mine, g) if mine else None
+        if len(hands) > 1: ps,steps = sum(hands, []),self.of_all(steps, hands)
+        torch._foreach_mul_(ps, 1-g['lr']*g['weight_decay'])
+        torch._foreach_add_(ps, steps.to(ps[0].dtype, memory_format=torch.contiguous_format).unbind(), alpha=-g['lr']*scale)
+
+    def turned(self, ps, g)->Tensor: # (k,…) as the matrices are
+        "Their momentum, orthogonalised."
         grads = [p.grad for p in ps]
         for p in ps:
             if not self.state[p]: self.state[p]['momentum_buffer'] = torch.zeros_like(p)
@@ -59,9 +71,34 @@ class Muon(torch.optim.Optimizer):
         torch._foreach_lerp_(bufs, grads, 1-g['momentum'])
         ahead = torch._foreach_lerp(grads, bufs, g['momentum'])                 # Nesterov
         turn = lambda t: t.mT if ps[0].shape[0] > ps[0].shape[1] else t
-        steps = turn(orthogonalize(turn(torch.stack(ahead).bfloat16())))        # (k,…) as the matrices are
-        torch._foreach_mul_(ps, 1-g['lr']*g['weight_decay'])
-        torch._foreach_add_(ps, steps.to(ps[0].dtype, memory_format=torch.contiguous_format).unbind(), alpha=-g['lr']*scale)
+        return turn(orthogonalize(turn(torch.stack(ahead).bfloat16())))
+
+# %% ../../nbs/20_train.optim.ipynb #d0a9c994
+@patch
+def of_all(self:Muon, mine:Tensor|None, hands:list)->Tensor: # one hand after the other
+    "What each process has worked out for its matrices."
+    p,k = next(p for ps in hands for p in ps),max(map(len, hands)); buf = torch.zeros(k, *p.shape, dtype=torch.bfloat16, device=p.device)
+    if mine is not None: buf[:len(mine)] = mine
+    return torch.cat([x[:len(ps)] for x,ps in zip(self.ranks.stack(buf), hands)])
+
+@patch
+def state_dict(self:Muon)->dict:
+    "As PyTorch's, whoever holds a part of it: all processes have to ask."
+    if self.ranks.size == 1 or not self.ranks.any(bool(self.state)): return torch.optim.Optimizer.state_dict(self)
+    foreign = [p for p,r in self.owner.items() if r != self.ranks.rank]
+    for p,r in self.owner.items():
+        buf = self.state[p]['momentum_buffer'] if r == self.ranks.rank else torch.zeros_like(p)
+        self.state[p]['momentum_buffer'] = self.ranks.stack(buf.detach())[r]
+    res = torch.optim.Optimizer.state_dict(self)
+    for p in foreign: del self.state[p]
+    return res
+
+@patch
+def load_state_dict(self:Muon, state:dict):
+    "As PyTorch's; what another process holds is left out."
+    torch.optim.Optimizer.load_state_dict(self, state)
+    for p,r in self.owner.items():
+        if r != self.ranks.rank: self.state.pop(p, None)
 
 # %% ../../nbs/20_train.optim.ipynb #7c9420a3
 def muon_groups(

@@ -76,7 +76,8 @@ def resolve(
     "Choose what was left open."
     c = dataclasses.replace(c); m = c.sizes()
     z = default_sizes(m.d_model); c.seq_len,c.batch_tokens,c.lr = (getattr(c, k) or z[k] for k in ('seq_len', 'batch_tokens', 'lr'))
-    c.micro_batch = c.micro_batch or max(1, min(c.batch_tokens, z['at_once'])//c.seq_len)
+    n = Ranks.now.size; rows = max(1, min(c.batch_tokens, n*z['at_once'])//c.seq_len)
+    c.micro_batch = c.micro_batch or max(n, rows-rows%n)
     if c.tokens: c.steps, c.tokens = max(1, round(c.tokens/c.batch_tokens)), None
     c.device = str(get_device(c.device))
     if c.dtype == 'auto': c.dtype = best_dtype(c.device)
@@ -185,7 +186,8 @@ class PretrainStage(Stage):
         c = self.c; asked,c.dropout = c.dropout,0.; kind = c.device.split(':')[0]
         if kind != 'cpu' and not self.rows_asked:
             cfg,free = c.sizes(self.tok.vocab_size, max_seq_len=c.seq_len),.9*(device_memory(c.device)-self.held)
-            c.micro_batch = rows_that_fit(cfg, c.batch_tokens, c.seq_len, kind, c.dtype, free, c.frugal)
+            n = self.ranks.size
+            c.micro_batch = n*self.ranks.given(rows_that_fit(cfg, c.batch_tokens//n, c.seq_len, kind, c.dtype, free, c.frugal))
         super().plan(out)
         c.dropout = default_dropout(self.epochs) if asked is None else asked
     def about(self):
@@ -201,7 +203,7 @@ class PretrainStage(Stage):
 def build(self:PretrainStage)->GPT:
     "A new model."
     c = self.c; cfg = c.sizes(self.tok.vocab_size, max_seq_len=c.seq_len, dropout=c.dropout or 0.)
-    check_fits(cfg, c.micro_batch, c.seq_len, c.device, dtype=c.dtype, memory=device_memory(c.device)-self.held,
+    check_fits(cfg, c.micro_batch//self.ranks.size, c.seq_len, c.device, dtype=c.dtype, memory=device_memory(c.device)-self.held,
                frugal=c.frugal)
     model = GPT(cfg).to(c.device)
     if c.compile: # constants that a graph makes itself would be another graph's input

@@ -98,7 +98,7 @@ class RewardLoader(PairLoader):
     "Endless epochs of `(x, y, loss_mask, seqlens)` of shape (2b,t): whole rows, b with the chosen answers, then b with the rejected ones."
     def at(self, epoch:int, pos:int)->tuple: # `loss_mask` is True on the last token of each row, `y` is `x`
         "The batch at any position."
-        rows = [self.data.rows[i] for i in self.order(epoch)[pos*self.bs:(pos+1)*self.bs]]
+        now = self.mine(self.order(epoch)[pos*self.bs:(pos+1)*self.bs]); rows = [self.data.rows[i] for i in now]
         return whole_rows([r.prompt+r.chosen for r in rows]+[r.prompt+r.rejected for r in rows], self.pad_id, self.device)
 
 def whole_rows(
@@ -145,7 +145,7 @@ class RewardLog(Callback):
     def loss(self, scores, y, mask): self.seen.append(scores.detach().float().view(2, -1)); return reward_loss(scores, self.center)
     def after_batch(self):
         if 'loss' not in (self.row or {}): return
-        c,r = torch.cat(self.seen, 1); self.seen = []
+        c,r = torch.cat(self.ranks.each(torch.cat(self.seen, 1).cpu()), 1); self.seen = []
         right = ((c > r).float()+(c == r).float()/2).mean()
         self.learn.row.update(zip(self.columns, [v.item() for v in (c.mean(), r.mean(), (c-r).mean(), right)]))
         if self.learn.due(self.every):
@@ -277,14 +277,17 @@ def best_of_n_kl(n:int)->float: # nats an answer
     "How far at most the best of `n` answers are from the model that gives them (Beirami et al. 2024)."
     return math.log(n)-(n-1)/n
 
+# %% ../../nbs/27_train.reward.ipynb #27c0de01
 def sample_answers(
     model:GPT, tok:Tokenizer,
     prompts:list[list[int]], # token ids, ready to be answered
     max_new_tokens:int=64, # longest answer
     seed:int|list[int]=0, # every answer is drawn with a number of its own
+    part:slice=slice(None), # only these
 )->list: # a `Generation` each
     "Answers as the model gives them, at temperature 1, decoded in batches of prompts of similar length."
-    ss = np.random.default_rng(seed).integers(2**62, size=len(prompts)).tolist(); res = [None]*len(prompts)
+    ss = np.random.default_rng(seed).integers(2**62, size=len(prompts)).tolist()[part]
+    prompts = prompts[part]; res = [None]*len(prompts)
     order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
     for part in (order[i:i+64] for i in range(0, len(order), 64)):
         gens = complete(model, [prompts[i] for i in part], [SamplingParams(max_new_tokens=max_new_tokens, seed=ss[i]) for i in part], tok)

@@ -172,22 +172,25 @@ class RolloutLoader(LMDataLoader):
     def at(self, epoch:int, pos:int)->tuple:
         "The batch at any position; `now` are its rows' numbers in the rollout."
         if self.key != (key := (epoch, pos//self.uses)): self.rollout,self.key = self.roll(*key),key
-        a = pos%(self.step//self.bs)*self.bs*self.k; self.now = range(a, a+self.bs*self.k)
+        a = pos%(self.step//self.bs)*self.bs*self.k; self.now = self.mine(range(a, a+self.bs*self.k))
         return pad_rows([self.rollout.rows[i] for i in self.now], self.pad_id, self.device)
     def roll(self, epoch:int, number:int)->Rollout:
         "Let the model answer the next prompts."
         order = np.random.default_rng([self.seed, epoch]).permutation(len(self.data))[number*self.step:(number+1)*self.step]
         some = [i for i in order.tolist() for _ in range(self.k)]; prompts = [self.ids[i] for i in some]
-        gens = sample_answers(self.model, self.tok, prompts, self.max_new_tokens, [self.seed, epoch, number])
-        rows = answer_rows(prompts, gens)
-        rewards = rewarded(self.reward, [self.data[i] for i in some], [g.text.strip() for g in gens])
-        return Rollout(rows, rewards.view(-1, self.k), token_logps(self.ref, rows, self.amp))
+        mine = self.mine(range(len(some))); part = slice(mine.start, mine.stop); chats = [self.data[i] for i in some[part]]
+        gens = sample_answers(self.model, self.tok, prompts, self.max_new_tokens, [self.seed, epoch, number], part)
+        rows = answer_rows(prompts[part], gens); rewards = rewarded(self.reward, chats, [g.text.strip() for g in gens])
+        rows,rewards,ref = zip(*Ranks.now.each((rows, rewards, token_logps(self.ref, rows, self.amp))))      # every process has all of it
+        return Rollout(sum(rows, []), torch.cat(rewards).view(-1, self.k), sum(ref, []))
 
 # %% ../../nbs/28_train.rlhf.ipynb #4e411b99
 @patch
 def state_dict(self:RolloutLoader)->dict: # JSON-ready
     "The position, what must be equal for it to mean the same, and the rollout that is in use."
     used = self.rollout is not None and self.pos%self.uses
+    if used:                                                                     # each process knows its own rows' old log-probabilities
+        for part in Ranks.now.each(self.rollout.old): self.rollout.old = [a if b is None else b for a,b in zip(self.rollout.old, part)]
     return dict(epoch=self.epoch, pos=self.pos, seed=self.seed, bs=self.bs, seq_len=self.k, n_tokens=len(self.data),
                 rollout=self.rollout.to_json() if used else None)
 
@@ -224,7 +227,7 @@ class GRPO(Callback):
         return loss
     def after_batch(self):
         if 'loss' not in (self.row or {}): return
-        n,*sums = torch.stack(self.seen).sum(0).tolist(); kl,clipped,entropy = (s/n for s in sums)
+        n,*sums = sum(self.ranks.each(torch.stack(self.seen).sum(0).cpu())).tolist(); kl,clipped,entropy = (s/n for s in sums)
         r,flat = torch.cat([x.rewards for x in self.rolls]),torch.cat([x.flat for x in self.rolls]).mean().item()
         lens = [len(a) for x in self.rolls for _,a in x.rows]; self.seen,self.rolls = [],[]
         self.learn.row.update(zip(self.columns, (r.mean().item(), r.std().item(), flat, kl, clipped, entropy, sum(lens)/len(lens))))
@@ -254,7 +257,7 @@ def measure_policy(
 
 class PolicyEval(Callback):
     "Every `every` steps, and at the beginning, put the figures of `measure_policy` into the row."
-    order,run_valid = Evaluate.order+2,False
+    order,run_valid,first_only = Evaluate.order+2,False,True
     columns = 'valid_reward valid_judge judge_noise kl answer_tokens'.split()
     def __init__(self,
         every:int, # optimiser steps
@@ -336,10 +339,10 @@ class GRPOStage(Finetune):
     name,Config,sources,code = 'rlhf',GRPOConfig,('base', 'data', 'reward', 'judge'),('reward', 'judge')
     columns,rates,doctor = (*GRPO.columns, *PolicyEval.columns),dict(adamw=1e-4, muon=1e-4),staticmethod(rlhf_doctor)
     picture = 'Rewards','rewards.png'
-    def size(self): return self.c.group*self.c.micro_batch, self.c.seq_len
+    def size(self): return self.c.group*self.rows_here, self.c.seq_len
     def resolve(self):
         c,cfg = self.c,self.model.cfg; rows = c.group*(c.seq_len or min(1024, cfg.max_seq_len))
-        if c.micro_batch is None: c.micro_batch = max(1, min(8192, 2**27//cfg.vocab_size)//rows)
+        if c.micro_batch is None: c.micro_batch = self.ranks.size*max(1, min(8192, 2**27//cfg.vocab_size)//rows)
         if c.data.split(':')[0] == 'world': c.judge = c.judge or 'judge'
         super().resolve()
         for m in self.model.modules():
@@ -351,7 +354,9 @@ class GRPOStage(Finetune):
         paid = {k: as_reward(self.given.get(k, spec), p.tasks, c.device) if (spec := getattr(c, k)) else None for k in self.code}
         self.train_chats,self.valid_chats = split_prompts(p.chats, c.val_frac)
         self.kw = dict(ref=self.ref, tok=self.tok, max_new_tokens=c.max_new_tokens, **paid)
-        c.bs = min(c.bs, len(self.train_chats)); c.micro_batch = next(m for m in range(min(c.bs, c.micro_batch), 0, -1) if c.bs%m == 0)
+        n = self.ranks.size; c.bs = min(c.bs, len(self.train_chats)//n*n)
+        if not c.bs: raise SLMError(f'{len(self.train_chats)} prompts cannot be dealt to {n} processes: use fewer')
+        c.micro_batch = next(m for m in range(min(c.bs, c.micro_batch), 0, -1) if c.bs%m == 0 and m%n == 0)
 
 # %% ../../nbs/28_train.rlhf.ipynb #df149944
 @patch

@@ -237,7 +237,7 @@ class ChatLoader(LMDataLoader):
         return self._kept[1]
     def at(self, epoch:int, pos:int)->tuple: # x, y, loss_mask (b,t) and seqlens (b,n)
         "The batch at any position."
-        return self.deal(self._plan(epoch)[pos*self.bs:(pos+1)*self.bs], self.seq_len)
+        return self.deal(self.mine(self._plan(epoch)[pos*self.bs:(pos+1)*self.bs]), self.seq_len)
 
 # %% ../../nbs/23_train.sft.ipynb #15575ad4
 @patch
@@ -320,8 +320,10 @@ def resolve_finetune(
     row = max(c.seq_len, getattr(c, 'row_len', None) or min(2*c.seq_len, 768))
     if hasattr(c, 'row_len'): c.row_len = row
     c.lr = c.lr or round(lr.get(c.opt, lr['adamw'])*(256/cfg.d_model)**.5, 7)
-    c.micro_batch = min(c.bs, c.micro_batch or max(1, min(8192, 2**27//cfg.vocab_size)//row))
-    while c.bs % c.micro_batch: c.micro_batch -= 1
+    n = Ranks.now.size                                                           # processes, each with its part of the rows
+    if c.bs%n: raise SLMError(f'--bs {c.bs} cannot be dealt to {n} processes: make it a multiple of {n}')
+    c.micro_batch = max(n, min(c.bs, c.micro_batch or n*max(1, min(8192, 2**27//cfg.vocab_size)//row)))
+    while c.bs%c.micro_batch or c.micro_batch%n: c.micro_batch -= 1
     c.device = str(get_device(c.device))
     if c.dtype == 'auto': c.dtype = best_dtype(c.device)
     return c
@@ -411,7 +413,9 @@ class Finetune(Stage):
         self.c = resolve_finetune(self.c, self.model.cfg, self.rates)
         if self.run or not all(p.requires_grad for p in self.model.parameters()): return
         check_fits(self.model.cfg, *self.size(), self.c.device, dtype=self.c.dtype, frugal=self.c.frugal)
-    def size(self)->tuple[int,int]: "Rows and tokens that go through the model at once."; return self.c.micro_batch, self.c.seq_len
+    def size(self)->tuple[int,int]: "Rows and tokens that go through the model at once."; return self.rows_here, self.c.seq_len
+    @property
+    def rows_here(self)->int: "Rows at once in this process."; return self.c.micro_batch//self.ranks.size
     def rows(self)->int: "Rows of an epoch."; return len(self.data.train)
     def epoch_steps(self): return self.c.epochs*self.rows()/self.c.bs
     def accumulation(self): return TokenAccumulation(n_batches=self.c.bs//self.c.micro_batch) if self.c.bs > self.c.micro_batch else None
@@ -424,7 +428,7 @@ def chats_of(c, tok:Tokenizer)->ChatData: # c: a resolved `FinetuneConfig`
 class SFTStage(Finetune):
     "A model learns to answer, from conversations."
     name,Config = 'sft',SFTConfig
-    def size(self): return self.c.micro_batch, self.c.row_len
+    def size(self): return self.rows_here, self.c.row_len
     def read(self):
         self.data = chats_of(self.c, self.tok)
         if self.data.rejects and not self.run: print(self.data.says(), file=sys.stderr)
