@@ -11,7 +11,7 @@ CORES := $(shell getconf _NPROCESSORS_ONLN 2>/dev/null || echo 2)
 WORKERS ?= $(shell n=$(CORES); [ $$n -gt 4 ] && n=4; echo $$n)
 SHELL := bash
 .DEFAULT_GOAL := help
-.PHONY: help demo install test gpu notebooks pytest check prepare clean-nbs docs slow lab bench run pins resolve record
+.PHONY: help demo install test gpu notebooks pytest check prepare clean-nbs docs slow lab bench run pins resolve lowest record
 
 help:
 	@grep -hE '^[a-z-]+:.*## ' Makefile | sed -E 's/^([a-z-]+):.*## (.*)/make \1|\2/' | awk -F'|' '{printf "%-15s %s\n", $$1, $$2}'
@@ -89,6 +89,9 @@ pins: ## the hashes of deploy/requirements/*.txt anew, from *.in (needs uv; torc
 
 resolve: ## does each extra of settings.ini resolve, in an empty environment and five minutes? Installs nothing
 	@$(PYTHON) tools/resolve.py
+
+lowest: ## does a short life work with the oldest versions that settings.ini allows? (needs uv; some gigabytes)
+	@$(PYTHON) tools/lowest.py
 
 record: .venv/.dev ## what the README shows of make demo and make test, anew, from a fresh clone of HEAD
 	@$(BIN)/python tools/record.py demo test

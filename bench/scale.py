@@ -1,7 +1,7 @@
 """Tokens a second and memory of a training against size, context and processes: python bench/scale.py [--rounds 3]
 
-Each training is `slm pretrain --nproc N` as a person starts it, in processes of their own on this machine, float32, AdamW and Muon; the same
-tokens a step for all of a size. What is compared: one process with two and four, which share the same cores. The rounds
+Each training is `slm pretrain --nproc N` as a person starts it, in processes of their own on this machine, float32, Muon; the same
+tokens a step for all. What is compared: one process with two and four, which share the same cores. The rounds
 take turns; the middle one counts, all are kept. Writes results/39_train.distributed/scale/scale.json.
 """
 import argparse, json, os, sys, tempfile
@@ -12,7 +12,7 @@ from slm.model.gpt import GPTConfig
 from slm.train.distributed import launch, step_traffic
 
 OUT = Path(__file__).resolve().parent.parent/'results'/'39_train.distributed'/'scale'/'scale.json'
-SIZES = [('1m', 128, 4096), ('1m', 512, 4096), ('10m', 128, 4096), ('10m', 512, 4096)] # preset, context, tokens a step
+SIZES = [('1m', 128, 4096), ('1m', 512, 4096), ('10m', 512, 4096)] # preset, context, tokens a step
 VOCAB, STEPS = 2048, 12
 
 def train(preset, seq_len, tokens, nproc, opt, out):
@@ -25,7 +25,7 @@ def train(preset, seq_len, tokens, nproc, opt, out):
 def main():
     ap = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     ap.add_argument('--rounds', type=int, default=3); ap.add_argument('--out', type=Path, default=OUT); a = ap.parse_args()
-    kinds = [(*s, n, opt) for s in SIZES for n in (1, 2, 4) for opt in ('adamw', 'muon') if opt == 'muon' or n < 4]; got = {k: [] for k in kinds}
+    kinds = [(*s, n, opt) for s in SIZES for n in (1, 2, 4) for opt in ('muon',)]; got = {k: [] for k in kinds}
     for i in range(a.rounds):
         for k in kinds:
             with tempfile.TemporaryDirectory() as d: got[k].append(train(*k, f'{d}/run'))

@@ -398,6 +398,14 @@ def test_every_extra_is_resolved_in_bounded_time():
     assert any(s.get('run') == 'make resolve' for j in jobs.values() for s in j['steps'])
     with pytest.raises(RuntimeError, match='not resolved in 0.01 s'): resolve.resolve(sys.executable, 'dev,all', .01)
 
+def test_the_oldest_versions_are_tried():
+    "By a job of the workflow, and every requirement says which version that is"
+    jobs = yaml.safe_load((ROOT/'.github'/'workflows'/'test.yml').read_text())['jobs']
+    assert any('make lowest' in s.get('run', '') for j in jobs.values() for s in j['steps'])
+    cp = ConfigParser(delimiters=['=']); cp.read(ROOT/'settings.ini')
+    bare = [r for r in map(Requirement, cp['DEFAULT']['requirements'].split()) if not any(s.operator in ('>=', '==') for s in r.specifier)]
+    assert bare == []
+
 # The image's environment, made anew from its list (a test in our own could not tell what is missing), in a mount namespace in which all is read-only but a fresh /tmp (/root is empty: an interpreter that lives there is put back), as nobody,
 # without capabilities, with the environment of the Dockerfile and the arguments of the manifest.
 ENTER = '''set -e

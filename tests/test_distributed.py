@@ -104,6 +104,16 @@ def test_one_that_fails_takes_the_others_with_it(tmp_path, capfd):
     t = time.monotonic(); assert launch(2, [script(tmp_path/'fails.py', code)]) == 2 and time.monotonic()-t < 40
     assert 'process 1 of 2: no room on this disk' in capfd.readouterr().err
 
+LISTENS = '''
+import os, psutil
+found = {c.laddr.ip for p in (os.getpid(), os.getppid()) for c in psutil.Process(p).net_connections('inet') if c.status == 'LISTEN'}
+assert found and all(ip.removeprefix('::ffff:') in ('127.0.0.1', '::1') for ip in found), found
+ranks.any(False)
+'''
+
+@pytest.mark.skipif(sys.platform != 'linux', reason="needs other processes' sockets")
+def test_nobody_outside_of_the_machine_can_come_in(tmp_path): assert launch(2, [script(tmp_path/'listens.py', LISTENS)]) == 0
+
 def test_the_environment_must_be_whole(monkeypatch):
     monkeypatch.setenv('WORLD_SIZE', '3')
     for k in ('RANK', 'MASTER_ADDR', 'MASTER_PORT'): monkeypatch.delenv(k, raising=False)

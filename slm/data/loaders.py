@@ -13,6 +13,7 @@ from pathlib import Path
 import numpy as np
 from fastcore.basics import patch
 from ..core import SLMError, atomic_file, progress, read_json, slm_home, write_json
+from .corpus import build_lock
 from .tokenizer import Tokenizer
 
 # %% ../../nbs/05_data.loaders.ipynb #91c902d7
@@ -177,6 +178,9 @@ def tokenize(
     "Encode both splits of `corpus` into shards; goes on where an earlier call was interrupted, and just opens what is finished."
     if tok.eot_id is None: raise SLMError('this tokenizer has no end-of-text token: documents could not be told apart')
     out = Path(out or slm_home()/'tokens'/re.sub(r'[^\w.-]+', '-', f'{corpus.name}-{corpus.fingerprint[:8]}-{tok.fingerprint[:8]}'))
+    with build_lock(f'tokens-{zlib.crc32(str(out.resolve()).encode()):08x}'): return _tokenize(corpus, tok, out, shard_tokens)
+
+def _tokenize(corpus, tok, out, shard_tokens):
     about = dict(name=corpus.name, fingerprint=corpus.fingerprint, license=corpus.license)
     if (out/'meta.json').exists():
         data = TokenData.open(out, tok)

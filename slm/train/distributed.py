@@ -7,12 +7,12 @@ __all__ = ['launch', 'Lost', 'TorchRanks', 'join_ranks', 'step_traffic']
 
 # %% ../../nbs/39_train.distributed.ipynb #39d10004
 from ..core import * # first: it silences a warning of the next ones
-import atexit, contextlib, datetime, os, signal, subprocess, sys, tempfile, threading, time
+import atexit, contextlib, datetime, os, signal, socket, subprocess, sys, tempfile, threading, time
 from pathlib import Path
 import torch, torch.distributed as dist
 from torch import Tensor
 from fastcore.basics import patch
-from ..model.gpt import GPTConfig
+from ..model.gpt import GPT, GPTConfig
 from .learner import Ranks
 
 # %% ../../nbs/39_train.distributed.ipynb #39d1000e
@@ -20,23 +20,22 @@ _LOST = 3 # exit status of a process that only noticed that another one is gone
 
 def _wait(procs, says)->int:
     "Until all have ended well, or one has not: then nobody goes on"
-    bad = None
-    while bad is None and any(p.poll() is None for p in procs):
-        time.sleep(.05); bad = next((r for r,p in enumerate(procs) if p.poll()), None)
-    if bad is None: bad = next((r for r,p in enumerate(procs) if p.returncode), None)
-    if bad is None: return 0
+    while all(not p.poll() for p in procs) and any(p.poll() is None for p in procs): time.sleep(.05)
+    if not any(p.returncode for p in procs): return 0
     end = time.monotonic()+5                                                     # the first one may be about to say why
     while procs[0].poll() is None and time.monotonic() < end: time.sleep(.05)
-    interrupted = all(p.poll() in (130, None) for p in procs)
+    codes = [p.poll() for p in procs]; interrupted = set(codes) <= {130, None}
     for p in procs:
         if not interrupted and p.poll() is None: p.kill()
         p.wait()
     if interrupted: return procs[0].returncode
-    code,name,last = procs[bad].returncode,f'process {bad} of {len(procs)}',[]
+    bad = next((r for r,c in enumerate(codes) if c not in (0, None, _LOST)), codes.index(_LOST) if _LOST in codes else 0)
+    code,name,last = codes[bad],f'process {bad} of {len(procs)}',[]
     if bad: says[bad].seek(0); last = says[bad].read().decode(errors='replace').strip().splitlines()
     if -code in (signal.SIGABRT, signal.SIGSEGV, signal.SIGBUS): print(*last[-40:], sep='\n', file=sys.stderr)  # a fault of the program
     if code < 0: _say(f'{name} was ended by {signal.Signals(-code).name}: slm resume RUN goes on from its last checkpoint')
-    elif bad and procs[0].returncode != code:                                    # otherwise both said the same
+    elif code == _LOST: _say('the processes have lost each other: slm resume RUN goes on from the last checkpoint')
+    elif bad and codes[0] in (0, None, _LOST):                                   # otherwise it has spoken for itself
         _say(f"{name}: {(last or ['it has failed without a word'])[-1].removeprefix('slm: error: ')}")
     return 2
 
@@ -49,10 +48,12 @@ def launch(
 )->int: # exit status: the first one's, or 2 when another one failed
     "Run a program in several processes on this machine and wait for them; a signal is handed on."
     if nproc < 1: raise SLMError(f'--nproc must be at least 1, not {nproc}')
-    store = dist.TCPStore('127.0.0.1', 0, is_master=True, wait_for_workers=False); cores = os.cpu_count() or 1
-    env = os.environ | dict(WORLD_SIZE=str(nproc), LOCAL_WORLD_SIZE=str(nproc), MASTER_ADDR='127.0.0.1', MASTER_PORT=str(store.port),
+    door,cores,own = socket.create_server(('127.0.0.1', 0)),os.cpu_count() or 1,'lo0' if sys.platform == 'darwin' else 'lo'
+    port = door.getsockname()[1]                                                 # nobody outside of this machine can come in
+    store = dist.TCPStore('127.0.0.1', port, is_master=True, wait_for_workers=False, master_listen_fd=door.detach())
+    env = os.environ | dict(WORLD_SIZE=str(nproc), LOCAL_WORLD_SIZE=str(nproc), MASTER_ADDR='127.0.0.1', MASTER_PORT=str(port),
                             TORCHELASTIC_USE_AGENT_STORE='True', SLM_LAUNCHER=str(os.getpid()), PYTHONFAULTHANDLER='1')
-    env.setdefault('OMP_NUM_THREADS', str(max(1, cores//nproc)))
+    for k,v in dict(OMP_NUM_THREADS=str(max(1, cores//nproc)), GLOO_SOCKET_IFNAME=own, NCCL_SOCKET_IFNAME=own).items(): env.setdefault(k, v)
     with tempfile.TemporaryDirectory() as d:
         says = [None, *(open(f'{d}/{r}', 'w+b') for r in range(1, nproc))]       # what the others complain of
         procs = [subprocess.Popen([sys.executable, *map(str, args)], env=env | dict(RANK=str(r), LOCAL_RANK=str(r)),
@@ -146,8 +147,14 @@ def join_ranks(
         raise SLMError(f"nobody to meet at {env['MASTER_ADDR']}:{env['MASTER_PORT']} ({' '.join(str(e).split())[:80]})") from None
     Ranks.now = TorchRanks(rank, n, store); atexit.register(dist.destroy_process_group)
     if not Ranks.now.first: sys.stdout = open(os.devnull, 'w', encoding='utf-8')  # one prints
-    if parent := env.get('SLM_LAUNCHER'): threading.Thread(target=_orphan, args=(int(parent),), daemon=True).start()
+    if parent := env.get('SLM_LAUNCHER'):
+        sys.excepthook = _lost; threading.Thread(target=_orphan, args=(int(parent),), daemon=True).start()
     return Ranks.now
+
+def _lost(kind, e, trace):
+    "Whoever only lost the others leaves the word to them"
+    if issubclass(kind, Lost): sys.stdout.flush(); os._exit(_LOST)
+    sys.__excepthook__(kind, e, trace)
 
 def _orphan(parent):
     "End in order when the launcher is gone"

@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from fastcore.basics import patch
 from ..core import *
-from ..data.corpus import build_corpus, Corpus
+from ..data.corpus import build_corpus, build_lock, Corpus
 from ..data.tokenizer import Tokenizer, train_bpe, char_tokenizer
 from ..data.loaders import tokenize, token_dls, TokenData
 from ..model.gpt import GPT, GPTConfig, MIXERS, check_fits, device_memory, memory_estimate
@@ -131,12 +131,13 @@ def get_tokenizer(
     if c.tokenizer not in ('bpe', 'char'): return Tokenizer.load(c.tokenizer)
     n = (c.vocab_size or default_vocab(corpus.n_bytes['train'])) if c.tokenizer=='bpe' else 0
     path = slm_home()/'tokenizers'/f'{c.tokenizer}{n or ""}-{corpus.fingerprint[:16]}.json'
-    if path.exists(): return Tokenizer.load(path)
-    try: tok = train_bpe(corpus.docs('train'), n) if n else char_tokenizer(corpus.docs('train'))
-    except SLMError: # text with few different words allows fewer tokens; whoever asked for a number is told so
-        if c.vocab_size or n <= 512: raise
-        return get_tokenizer(dataclasses.replace(c, vocab_size=n//2), corpus)
-    path.parent.mkdir(parents=True, exist_ok=True); tok.save(path); return tok
+    with build_lock(path.stem):
+        if path.exists(): return Tokenizer.load(path)
+        try: tok = train_bpe(corpus.docs('train'), n) if n else char_tokenizer(corpus.docs('train'))
+        except SLMError: # text with few different words allows fewer tokens; whoever asked for a number is told so
+            if c.vocab_size or n <= 512: raise
+            return get_tokenizer(dataclasses.replace(c, vocab_size=n//2), corpus)
+        path.parent.mkdir(parents=True, exist_ok=True); tok.save(path); return tok
 
 def prepare(
     c:PretrainConfig, # corpus and tokenizer are read

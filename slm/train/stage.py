@@ -113,7 +113,7 @@ def learner(self:Stage,
     c = self.c; set_seed(c.seed); dls,model = self.loaders(),self.build(); opt,splitter = OPTIMS[c.opt]
     if c.frugal: give_back(); recompute(model)
     if not self.ranks.first: set_seed(c.seed+self.ranks.rank)                    # the same model, other noise
-    dls.train.ranks = self.ranks.rank,self.ranks.size
+    self.deal(dls.train)
     learn = LMLearner(dls, model, loss_func=self.loss_func, opt_func=lambda ps, lr: opt(ps, lr=lr, wd=c.wd), splitter=splitter, lr=c.lr,
                       cbs=self.here([AutoCast(c.dtype), GradClip(c.clip), *self.callbacks(), *cbs]))
     if gather := self.accumulation() or (self.ranks.size > 1 and TokenAccumulation()): learn.add_cb(gather)
@@ -191,6 +191,12 @@ class SilentRun(RunDir):
     "A run that another process writes."
     def save(self): "Nothing."
     def finish(self, status:str='done'): self.info['status'] = status
+
+@patch
+def deal(self:Stage, dl):
+    "Let a loader read this process's part of each batch; raises `SLMError` for one that cannot."
+    if self.ranks.size > 1 and not hasattr(dl, 'mine'): raise SLMError(f'stage {self.name} trains in one process: its loader deals no rows')
+    dl.ranks = self.ranks.rank,self.ranks.size
 
 @patch
 def check_ranks(self:Stage):
@@ -357,6 +363,8 @@ def resume(
     if 'seconds' in run.info['metrics']: return stage.end(run) if ranks.first else run # the last figure: only the mark is missing
     cks = ranks.given(checkpoints(run/'checkpoints') if ranks.first else None)
     if not cks: raise SLMError(f"'{path}' has no checkpoint yet: remove it and start again")
+    if (n := run.info.get('processes', 1)) != ranks.size and ranks.first:
+        print(f'until now trained by --nproc {n}, now by {ranks.size}: the same steps, but not to the last bit', file=sys.stderr)
     state = read_state(cks[-1]); config = _place(run, stage, run.info['config'] | state.get('sources', {}), given)
     if device:
         config['device'] = run.info['config']['device'] = str(get_device(device))
