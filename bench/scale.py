@@ -17,19 +17,21 @@ VOCAB, STEPS = 2048, 12
 
 def train(preset, seq_len, tokens, nproc, opt, out):
     "One training; what its run says"
-    args = ['--corpus', 'pydocs', '--max-bytes', 2_000_000, '--vocab-size', VOCAB, '--preset', preset, '--seq-len', seq_len, '--batch-tokens', tokens,
-            '--steps', STEPS, '--opt', opt, '--evals', 1, '--samples', 0, '--device', 'cpu', '--dtype', 'float32', '--out', out, '--nproc', nproc]
+    given = dict(corpus='pydocs', max_bytes=2_000_000, vocab_size=VOCAB, preset=preset, seq_len=seq_len, batch_tokens=tokens, steps=STEPS,
+                 opt=opt, evals=1, samples=0, device='cpu', dtype='float32', out=out, nproc=nproc)
+    args = [o for k,v in given.items() for o in (f"--{k.replace('_', '-')}", v)]
     if launch(nproc, ['-m', 'slm.cli', 'pretrain', *args]): sys.exit(f'{preset} {nproc}: failed')
     run = RunDir.open(out); return run.metric('tokens_per_s').value, run.metric('peak_memory').value
 
 def main():
     ap = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     ap.add_argument('--rounds', type=int, default=3); ap.add_argument('--out', type=Path, default=OUT); a = ap.parse_args()
-    kinds = [(*s, n, opt) for s in SIZES for n in (1, 2, 4) for opt in ('muon',)]; got = {k: [] for k in kinds}
+    kinds = [(*s, n, 'muon') for s in SIZES for n in (1, 2, 4)]; got = {k: [] for k in kinds}
     for i in range(a.rounds):
         for k in kinds:
             with tempfile.TemporaryDirectory() as d: got[k].append(train(*k, f'{d}/run'))
-            print(f'round {i+1}: {k[0]:4} context {k[1]:4} {k[3]} processes {k[4]:5} {got[k][-1][0]:8,.0f} tokens/s {got[k][-1][1]:6,.0f} MB', flush=True)
+            speed,mb = got[k][-1]
+            print(f'round {i+1}: {k[0]:4} context {k[1]:4} {k[3]} processes {speed:8,.0f} tokens/s {mb:6,.0f} MB', flush=True)
     rows = [dict(preset=p, seq_len=t, step_tokens=n, processes=k, opt=o, tokens_per_s=median(s for s,_ in r), rounds=[s for s,_ in r],
                  memory_mb=median(m for _,m in r), traffic=step_traffic(GPTConfig.preset(p, vocab_size=VOCAB, max_seq_len=t), k, o))
             for (p,t,n,k,o),r in got.items()]

@@ -31,9 +31,7 @@ def main():
     for f,errors in ((sys.stdin, 'replace'), (sys.stdout, 'backslashreplace'), (sys.stderr, 'backslashreplace')):
         if hasattr(f, 'reconfigure'): f.reconfigure(errors=errors) # a terminal that lacks a character shows its number
     try: app()
-    except SLMError as e:
-        if type(e).__name__ == 'Lost' and 'SLM_LAUNCHER' in os.environ: raise SystemExit(3) from None # who started it knows more
-        _fail(e)
+    except SLMError as e: _fail(e)
     except KeyboardInterrupt: print('slm: interrupted', file=sys.stderr); raise SystemExit(130)
     except OSError as e:
         if e.errno != errno.ENOSPC: raise

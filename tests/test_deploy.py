@@ -179,14 +179,16 @@ def test_jobs_say_what_the_commands_know(built, overlay):
 # ---- a training by several pods
 
 def test_the_training_s_pods_meet_and_its_settings_agree(built):
-    docs = built['train']; job = named(docs, 'Job', 'train')['spec']; pod = job['template']['spec']; c, = pod['containers']; at = settings(docs)
-    service = named(docs, 'Service', 'train'); policy = named(docs, 'NetworkPolicy', 'train')['spec']; labels = job['template']['metadata']['labels']
+    docs = built['train']; job = named(docs, 'Job', 'train')['spec']; pod = job['template']['spec']; c, = pod['containers']
+    service = named(docs, 'Service', 'train'); policy = named(docs, 'NetworkPolicy', 'train')['spec']
+    labels,at = job['template']['metadata']['labels'],settings(docs); each_other = [dict(podSelector=policy['podSelector'])]
     assert job['completionMode'] == 'Indexed' and job['completions'] == job['parallelism'] == int(at['WORLD_SIZE'])
     assert service['spec']['clusterIP'] == 'None' and service['spec']['publishNotReadyAddresses'] # before anybody is ready
-    assert at['MASTER_ADDR'] == f"train-0.{pod['subdomain']}" and pod['subdomain'] == service['metadata']['name'] # Kubernetes names pods JOB-INDEX
+    assert at['MASTER_ADDR'] == f"train-0.{pod['subdomain']}"         # Kubernetes names pods JOB-INDEX
+    assert pod['subdomain'] == service['metadata']['name']
     assert [int(at['MASTER_PORT'])] == [p['port'] for p in service['spec']['ports']] == [p['containerPort'] for p in c['ports']]
     assert fits(service['spec']['selector'], labels) and fits(policy['podSelector'], labels)
-    assert policy['ingress'] == [{'from': [dict(podSelector=policy['podSelector'])]}] and policy['egress'][0] == dict(to=[dict(podSelector=policy['podSelector'])])
+    assert policy['ingress'] == [{'from': each_other}] and policy['egress'][0] == dict(to=each_other)
     assert all('ipBlock' not in str(d['spec']) for d in of(docs, 'NetworkPolicy'))
     assert named(docs, 'PersistentVolumeClaim', 'data')['spec']['accessModes'] == ['ReadWriteMany']
     for line in c['args'][0].splitlines():
@@ -200,12 +202,16 @@ def test_the_training_s_pods_train_and_start_again(built, tmp_path):
     for i in range(9): (tmp_path/f'text/{i}.txt').write_text('\n\n'.join(s.text for s in World().stories(i, 40)))
     with socket.socket() as s: s.bind(('127.0.0.1', 0)); port = s.getsockname()[1]
     told = {k: v.replace('/data', str(tmp_path)) for k,v in settings(docs).items()}
-    told |= dict(MASTER_ADDR='127.0.0.1', MASTER_PORT=str(port), PRESET='1m', STEPS='3', OMP_NUM_THREADS='1', PATH=f"{tmp_path/'bin'}:/usr/bin:/bin", PYTHONPATH=str(ROOT))
-    start = lambda r: subprocess.Popen([*c['command'], *c['args']], env=told | dict(RANK=str(r)), cwd=tmp_path, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
-    (tmp_path/'runs/pretrain').mkdir(parents=True); (tmp_path/'runs/pretrain/run.json').write_text('{}')   # what a pod left that died at once
+    told |= dict(MASTER_ADDR='127.0.0.1', MASTER_PORT=str(port), PRESET='1m', STEPS='3', OMP_NUM_THREADS='1', PYTHONPATH=str(ROOT),
+                 PATH=f"{tmp_path/'bin'}:/usr/bin:/bin")
+    def start(r): return subprocess.Popen([*c['command'], *c['args']], env=told | dict(RANK=str(r)), cwd=tmp_path, text=True,
+                                          stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+    (tmp_path/'runs/pretrain').mkdir(parents=True)
+    (tmp_path/'runs/pretrain/run.json').write_text('{}')              # left by a pod that died at once
     both = [start(r) for r in range(2)]; said = [p.communicate(timeout=120)[0] for p in both]
     assert [p.returncode for p in both] == [0, 0], said
     info = json.loads((tmp_path/'runs/pretrain/run.json').read_text()); assert info['status'] == 'done' and info['processes'] == 2
+    assert [p.read_text() for p in (tmp_path/'runs').glob('pretrain.*/run.json')] == ['{}']           # put aside, not lost
     late = start(1); assert late.wait(10) == 0                        # a pod that comes again when all is over
 
 # ---- the model comes by revision and hash

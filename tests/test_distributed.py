@@ -1,5 +1,5 @@
 "Several processes train one model: real ones, over gloo, started as a user starts them."
-import contextlib, json, os, signal, subprocess, sys, threading, time
+import contextlib, json, os, signal, socket, subprocess, sys, threading, time
 from pathlib import Path
 import pandas as pd, pytest, torch
 from safetensors.torch import load_file
@@ -29,9 +29,11 @@ from slm.train.dpo import dpo
 from slm.train.reward import reward_model
 from slm.train.rlhf import grpo
 from slm.train.distill import distill
+from slm.train.lora import lora
 base,out = sys.argv[1:]
 kw = dict(device='cpu', dtype='float32', opt='adamw', seed=3, evals=1, samples=1)
 sft(base, 'chats.jsonl', f'{out}/sft', steps=3, bs=8, micro_batch=4, seq_len=64, **kw)
+lora(base, 'chats.jsonl', f'{out}/lora', steps=3, bs=8, micro_batch=4, seq_len=64, **kw)
 dpo(base, 'pairs.jsonl', f'{out}/dpo', steps=3, bs=8, micro_batch=4, **kw)
 reward_model(base, 'pairs.jsonl', f'{out}/reward', steps=3, bs=8, **kw)
 grpo(base, 'chats.jsonl', out=f'{out}/rlhf', steps=1, group=4, bs=4, micro_batch=2, max_new_tokens=8, reward='lengths:by_length', **kw)
@@ -46,7 +48,7 @@ def test_every_stage_learns_the_same_in_two_processes(base, tmp_path, monkeypatc
     rows(tmp_path/'chats.jsonl', [dict(messages=[turn('user', q), turn('assistant', a)]) for q,a in zip(asked, said)])
     rows(tmp_path/'pairs.jsonl', [dict(prompt=q, chosen=a, rejected='No.'*(1+len(q)%4)) for q,a in zip(asked, said)])
     for n in (1, 2): assert launch(n, [script(tmp_path/'stages.py', STAGES), base, tmp_path/str(n)]) == 0
-    for stage in 'sft dpo reward rlhf distill'.split():
+    for stage in 'sft lora dpo reward rlhf distill'.split():
         one,two = (pd.read_csv(tmp_path/str(n)/stage/'log.csv') for n in (1, 2))
         assert len(one) == len(two) and (one.loss-two.loss).abs().max() < 2.5e-5, stage
         assert ((one.grad_norm-two.grad_norm).abs() <= 1e-4*one.grad_norm).all() and one.grad_norm.min() > 1e-3, stage
@@ -81,7 +83,8 @@ def test_killed_with_muon_and_dropout_it_ends_where_it_would_have_ended(tmp_path
     assert together('pretrain', 2, *asked, '--out', tmp_path/'straight') == 0; capfd.readouterr()
     with when_saved(out, 3, lambda: os.kill(processes(out)[1], signal.SIGKILL)):
         assert together('pretrain', 2, *asked, '--save-minutes', .001, '--out', out) == 2
-    assert capfd.readouterr().err.splitlines() == ['slm: error: process 1 of 2 was ended by SIGKILL: slm resume RUN goes on from its last checkpoint']
+    said, = capfd.readouterr().err.splitlines()
+    assert said == 'slm: error: process 1 of 2 was ended by SIGKILL: slm resume RUN goes on from its last checkpoint'
     assert processes(out) == {} and together('resume', 2, out) == 0             # nobody was left behind
     a,b = (load_file(tmp_path/k/'model.safetensors') for k in ('straight', 'killed')); assert all(torch.equal(a[k], b[k]) for k in a)
 
@@ -114,14 +117,41 @@ ranks.any(False)
 @pytest.mark.skipif(sys.platform != 'linux', reason="needs other processes' sockets")
 def test_nobody_outside_of_the_machine_can_come_in(tmp_path): assert launch(2, [script(tmp_path/'listens.py', LISTENS)]) == 0
 
+def test_who_loses_the_others_says_so_and_nothing_else(tmp_path, capfd):
+    "Without a launcher, as in a pod: one dies, the other has one line"
+    with socket.socket() as s: s.bind(('127.0.0.1', 0)); port = s.getsockname()[1]
+    code = script(tmp_path/'dies.py', 'import os\nranks.any(False)\nif ranks.rank: os._exit(9)\nranks.any(False)\nprint("never")\n')
+    told = os.environ | dict(WORLD_SIZE='2', MASTER_ADDR='127.0.0.1', MASTER_PORT=str(port))
+    both = [subprocess.Popen([sys.executable, code], env=told | dict(RANK=str(r)), stderr=subprocess.PIPE, text=True) for r in range(2)]
+    said = [p.communicate(timeout=60)[1] for p in both]
+    assert [p.returncode for p in both] == [3, 9] and said[1] == ''
+    assert said[0].startswith('slm: error: another process of this training has ended') and said[0].count('\n') == 1
+
+def test_a_checkpoint_leaves_each_process_its_own_momentum(tmp_path):
+    "Muon's buffers are gathered for a checkpoint; afterwards nobody holds more than before"
+    code = '''
+import torch
+from slm.train.optim import Muon
+torch.manual_seed(0); ps = [torch.nn.Parameter(torch.randn(8, 8)) for _ in range(5)]; opt = Muon(ps)
+for p in ps: p.grad = torch.randn(8, 8)
+opt.step()
+def held(): return {i: opt.state[p]["momentum_buffer"].untyped_storage().nbytes() for i,p in enumerate(ps) if p in opt.state}
+before = held(); assert list(before) == [i for i in range(5) if i%2 == ranks.rank] and set(before.values()) == {256}
+state = opt.state_dict(); assert len(state["state"]) == 5 and held() == before
+opt.load_state_dict(state); assert held() == before
+each = ranks.each([state["state"][i]["momentum_buffer"] for i in range(5)]); assert all(torch.equal(a, b) for a,b in zip(*each))
+'''
+    assert launch(2, [script(tmp_path/'momentum.py', code)]) == 0
+
 def test_the_environment_must_be_whole(monkeypatch):
     monkeypatch.setenv('WORLD_SIZE', '3')
     for k in ('RANK', 'MASTER_ADDR', 'MASTER_PORT'): monkeypatch.delenv(k, raising=False)
     with pytest.raises(SLMError, match='RANK is not set'): join_ranks('cpu')
 
 def test_torchrun_starts_it_too(tmp_path):
-    p = subprocess.run([sys.executable, '-m', 'torch.distributed.run', '--nproc-per-node', '2', '-m', 'slm.cli', 'pretrain', *options(steps=2),
-                        '--out', tmp_path/'run'], capture_output=True, text=True, env=os.environ | dict(OMP_NUM_THREADS='1'))
+    p = subprocess.run([sys.executable, '-m', 'torch.distributed.run', '--nproc-per-node', '2', '-m', 'slm.cli', 'pretrain',
+                        *options(steps=2), '--out', tmp_path/'run'], capture_output=True, text=True,
+                       env=os.environ | dict(OMP_NUM_THREADS='1'))
     assert p.returncode == 0, p.stderr[-500:]
     assert json.loads((tmp_path/'run/run.json').read_text())['processes'] == 2 and p.stdout.count('report:') == 1
 

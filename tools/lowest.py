@@ -2,18 +2,17 @@
 
     python tools/lowest.py [--keep FOLDER]     needs uv (https://docs.astral.sh/uv/); downloads some gigabytes, PyTorch among them
 
-uv resolves the package's own requirements to their lowest versions, then every module that needs no extra is imported, and a model of some seconds
-is trained, taught, aligned, trained by two processes, asked and exported by the command. Exit code 1 when something fails.
+uv resolves the package's own requirements to their lowest versions, then every module that needs no extra is imported, and a model of
+some seconds is trained, taught, aligned, trained by two processes, asked and exported by the command. Exit code 1 when something fails.
 """
 import argparse, os, shutil, subprocess, sys, tempfile, time
 from configparser import ConfigParser
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
-LIFE = [c.split() for c in (
-    'pretrain --corpus world:0.1 --max-bytes 400000 --preset 1m --steps 12 --seq-len 512 --batch-tokens 2048 --device cpu --out p',
+NEW = 'pretrain --corpus world:0.1 --max-bytes 400000 --preset 1m --batch-tokens 2048 --device cpu'
+LIFE = [c.split() for c in (f'{NEW} --steps 12 --seq-len 512 --out p', f'{NEW} --steps 4 --seq-len 64 --out two --nproc 2',
     'sft p --max-rows 100 --steps 4 --device cpu --out s', 'dpo s --max-rows 60 --steps 3 --device cpu --out d',
-    'pretrain --corpus world:0.1 --max-bytes 400000 --preset 1m --steps 4 --seq-len 64 --batch-tokens 2048 --device cpu --out two --nproc 2',
     'generate d --prompt Ann --max-new-tokens 5', 'eval p --docs 5 --probes 20', 'export p --out e.gguf', 'runs .')]
 IMPORT = '''
 import importlib, pkgutil, slm
@@ -33,7 +32,8 @@ def environment(folder):
        str(folder/'low.in'), '-o', str(folder/'low.txt'))
     do('venv', '-q', '--python', sys.executable, str(folder/'venv'))
     do('pip', 'install', '-q', '-r', str(folder/'low.txt'), VIRTUAL_ENV=str(folder/'venv'))
-    own = [l for l in (folder/'low.txt').read_text().splitlines() if l.split('=')[0] in ('torch', 'fastai', 'fastcore', 'datasets', 'typer', 'numpy')]
+    some = 'torch', 'fastai', 'fastcore', 'datasets', 'typer', 'numpy'
+    own = [l for l in (folder/'low.txt').read_text().splitlines() if l.split('=')[0] in some]
     print('oldest versions:', ', '.join(own), flush=True); return folder/'venv'/'bin'/'python'
 
 def main():
@@ -42,7 +42,8 @@ def main():
     with tempfile.TemporaryDirectory(prefix='slm-lowest-') as d:
         folder = a.keep or Path(d); folder.mkdir(exist_ok=True); at = folder/'venv'/'bin'/'python'
         python = at if at.exists() else environment(folder); work = Path(d)/'work'; work.mkdir()
-        env = os.environ | dict(PYTHONPATH=str(ROOT), SLM_HOME=str(work/'home'), TQDM_DISABLE='1', PATH=f"{python.parent}{os.pathsep}{os.environ['PATH']}")
+        env = os.environ | dict(PYTHONPATH=str(ROOT), SLM_HOME=str(work/'home'), TQDM_DISABLE='1',
+                                PATH=f"{python.parent}{os.pathsep}{os.environ['PATH']}")
         for name,args in [('imports', ['-c', IMPORT]), *((' '.join(c[:2]), ['-m', 'slm.cli', *c]) for c in LIFE)]:
             t0 = time.monotonic(); r = subprocess.run([python, *args], cwd=work, env=env, capture_output=True, text=True)
             print(f'{name:22} {time.monotonic()-t0:5.1f} s  {"ok" if not r.returncode else "FAILED"}', flush=True)

@@ -24,17 +24,17 @@ def _wait(procs, says)->int:
     if not any(p.returncode for p in procs): return 0
     end = time.monotonic()+5                                                     # the first one may be about to say why
     while procs[0].poll() is None and time.monotonic() < end: time.sleep(.05)
-    codes = [p.poll() for p in procs]; interrupted = set(codes) <= {130, None}
+    codes = [p.poll() for p in procs]; interrupted = 130 in codes and set(codes) <= {130, None, _LOST}
     for p in procs:
         if not interrupted and p.poll() is None: p.kill()
         p.wait()
-    if interrupted: return procs[0].returncode
+    if interrupted: return 130
     bad = next((r for r,c in enumerate(codes) if c not in (0, None, _LOST)), codes.index(_LOST) if _LOST in codes else 0)
     code,name,last = codes[bad],f'process {bad} of {len(procs)}',[]
     if bad: says[bad].seek(0); last = says[bad].read().decode(errors='replace').strip().splitlines()
     if -code in (signal.SIGABRT, signal.SIGSEGV, signal.SIGBUS): print(*last[-40:], sep='\n', file=sys.stderr)  # a fault of the program
     if code < 0: _say(f'{name} was ended by {signal.Signals(-code).name}: slm resume RUN goes on from its last checkpoint')
-    elif code == _LOST: _say('the processes have lost each other: slm resume RUN goes on from the last checkpoint')
+    elif code == _LOST: _say(f'the processes have lost each other: slm resume RUN goes on from the last checkpoint')
     elif bad and codes[0] in (0, None, _LOST):                                   # otherwise it has spoken for itself
         _say(f"{name}: {(last or ['it has failed without a word'])[-1].removeprefix('slm: error: ')}")
     return 2
@@ -68,7 +68,7 @@ def launch(
             for f in says[1:]: f.close()
 
 # %% ../../nbs/39_train.distributed.ipynb #39d1000a
-class Lost(SLMError): "Another process of this training has ended."
+class Lost(Exception): "Another process of this training has ended."
 
 class TorchRanks(Ranks):
     "`Ranks` by `torch.distributed`: gloo for processors and for words, NCCL for cards."
@@ -147,14 +147,16 @@ def join_ranks(
         raise SLMError(f"nobody to meet at {env['MASTER_ADDR']}:{env['MASTER_PORT']} ({' '.join(str(e).split())[:80]})") from None
     Ranks.now = TorchRanks(rank, n, store); atexit.register(dist.destroy_process_group)
     if not Ranks.now.first: sys.stdout = open(os.devnull, 'w', encoding='utf-8')  # one prints
-    if parent := env.get('SLM_LAUNCHER'):
-        sys.excepthook = _lost; threading.Thread(target=_orphan, args=(int(parent),), daemon=True).start()
+    if parent := env.get('SLM_LAUNCHER'): threading.Thread(target=_orphan, args=(int(parent),), daemon=True).start()
+    sys.excepthook = _lost
     return Ranks.now
 
 def _lost(kind, e, trace):
-    "Whoever only lost the others leaves the word to them"
-    if issubclass(kind, Lost): sys.stdout.flush(); os._exit(_LOST)
-    sys.__excepthook__(kind, e, trace)
+    "Whoever only lost the others says so in a line, or leaves the word to the launcher, which knows more"
+    if not issubclass(kind, Lost): return sys.__excepthook__(kind, e, trace)
+    text = str(e).rpartition('\n\t')[2]                                         # fastai puts the callback's name before it
+    if 'SLM_LAUNCHER' not in os.environ or not Ranks.now.first: _say(text)
+    sys.stdout.flush(); sys.stderr.flush(); os._exit(_LOST)
 
 def _orphan(parent):
     "End in order when the launcher is gone"

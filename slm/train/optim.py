@@ -88,7 +88,8 @@ def state_dict(self:Muon)->dict:
     foreign = [p for p,r in self.owner.items() if r != self.ranks.rank]
     for p,r in self.owner.items():
         buf = self.state[p]['momentum_buffer'] if r == self.ranks.rank else torch.zeros_like(p)
-        self.state[p]['momentum_buffer'] = self.ranks.stack(buf.detach())[r]
+        at = self.ranks.stack(buf.detach())[r]
+        if r != self.ranks.rank: self.state[p]['momentum_buffer'] = at.clone()  # not a view of all of them
     res = torch.optim.Optimizer.state_dict(self)
     for p in foreign: del self.state[p]
     return res
