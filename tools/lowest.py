@@ -44,7 +44,7 @@ def main():
         python = at if at.exists() else environment(folder); work = Path(d)/'work'; work.mkdir()
         env = os.environ | dict(PYTHONPATH=str(ROOT), SLM_HOME=str(work/'home'), TQDM_DISABLE='1',
                                 PATH=f"{python.parent}{os.pathsep}{os.environ['PATH']}")
-        for name,args in [('imports', ['-c', IMPORT]), *((' '.join(c[:2]), ['-m', 'slm.cli', *c]) for c in LIFE)]:
+        for name,args in [('imports', ['-c', IMPORT]), *((c[0]+' --nproc 2'*('--nproc' in c), ['-m', 'slm.cli', *c]) for c in LIFE)]:
             t0 = time.monotonic(); r = subprocess.run([python, *args], cwd=work, env=env, capture_output=True, text=True)
             print(f'{name:22} {time.monotonic()-t0:5.1f} s  {"ok" if not r.returncode else "FAILED"}', flush=True)
             if r.returncode: sys.exit(f'lowest: {name}: {r.stderr.strip()[-1500:]}')

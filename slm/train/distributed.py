@@ -50,7 +50,8 @@ def launch(
     if nproc < 1: raise SLMError(f'--nproc must be at least 1, not {nproc}')
     door,cores,own = socket.create_server(('127.0.0.1', 0)),os.cpu_count() or 1,'lo0' if sys.platform == 'darwin' else 'lo'
     port = door.getsockname()[1]                                                 # nobody outside of this machine can come in
-    store = dist.TCPStore('127.0.0.1', port, is_master=True, wait_for_workers=False, master_listen_fd=door.detach())
+    store = dist.TCPStore('127.0.0.1', port, is_master=True, wait_for_workers=False, master_listen_fd=door.detach(),
+                          use_libuv=False)                                       # PyTorch 2.6 takes a socket by the older way only
     env = os.environ | dict(WORLD_SIZE=str(nproc), LOCAL_WORLD_SIZE=str(nproc), MASTER_ADDR='127.0.0.1', MASTER_PORT=str(port),
                             TORCHELASTIC_USE_AGENT_STORE='True', SLM_LAUNCHER=str(os.getpid()), PYTHONFAULTHANDLER='1')
     for k,v in dict(OMP_NUM_THREADS=str(max(1, cores//nproc)), GLOO_SOCKET_IFNAME=own, NCCL_SOCKET_IFNAME=own).items(): env.setdefault(k, v)
