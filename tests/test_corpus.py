@@ -1,11 +1,12 @@
 "slm.data.corpus: faults, hub streaming against a stand-in for the hub, properties of normalisation, cutting and hashing, peak memory."
-import errno, gzip, json, os, re, subprocess, sys, types, unicodedata
+import errno, gzip, json, os, re, shutil, subprocess, sys, types, unicodedata
 from pathlib import Path
 import numpy as np, pyarrow as pa, pyarrow.parquet as pq, pytest
 from hypothesis import given, settings, strategies as st
 from slm.core import SLMError, slm_home
 import slm.data.corpus as C
 from slm.data.corpus import *
+from hub import SHA, Hub
 
 ROOT = Path(__file__).parent.parent
 WORDS = 'the a of river stone lamp winter garden reads slowly under every bright old'.split()
@@ -138,7 +139,7 @@ def test_max_bytes_and_shards(here, monkeypatch):
     c = build_corpus('files:a.jsonl', out='out', max_bytes=100_000)
     assert 99_000 < sum(c.n_bytes.values()) <= 100_000
     assert c.fingerprint == build_corpus('files:a.jsonl', out='out2', max_bytes=100_000).fingerprint
-    monkeypatch.setattr(C._Shards.__init__, '__defaults__', (20_000, 200_000)); monkeypatch.setattr(C._batches, '__defaults__', (10_000,))
+    monkeypatch.setattr(C._Shards.__init__, '__defaults__', (20_000, 200_000)); monkeypatch.setattr(C, 'PART', 10_000)
     many = build_corpus('files:a.jsonl', out='many'); whole = [*many.docs('train')]
     assert len(many.files('train')) > 3 and len(whole) == many.n_docs['train']
     assert pq.ParquetFile(many.files('train')[0]).num_row_groups > 5
@@ -385,7 +386,36 @@ def test_an_old_corpus_survives_a_failed_rebuild(here, monkeypatch):
     monkeypatch.setattr(C, '_pass2', die)
     with pytest.raises(KeyboardInterrupt): build_corpus('files:a.txt', out='c', rebuild=True)
     assert Corpus.open('c').fingerprint == a.fingerprint
-    assert sorted(p.name for p in here.iterdir()) in (['a.txt', 'c'], ['a.txt', 'c', 'home'])
+    assert sorted(p.name for p in here.iterdir() if p.name != 'home') == ['.c.stage', 'a.txt', 'c'] # what was read is kept for the next try
+    assert build_corpus('files:a.txt', out='c').fingerprint == a.fingerprint and not Path('.c.stage').exists() # nobody needs it any more
+
+KILLED = '''
+import os, sys
+import slm.data.corpus as C
+C.PART, parts = 20_000, int(sys.argv[1])
+end_part = C._Stage.end_part
+def counted(self, *args, **kw):
+    end_part(self, *args, **kw)
+    if self.parts == parts: os.kill(os.getpid(), 9)
+C._Stage.end_part = counted
+print(C.build_corpus('files:*.jsonl', out='c').fingerprint)
+'''
+@pytest.mark.parametrize('parts', [1, 3])
+def test_a_killed_build_goes_on(here, parts):
+    "SIGKILL behind a finished part: the next call reads the rest, and makes the corpus that an undisturbed one makes"
+    ps = prose(700); ps += ps[:50]+[ps[60].replace('the', 'thy', 1)]
+    for i in range(2): Path(f'{i}.jsonl').write_text('\n'.join(json.dumps(dict(text=p)) for p in ps[i*400:(i+1)*400]))
+    whole = build_corpus('files:*.jsonl', out='whole')
+    run = lambda n: subprocess.run([sys.executable, '-c', KILLED, str(n)], capture_output=True, text=True, env=os.environ | dict(PYTHONPATH=str(ROOT)))
+    assert run(parts).returncode == -9
+    numbers = [np.load(p) for p in Path('.c.stage').glob('*.npy')]; assert len(numbers) == parts
+    done = sum(n.shape[1] for n in numbers); assert 30*parts < done < len(ps)
+    prepare, ready = C._prepare, []
+    C._prepare = lambda where, texts, **kw: (ready.append(len(texts)), prepare(where, texts, **kw))[1]
+    try: c = build_corpus('files:*.jsonl', out='c')
+    finally: C._prepare = prepare
+    assert c.fingerprint == whole.fingerprint and texts(c) == texts(whole) and c.stats == whole.stats
+    assert sum(ready) == len(ps)-done and not Path('.c.stage').exists()          # nothing that was finished was made again
 
 # ---------------------------------------------------------------- the hub
 
@@ -431,15 +461,62 @@ def test_wikitext_lines_become_articles(hub):
 
 def test_hub_faults(hub, monkeypatch):
     import datasets
-    def breaks(n):
-        for i in range(n): yield dict(text=f'row {i}')
-        raise ConnectionError('peer closed\nthe connection')
-    monkeypatch.setattr(datasets, 'load_dataset', lambda *a, **k: breaks(7))
-    fails('tinystories', 'broke off after 7 rows', 'peer closed the connection')
-    monkeypatch.setattr(datasets, 'load_dataset', lambda *a, **k: breaks(0)); fails('tinystories', 'cannot stream', 'offline')
     def no_config(*a, **k): raise ValueError("Config name is missing.\nPick one of ['a', 'b']")
     monkeypatch.setattr(datasets, 'load_dataset', no_config); fails('hf:some/one', 'Config name is missing', 'hf:OWNER/NAME/CONFIG')
-    monkeypatch.setattr(datasets, 'load_dataset', lambda *a, **k: []); fails('hf:some/one', 'no rows')
+
+# ---------------------------------------------------------------- the hub, over HTTP
+
+def hub_set(n_files=3, rows=400):
+    "A data set of parquet files for a stand-in hub; returns its texts in order"
+    folder, ps = Path('served/some/one'), prose(n_files*rows, least=60, most=200); folder.mkdir(parents=True)
+    for i in range(n_files):
+        part = ps[i*rows:(i+1)*rows]
+        pq.write_table(pa.table(dict(text=part, url=[f'http://x/{j}' for j in range(rows)])), folder/f'train-{i:05}-of-{n_files:05}.parquet', row_group_size=100)
+    return ps
+
+FETCH = """
+import json, sys, time, types
+import datasets, huggingface_hub.utils._http as http
+http.time = types.SimpleNamespace(**vars(time) | dict(sleep=lambda s: time.sleep(min(s, .05)))) # nobody waits for a server that is ours
+datasets.config.STREAMING_READ_MAX_RETRIES = int(sys.argv[2])
+for k in ('READ', 'OPEN', 'READ_SERVER_UNAVAILABLE', 'READ_RATE_LIMIT'): setattr(datasets.config, f'STREAMING_{k}_RETRY_INTERVAL', .05)
+from slm.core import SLMError
+import slm.data.corpus as C
+C.PART = int(sys.argv[3])
+try: c = C.build_corpus(sys.argv[1], out='out'); print(json.dumps(dict(fingerprint=c.fingerprint, docs=sum(c.n_docs.values()), revision=c.info['revision'], license=c.license)))
+except SLMError as e: print(e); sys.exit(2)
+"""
+def fetch(url, retries=3, part=40_000, spec='hf:some/one'):
+    "Build a corpus from a hub at `url` with its real clients, in a process of its own"
+    env = os.environ | dict(PYTHONPATH=str(ROOT), HF_ENDPOINT=url, HF_HUB_DISABLE_TELEMETRY='1', HF_HOME=str(Path('hf').absolute()), NO_PROXY='127.0.0.1', TQDM_DISABLE='1')
+    env.pop('HF_HUB_OFFLINE', None); env.pop('HF_DATASETS_OFFLINE', None)
+    return subprocess.run([sys.executable, '-c', FETCH, spec, str(retries), str(part)], capture_output=True, text=True, env=env, timeout=300)
+
+def test_a_stream_survives_cuts_and_refusals(here):
+    "Connections that are dropped half-way, 429 and 503: the corpus is the one that a calm network gives"
+    ps = hub_set()
+    with Hub('served') as calm: want = fetch(calm.url)
+    assert not want.returncode, want.stdout+want.stderr
+    want = json.loads(want.stdout); assert want['docs'] == len(ps) and want['revision'] == SHA and want['license'] == 'cc0-1.0'
+    shutil.rmtree('out')
+    with Hub('served', faults={2: 'cut', 4: 429, 5: 503, 7: 'cut'}) as stormy: got = fetch(stormy.url)
+    assert not got.returncode, got.stdout+got.stderr
+    assert json.loads(got.stdout) == want
+    codes = [c for _,_,c in stormy.log]; assert {429, 503, 'dropped'} <= set(codes), codes
+
+def test_a_stream_that_breaks_off_goes_on_where_it_was(here):
+    "The hub dies for good after some requests; the next call reads only what is missing"
+    ps = hub_set(5)                                                              # the first thousand rows decide which column is the text
+    with Hub('served') as calm: want = json.loads(fetch(calm.url).stdout); all_bytes = calm.sent
+    shutil.rmtree('out')
+    with Hub('served', dies_after=9) as dying: broken = fetch(dying.url)
+    assert broken.returncode == 2 and 'broke off after' in broken.stdout and 'run it again' in broken.stdout, broken.stdout+broken.stderr
+    assert 'the same call goes on' in broken.stderr and not Path('out').exists() and Path('.out.stage').is_dir()
+    kept = json.loads(Path('.out.stage/stage.json').read_text()); assert kept['parts'] > 1 and 100 < kept['behind']['place']['rows'] < len(ps)
+    with Hub('served') as back: got = fetch(back.url)
+    assert not got.returncode, got.stdout+got.stderr
+    assert json.loads(got.stdout) == want and not Path('.out.stage').exists()
+    assert back.sent < .8*all_bytes, (back.sent, all_bytes)                      # the finished files were not asked for again
 
 def test_no_such_data_set(here, monkeypatch):
     import httpx

@@ -66,6 +66,28 @@ def test_generates_with_cache_what_it_generates_without(pair, device):
             assert logits[t] >= logits.max()-1e-3*logits.abs().max()                 # equal, or a tie within the device's rounding
             p = p+[t]
 
+@pytest.mark.parametrize('rows', [1, 3])
+def test_steps_of_fixed_shape_say_the_same(pair, device, rows):
+    "On cuda they are recorded and replayed; rows of different length, one that leaves, a second recording behind 128 keys"
+    from slm.model.generate import DecodeBatch, SamplingParams
+    set_seed(0); model = GPT(GPTConfig(vocab_size=97, n_layer=2, d_model=64, n_head=4, n_kv_head=2, max_seq_len=192)).to(device)
+    prompts = [torch.randint(0, 97, (n,)).tolist() for n in (120, 100, 7)[:rows]]; outs = []
+    for static in (False, True):
+        b = DecodeBatch(model, prompts, [SamplingParams(temperature=.8, seed=i, max_new_tokens=40) for i in range(rows)], static=static)
+        steps = [b.step() for _ in range(20)]; b.keep([*range(rows)][:2]); steps += [b.step() for _ in range(20)]; outs.append(steps)
+        assert (b.still is not None) == static
+        if static and device == 'cuda': assert sorted(b.still.recorded) == [128, 192]
+    assert [ids for ids,_ in outs[0]] == [ids for ids,_ in outs[1]]
+    assert [lp for _,lps in outs[1] for lp in lps] == pytest.approx([lp for _,lps in outs[0] for lp in lps], abs=1e-3)
+
+@pytest.mark.parametrize('causal', [True, False])
+def test_documents_in_16_bits(device, causal):
+    "What a card does without a mask is what the processor does with one"
+    set_seed(0); model = GPT(GPTConfig(vocab_size=97, n_layer=2, d_model=64, n_head=4, n_kv_head=2, max_seq_len=64, causal=causal)).bfloat16()
+    idx, lens = torch.randint(0, 97, (2, 48)), torch.tensor([[20, 28, 0], [5, 3, 39]])
+    with torch.no_grad(): a, b = copy.deepcopy(model).to(device)(idx.to(device), seqlens=lens.to(device)), model.float()(idx, seqlens=lens)
+    assert close(a.float(), b, .05)
+
 def test_what_fits_depends_on_the_number_format(monkeypatch):
     "125m with 49k tokens on a card of 24 GB: not in float32, but in bfloat16"
     from slm.core import SLMError

@@ -187,7 +187,7 @@ class Fan(DecodeBatch):
         first, logits = self.seqlens is not None, super()._logits()
         if not first: return logits
         rows = [i for i in range(len(logits)) for _ in range(self.k)]
-        self.cache.keep(rows); return logits[rows]                               # (b·k,v)
+        self.cache.keep(rows); self.rows = torch.arange(len(rows)); return logits[rows]                               # (b·k,v)
 
 def fan_out(
     model:GPT, tok:Tokenizer,

@@ -4,17 +4,18 @@
 
 # %% auto #0
 __all__ = ['apply_temperature', 'keep_top_k', 'keep_top_p', 'keep_min_p', 'penalize_repeats', 'SamplingParams', 'Sampler',
-           'DecodeBatch', 'TextStream', 'Generation', 'decode', 'complete', 'generate_ids', 'prompt_ids', 'generate',
-           'Stream', 'stream']
+           'DecodeBatch', 'FixedCache', 'StaticStep', 'TextStream', 'Generation', 'decode', 'complete', 'generate_ids',
+           'prompt_ids', 'generate', 'Stream', 'stream']
 
 # %% ../../nbs/12_model.generate.ipynb #6e663db2
-import codecs, math, numbers
+import codecs, math, numbers, sys
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 from ..core import SLMError
 from .gpt import GPT
+from .layers import KVCache
 
 # %% ../../nbs/12_model.generate.ipynb #edc9b03c
 def _col(
@@ -174,7 +175,7 @@ def __call__(self:Sampler,
                      for g,gen in zip(self.greedy.tolist(), self.gens)])
     total = sums[:, -1:].contiguous()
     drawn = torch.searchsorted(sums, _col(u, sums)*total, right=True)            # (b,1)
-    drawn = torch.minimum(drawn, torch.searchsorted(sums, total))                # rounding may push u*total up to total
+    drawn = torch.minimum(drawn, torch.searchsorted(sums, total)).clamp_(max=sums.shape[-1]-1) # rounding may push u*total up to total; NaN sorts last
     return torch.where(self.greedy.to(logits.device), kept.argmax(-1), drawn[:, 0])
 
 # %% ../../nbs/12_model.generate.ipynb #fad14d37
@@ -185,11 +186,14 @@ class DecodeBatch:
         prompts:list[list[int]], # token ids, at least one each
         params:list[SamplingParams], # one a prompt
         vocab_size:int|None=None, # choose among the first so many tokens; all if not given
+        static:bool|None=None, # steps of fixed shape (`StaticStep`); on cuda if not given
     ):
         c, w, lens = model.cfg, model.get_input_embeddings().weight, [len(p) for p in prompts]
         self.model, self.sampler, self.device, self.v = model, Sampler(params), w.device, vocab_size or c.vocab_size
         max_len = min(c.max_seq_len, max(n + p.max_new_tokens for n,p in zip(lens, params)))
         self.cache = model.new_cache(len(prompts), max_len)
+        self.static, self.still, self.steps = w.device.type == 'cuda' if static is None else static, None, 0
+        self.rows = torch.arange(len(prompts))                                   # of the cache, one a live row
         self.x = torch.tensor([[*p] + [0]*(max(lens)-len(p)) for p in prompts], device=w.device) # (b,t), padded on the right
         self.seqlens = torch.tensor(lens, device=w.device)[:, None]                             # (b,1)
         self.seen = torch.zeros(len(prompts), self.v, dtype=torch.bool, device=w.device) if self.sampler.penalizes else None
@@ -200,10 +204,80 @@ class DecodeBatch:
 @patch
 def _logits(self:DecodeBatch):
     "Scores (b,v) for each row's next token. Of a prompt only the last token's are wanted, so the head sees no other."
-    if self.seqlens is None: return self.model(self.x, cache=self.cache)[:, 0]
+    if self.seqlens is None: return self._still() if self.static else self.model(self.x, cache=self.cache)[:, 0]
     h = self.model.model(self.x, cache=self.cache, seqlens=self.seqlens)         # (b,t,d)
     return self.model.head(h[torch.arange(len(h), device=self.device), self.seqlens[:, 0]-1])
 
+
+# %% ../../nbs/12_model.generate.ipynb #51114fc0
+class FixedCache(KVCache):
+    "A cache for steps of one token, in another's memory: where to write is a tensor, how much to read is fixed."
+    def __init__(self,
+        cache:KVCache, # whose memory it is
+        at:Tensor, # (b,) place of the new token in each row, on the device
+        s:int, # keys that are looked at
+    ):
+        self.k,self.v,self.max_len,self.at,self.s = cache.k,cache.v,cache.max_len,at,s
+        self.start,self.even,self.each = None,False,torch.arange(len(at), device=at.device)
+
+    def begin(self, t, seqlens=None): return self.at[:, None]
+    def end(self): pass
+    def update(self, layer, k, v):
+        for kept,new in ((self.k[layer], k), (self.v[layer], v)): kept[self.each, :, self.at] = new[:, :, 0].to(kept.dtype)
+        return self.k[layer, :, :, :self.s], self.v[layer, :, :, :self.s]
+
+class StaticStep:
+    "One token a row by operations that are the same each time; on cuda they are recorded and replayed in one launch."
+    def __init__(self,
+        model:GPT,
+        cache:KVCache, # of the rows; keys and values are added
+    ):
+        self.model,self.cache,self.recorded,self.pool = model,cache,{},None
+        self.x,self.at = (torch.zeros(len(cache.lens), *n, dtype=torch.long, device=cache.k.device) for n in ((1,), ()))
+
+    def logits(self, s): return self.model(self.x, cache=FixedCache(self.cache, self.at, s))[:, 0] # (b,v)
+
+    def record(self, s):
+        "A graph of the step that looks at `s` keys, and where it leaves its logits"
+        side,graph = torch.cuda.Stream(),torch.cuda.CUDAGraph(); side.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(side): self.logits(s)                             # libraries prepare themselves outside of the recording
+        torch.cuda.current_stream().wait_stream(side)
+        with torch.cuda.graph(graph, pool=self.pool, capture_error_mode='thread_local'): out = self.logits(s)
+        self.pool = self.pool or graph.pool()
+        return graph, out
+
+    def __call__(self,
+        x:Tensor, # (n,) one token for each of `rows`
+        rows:Tensor, # (n,) which rows, on the CPU; the others stand still
+    )->Tensor: # logits (n,v); the next call overwrites them
+        most,to = int(self.cache.lens[rows].max())+1,rows.to(self.x.device)
+        every = torch.equal(rows, torch.arange(len(self.x)))
+        if most > self.cache.max_len:
+            raise SLMError(f'the cache holds {self.cache.max_len} tokens a row, {most} are needed: make it larger, or stop earlier')
+        self.x[slice(None) if every else to] = x[:, None]; self.at.copy_(self.cache.lens); self.cache.lens[rows] += 1
+        s = min(max(128, 1 << (most-1).bit_length()), self.cache.max_len)
+        if self.x.is_cuda:
+            if s not in self.recorded: self.recorded[s] = self.record(s)
+            graph,out = self.recorded[s]; graph.replay()
+        else: out = self.logits(s)
+        return out if every else out[to]
+
+# %% ../../nbs/12_model.generate.ipynb #51114fc2
+@patch
+def _still(self:DecodeBatch):
+    "Scores (b,v) by a step of fixed shape, from the eighth on"
+    self.steps += 1
+    if self.steps < 8 or type(self.cache) is not KVCache or torch.is_autocast_enabled(self.device.type):
+        return self.model(self.x, cache=self.cache)[:, 0]
+    if not self.still: self.still = StaticStep(self.model, self.cache)
+    try: return self.still(self.x[:, 0], self.rows)
+    except RuntimeError as e:                                                    # a recording that this card, or this version, refuses
+        if not self.x.is_cuda: raise
+        print(f'steps cannot be recorded ({str(e).splitlines()[0][:120]}): going on without', file=sys.stderr)
+        self.static = False; self.cache.keep(self.rows); self.rows = torch.arange(len(self.rows)); self.cache.lens -= 1
+        return self.model(self.x, cache=self.cache)[:, 0]
+
+# %% ../../nbs/12_model.generate.ipynb #51114fc4
 @patch
 @torch.no_grad()
 def step(self:DecodeBatch)->tuple[list[int], list[float]]: # one token id a row, and its log-probability under the model
@@ -213,22 +287,26 @@ def step(self:DecodeBatch)->tuple[list[int], list[float]]: # one token id a row,
     try: logits = self._logits()[:, :self.v].float()                             # (b,v)
     finally:
         if was_training: self.model.train()
-    logprobs = logits.log_softmax(-1)                                            # (b,v)
-    if logprobs[:, 0].isnan().any():
-        raise SLMError("the model's output is not a number: the checkpoint is damaged, or its training diverged")
     ids = self.sampler(logits, self.seen)                                        # (b,)
     if self.seen is not None: self.seen.scatter_(1, ids[:, None], True)
     self.x, self.seqlens = ids[:, None], None                                    # (b,1)
-    return ids.tolist(), logprobs.gather(1, ids[:, None])[:, 0].tolist()
+    logprobs = logits.log_softmax(-1).gather(1, ids[:, None])[:, 0]              # (b,)
+    ids, logprobs = torch.stack((ids.float(), logprobs)).tolist()                # one way back from the device
+    if any(map(math.isnan, logprobs)):
+        raise SLMError("the model's output is not a number: the checkpoint is damaged, or its training diverged")
+    return [*map(int, ids)], logprobs
 
 @patch
 def keep(self:DecodeBatch,
     rows:list[int], # rows that stay, in this order
 ):
-    "Let the other rows leave: they cost nothing from now on."
+    "Let the other rows leave: they cost nothing from now on (in steps of fixed shape: once half of them have left)."
     idx = torch.tensor(rows, device=self.device)
-    self.sampler.keep(rows); self.cache.keep(rows); self.x = self.x[idx]
+    self.sampler.keep(rows); self.x, self.rows = self.x[idx], self.rows[rows]
     if self.seen is not None: self.seen = self.seen[idx]
+    if not self.still or 2*len(rows) <= len(self.cache.lens):
+        self.cache.keep(self.rows); self.rows, self.still = torch.arange(len(rows)), None
+
 
 # %% ../../nbs/12_model.generate.ipynb #b962c827
 class TextStream:

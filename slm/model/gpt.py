@@ -238,7 +238,8 @@ def context(self:Backbone,
     if c.pos == 'learned' and s > c.max_seq_len:
         raise SLMError(f'{s} tokens, but only {c.max_seq_len} positions were learned: shorten the text')
     ctx = AttnContext(causal=c.causal, cache=cache)
-    if c.pos == 'alibi' or not plain: ctx.bias = attn_bias(at, s, c.causal, doc, self.constants(dev) if c.pos == 'alibi' else None, dtype)
+    if doc is not None and c.pos != 'alibi' and can_varlen(dev, dtype, c.head_dim): ctx.starts = doc_starts(seqlens, t)
+    elif c.pos == 'alibi' or not plain: ctx.bias = attn_bias(at, s, c.causal, doc, self.constants(dev) if c.pos == 'alibi' else None, dtype)
     if c.pos == 'rope':                                                          # (t,·), or (b,1,t,·): the same for all heads
         ctx.cos,ctx.sin = (o if o.ndim == 2 else o[:, None] for o in rope_cos_sin(pos, self.constants(dev), dtype, c.rope_scaling))
     return ctx, pos

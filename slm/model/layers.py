@@ -5,10 +5,11 @@
 # %% auto #0
 __all__ = ['NORMS', 'ROPE_KINDS', 'ACTS', 'GATES', 'RMSNorm', 'LayerNorm', 'attend_blocks', 'attend', 'sinusoids', 'alibi_slopes',
            'rope_kind', 'yarn_speeds', 'yarn_scale', 'rope_inv_freq', 'dynamic_speeds', 'rope_cos_sin', 'apply_rope',
-           'doc_positions', 'attn_bias', 'KVCache', 'AttnContext', 'cast_once', 'Attention', 'MLP', 'Block']
+           'doc_positions', 'attn_bias', 'can_varlen', 'doc_starts', 'attend_docs', 'KVCache', 'AttnContext',
+           'cast_once', 'Attention', 'MLP', 'Block']
 
 # %% ../../nbs/10_model.layers.ipynb #163ef0bd
-import math
+import inspect, math
 from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
@@ -230,6 +231,41 @@ def attn_bias(
     bias = torch.zeros((), device=at.device) if slopes is None else -slopes[:, None, None]*dist.abs()
     return torch.where(hide, -math.inf, bias).to(dtype)
 
+# %% ../../nbs/10_model.layers.ipynb #e592b9ed
+try:
+    from torch.nn.attention.varlen import varlen_attn
+    _VARLEN = {'window_size', 'enable_gqa'} <= set(inspect.signature(varlen_attn).parameters)
+except ImportError: varlen_attn,_VARLEN = None,False                             # PyTorch before 2.12
+
+def can_varlen(
+    device:torch.device,
+    dtype:torch.dtype, # that attention is computed in
+    head_dim:int,
+)->bool:
+    "Is there a kernel for documents of different length?"
+    kernel = _VARLEN and device.type == 'cuda' and dtype in (torch.bfloat16, torch.float16) and head_dim%8 == 0 and head_dim <= 256
+    return kernel and torch.cuda.get_device_capability(device)[0] >= 8
+
+def doc_starts(
+    seqlens:Tensor, # (b,n) lengths of the documents in each row, zero-padded
+    t:int, # tokens in a row
+)->Tensor: # int32 (b·(n+1)+1,): where each begins in all rows one behind the other, and their end; what is not there begins where it ends
+    "The documents as `varlen_attn` wants them; what comes after a row's last one counts as one more."
+    lens = torch.cat((seqlens, t-seqlens.sum(1, keepdim=True)), 1)               # (b,n+1)
+    return F.pad(lens.flatten().cumsum(0), (1, 0)).int()
+
+def attend_docs(
+    q:Tensor, # (b,h,t,head_dim)
+    k:Tensor, # (b,m,t,head_dim), m key-value heads, a divisor of h
+    v:Tensor, # (b,m,t,head_dim)
+    starts:Tensor, # of `doc_starts`
+    causal:bool=True, # hide what comes later
+)->Tensor: # (b,h,t,head_dim)
+    "Attention inside of each document, without a mask."
+    (b,h,t,_),flat = q.shape,lambda x: x.transpose(1, 2).flatten(0, 1)           # (b·t,h,head_dim)
+    y = varlen_attn(*map(flat, (q, k, v)), starts, starts, t, t, window_size=(-1, 0 if causal else -1), enable_gqa=k.shape[1] < h)
+    return y.unflatten(0, (b, t)).transpose(1, 2)
+
 # %% ../../nbs/10_model.layers.ipynb #165d14c8
 class KVCache:
     "Room for the keys and values of all layers; each row has its own length."
@@ -320,6 +356,7 @@ class AttnContext:
     causal:bool=True # hide what comes later
     cache:KVCache|None=None # between its `begin` and `end`
     pos:Tensor|None=None # (b,t) place of each token in its document, where a row has several; for layers without mask and rotation
+    starts:Tensor|None=None # of `doc_starts`, instead of a mask, where `can_varlen`
 
 # %% ../../nbs/10_model.layers.ipynb #1a066db1
 def cast_once(
@@ -359,7 +396,8 @@ class Attention(nn.Module):
         q,k,v = q.transpose(1, 2),k.transpose(1, 2),v.transpose(1, 2)            # (b,h,t,head_dim)
         if ctx.cos is not None: q,k = apply_rope(q, ctx.cos, ctx.sin),apply_rope(k, ctx.cos, ctx.sin)
         if ctx.cache is not None: k,v = ctx.cache.update(self.layer, k, v)
-        return self.o_proj(attend(q, k, v, ctx.bias, ctx.causal).transpose(1, 2).flatten(2))
+        y = attend(q, k, v, ctx.bias, ctx.causal) if ctx.starts is None else attend_docs(q, k, v, ctx.starts, ctx.causal)
+        return self.o_proj(y.transpose(1, 2).flatten(2))
 
 # %% ../../nbs/10_model.layers.ipynb #1fbdf017
 ACTS = dict(gelu=F.gelu, gelu_tanh=lambda x: F.gelu(x, approximate='tanh'), relu=F.relu, relu2=lambda x: F.relu(x).square(), silu=F.silu)

@@ -18,7 +18,7 @@ from torch import Tensor
 from ..core import *
 from ..model.layers import KVCache
 from ..model.gpt import GPT
-from ..model.generate import SamplingParams, Sampler, TextStream
+from ..model.generate import SamplingParams, Sampler, StaticStep, TextStream
 from ..model.compile import can_compile, step_rows
 from ..model.pretrained import load_model_and_tokenizer
 from .engine import *
@@ -121,6 +121,7 @@ class TorchEngine:
         w = model.get_input_embeddings().weight
         self.device, self.v = w.device, min(tok.vocab_size, c.vocab_size)
         self.cache = model.new_cache(slots, self.max_seq_len+PAD)
+        self.static = StaticStep(self.gpt, self.cache) if self.device.type == 'cuda' and c.mixer == 'attention' else None
         self.rows, self.seen = [Slot(i) for i in range(slots)], torch.zeros(slots, self.v, dtype=torch.bool, device=w.device)
         self.ends = set(tok.stop_ids)
         self.waiting, self.wake, self.closing, self.clock = deque(), threading.Condition(), False, 0
@@ -239,6 +240,9 @@ def _speak(self:TorchEngine):
     cache = part(self.cache, a, b)
     cache.lens[:] = torch.tensor([len(s.ids) for s in self.rows[a:b]])
     if step: logits = self.gpt.step(x, cache)                                    # (b,v)
+    elif self.static:
+        self.cache.lens[:] = torch.tensor([len(s.ids) for s in self.rows])
+        logits = self.static(x.to(self.device), torch.arange(a, b))              # (b,v)
     else:
         valid = None if cache.rewinds else torch.tensor([[s in live] for s in self.rows[a:b]]).long()  # the others' states stay as they are
         logits = self.gpt.head(self.gpt.model(x[:, None].to(self.device), cache=cache, seqlens=valid)[:, 0])

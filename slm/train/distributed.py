@@ -146,9 +146,9 @@ def join_ranks(
     try: store = dist.TCPStore(env['MASTER_ADDR'], int(env['MASTER_PORT']), n, rank == 0 and not agent, datetime.timedelta(minutes=10))
     except (RuntimeError, ValueError) as e:
         raise SLMError(f"nobody to meet at {env['MASTER_ADDR']}:{env['MASTER_PORT']} ({' '.join(str(e).split())[:80]})") from None
-    Ranks.now = TorchRanks(rank, n, store); atexit.register(dist.destroy_process_group)
+    Ranks.now,left = TorchRanks(rank, n, store),threading.Event(); watch = threading.Thread(target=_orphan, args=(env.get('SLM_LAUNCHER'), left))
+    watch.daemon = True; watch.start(); atexit.register(_leave, watch, left)
     if not Ranks.now.first: sys.stdout = open(os.devnull, 'w', encoding='utf-8')  # one prints
-    if parent := env.get('SLM_LAUNCHER'): threading.Thread(target=_orphan, args=(int(parent),), daemon=True).start()
     sys.excepthook = _lost
     return Ranks.now
 
@@ -159,10 +159,15 @@ def _lost(kind, e, trace):
     if 'SLM_LAUNCHER' not in os.environ or not Ranks.now.first: _say(text)
     sys.stdout.flush(); sys.stderr.flush(); os._exit(_LOST)
 
-def _orphan(parent):
+def _orphan(parent, left):
     "End in order when the launcher is gone"
-    while os.getppid() == parent: time.sleep(1)
+    while not parent or os.getppid() == int(parent):
+        if left.wait(1): return
     os.kill(os.getpid(), signal.SIGTERM)
+
+def _leave(watch, left):
+    "No thread of ours, and none of gloo's, may run while Python takes itself down: some have ended a process by SIGABRT there"
+    left.set(); watch.join(); Ranks.now.words = None; dist.destroy_process_group()
 
 # %% ../../nbs/39_train.distributed.ipynb #39d1001b
 def step_traffic(
