@@ -1,23 +1,24 @@
-"""A corpus larger than anybody's patience: --gb of generated text through `slm corpus` and `slm tokenize`, each killed half-way and run again.
+"""A corpus larger than anybody's patience: generated text through `slm corpus` and `slm tokenize`, each killed half-way and run again.
 
     python bench/corpus.py [--gb 2] [--vocab 16384] [--work DIR] [--out DIR]
 
-Text with Zipf's tail of rare words, in JSON lines; one document in twenty is an exact copy of an earlier one, one in twenty a near copy, one in
-ten has Windows line ends. Recorded for each command: MB/s, processor seconds per second (two cores: at most 2), the peak of resident memory, and,
-after SIGKILL, what was kept and that it was not made again. Both ways must end in the same corpus and the same tokens. Prints JSON and writes
-DIR/run.json.
+Text with Zipf's tail of rare words, in JSON lines; one document in twenty is an exact copy of an earlier one, one in twenty a near copy,
+one in ten has Windows line ends. Recorded for each command: MB/s, processor seconds per second (two cores: at most 2), the peak of
+resident memory, and, after SIGKILL, what was kept and that it was not made again. Both ways must end in the same corpus and the same
+tokens. Prints JSON and writes DIR/run.json.
 """
-import argparse, json, os, signal, subprocess, sys, tempfile, time
+import argparse, contextlib, json, os, signal, subprocess, sys, tempfile, time
 from pathlib import Path
 import numpy as np, psutil
 from slm.core import Metric, RunDir, read_json
 from slm.data.corpus import Corpus
 from slm.data.loaders import TokenData
 
-def write_texts(folder, n_bytes, seed=0, types=2_000_000, shard=256e6):
+def write_texts(folder, n_bytes, seed=0, types=400_000, shard=256e6):
     "JSON lines of random passages; returns the number of documents, exact and near copies"
     rng = np.random.default_rng(seed); letters = np.frombuffer(b'etaoinshrdlucmfwygpbvkxqjz', np.uint8)
-    lens = np.minimum(2+rng.poisson(np.log(np.arange(1, types+1))/2), 14); flat = letters[(rng.zipf(1.3, lens.sum())-1) % 26].tobytes().decode()
+    lens = np.minimum(2+rng.poisson(np.log(np.arange(1, types+1))/2), 14)
+    flat = letters[(rng.zipf(1.3, lens.sum())-1) % 26].tobytes().decode()
     ends = np.cumsum(lens); words = np.array([flat[e-n:e] for e,n in zip(ends, lens)], dtype=object)
     draw = lambda n: words[(types**rng.random(n)).astype(int)-1]                 # Zipf's law: word r about as often as 1/r
     done, n, copies, near, recent, k = 0, 0, 0, 0, [], 0
@@ -44,8 +45,8 @@ def run(args, home, until=lambda: False):
                      stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     peak, cpu = 0, 0
     while p.poll() is None:
-        try: family = [p, *p.children(recursive=True)]; peak = max(peak, sum(q.memory_info().rss for q in family)); cpu = sum(p.cpu_times()[:4])
-        except psutil.NoSuchProcess: pass
+        with contextlib.suppress(psutil.NoSuchProcess):
+            peak = max(peak, sum(q.memory_info().rss for q in [p, *p.children(recursive=True)])); cpu = sum(p.cpu_times()[:4])
         if until(): p.send_signal(signal.SIGKILL)
         time.sleep(.02)
     out, err = p.communicate()
@@ -83,8 +84,8 @@ def measure(rec, work, gb, vocab):
                         {k: [(d['n_tokens'], d['crc32']) for d in m.meta[k]] for m in (y,) for k in ('train', 'valid')}
     assert a.fingerprint == b.fingerprint and a.info['statistics'] == b.info['statistics'] and same(s, t), 'the two ways differ'
     drops = a.stats['dropped']
-    rec.add_metrics(**figures, tokens=Metric(s.train.n_tokens+s.valid.n_tokens), dropped_exact=Metric(drops['exact duplicate']['documents']),
-                    dropped_near=Metric(drops['near duplicate']['documents']))
+    rec.add_metrics(**figures, tokens=Metric(s.train.n_tokens+s.valid.n_tokens),
+                    **{f'dropped_{k}': Metric(drops[f'{k} duplicate']['documents']) for k in ('exact', 'near')})
 
 def main():
     p = argparse.ArgumentParser(description=__doc__.split('\n')[0])

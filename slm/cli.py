@@ -77,10 +77,11 @@ def tokenize(
     """Train a tokenizer on a corpus and encode it.
 
     Example: slm tokenize pydocs --vocab-size 4096"""
-    from slm.data.corpus import text_encoding
-    from slm.train.pretrain import PretrainConfig, prepare
-    with text_encoding(encoding):
-        _,tok,data = prepare(PretrainConfig(corpus=spec, tokenizer=tokenizer, vocab_size=vocab_size, max_bytes=max_bytes))
+    from slm.data.corpus import build_corpus
+    from slm.data.loaders import tokenize as tokenize_text
+    from slm.data.tokenizer import get_tokenizer
+    text = build_corpus(spec, max_bytes=max_bytes, encoding=encoding)
+    tok = get_tokenizer(text, tokenizer, vocab_size); data = tokenize_text(text, tok)
     res = dict(vocab_size=tok.vocab_size, train_tokens=data.train.n_tokens, valid_tokens=data.valid.n_tokens,
                bytes_per_token=round(data.train.n_bytes/data.train.n_tokens, 3), path=str(data.path))
     print(json.dumps(res) if json_ else '\n'.join(f'{k:16} {v:,}' if isinstance(v, int) else f'{k:16} {v}' for k,v in res.items()))

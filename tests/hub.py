@@ -2,7 +2,7 @@
 
 As a program: hub.py FOLDER PORT_FILE [FAULTS as JSON]; FOLDER/OWNER/NAME/FILE is a file of the data set OWNER/NAME.
 """
-import hashlib, json, os, re, socket, struct, sys, threading, time
+import hashlib, json, re, socket, struct, sys, threading
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from urllib.parse import unquote, urlparse
@@ -10,7 +10,7 @@ from urllib.parse import unquote, urlparse
 SHA = 'c0ffee'*6+'c0ff'
 
 class Hub(ThreadingHTTPServer):
-    "`faults`: {number of the request for bytes, from 0: 'cut' (drop it half-way), 429, 503, 'stall'}; `dies_after`: requests that are answered"
+    "`faults`: {number of the request for bytes, from 0: 'cut' (dropped half-way), 429 or 503}; `dies_after`: so many are answered"
     daemon_threads = True
     def __init__(self, folder, faults=(), dies_after=None, license='cc0-1.0'):
         super().__init__(('127.0.0.1', 0), Answer)
@@ -49,9 +49,10 @@ class Answer(BaseHTTPRequestHandler):
     do_GET = do_HEAD = do_POST = route
 
     def info(self, repo):
-        if not (files := self.files(repo)): return self.send(404, dict(error='Repository not found'), [('X-Error-Code', 'RepoNotFound')])
-        self.send(200, dict(id=repo, sha=SHA, author=repo.partition('/')[0], private=False, gated=False, disabled=False, tags=[], downloads=0,
-                            likes=0, lastModified='2024-01-01T00:00:00.000Z', createdAt='2024-01-01T00:00:00.000Z',
+        if not (files := self.files(repo)):
+            return self.send(404, dict(error='Repository not found'), [('X-Error-Code', 'RepoNotFound')])
+        self.send(200, dict(id=repo, sha=SHA, author=repo.partition('/')[0], private=False, gated=False, disabled=False, tags=[],
+                            downloads=0, likes=0, lastModified='2024-01-01T00:00:00.000Z', createdAt='2024-01-01T00:00:00.000Z',
                             cardData=dict(license=self.server.license), siblings=[dict(rfilename=n) for n in files]))
 
     def tree(self, repo, under):
@@ -61,15 +62,18 @@ class Answer(BaseHTTPRequestHandler):
 
     def paths(self, repo):
         asked = self.rfile.read(int(self.headers.get('Content-Length') or 0)).decode(); files = self.files(repo)
-        names = json.loads(asked)['paths'] if asked.startswith('{') else [unquote(v) for k,_,v in (a.partition('=') for a in asked.split('&')) if k == 'paths']
+        form = [a.partition('=') for a in asked.split('&')]
+        names = json.loads(asked)['paths'] if asked.startswith('{') else [unquote(v) for k,_,v in form if k == 'paths']
         res = [self.entry(n, files[n]) for n in names if n in files]
-        res += [dict(type='directory', path=n, oid='0'*40, size=0) for n in names if any(f.startswith(n.rstrip('/')+'/') for f in files)]
+        folder = lambda n: any(f.startswith(n.rstrip('/')+'/') for f in files)
+        res += [dict(type='directory', path=n, oid='0'*40, size=0) for n in names if folder(n)]
         self.send(200, res)
 
     def content(self, repo, name):
         if not (p := self.files(repo).get(name)): return self.send(404, b'', [('X-Error-Code', 'EntryNotFound')])
         size, span = p.stat().st_size, re.fullmatch(r'bytes=(\d+)-(\d*)', self.headers.get('Range', ''))
-        head = {'ETag': f'"{hashlib.sha1(name.encode()).hexdigest()}"', 'Accept-Ranges': 'bytes', 'Content-Type': 'application/octet-stream'}
+        tag = hashlib.sha1(name.encode()).hexdigest()
+        head = {'ETag': f'"{tag}"', 'Accept-Ranges': 'bytes', 'Content-Type': 'application/octet-stream'}
         if self.command == 'HEAD': return self.send(200, b'', head | {'Content-Length': size})
         lo, hi = (int(span[1]), min(int(span[2] or size-1), size-1)) if span else (0, size-1)
         with self.server.lock: number = self.server.asked; self.server.asked += 1

@@ -406,8 +406,8 @@ def test_a_killed_build_goes_on(here, parts):
     ps = prose(700); ps += ps[:50]+[ps[60].replace('the', 'thy', 1)]
     for i in range(2): Path(f'{i}.jsonl').write_text('\n'.join(json.dumps(dict(text=p)) for p in ps[i*400:(i+1)*400]))
     whole = build_corpus('files:*.jsonl', out='whole')
-    run = lambda n: subprocess.run([sys.executable, '-c', KILLED, str(n)], capture_output=True, text=True, env=os.environ | dict(PYTHONPATH=str(ROOT)))
-    assert run(parts).returncode == -9
+    r = subprocess.run([sys.executable, '-c', KILLED, str(parts)], capture_output=True, env=os.environ | dict(PYTHONPATH=str(ROOT)))
+    assert r.returncode == -9, r.stderr
     numbers = [np.load(p) for p in Path('.c.stage').glob('*.npy')]; assert len(numbers) == parts
     done = sum(n.shape[1] for n in numbers); assert 30*parts < done < len(ps)
     prepare, ready = C._prepare, []
@@ -471,7 +471,8 @@ def hub_set(n_files=3, rows=400):
     folder, ps = Path('served/some/one'), prose(n_files*rows, least=60, most=200); folder.mkdir(parents=True)
     for i in range(n_files):
         part = ps[i*rows:(i+1)*rows]
-        pq.write_table(pa.table(dict(text=part, url=[f'http://x/{j}' for j in range(rows)])), folder/f'train-{i:05}-of-{n_files:05}.parquet', row_group_size=100)
+        table = pa.table(dict(text=part, url=[f'http://x/{j}' for j in range(rows)]))
+        pq.write_table(table, folder/f'train-{i:05}-of-{n_files:05}.parquet', row_group_size=100)
     return ps
 
 FETCH = """
@@ -479,18 +480,22 @@ import json, sys, time, types
 import datasets, huggingface_hub.utils._http as http
 http.time = types.SimpleNamespace(**vars(time) | dict(sleep=lambda s: time.sleep(min(s, .05)))) # nobody waits for a server that is ours
 datasets.config.STREAMING_READ_MAX_RETRIES = int(sys.argv[2])
-for k in ('READ', 'OPEN', 'READ_SERVER_UNAVAILABLE', 'READ_RATE_LIMIT'): setattr(datasets.config, f'STREAMING_{k}_RETRY_INTERVAL', .05)
+for k in ('READ', 'OPEN', 'READ_SERVER_UNAVAILABLE', 'READ_RATE_LIMIT'):
+    setattr(datasets.config, f'STREAMING_{k}_RETRY_INTERVAL', .05)
 from slm.core import SLMError
 import slm.data.corpus as C
 C.PART = int(sys.argv[3])
-try: c = C.build_corpus(sys.argv[1], out='out'); print(json.dumps(dict(fingerprint=c.fingerprint, docs=sum(c.n_docs.values()), revision=c.info['revision'], license=c.license)))
+try: c = C.build_corpus(sys.argv[1], out='out')
 except SLMError as e: print(e); sys.exit(2)
+print(json.dumps(dict(fingerprint=c.fingerprint, docs=sum(c.n_docs.values()), revision=c.info['revision'], license=c.license)))
 """
 def fetch(url, retries=3, part=40_000, spec='hf:some/one'):
     "Build a corpus from a hub at `url` with its real clients, in a process of its own"
-    env = os.environ | dict(PYTHONPATH=str(ROOT), HF_ENDPOINT=url, HF_HUB_DISABLE_TELEMETRY='1', HF_HOME=str(Path('hf').absolute()), NO_PROXY='127.0.0.1', TQDM_DISABLE='1')
+    env = os.environ | dict(PYTHONPATH=str(ROOT), HF_ENDPOINT=url, HF_HUB_DISABLE_TELEMETRY='1', HF_HOME=str(Path('hf').absolute()),
+                            NO_PROXY='127.0.0.1', TQDM_DISABLE='1')
     env.pop('HF_HUB_OFFLINE', None); env.pop('HF_DATASETS_OFFLINE', None)
-    return subprocess.run([sys.executable, '-c', FETCH, spec, str(retries), str(part)], capture_output=True, text=True, env=env, timeout=300)
+    return subprocess.run([sys.executable, '-c', FETCH, spec, str(retries), str(part)], capture_output=True, text=True, env=env,
+                          timeout=300)
 
 def test_a_stream_survives_cuts_and_refusals(here):
     "Connections that are dropped half-way, 429 and 503: the corpus is the one that a calm network gives"
@@ -512,7 +517,8 @@ def test_a_stream_that_breaks_off_goes_on_where_it_was(here):
     with Hub('served', dies_after=9) as dying: broken = fetch(dying.url)
     assert broken.returncode == 2 and 'broke off after' in broken.stdout and 'run it again' in broken.stdout, broken.stdout+broken.stderr
     assert 'the same call goes on' in broken.stderr and not Path('out').exists() and Path('.out.stage').is_dir()
-    kept = json.loads(Path('.out.stage/stage.json').read_text()); assert kept['parts'] > 1 and 100 < kept['behind']['place']['rows'] < len(ps)
+    kept = json.loads(Path('.out.stage/stage.json').read_text())
+    assert kept['parts'] > 1 and 100 < kept['behind']['place']['rows'] < len(ps)
     with Hub('served') as back: got = fetch(back.url)
     assert not got.returncode, got.stdout+got.stderr
     assert json.loads(got.stdout) == want and not Path('.out.stage').exists()

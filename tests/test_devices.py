@@ -73,7 +73,8 @@ def test_steps_of_fixed_shape_say_the_same(pair, device, rows):
     set_seed(0); model = GPT(GPTConfig(vocab_size=97, n_layer=2, d_model=64, n_head=4, n_kv_head=2, max_seq_len=192)).to(device)
     prompts = [torch.randint(0, 97, (n,)).tolist() for n in (120, 100, 7)[:rows]]; outs = []
     for static in (False, True):
-        b = DecodeBatch(model, prompts, [SamplingParams(temperature=.8, seed=i, max_new_tokens=40) for i in range(rows)], static=static)
+        asked = [SamplingParams(temperature=.8, seed=i, max_new_tokens=40) for i in range(rows)]
+        b = DecodeBatch(model, prompts, asked, static=static)
         steps = [b.step() for _ in range(20)]; b.keep([*range(rows)][:2]); steps += [b.step() for _ in range(20)]; outs.append(steps)
         assert (b.still is not None) == static
         if static and device == 'cuda': assert sorted(b.still.recorded) == [128, 192]
@@ -83,7 +84,8 @@ def test_steps_of_fixed_shape_say_the_same(pair, device, rows):
 @pytest.mark.parametrize('causal', [True, False])
 def test_documents_in_16_bits(device, causal):
     "What a card does without a mask is what the processor does with one"
-    set_seed(0); model = GPT(GPTConfig(vocab_size=97, n_layer=2, d_model=64, n_head=4, n_kv_head=2, max_seq_len=64, causal=causal)).bfloat16()
+    set_seed(0); shape = dict(vocab_size=97, n_layer=2, d_model=64, n_head=4, n_kv_head=2, max_seq_len=64)
+    model = GPT(GPTConfig(**shape, causal=causal)).bfloat16()
     idx, lens = torch.randint(0, 97, (2, 48)), torch.tensor([[20, 28, 0], [5, 3, 39]])
     with torch.no_grad(): a, b = copy.deepcopy(model).to(device)(idx.to(device), seqlens=lens.to(device)), model.float()(idx, seqlens=lens)
     assert close(a.float(), b, .05)

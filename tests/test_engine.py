@@ -6,7 +6,7 @@ import pytest, torch
 from pydoc_data.topics import topics
 from slm.core import SLMError, set_seed
 from slm.data.tokenizer import train_bpe
-from slm.model.generate import SamplingParams, complete, generate_ids
+from slm.model.generate import SamplingParams, StaticStep, complete, generate_ids
 from slm.model.gpt import GPT, GPTConfig
 from slm.model.compile import can_compile
 from slm.serve.batching import PAD, TorchEngine, logprob_gap, open_torch_engine
@@ -64,6 +64,16 @@ def test_whoever_else_is_there(engine, over):
     got = answer_all(e, asks)
     # how many depends on who comes first
     assert [p.prompt_tokens for _,p in got] == [len(p) for p in ps] and sum(p.cached_tokens for _,p in got) > 50
+
+@pytest.mark.parametrize('fused', [True, False])
+def test_steps_of_fixed_shape_as_on_a_card(engine, fused):
+    "All rows in each step, whoever is there, and prompts read in between: the texts of the plain model"
+    ps, over = prompts(24), {} if fused else dict(pos='learned', norm='layer')
+    asks = [Request(p, 5+i%17, temperature=0) for i,p in enumerate(ps)]
+    want = [generate_ids(new(**over), [r.ids], SamplingParams(temperature=0, max_new_tokens=r.max_new_tokens))[0] for r in asks]
+    e = engine(new(**over), slots=3, chunk=64); e.ends, calls = set(), []
+    e.static = StaticStep(e.gpt, e.cache); logits = e.static.logits; e.static.logits = lambda s: (calls.append(s), logits(s))[1]
+    assert same(new(**over), ps, tokens(e, asks), want) >= 21 and hasattr(e.gpt, 'fused') == fused and set(calls) == {128, 192+PAD}
 
 needs_compiler = pytest.mark.skipif(not can_compile(), reason='no C++ compiler')
 

@@ -712,6 +712,9 @@ def _hub_info(repo, revision=None, timeout=10):
 # %% ../../nbs/03_data.corpus.ipynb #53596639
 class _BrokenOff(SLMError): "A stream ended before its end."
 
+def _cannot_stream(src, e):
+    return SLMError(f"cannot stream '{src.arg}' ({_brief(e)}): try again, or use an offline corpus: {OFFLINE}")
+
 def _open_hub(src):
     "A hub data set's train split as a stream, at `src.begin`"
     import datasets
@@ -720,8 +723,7 @@ def _open_hub(src):
         if 'place' in (src.begin or {}): ds.load_state_dict(src.begin['place']['state'])
         return ds
     except ValueError as e: raise SLMError(f"cannot open data set '{src.arg}' ({_brief(e)}): write hf:OWNER/NAME/CONFIG:COLUMN") from None
-    except Exception as e:
-        raise SLMError(f"cannot stream '{src.arg}' ({_brief(e)}): try again, or use an offline corpus: {OFFLINE}") from None
+    except Exception as e: raise _cannot_stream(src, e) from None
 
 def _rows(src):
     "Stream the text column of a hub data set's train split"
@@ -732,7 +734,7 @@ def _rows(src):
         while True:
             try: row = next(rows, None)
             except Exception as e:
-                if not read: raise SLMError(f"cannot stream '{src.arg}' ({_brief(e)}): try again, or use an offline corpus: {OFFLINE}") from None
+                if not read: raise _cannot_stream(src, e) from None
                 if broken == read: raise _BrokenOff(f"'{src.arg}' broke off after {read:,} rows ({_brief(e)}): run it again") from None
                 broken = read; ds.load_state_dict(ds.state_dict()); rows = iter(ds); continue
             if row is None: break
@@ -1168,7 +1170,9 @@ def _staged(path, near, key, rebuild):
     finally:
         stage.abandon()
         if not keep: shutil.rmtree(path, ignore_errors=True)
-        else: print(f"{read_json(path/'stage.json')['n_bytes']:,} bytes that were read are kept: the same call goes on behind them", file=sys.stderr)
+        else:
+            n = read_json(path/'stage.json')['n_bytes']
+            print(f'{n:,} bytes that were read are kept: the same call goes on behind them', file=sys.stderr)
 
 def _reuse(out, key):
     "The corpus at `out` if it has this key; raises `SLMError` when something else is there"

@@ -175,7 +175,8 @@ def __call__(self:Sampler,
                      for g,gen in zip(self.greedy.tolist(), self.gens)])
     total = sums[:, -1:].contiguous()
     drawn = torch.searchsorted(sums, _col(u, sums)*total, right=True)            # (b,1)
-    drawn = torch.minimum(drawn, torch.searchsorted(sums, total)).clamp_(max=sums.shape[-1]-1) # rounding may push u*total up to total; NaN sorts last
+    drawn = torch.minimum(drawn, torch.searchsorted(sums, total))                # rounding may push u*total up to total
+    drawn.clamp_(max=sums.shape[-1]-1)                                           # NaN sorts behind all
     return torch.where(self.greedy.to(logits.device), kept.argmax(-1), drawn[:, 0])
 
 # %% ../../nbs/12_model.generate.ipynb #fad14d37
@@ -226,6 +227,7 @@ class FixedCache(KVCache):
         for kept,new in ((self.k[layer], k), (self.v[layer], v)): kept[self.each, :, self.at] = new[:, :, 0].to(kept.dtype)
         return self.k[layer, :, :, :self.s], self.v[layer, :, :, :self.s]
 
+# %% ../../nbs/12_model.generate.ipynb #51114fc1
 class StaticStep:
     "One token a row by operations that are the same each time; on cuda they are recorded and replayed in one launch."
     def __init__(self,
@@ -250,11 +252,11 @@ class StaticStep:
         x:Tensor, # (n,) one token for each of `rows`
         rows:Tensor, # (n,) which rows, on the CPU; the others stand still
     )->Tensor: # logits (n,v); the next call overwrites them
-        most,to = int(self.cache.lens[rows].max())+1,rows.to(self.x.device)
-        every = torch.equal(rows, torch.arange(len(self.x)))
+        most,every = int(self.cache.lens[rows].max())+1,torch.equal(rows, torch.arange(len(self.x)))
+        to = slice(None) if every else rows.to(self.x.device)
         if most > self.cache.max_len:
             raise SLMError(f'the cache holds {self.cache.max_len} tokens a row, {most} are needed: make it larger, or stop earlier')
-        self.x[slice(None) if every else to] = x[:, None]; self.at.copy_(self.cache.lens); self.cache.lens[rows] += 1
+        self.x[to] = x[:, None]; self.at.copy_(self.cache.lens); self.cache.lens[rows] += 1
         s = min(max(128, 1 << (most-1).bit_length()), self.cache.max_len)
         if self.x.is_cuda:
             if s not in self.recorded: self.recorded[s] = self.record(s)

@@ -146,8 +146,9 @@ def join_ranks(
     try: store = dist.TCPStore(env['MASTER_ADDR'], int(env['MASTER_PORT']), n, rank == 0 and not agent, datetime.timedelta(minutes=10))
     except (RuntimeError, ValueError) as e:
         raise SLMError(f"nobody to meet at {env['MASTER_ADDR']}:{env['MASTER_PORT']} ({' '.join(str(e).split())[:80]})") from None
-    Ranks.now,left = TorchRanks(rank, n, store),threading.Event(); watch = threading.Thread(target=_orphan, args=(env.get('SLM_LAUNCHER'), left))
-    watch.daemon = True; watch.start(); atexit.register(_leave, watch, left)
+    Ranks.now,left = TorchRanks(rank, n, store),threading.Event()
+    watch = threading.Thread(target=_orphan, args=(env.get('SLM_LAUNCHER'), left), daemon=True); watch.start()
+    atexit.register(_leave, watch, left)
     if not Ranks.now.first: sys.stdout = open(os.devnull, 'w', encoding='utf-8')  # one prints
     sys.excepthook = _lost
     return Ranks.now
