@@ -257,7 +257,7 @@ class StaticStep:
         if most > self.cache.max_len:
             raise SLMError(f'the cache holds {self.cache.max_len} tokens a row, {most} are needed: make it larger, or stop earlier')
         self.x[to] = x[:, None]; self.at.copy_(self.cache.lens); self.cache.lens[rows] += 1
-        s = min(max(128, 1 << (most-1).bit_length()), self.cache.max_len)
+        s = min(max(128, 1 << (most-1).bit_length()), self.cache.max_len, self.model.cfg.max_seq_len)
         if self.x.is_cuda:
             if s not in self.recorded: self.recorded[s] = self.record(s)
             graph,out = self.recorded[s]; graph.replay()
