@@ -1210,7 +1210,7 @@ def _build_corpus(spec, out, val_frac, max_bytes, dedup, near_dedup, errors, reb
     slug = re.sub(r'[^a-z0-9]+', '-', src.name.lower()).strip('-')
     out = Path(out) if out else slm_home()/'corpora'/f'{slug}-{key}'
     with build_lock(f'corpus-{zlib.crc32(str(out.resolve()).encode()):08x}'):
-        stage = out.with_name(f'.{out.name}.stage')
+        stage = out.parent/f'.{out.name}.stage'
         if (c := _reuse(out, key)) and not rebuild: shutil.rmtree(stage, ignore_errors=True); return c
         try:
             with atomic_dir(out) as d, _staged(stage, dedup and near_dedup, key, rebuild) as staged:

@@ -276,7 +276,7 @@ def _still(self:DecodeBatch):
     except RuntimeError as e:                                                    # a recording that this card, or this version, refuses
         if not self.x.is_cuda: raise
         print(f'steps cannot be recorded ({str(e).splitlines()[0][:120]}): going on without', file=sys.stderr)
-        self.static = False; self.cache.keep(self.rows); self.rows = torch.arange(len(self.rows)); self.cache.lens -= 1
+        self.static,self.still = False,None; self.cache.keep(self.rows); self.rows = torch.arange(len(self.rows)); self.cache.lens -= 1
         return self.model(self.x, cache=self.cache)[:, 0]
 
 # %% ../../nbs/12_model.generate.ipynb #51114fc4

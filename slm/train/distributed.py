@@ -22,8 +22,9 @@ def _wait(procs, says)->int:
     "Until all have ended well, or one has not: then nobody goes on"
     while all(not p.poll() for p in procs) and any(p.poll() is None for p in procs): time.sleep(.05)
     if not any(p.returncode for p in procs): return 0
-    end = time.monotonic()+5                                                     # the first one may be about to say why
-    while procs[0].poll() is None and time.monotonic() < end: time.sleep(.05)
+    end,said = time.monotonic()+5,lambda: any(p.poll() not in (0, None, _LOST) for p in procs)
+    while not (procs[0].poll() is not None and said()) and any(p.poll() is None for p in procs) and time.monotonic() < end:
+        time.sleep(.05)                                                          # whoever is to blame may be about to say why
     codes = [p.poll() for p in procs]; interrupted = 130 in codes and set(codes) <= {130, None, _LOST}
     for p in procs:
         if not interrupted and p.poll() is None: p.kill()
