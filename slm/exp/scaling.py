@@ -208,12 +208,13 @@ def scaling_world(quick:bool=False)->Sweep:
 # %% ../../nbs/51_exp.scaling.ipynb #51e50053
 def scaling_points(
     rows:dict[str,dict], # from `read_sweep`
-)->dict[str,np.ndarray]: # (k,) each: width, n, bare (without embeddings), paid (flops/6d), d, flops, loss, excess, seed
-    "Runs as points of a law: parameters, counted in three ways, tokens, operations, what whole stories cost, and how far above the truth."
+    loss:str='story_bpb', # figure that is the loss: of whole stories, or 'valid_bpb'
+)->dict[str,np.ndarray]: # (k,) each: width, n, bare (without embeddings), paid (flops/6d), d, flops, loss, seed; excess where it is known
+    "Runs as points of a law: parameters, counted in three ways, tokens, operations, what the text costs, and how far above the truth."
     rs = [r for r in rows.values() if not r['failed']]; get = lambda k: np.array([r[k].value for r in rs])
     w,n,d,c = np.array([r['model']['d_model'] for r in rs]),get('params'),get('tokens'),get('flops')
-    return dict(width=w, n=n, bare=n-SCALING_VOCAB*w, paid=c/6/d, d=d, flops=c, loss=get('story_bpb'), excess=get('excess'),
-                seed=np.array([r['seed'] for r in rs]))
+    res = dict(width=w, n=n, bare=n-SCALING_VOCAB*w, paid=c/6/d, d=d, flops=c, loss=get(loss), seed=np.array([r['seed'] for r in rs]))
+    return res | (dict(excess=get('excess')) if all('excess' in r for r in rs) else {})
 
 # %% ../../nbs/51_exp.scaling.ipynb #51e50061
 def predict_loss(
