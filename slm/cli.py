@@ -80,6 +80,8 @@ def tokenize(
     from slm.data.corpus import build_corpus
     from slm.data.loaders import tokenize as tokenize_text
     from slm.data.tokenizer import get_tokenizer
+    for option,n in (('--vocab-size', vocab_size), ('--max-bytes', max_bytes)):
+        if n is not None and n < 1: raise SLMError(f'{option} must be at least 1, not {n}')
     text = build_corpus(spec, max_bytes=max_bytes, encoding=encoding)
     tok = get_tokenizer(text, tokenizer, vocab_size); data = tokenize_text(text, tok)
     res = dict(vocab_size=tok.vocab_size, train_tokens=data.train.n_tokens, valid_tokens=data.valid.n_tokens,

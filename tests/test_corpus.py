@@ -362,7 +362,7 @@ signal.signal(signal.SIGXFSZ, signal.SIG_IGN); resource.setrlimit(resource.RLIMI
 try: build_corpus('files:a.jsonl', out='out'); print('built')
 except SLMError as e: print(e)
 """
-@pytest.mark.parametrize('limit', [0, 20_000, 300_000]) # bytes that a file may have: the stage, the bands or the parquet file does not fit
+@pytest.mark.parametrize('limit', [0, 20_000, 300_000]) # bytes that a file may have: no part of the stage fits
 def test_no_space_left_by_a_real_limit(here, limit):
     rng = np.random.default_rng(0)
     Path('a.jsonl').write_text('\n'.join(json.dumps(dict(text=rng.bytes(400).hex())) for _ in range(900)))
@@ -377,8 +377,14 @@ def test_no_space_left_at_each_step(here, monkeypatch, where):
     def full(*a, **k): raise OSError(errno.ENOSPC, 'No space left on device')
     if where == 'stage': monkeypatch.setattr(C._Stage, 'add', full)
     if where == 'parquet': monkeypatch.setattr(C.pq.ParquetWriter, 'write_table', full)
-    if where == 'card': monkeypatch.setattr(C, 'write_json', full)
-    Path('a.txt').write_text('\n\n'.join(prose(60))); fails('files:a.txt', 'the disk is full', 'make room')
+    write = C.write_json
+    if where == 'card': monkeypatch.setattr(C, 'write_json', lambda p, o: full() if p.name == 'corpus.json' else write(p, o))
+    Path('a.txt').write_text('\n\n'.join(prose(60)))
+    if where == 'stage': fails('files:a.txt', 'the disk is full', 'make room'); return
+    with pytest.raises(SLMError, match='the disk is full.*make room'): build_corpus('files:a.txt', out='out')
+    assert sorted(p.name for p in here.iterdir() if p.name != 'home') == ['.out.stage', 'a.txt']
+    monkeypatch.undo(); monkeypatch.chdir(here); monkeypatch.setenv('SLM_HOME', str(here/'home'))
+    assert build_corpus('files:a.txt', out='out').n_docs['train'] > 9 and not Path('.out.stage').exists()
 
 def test_an_old_corpus_survives_a_failed_rebuild(here, monkeypatch):
     Path('a.txt').write_text('\n\n'.join(prose(60))); a = build_corpus('files:a.txt', out='c')
@@ -386,8 +392,43 @@ def test_an_old_corpus_survives_a_failed_rebuild(here, monkeypatch):
     monkeypatch.setattr(C, '_pass2', die)
     with pytest.raises(KeyboardInterrupt): build_corpus('files:a.txt', out='c', rebuild=True)
     assert Corpus.open('c').fingerprint == a.fingerprint
-    assert sorted(p.name for p in here.iterdir() if p.name != 'home') == ['.c.stage', 'a.txt', 'c'] # what was read is kept for the next try
-    assert build_corpus('files:a.txt', out='c').fingerprint == a.fingerprint and not Path('.c.stage').exists() # nobody needs it any more
+    assert sorted(p.name for p in here.iterdir() if p.name != 'home') == ['a.txt', 'c'] # who rebuilds begins anew
+
+@pytest.mark.parametrize('where', ['_pass2', 'fsync'])
+def test_what_was_found_out_while_reading_is_not_lost(here, monkeypatch, where):
+    "Interrupted behind pass 1, or when all is made and on its way to its place: the card says what an undisturbed one says"
+    rows = [json.dumps(dict(story=p)) for p in prose(60)]; rows.insert(7, '{"story": "half \\ud83d"}')
+    Path('a.jsonl').write_text('\n'.join(rows)); want = build_corpus('files:a.jsonl', out='want')
+    def die(*args, **k): raise KeyboardInterrupt
+    with monkeypatch.context() as m:
+        if where == '_pass2': m.setattr(C, '_pass2', die)
+        else: m.setattr('slm.core._exchange', die); m.setattr('slm.core.os.rename', die)
+        with pytest.raises(KeyboardInterrupt): build_corpus('files:a.jsonl', out='c')
+    assert not Path('c').exists() and Path('.c.stage').is_dir()
+    monkeypatch.setattr(C, '_pass1', die); got = build_corpus('files:a.jsonl', out='c') # nothing is read again
+    assert got.fingerprint == want.fingerprint and not Path('.c.stage').exists()
+    for k in ('left_out', 'columns', 'license', 'revision'): assert got.info[k] == want.info[k], k
+    assert got.info['left_out']['rows'] == 1 and got.info['columns'] == {'story': 1}
+
+@pytest.mark.parametrize('damage', ['npy', 'arrow', 'json'])
+def test_a_damaged_stage_is_none(here, monkeypatch, damage):
+    Path('a.txt').write_text('\n\n'.join(prose(60))); want = build_corpus('files:a.txt', out='want')
+    def die(*args, **k): raise KeyboardInterrupt
+    with monkeypatch.context() as m:
+        m.setattr(C, '_pass2', die)
+        with pytest.raises(KeyboardInterrupt): build_corpus('files:a.txt', out='c')
+    for p in Path('.c.stage').glob(f'*.{damage}'): p.write_text('[]')
+    assert build_corpus('files:a.txt', out='c').fingerprint == want.fingerprint and not Path('.c.stage').exists()
+
+def test_rows_left_out_do_not_depend_on_the_processors(here, monkeypatch):
+    "With a limit, what is read ahead of it is not reported"
+    monkeypatch.setattr(C, 'PART', 10_000); said = []
+    rows = [json.dumps(dict(text=p)) if i%3 else '{"text": "half \\ud83d"}' for i,p in enumerate(prose(900))]
+    Path('a.jsonl').write_text('\n'.join(rows))
+    for n in (1, 8):
+        monkeypatch.setattr(C, 'num_cpus', lambda: n); c = build_corpus('files:a.jsonl', out=f'c{n}', max_bytes=60_000)
+        said.append((c.fingerprint, c.info['left_out']['rows']))
+    assert said[0] == said[1] and 0 < said[0][1] < 150
 
 KILLED = '''
 import os, sys
@@ -519,6 +560,8 @@ def test_a_stream_that_breaks_off_goes_on_where_it_was(here):
     assert 'the same call goes on' in broken.stderr and not Path('out').exists() and Path('.out.stage').is_dir()
     kept = json.loads(Path('.out.stage/stage.json').read_text())
     assert kept['parts'] > 1 and 100 < kept['behind']['place']['rows'] < len(ps)
+    away = fetch('http://127.0.0.1:9')                                           # still not there: what was read waits
+    assert away.returncode == 2 and 'cannot reach' in away.stdout and Path('.out.stage').is_dir(), away.stdout
     with Hub('served') as back: got = fetch(back.url)
     assert not got.returncode, got.stdout+got.stderr
     assert json.loads(got.stdout) == want and not Path('.out.stage').exists()

@@ -81,6 +81,14 @@ def test_steps_of_fixed_shape_say_the_same(pair, device, rows):
     assert [ids for ids,_ in outs[0]] == [ids for ids,_ in outs[1]]
     assert [lp for _,lps in outs[1] for lp in lps] == pytest.approx([lp for _,lps in outs[0] for lp in lps], abs=1e-3)
 
+def test_documents_with_normed_queries_in_autocast(device):
+    "The norms leave float32, the values do not"
+    set_seed(0); shape = dict(vocab_size=97, n_layer=2, d_model=64, n_head=4, n_kv_head=2, max_seq_len=64, qk_norm=True)
+    ref, idx, lens = GPT(GPTConfig(**shape)), torch.randint(0, 97, (2, 48)), torch.tensor([[20, 28], [5, 43]])
+    model = copy.deepcopy(ref).to(device)
+    with torch.no_grad(), torch.autocast(device, torch.bfloat16): a = model(idx.to(device), seqlens=lens.to(device))
+    with torch.no_grad(): assert close(a.float(), ref(idx, seqlens=lens), .05)
+
 @pytest.mark.parametrize('causal', [True, False])
 def test_documents_in_16_bits(device, causal):
     "What a card does without a mask is what the processor does with one"

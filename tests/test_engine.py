@@ -75,6 +75,13 @@ def test_steps_of_fixed_shape_as_on_a_card(engine, fused):
     e.static = StaticStep(e.gpt, e.cache); logits = e.static.logits; e.static.logits = lambda s: (calls.append(s), logits(s))[1]
     assert same(new(**over), ps, tokens(e, asks), want) >= 21 and hasattr(e.gpt, 'fused') == fused and set(calls) == {128, 192}
 
+def test_a_card_that_refuses_is_told_once(engine, capsys):
+    e, ask = engine(slots=2), Request(prompts(1)[0], 6, temperature=0); want = answer_all(e, [ask])[0][0]; tries = []
+    def refuses(x, rows): tries.append(rows); raise RuntimeError('no graphs here\nand more')
+    e.static = refuses
+    assert [t for t,_ in answer_all(e, [ask, ask])] == [want]*2 and len(tries) == 1
+    assert capsys.readouterr().err == 'steps cannot be recorded (no graphs here): going on without\n'
+
 needs_compiler = pytest.mark.skipif(not can_compile(), reason='no C++ compiler')
 
 @needs_compiler

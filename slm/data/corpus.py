@@ -694,6 +694,8 @@ SOURCES['world'] = Source(
     gaps='a small world: no dialogue, no causes, no past', split='where', val_frac=0., max_bytes=20_000_000)
 
 # %% ../../nbs/03_data.corpus.ipynb #d385f816
+class _BrokenOff(SLMError): "A source cannot be read now, or no further: another time it may be."
+
 def _hub_info(repo, revision=None, timeout=10):
     "What the hub says about a data set; raises `SLMError` when it is not there or the hub cannot be reached"
     from huggingface_hub import HfApi
@@ -706,14 +708,12 @@ def _hub_info(repo, revision=None, timeout=10):
         raise SLMError(f"the hub has no public data set '{repo}': check the spelling OWNER/NAME") from None
     except RevisionNotFoundError: raise SLMError(f"data set '{repo}' has no revision '{revision}'") from None
     except Exception as e:
-        raise SLMError(f"cannot reach the Hugging Face hub for '{repo}' ({_brief(e)}): "
+        raise _BrokenOff(f"cannot reach the Hugging Face hub for '{repo}' ({_brief(e)}): "
                        f"connect, or use an offline corpus: {OFFLINE}") from None
 
 # %% ../../nbs/03_data.corpus.ipynb #53596639
-class _BrokenOff(SLMError): "A stream ended before its end."
-
 def _cannot_stream(src, e):
-    return SLMError(f"cannot stream '{src.arg}' ({_brief(e)}): try again, or use an offline corpus: {OFFLINE}")
+    return _BrokenOff(f"cannot stream '{src.arg}' ({_brief(e)}): try again, or use an offline corpus: {OFFLINE}")
 
 def _open_hub(src):
     "A hub data set's train split as a stream, at `src.begin`"
@@ -743,7 +743,7 @@ def _rows(src):
     given = read
     col, found = (place['column'], each()) if place else _choose(each(), f"data set '{src.arg}'", src.column)
     src.columns[col] += 1
-    src.place = lambda: dict(state=ds.state_dict(), rows=read, column=col, revision=src.revision) if given == read else None
+    src.place = lambda: dict(state=ds.state_dict(), rows=read, column=col) if given == read else None
     for where,row in found: given += 1; yield _text_of(row, col, f"'{src.arg}' {where}")
 
 # %% ../../nbs/03_data.corpus.ipynb #f1735d64
@@ -758,7 +758,7 @@ def _find_hub(src):
     return dict(repo=src.arg, config=src.config, column=src.column, revision=src.revision)
 
 def _read_hub(src):
-    src.revision = (src.begin or {}).get('place', {}).get('revision') or src.revision # an interrupted reading goes on in what it began
+    src.revision = (src.begin or {}).get('revision') or src.revision # an interrupted reading goes on in what it began
     info = _hub_info(src.arg, src.revision); src.revision = info.sha
     lic = (info.card_data or {}).get('license')
     if lic and src.license.startswith('unknown'): src.license = lic if isinstance(lic, str) else ', '.join(lic)
@@ -809,7 +809,8 @@ def _text_batches(
     texts, begin = src.read(src), src.begin or {}; at = begin.get('texts', 0)
     if 'place' not in begin: next(itertools.islice(texts, at, at), None) # read again what is there already
     where, batch, n = [], [], 0
-    behind = lambda: dict(texts=at) | (dict(place=p) if src.place and (p := src.place()) else {})
+    known = lambda: dict(texts=at, left=len(src.left), columns=dict(src.columns), revision=src.revision, license=src.license)
+    behind = lambda: known() | (dict(place=p) if src.place and (p := src.place()) else {})
     for w,text in texts:
         at += 1; where.append(w); batch.append(text or ''); n += len(batch[-1])+1
         if n >= size: yield where, batch, behind(); where, batch, n = [], [], 0
@@ -853,29 +854,45 @@ def _ahead(
 PART = 64 << 20 # bytes of text in a part of the stage
 _TEXT = pa.schema([('text', pa.string())])
 
+def _discard(path):
+    "Remove a stage; what is left of it, if that is cut short, is none"
+    (path/'stage.json').unlink(missing_ok=True); shutil.rmtree(path, ignore_errors=True)
+
 class _Stage:
     "Pass 1: all documents in a folder of parts, and what is needed to decide about them; goes on behind the parts that are finished."
     def __init__(self, path:Path, near:bool, key:str=''): # near: are there bands? key: of the corpus that is built
         self.path, self.near, self.key, self.file, self.rows, self.size = path, near, key, None, [], 0
-        state = {}
-        with contextlib.suppress(SLMError): state = read_json(path/'stage.json')
-        if state.get('key') != key: shutil.rmtree(path, ignore_errors=True); state = {}
-        path.mkdir(parents=True, exist_ok=True)
+        state = self.found()
+        if not state: _discard(path); path.mkdir(parents=True, exist_ok=True)
         self.parts, self.n_bytes, self.places, self.behind, self.done = (state.get(k, v) for k,v in
             dict(parts=0, n_bytes=0, places={}, behind=None, done=False).items())
         self.tally = Counter(state.get('tally', {}))
 
+    def found(self)->dict: # {} where there is nothing to go on from
+        "What an earlier call has finished, if it is whole and of this corpus."
+        try:
+            state = read_json(self.path/'stage.json')
+            if state['key'] != self.key: return {}
+            for text,numbers in map(self.files, range(state['parts'])):
+                np.load(numbers, mmap_mode='r')
+                with pa.OSFile(str(text)) as f: pa.ipc.open_file(f)
+            return state
+        except (SLMError, OSError, EOFError, ValueError, LookupError, TypeError, pa.ArrowException): return {}
+
     def files(self, i): return self.path/f'{i:05}.arrow', self.path/f'{i:05}.npy' # of part i: texts, numbers
 
-    def add(self, where:list[str], docs:list[bytes], keys:np.ndarray, bands:np.ndarray):
-        "Store one batch."
-        if not docs: return
-        if not self.file:
-            self.file = pa.ipc.new_file(str(self.files(self.parts)[0]), _TEXT, options=pa.ipc.IpcWriteOptions(compression='lz4'))
-        self.file.write_batch(pa.record_batch([pa.array(docs, pa.string())], schema=_TEXT))
-        sizes = np.array([len(d) for d in docs], np.uint64)
-        places = np.array([self.places.setdefault(w, len(self.places)) for w in where], np.uint64)
-        self.rows.append(np.vstack([keys, sizes, places, *bands.T])); self.size += (n := int(sizes.sum())); self.n_bytes += n
+
+# %% ../../nbs/03_data.corpus.ipynb #e7e75fcf
+@patch
+def add(self:_Stage, where:list[str], docs:list[bytes], keys:np.ndarray, bands:np.ndarray):
+    "Store one batch."
+    if not docs: return
+    if not self.file:
+        self.file = pa.ipc.new_file(str(self.files(self.parts)[0]), _TEXT, options=pa.ipc.IpcWriteOptions(compression='lz4'))
+    self.file.write_batch(pa.record_batch([pa.array(docs, pa.string())], schema=_TEXT))
+    sizes = np.array([len(d) for d in docs], np.uint64)
+    places = np.array([self.places.setdefault(w, len(self.places)) for w in where], np.uint64)
+    self.rows.append(np.vstack([keys, sizes, places, *bands.T])); self.size += (n := int(sizes.sum())); self.n_bytes += n
 
 # %% ../../nbs/03_data.corpus.ipynb #0c160dd3
 @patch
@@ -884,13 +901,15 @@ def end_part(self:_Stage,
     done:bool=False, # was this the last one?
 ):
     "Finish the part that is being written: from now on it is there."
+    parts = self.parts
     if self.file:
-        text, numbers = self.files(self.parts); self.file.close(); self.file = None
+        text, numbers = self.files(parts); self.file.close(); parts += 1; f = io.BytesIO()
+        np.save(f, np.concatenate(self.rows, 1))                                 # its own errors do not say that a disk is full
+        with atomic_file(numbers, 'wb') as to: to.write(f.getbuffer())
         with open(text, 'rb+') as f: os.fsync(f.fileno())
-        with atomic_file(numbers, 'wb') as f: np.save(f, np.concatenate(self.rows, 1))
-        self.parts += 1; self.rows, self.size = [], 0
-    self.behind, self.done = behind, done
-    write_json(self.path/'stage.json', {k: getattr(self, k) for k in ('key', 'parts', 'n_bytes', 'places', 'tally', 'behind', 'done')})
+    state = {k: getattr(self, k) for k in ('key', 'n_bytes', 'places', 'tally')}
+    write_json(self.path/'stage.json', state | dict(parts=parts, behind=behind, done=done))
+    self.parts, self.behind, self.done, self.file, self.rows, self.size = parts, behind, done, None, [], 0
 
 @patch
 def abandon(self:_Stage):
@@ -1026,7 +1045,12 @@ def _pass1(src, stage, max_bytes, val_frac):
                 if full: break
                 if stage.size >= PART: stage.end_part(behind)
         except _BrokenOff: stage.end_part(behind); raise
-    stage.end_part(done=True)
+    if behind: src.left = src.left[:behind['left']] # rows that were read ahead do not count
+    stage.end_part(behind and behind | dict(rejects=src.left), done=True)
+
+def _again(src, behind):
+    "What reading would have found out about a source that need not be read again"
+    src.revision, src.license, src.left = behind['revision'], behind['license'], [tuple(r) for r in behind['rejects']]
 
 def _pass2(stage, fate, valid, group, shards):
     "Write what stays; returns examples of near-duplicates"
@@ -1046,14 +1070,16 @@ def _build(src, path, stage, val_frac, max_bytes, dedup)->dict:
     "Fill the folder `path`; returns what `corpus.json` adds to the source's card"
     shards = {s: _Shards(path, s) for s in ('train', 'valid')}
     try:
-        if not stage.done: _pass1(src, stage, max_bytes, val_frac)
+        if stage.done: _again(src, stage.behind)
+        else: _pass1(src, stage, max_bytes, val_frac)
+        src.columns = Counter((stage.behind or {}).get('columns', {}))
         stage.keys, stage.sizes, stage.where = stage.row(0), stage.row(1, np.uint32), stage.row(2, np.uint32)
         if not len(stage.keys): raise SLMError(f"corpus '{src.name}' is empty: there is no text in it")
         fate, group = _decide(stage, dedup); kept = np.flatnonzero(fate == _KEPT); valid = np.zeros(len(fate), bool)
         if len(kept) < 1 + bool(val_frac):
             raise SLMError(f"corpus '{src.name}' has only one document left of {stage.n_bytes:,} bytes: "
                            "one to train on and one to validate with are needed, add text")
-        if src.split == 'contiguous': valid[1] = True
+        if src.split == 'contiguous': valid[1:] = True
         elif src.split == 'where': valid = stage.where == stage.places.get('valid')
         else: valid[kept] = split_valid(stage.keys[kept], val_frac)
         if len(sides := np.unique(valid[kept])) < 2 and (val_frac or src.split == 'where'):
@@ -1061,7 +1087,7 @@ def _build(src, path, stage, val_frac, max_bytes, dedup)->dict:
                            'give 10,000 or more')
         examples = _pass2(stage, fate, valid, group, shards)
     finally:
-        for f in (stage, *shards.values()): f.abandon()
+        for s in shards.values(): s.abandon()
     keys, valid = stage.keys[kept], valid[kept]
     mark = hashlib.blake2b(keys[~valid].tobytes() + b'|' + keys[valid].tobytes(), digest_size=8).hexdigest()
     return dict(fingerprint=mark, files={s: sh.files for s,sh in shards.items()},
@@ -1162,17 +1188,17 @@ def _checked(val_frac, max_bytes, errors):
 
 @contextlib.contextmanager
 def _staged(path, near, key, rebuild):
-    "The stage; it stays when the build is interrupted and a part is finished, and goes otherwise"
-    if rebuild: shutil.rmtree(path, ignore_errors=True)
+    "The stage: it stays when the build was cut off; it goes when there is a corpus, or when there will be none of this input"
+    if rebuild: _discard(path)
     stage, keep = _Stage(path, near, key), False
     try: yield stage
-    except (KeyboardInterrupt, _BrokenOff): keep = stage.parts > 0; raise
+    except BaseException as e: keep = stage.parts and not rebuild and (isinstance(e, _BrokenOff) or not isinstance(e, SLMError)); raise
     finally:
         stage.abandon()
-        if not keep: shutil.rmtree(path, ignore_errors=True)
+        if not keep: _discard(path)
         else:
             n = read_json(path/'stage.json')['n_bytes']
-            print(f'{n:,} bytes that were read are kept: the same call goes on behind them', file=sys.stderr)
+            print(f"{n:,} bytes that were read are kept in '{path}': the same call goes on behind them", file=sys.stderr)
 
 def _reuse(out, key):
     "The corpus at `out` if it has this key; raises `SLMError` when something else is there"
@@ -1211,9 +1237,9 @@ def _build_corpus(spec, out, val_frac, max_bytes, dedup, near_dedup, errors, reb
     out = Path(out) if out else slm_home()/'corpora'/f'{slug}-{key}'
     with build_lock(f'corpus-{zlib.crc32(str(out.resolve()).encode()):08x}'):
         stage = out.parent/f'.{out.name}.stage'
-        if (c := _reuse(out, key)) and not rebuild: shutil.rmtree(stage, ignore_errors=True); return c
+        if (c := _reuse(out, key)) and not rebuild: _discard(stage); return c
         try:
-            with atomic_dir(out) as d, _staged(stage, dedup and near_dedup, key, rebuild) as staged:
+            with _staged(stage, dedup and near_dedup, key, rebuild) as staged, atomic_dir(out) as d:
                 res = _build(src, d, staged, val_frac, max_bytes, dedup)
                 if src.left: print(left_out(src.name, src.left), file=sys.stderr)
                 write_json(d/'corpus.json', _card(src, spec) | dict(options=opts, key=key) | res)

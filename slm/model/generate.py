@@ -259,8 +259,9 @@ class StaticStep:
         self.x[to] = x[:, None]; self.at.copy_(self.cache.lens); self.cache.lens[rows] += 1
         s = min(max(128, 1 << (most-1).bit_length()), self.cache.max_len, self.model.cfg.max_seq_len)
         if self.x.is_cuda:
-            if s not in self.recorded: self.recorded[s] = self.record(s)
-            graph,out = self.recorded[s]; graph.replay()
+            with torch.cuda.device(self.x.device):                               # each thread has a card of its own choice
+                if s not in self.recorded: self.recorded[s] = self.record(s)
+                graph,out = self.recorded[s]; graph.replay()
         else: out = self.logits(s)
         return out if every else out[to]
 

@@ -263,6 +263,7 @@ def attend_docs(
 )->Tensor: # (b,h,t,head_dim)
     "Attention inside of each document, without a mask."
     (b,h,t,_),flat = q.shape,lambda x: x.transpose(1, 2).flatten(0, 1)           # (b·t,h,head_dim)
+    q,k = q.to(v.dtype),k.to(v.dtype)                                            # norms of queries and keys leave float32 in autocast
     y = varlen_attn(*map(flat, (q, k, v)), starts, starts, t, t, window_size=(-1, 0 if causal else -1), enable_gqa=k.shape[1] < h)
     return y.unflatten(0, (b, t)).transpose(1, 2)
 

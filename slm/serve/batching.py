@@ -239,11 +239,8 @@ def _speak(self:TorchEngine):
     for s in live: x[s.row-a] = s.todo[0]
     cache = part(self.cache, a, b)
     cache.lens[:] = torch.tensor([len(s.ids) for s in self.rows[a:b]])
-    if step: logits = self.gpt.step(x, cache)                                    # (b,v)
-    elif self.static:
-        self.cache.lens[:] = torch.tensor([len(s.ids) for s in self.rows])
-        logits = self.static(x.to(self.device), torch.arange(a, b))              # (b,v)
-    else:
+    logits = self.gpt.step(x, cache) if step else self._recorded(x, a, b)        # (b,v)
+    if logits is None:
         valid = None if cache.rewinds else torch.tensor([[s in live] for s in self.rows[a:b]]).long()  # the others' states stay as they are
         logits = self.gpt.head(self.gpt.model(x[:, None].to(self.device), cache=cache, seqlens=valid)[:, 0])
     for s in live: s.ids += s.todo
@@ -264,6 +261,16 @@ def _choose(self:TorchEngine,
     if sampler.penalizes: self.seen[rows, ids] = True
     logprobs = logits.log_softmax(-1) if any(j.request.logprobs is not None for j in jobs) else [None]*len(jobs)
     for s,job,id,lp in zip(slots, jobs, ids.tolist(), logprobs): self._tell(s, job, id, lp)
+
+# %% ../../nbs/44_serve.batching.ipynb #101a2cd3
+@patch
+def _recorded(self:TorchEngine, x, a, b):
+    "Scores of the rows from a to b by a step of fixed shape; None where there is none, or where the card refuses it"
+    if not self.static: return None
+    self.cache.lens[:] = torch.tensor([len(s.ids) for s in self.rows])
+    try: return self.static(x.to(self.device), torch.arange(a, b))
+    except RuntimeError as e:
+        print(f'steps cannot be recorded ({str(e).splitlines()[0][:120]}): going on without', file=sys.stderr); self.static = None
 
 # %% ../../nbs/44_serve.batching.ipynb #f4262846
 def join_samplers(
