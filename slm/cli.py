@@ -78,8 +78,7 @@ def tokenize(
 
     Example: slm tokenize pydocs --vocab-size 4096"""
     from slm.data.corpus import build_corpus
-    from slm.data.loaders import tokenize as tokenize_text
-    from slm.data.tokenizer import get_tokenizer
+    from slm.data.loaders import get_tokenizer, tokenize as tokenize_text
     for option,n in (('--vocab-size', vocab_size), ('--max-bytes', max_bytes)):
         if n is not None and n < 1: raise SLMError(f'{option} must be at least 1, not {n}')
     text = build_corpus(spec, max_bytes=max_bytes, encoding=encoding)

@@ -856,7 +856,7 @@ _TEXT = pa.schema([('text', pa.string())])
 
 def _discard(path):
     "Remove a stage; what is left of it, if that is cut short, is none"
-    (path/'stage.json').unlink(missing_ok=True); shutil.rmtree(path, ignore_errors=True)
+    if path.is_dir(): (path/'stage.json').unlink(missing_ok=True); shutil.rmtree(path, ignore_errors=True)
 
 class _Stage:
     "Pass 1: all documents in a folder of parts, and what is needed to decide about them; goes on behind the parts that are finished."

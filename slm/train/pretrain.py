@@ -13,8 +13,8 @@ from pathlib import Path
 from fastcore.basics import patch
 from ..core import *
 from ..data.corpus import build_corpus, build_lock, Corpus
-from ..data.tokenizer import get_tokenizer, Tokenizer
-from ..data.loaders import tokenize, token_dls, TokenData
+from ..data.tokenizer import Tokenizer
+from ..data.loaders import get_tokenizer, tokenize, token_dls, TokenData
 from ..model.gpt import GPT, GPTConfig, MIXERS, check_fits, device_memory, memory_estimate
 from ..model.pretrained import *
 from .learner import *
