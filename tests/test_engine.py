@@ -75,6 +75,15 @@ def test_steps_of_fixed_shape_as_on_a_card(engine, fused):
     e.static = StaticStep(e.gpt, e.cache); logits = e.static.logits; e.static.logits = lambda s: (calls.append(s), logits(s))[1]
     assert same(new(**over), ps, tokens(e, asks), want) >= 21 and hasattr(e.gpt, 'fused') == fused and set(calls) == {128, 192}
 
+def test_learned_positions_end_where_they_end(engine):
+    "What is known of a prompt leaves a rest whose padding would reach behind the last position"
+    over = dict(pos='learned', norm='layer'); ids = TOK.encode(TEXT)[:170]; e = engine(new(**over), slots=1, chunk=64)
+    for n in (132, 170):
+        want = generate_ids(new(**over), [ids[:n]], SamplingParams(temperature=0, max_new_tokens=4))[0]
+        got, last = answer_all(e, [Request(ids[:n], 4, temperature=0)])[0]
+        assert last.finish_reason == 'length' and got == TOK.decode(want)
+    assert last.cached_tokens == 132
+
 def test_a_card_that_refuses_is_told_once(engine, capsys):
     e, ask = engine(slots=2), Request(prompts(1)[0], 6, temperature=0); want = answer_all(e, [ask])[0][0]; tries = []
     def refuses(x, rows): tries.append(rows); raise RuntimeError('no graphs here\nand more')

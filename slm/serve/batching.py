@@ -220,6 +220,7 @@ def _read(self:TorchEngine):
     s = min(reading, key=lambda s: s.used)
     new = s.todo[:-1][:self.chunk]
     t = -(-len(new)//PAD)*PAD if self.device.type == 'cpu' else len(new)
+    if self.gpt.cfg.pos == 'learned': t = max(len(new), min(t, self.gpt.cfg.max_seq_len-len(s.ids))) # nothing is behind the last position
     x = torch.tensor([new + [0]*(t-len(new))], device=self.device)               # (1,t)
     cache = part(self.cache, s.row, s.row+1)
     cache.lens[:] = len(s.ids)
