@@ -505,6 +505,12 @@ def test_hub_faults(hub, monkeypatch):
     def no_config(*a, **k): raise ValueError("Config name is missing.\nPick one of ['a', 'b']")
     monkeypatch.setattr(datasets, 'load_dataset', no_config); fails('hf:some/one', 'Config name is missing', 'hf:OWNER/NAME/CONFIG')
 
+def nothing(): yield from ()
+def test_a_hub_set_without_rows(hub, monkeypatch):
+    import datasets
+    monkeypatch.setattr(datasets, 'load_dataset', lambda *a, **k: datasets.IterableDataset.from_generator(nothing))
+    fails('hf:some/one', 'no rows')
+
 # ---------------------------------------------------------------- the hub, over HTTP
 
 def hub_set(n_files=3, rows=400):

@@ -86,8 +86,8 @@ def test_learned_positions_end_where_they_end(engine):
 
 def test_a_card_that_refuses_is_told_once(engine, capsys):
     e, ask = engine(slots=2), Request(prompts(1)[0], 6, temperature=0); want = answer_all(e, [ask])[0][0]; tries = []
-    def refuses(x, rows): tries.append(rows); raise RuntimeError('no graphs here\nand more')
-    e.static = refuses
+    def refuses(s): tries.append(s); raise RuntimeError('no graphs here\nand more')
+    e.static = StaticStep(e.gpt, e.cache); e.static.play = refuses
     assert [t for t,_ in answer_all(e, [ask, ask])] == [want]*2 and len(tries) == 1
     assert capsys.readouterr().err == 'steps cannot be recorded (no graphs here): going on without\n'
 

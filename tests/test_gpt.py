@@ -166,7 +166,7 @@ def test_documents_without_a_mask(kw, monkeypatch):
         return out, [] if fused else torch.autograd.grad(out.square().sum(), [*m.parameters()])
     want, grads = run(); used = []
     monkeypatch.setattr('slm.model.gpt.can_varlen', lambda *a: True)
-    monkeypatch.setattr('slm.model.layers.varlen_attn', lambda *a, **kw: (used.append(a[5]), varlen_by_hand(*a, **kw))[1])
+    monkeypatch.setattr('slm.model.layers._varlen_attn', lambda *a, **kw: (used.append(a[5]), varlen_by_hand(*a, **kw))[1])
     got, grads2 = run()
     close(got, want); assert used == [30]*m.cfg.n_layer
     top = max([g.abs().max() for g in grads], default=0)                         # a key's bias has no gradient

@@ -248,21 +248,26 @@ class StaticStep:
         self.pool = self.pool or graph.pool()
         return graph, out
 
+    def play(self, s):
+        "The step that looks at `s` keys"
+        if not self.x.is_cuda: return self.logits(s)
+        with torch.cuda.device(self.x.device):                                   # each thread has a card of its own choice
+            if s not in self.recorded: self.recorded[s] = self.record(s)
+            graph,out = self.recorded[s]; graph.replay(); return out
+
     def __call__(self,
         x:Tensor, # (n,) one token for each of `rows`
         rows:Tensor, # (n,) which rows, on the CPU; the others stand still
-    )->Tensor: # logits (n,v); the next call overwrites them
-        most,every = int(self.cache.lens[rows].max())+1,torch.equal(rows, torch.arange(len(self.x)))
-        to = slice(None) if every else rows.to(self.x.device)
+    )->Tensor|None: # logits (n,v), which the next call overwrites; None, with a line that says why, where steps cannot be recorded
+        lens = self.cache.lens; most,every = int(lens[rows].max())+1,torch.equal(rows, torch.arange(len(self.x)))
         if most > self.cache.max_len:
             raise SLMError(f'the cache holds {self.cache.max_len} tokens a row, {most} are needed: make it larger, or stop earlier')
-        self.x[to] = x[:, None]; self.at.copy_(self.cache.lens); self.cache.lens[rows] += 1
-        s = min(max(128, 1 << (most-1).bit_length()), self.cache.max_len, self.model.cfg.max_seq_len)
-        if self.x.is_cuda:
-            with torch.cuda.device(self.x.device):                               # each thread has a card of its own choice
-                if s not in self.recorded: self.recorded[s] = self.record(s)
-                graph,out = self.recorded[s]; graph.replay()
-        else: out = self.logits(s)
+        to = slice(None) if every else rows.to(self.x.device); self.x[to] = x[:, None]; self.at.copy_(lens)
+        try: out = self.play(min(max(128, 1 << (most-1).bit_length()), self.cache.max_len, self.model.cfg.max_seq_len))
+        except torch.OutOfMemoryError: raise
+        except RuntimeError as e:                                                # this card, or this version, refuses
+            print(f'steps cannot be recorded ({str(e).splitlines()[0][:120]}): going on without', file=sys.stderr); return None
+        lens[rows] += 1
         return out if every else out[to]
 
 # %% ../../nbs/12_model.generate.ipynb #51114fc2
@@ -273,12 +278,9 @@ def _still(self:DecodeBatch):
     if self.steps < 8 or type(self.cache) is not KVCache or torch.is_autocast_enabled(self.device.type):
         return self.model(self.x, cache=self.cache)[:, 0]
     if not self.still: self.still = StaticStep(self.model, self.cache)
-    try: return self.still(self.x[:, 0], self.rows)
-    except RuntimeError as e:                                                    # a recording that this card, or this version, refuses
-        if not self.x.is_cuda: raise
-        print(f'steps cannot be recorded ({str(e).splitlines()[0][:120]}): going on without', file=sys.stderr)
-        self.static,self.still = False,None; self.cache.keep(self.rows); self.rows = torch.arange(len(self.rows)); self.cache.lens -= 1
-        return self.model(self.x, cache=self.cache)[:, 0]
+    if (logits := self.still(self.x[:, 0], self.rows)) is not None: return logits
+    self.static,self.still = False,None; self.cache.keep(self.rows); self.rows = torch.arange(len(self.rows))
+    return self.model(self.x, cache=self.cache)[:, 0]
 
 # %% ../../nbs/12_model.generate.ipynb #51114fc4
 @patch

@@ -269,9 +269,8 @@ def _recorded(self:TorchEngine, x, a, b):
     "Scores of the rows from a to b by a step of fixed shape; None where there is none, or where the card refuses it"
     if not self.static: return None
     self.cache.lens[:] = torch.tensor([len(s.ids) for s in self.rows])
-    try: return self.static(x.to(self.device), torch.arange(a, b))
-    except RuntimeError as e:
-        print(f'steps cannot be recorded ({str(e).splitlines()[0][:120]}): going on without', file=sys.stderr); self.static = None
+    if (logits := self.static(x.to(self.device), torch.arange(a, b))) is None: self.static = None
+    return logits
 
 # %% ../../nbs/44_serve.batching.ipynb #f4262846
 def join_samplers(

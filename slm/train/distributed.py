@@ -35,7 +35,7 @@ def _wait(procs, says)->int:
     if bad: says[bad].seek(0); last = says[bad].read().decode(errors='replace').strip().splitlines()
     if -code in (signal.SIGABRT, signal.SIGSEGV, signal.SIGBUS): print(*last[-40:], sep='\n', file=sys.stderr)  # a fault of the program
     if code < 0: _say(f'{name} was ended by {signal.Signals(-code).name}: slm resume RUN goes on from its last checkpoint')
-    elif code == _LOST: _say(f'the processes have lost each other: slm resume RUN goes on from the last checkpoint')
+    elif code == _LOST: _say('the processes have lost each other: slm resume RUN goes on from the last checkpoint')
     elif bad and codes[0] in (0, None, _LOST):                                   # otherwise it has spoken for itself
         _say(f"{name}: {(last or ['it has failed without a word'])[-1].removeprefix('slm: error: ')}")
     return 2
