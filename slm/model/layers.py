@@ -235,7 +235,7 @@ def attn_bias(
 _varlen_attn = None
 if torch.cuda.is_available():                                                    # this import brings a compiler along: more than a second
     with contextlib.suppress(ImportError): from torch.nn.attention.varlen import varlen_attn as _varlen_attn
-_VARLEN = _varlen_attn is not None and {'window_size', 'enable_gqa'} <= set(inspect.signature(_varlen_attn).parameters) # older ones lack them
+_VARLEN = _varlen_attn is not None and {'window_size', 'enable_gqa'} <= set(inspect.signature(_varlen_attn).parameters)
 
 def can_varlen(
     device:torch.device,
