@@ -24,6 +24,7 @@ def base(tmp_path_factory):
     return out
 
 STAGES = '''
+import sys
 from slm.train.sft import sft
 from slm.train.dpo import dpo
 from slm.train.reward import reward_model
@@ -47,7 +48,8 @@ def test_every_stage_learns_the_same_in_two_processes(base, tmp_path, monkeypatc
     rows = lambda path, rs: path.write_text('\n'.join(map(json.dumps, rs)))
     rows(tmp_path/'chats.jsonl', [dict(messages=[turn('user', q), turn('assistant', a)]) for q,a in zip(asked, said)])
     rows(tmp_path/'pairs.jsonl', [dict(prompt=q, chosen=a, rejected='No.'*(1+len(q)%4)) for q,a in zip(asked, said)])
-    for n in (1, 2): assert launch(n, [script(tmp_path/'stages.py', STAGES), base, tmp_path/str(n)]) == 0
+    monkeypatch.syspath_prepend(tmp_path); monkeypatch.setattr('sys.argv', ['', str(base), str(tmp_path/'1')]); exec(STAGES, {})
+    assert launch(2, [script(tmp_path/'stages.py', STAGES), base, tmp_path/'2']) == 0
     for stage in 'sft lora dpo reward rlhf distill'.split():
         one,two = (pd.read_csv(tmp_path/str(n)/stage/'log.csv') for n in (1, 2))
         assert len(one) == len(two) and (one.loss-two.loss).abs().max() < 2.5e-5, stage

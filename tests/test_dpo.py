@@ -117,7 +117,7 @@ def test_accumulated_batches_are_one_batch(base, tok, pairs, tmp_path):
     for k in a: assert (a[k]-b[k]).abs().max().item() < .02*far, k
 
 def test_minutes_are_kept(base, tmp_path):
-    run = dpo(base, base/'pairs.jsonl', tmp_path/'run', minutes=.05, **OPTS)
+    run = dpo(base, base/'pairs.jsonl', tmp_path/'run', minutes=.02, **OPTS)
     assert run.info['config']['steps'] >= 10 and run.metric('likelier_before').n == 8
 
 def test_an_annotation_store_is_read(tmp_path):

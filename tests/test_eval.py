@@ -9,7 +9,7 @@ from slm.model.pretrained import load_model_and_tokenizer
 def run(tmp_path_factory):
     "A small model of the world"
     from slm.train.pretrain import pretrain
-    return pretrain('world', tmp_path_factory.mktemp('runs')/'w', max_bytes=500_000, vocab_size=1024, steps=60, seq_len=256,
+    return pretrain('world', tmp_path_factory.mktemp('runs')/'w', max_bytes=500_000, vocab_size=1024, steps=20, seq_len=256,
                     batch_tokens=4096, evals=1, samples=1,
                     model=dict(n_layer=2, d_model=128))
 

@@ -180,7 +180,7 @@ def test_a_reward_model_need_not_share_the_tokenizer(base, tmp_path, pairs):
     with pytest.raises(SLMError, match='checkpoint of another tokenizer'): as_reward(tmp_path/'rm')
 
 def test_minutes_are_kept(base, tmp_path):
-    run = grpo(base, base/'pairs.jsonl', longer, tmp_path/'run', minutes=.05, bs=2, group=2, max_new_tokens=8, **OPTS)
+    run = grpo(base, base/'pairs.jsonl', longer, tmp_path/'run', minutes=.02, bs=2, group=2, max_new_tokens=8, **OPTS)
     assert run.info['config']['steps'] >= 10
 
 def test_an_annotation_store_is_read(base, tmp_path):
