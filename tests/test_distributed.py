@@ -80,9 +80,12 @@ def processes(out):
     return res
 
 @pytest.mark.skipif(sys.platform != 'linux', reason='it looks into /proc')
-def test_killed_with_muon_and_dropout_it_ends_where_it_would_have_ended(tmp_path, capfd):
+def test_killed_with_muon_and_dropout_it_ends_where_torchrun_ends(tmp_path, capfd):
     asked = options(steps=12, dropout=.1); out = tmp_path/'killed'
-    assert together('pretrain', 2, *asked, '--out', tmp_path/'straight') == 0; capfd.readouterr()
+    p = subprocess.run([sys.executable, '-m', 'torch.distributed.run', '--nproc-per-node', '2', '-m', 'slm.cli', 'pretrain', *asked,
+                        '--out', tmp_path/'straight'], capture_output=True, text=True, env=os.environ | dict(OMP_NUM_THREADS='1'))
+    assert p.returncode == 0, p.stderr[-500:]
+    assert json.loads((tmp_path/'straight/run.json').read_text())['processes'] == 2 and p.stdout.count('report:') == 1
     with when_saved(out, 3, lambda: os.kill(processes(out)[1], signal.SIGKILL)):
         assert together('pretrain', 2, *asked, '--save-minutes', .001, '--out', out) == 2
     said, = capfd.readouterr().err.splitlines()
@@ -149,13 +152,6 @@ def test_the_environment_must_be_whole(monkeypatch):
     monkeypatch.setenv('WORLD_SIZE', '3')
     for k in ('RANK', 'MASTER_ADDR', 'MASTER_PORT'): monkeypatch.delenv(k, raising=False)
     with pytest.raises(SLMError, match='RANK is not set'): join_ranks('cpu')
-
-def test_torchrun_starts_it_too(tmp_path):
-    p = subprocess.run([sys.executable, '-m', 'torch.distributed.run', '--nproc-per-node', '2', '-m', 'slm.cli', 'pretrain',
-                        *options(steps=2), '--out', tmp_path/'run'], capture_output=True, text=True,
-                       env=os.environ | dict(OMP_NUM_THREADS='1'))
-    assert p.returncode == 0, p.stderr[-500:]
-    assert json.loads((tmp_path/'run/run.json').read_text())['processes'] == 2 and p.stdout.count('report:') == 1
 
 def test_traffic():
     from slm.model.gpt import GPT, GPTConfig
