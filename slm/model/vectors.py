@@ -496,6 +496,6 @@ def solve(self:WordVectors,
 )->np.ndarray: # bool (n,) of the questions all of whose words have vectors
     "Which analogies come out right."
     q = np.array([[self.at[w] for w in ws] for ws in questions if all(w in self.at for w in ws)]).reshape(-1, 4)
-    step = max(1, 20_000_000//len(self)); res = np.zeros(len(q), bool)
+    step = max(1, 500_000//len(self)); res = np.zeros(len(q), bool)
     for i in range(0, len(q), step): res[i:i+step] = self.answers(q[i:i+step, :3], how, exclude).argmax(1) == q[i:i+step, 3]
     return res
