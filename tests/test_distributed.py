@@ -1,8 +1,6 @@
 "Several processes train one model: real ones, over gloo, started as a user starts them."
 import contextlib, json, os, signal, socket, subprocess, sys, threading, time
-from pathlib import Path
-import pandas as pd, pytest, torch
-from safetensors.torch import load_file
+import pandas as pd, pytest
 from slm.core import SLMError
 from slm.train.distributed import join_ranks, launch, step_traffic
 from slm.train.learner import checkpoints
@@ -68,30 +66,6 @@ def when_saved(out, step, do):
         while not any(int(c.name) >= step for c in checkpoints(out/'checkpoints')): time.sleep(.02)
         do()
     t = threading.Thread(target=wait, daemon=True); t.start(); yield; t.join(5); assert not t.is_alive()
-
-def processes(out):
-    "Rank -> process of a training"
-    res = {}
-    for p in Path('/proc').glob('[0-9]*'):
-        with contextlib.suppress(OSError):
-            if str(out).encode() not in (p/'cmdline').read_bytes(): continue
-            env = dict(v.split(b'=', 1) for v in (p/'environ').read_bytes().split(b'\0') if b'=' in v)
-            if b'RANK' in env: res[int(env[b'RANK'])] = int(p.name)
-    return res
-
-@pytest.mark.skipif(sys.platform != 'linux', reason='it looks into /proc')
-def test_killed_with_muon_and_dropout_it_ends_where_torchrun_ends(tmp_path, capfd):
-    asked = options(steps=12, dropout=.1); out = tmp_path/'killed'
-    p = subprocess.run([sys.executable, '-m', 'torch.distributed.run', '--nproc-per-node', '2', '-m', 'slm.cli', 'pretrain', *asked,
-                        '--out', tmp_path/'straight'], capture_output=True, text=True, env=os.environ | dict(OMP_NUM_THREADS='1'))
-    assert p.returncode == 0, p.stderr[-500:]
-    assert json.loads((tmp_path/'straight/run.json').read_text())['processes'] == 2 and p.stdout.count('report:') == 1
-    with when_saved(out, 3, lambda: os.kill(processes(out)[1], signal.SIGKILL)):
-        assert together('pretrain', 2, *asked, '--save-minutes', .001, '--out', out) == 2
-    said, = capfd.readouterr().err.splitlines()
-    assert said == 'slm: error: process 1 of 2 was ended by SIGKILL: slm resume RUN goes on from its last checkpoint'
-    assert processes(out) == {} and together('resume', 2, out) == 0             # nobody was left behind
-    a,b = (load_file(tmp_path/k/'model.safetensors') for k in ('straight', 'killed')); assert all(torch.equal(a[k], b[k]) for k in a)
 
 def test_interrupted_by_two_it_goes_on_by_four(tmp_path, capfd):
     asked = dict(steps=12, opt='adamw'); out = tmp_path/'run'; pretrain(out=tmp_path/'alone', **TEXT, **asked); capfd.readouterr()
