@@ -722,8 +722,8 @@ word_vectors = typer.Typer(no_args_is_help=True, help='Words as vectors: learn t
 app.add_typer(word_vectors, name='vectors')
 
 WordFile = Annotated[Path, typer.Argument(help='.safetensors, or a file of word2vec, GloVe or fastText, perhaps with .gz.')]
-Nearest = Annotated[int, typer.Option('-k', '--k', help='So many answers.')]
-FirstWords = Annotated[Optional[int], typer.Option(help='Only the first words of the file: the most frequent ones.')]
+Nearest = Annotated[int, typer.Option('-k', '--k', min=1, help='So many answers.')]
+FirstWords = Annotated[Optional[int], typer.Option(min=1, help='Only the first words of the file: the most frequent ones.')]
 
 # %% ../nbs/61_cli.ipynb #61f10004
 @word_vectors.command('train')
@@ -747,6 +747,12 @@ def vectors_train(
     from slm.data.corpus import build_corpus
     from slm.model import vectors as V
     if out.suffix not in V.SUFFIXES: raise SLMError(f"--out '{out.name}': call it {', '.join(V.SUFFIXES)}")
+    if phrases < 0: raise SLMError(f'--phrases must be at least 0, not {phrases}')
+    try:
+        with atomic_file(out.with_name(f'.{out.name}.try')) as f: pass
+        out.with_name(f'.{out.name}.try').unlink()
+        if out.is_dir(): raise IsADirectoryError(21, 'a folder has this name')
+    except OSError as e: raise SLMError(f"--out '{portable(str(out))}' cannot be written: {e.strerror}") from None
     corpus = build_corpus(spec, max_bytes=max_bytes, encoding=encoding)
     text = lambda: (ws for d in corpus.docs() for ws in V.split_words(d))
     for _ in range(phrases): text = V.with_phrases(text)

@@ -109,12 +109,14 @@ def fit_map(
 def map_ranks(
     v:WordVectors,
     pairs:list[tuple[str,str]], # (from, to)
-    how:str,
+    how:str, # one of `MAPS`
+    learn_from:list|None=None, # other pairs to fit on; those with a word of the asked pair are left out
 )->dict[str,int]: # word -> rank of its partner; 1 is the nearest, the word itself left out
     "Each pair mapped by a map of all the others."
     known = [p for p in pairs if all(w in v.at for w in p)]; x = pair_vectors(v, known); res = {}
     for i,(a,b) in enumerate(known):
-        f,_ = fit_map(*np.delete(x, i, 0).transpose(1, 0, 2), how); z = f(x[i, 0]).astype(np.float32)
+        fit = np.delete(x, i, 0) if learn_from is None else pair_vectors(v, [p for p in learn_from if not {a, b} & {*p}])
+        f,_ = fit_map(*fit.transpose(1, 0, 2), how); z = f(x[i, 0]).astype(np.float32)
         s = v.unit@z; s[v.at[a]] = -np.inf; res[a] = int((s > s[v.at[b]]).sum())+1
     return res
 

@@ -8,7 +8,7 @@ __all__ = ['SUFFIXES', 'ANALOGIES', 'window_pairs', 'split_words', 'keep_share',
 
 # %% ../../nbs/16_model.vectors.ipynb #16f10004
 from ..core import *
-import gzip, json, math, os, re, tempfile, threading, zlib
+import gzip, json, math, os, re, tempfile, threading, unicodedata, zlib
 from array import array
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
@@ -18,6 +18,7 @@ from itertools import islice
 from pathlib import Path
 import numpy as np
 from fastcore.basics import patch
+from ..data.corpus import whole_text
 try: from numba import njit
 except ImportError: njit = None # extra `vectors`: training wants it, reading does not
 
@@ -34,7 +35,7 @@ def window_pairs(
 # %% ../../nbs/16_model.vectors.ipynb #16f1000f
 def split_words(text:str)->Iterator[list[str]]: # paragraphs
     "Words in lower case, paragraph by paragraph; what is no letter parts them."
-    for p in re.split(r'\n\s*\n', text.lower()):
+    for p in re.split(r'\n\s*\n', unicodedata.normalize('NFC', text).lower()):
         if ws := _WORD.findall(p): yield ws
 
 _WORD = re.compile(r"[^\W\d_]+(?:['’][^\W\d_]+)*")
@@ -259,7 +260,8 @@ class WordVectors:
     def __len__(self): return len(self.words)
     def __contains__(self, word): return word in self.at
     def __getitem__(self, word): return self.vectors[self.index(word)] # (d,)
-    def first(self, n:int):
+    def first(self, n:int|None):
+        if n is None: return self
         return WordVectors(self.words[:n], self.vectors[:n], *(None if a is None else a[:n] for a in (self.counts, self.context)))
 
 @patch
@@ -271,10 +273,15 @@ def similar(self:WordVectors,
     word = isinstance(what, str); v = self.unit[self.index(what)] if word else np.asarray(what)/max(1e-12, np.linalg.norm(what))
     s = self.unit@v.astype(np.float32)
     if word: s[self.index(what)] = -np.inf
-    return [(self.words[i], float(s[i])) for i in np.argsort(-s, kind='stable')[:min(k, len(s)-word)]]
+    return [(self.words[i], float(s[i])) for i in np.argsort(-s, kind='stable')[:max(0, k)] if np.isfinite(s[i])]
 
 # %% ../../nbs/16_model.vectors.ipynb #16f10029
-def _watched(work, done, total): # threads at work, with a bar; whoever is interrupted leaves nobody at it
+def _watched(kernel, each, done, total): # threads at work, with a bar; whoever is interrupted leaves nobody at it
+    faults = []
+    def work(args):
+        try: kernel(*args)
+        except BaseException as e: faults.append(e); done[:, 1] = 1
+    work = [threading.Thread(target=work, args=(args,), daemon=True) for args in each]
     try:
         for t in work: t.start()
         with progress(desc='words', total=total, unit='words') as bar:
@@ -284,6 +291,7 @@ def _watched(work, done, total): # threads at work, with a bar; whoever is inter
     finally:
         done[:, 1] = 1
         for t in work: t.join()
+    if faults: raise faults[0]
 
 # %% ../../nbs/16_model.vectors.ipynb #16f1002a
 def train_vectors(
@@ -297,27 +305,32 @@ def train_vectors(
     max_words:int|None=None, # vocabulary, at most
     lr:float|None=None, # of the first step; None: .025; for CBOW .2, or .05 without `mean`
     kind:str='shared', # 'shared': skip-gram whose windows share negatives; 'pairs': as the paper has it; 'cbow'
-    mean:bool=True, # is the mean's gradient right? False: as word2vec.c has it
+    mean:bool=True, # of 'cbow': the gradient of the mean; False: as word2vec.c has it, with a rate of its own
     threads:int|None=None, # None: as many as there are processors; with 1 the result is the same each time
     seed:int=0,
 )->WordVectors:
     "word2vec (Mikolov et al. 2013b). Raises `SLMError` for settings or text that nothing can be learned from."
     kernels = dict(shared=_skip_gram_shared, pairs=_skip_gram, cbow=_cbow)
     if kind not in kernels: raise SLMError(f"kind '{kind}': it is one of {', '.join(kernels)}")
-    for k,v in dict(d=d, window=window, negative=negative, epochs=epochs, min_count=min_count).items():
-        if v < 1: raise SLMError(f'{k} {v}: it is 1 or more')
+    for k,(v,lo,hi) in dict(d=(d, 1, 100_000), window=(window, 1, 1000), negative=(negative, 1, 1000), epochs=(epochs, 1, 10_000),
+                            min_count=(min_count, 1, 2**62), sample=(sample, 0, 1), threads=(threads or 1, 1, 1024),
+                            seed=(seed, 0, 2**63)).items():
+        if not lo <= v <= hi: raise SLMError(f'{k} {v}: it is {lo} to {hi:,}')
+    if lr is not None and not 0 < lr < 100: raise SLMError(f'lr {lr}: it is above 0')
     if njit is None: raise SLMError("training vectors needs numba: pip install -e '.[vectors]'")
     if not callable(text): held = list(text); text = lambda: held
     with tempfile.TemporaryDirectory(prefix='slm-vectors-') as folder:
         words,counts,ids,spans = _numbered(text, folder, min_count, max_words)
-        rng = np.random.default_rng(seed); vec = (rng.random((len(words), d), np.float32)-np.float32(.5))/d; ctx = np.zeros_like(vec)
+        rng = np.random.default_rng(seed)
+        try: vec = (rng.random((len(words), d), np.float32)-np.float32(.5))/d; ctx = np.zeros_like(vec)
+        except MemoryError: raise SLMError(f'no room in memory for two times {len(words):,} vectors of {d:,} numbers') from None
         threads = min(threads or os.cpu_count() or 1, len(spans)); done = np.zeros((threads, 2), np.int64)
         order = np.concatenate([rng.permutation(len(spans)) for _ in range(epochs)]); line = min(_LONGEST, int(np.diff(spans).max()))
         lr = lr or (.025 if kind != 'cbow' else .2 if mean else .05)
         common = keep_share(counts, sample),*alias_table(counts**.75),window,negative,lr
-        work = [threading.Thread(target=kernels[kind], daemon=True, args=(ids, spans[order[k::threads]], vec, ctx, *common,
-                                 rng.integers(1, 2**63, 1, np.uint64), at, np.zeros(line, np.int32), mean)) for k,at in enumerate(done)]
-        _watched(work, done, len(ids)*epochs); del ids
+        each = [(ids, spans[order[k::threads]], vec, ctx, *common, rng.integers(1, 2**63, 1, np.uint64), at, np.zeros(line, np.int32), mean)
+                for k,at in enumerate(done)]
+        _watched(kernels[kind], each, done, len(ids)*epochs); del ids
     if not np.isfinite(vec).all(): raise SLMError('the vectors grew beyond all bounds: take a lower lr')
     return WordVectors(words, vec, counts, ctx)
 
@@ -330,7 +343,8 @@ def pair_loss(
     pairs:int=200_000, # at most
     seed:int=0, # of the windows and negatives: the same for all that have the same vocabulary
 )->Metric: # nats a pair
-    "What skip-gram with negative sampling is trained for, on other text."
+    "What skip-gram with negative sampling is trained for, on other text. Raises `SLMError` for vectors without contexts."
+    if v.context is None or v.counts is None: raise SLMError('these vectors came without contexts and counts: the loss needs both')
     rng = np.random.default_rng(seed); xy = []
     for ws in text:
         xy += window_pairs([v.at[w] for w in ws if w in v.at], window, rng)
@@ -372,11 +386,12 @@ def _read_tensors(path, limit):
     try:
         with safe_open(path, 'numpy') as f:
             t = {k: f.get_tensor(k) for k in f.keys() if k in ('vectors', 'words', 'counts', 'context')}
-        words = json.loads(t.pop('words').tobytes())
-        if not all(isinstance(w, str) for w in words) or t['vectors'].ndim != 2: raise ValueError
-        if any(len(a) != len(words) for a in t.values()): raise ValueError
-    except (SafetensorError, KeyError, ValueError, UnicodeDecodeError): raise SLMError(f"'{path}' holds no word vectors") from None
-    v = WordVectors(words, **t); return v.first(limit) if limit else v
+        words = json.loads(t.pop('words').tobytes()); v,n = t['vectors'],t.get('counts')
+        if not isinstance(words, list) or not all(isinstance(w, str) for w in words): raise ValueError
+        if v.dtype != np.float32 or v.ndim != 2: raise ValueError
+        if len(v) != len(words) or t.get('context', v).shape != v.shape or (n is not None and n.shape != v.shape[:1]): raise ValueError
+    except (SafetensorError, KeyError, ValueError, TypeError, RecursionError): raise SLMError(f"'{path}' holds no word vectors") from None
+    return WordVectors(words, **t).first(limit)
 
 def _read_binary(f, path, n, d):
     words,res,rest = [],np.empty((n, d), np.float32),b''
@@ -403,7 +418,8 @@ def _read_lines(lines, path, first, d):
         rows.append(a.reshape(-1, d)); batch.clear()
     for l in lines:
         if not l.strip(): continue
-        w,*_ = parts = l.rstrip().rsplit(b' ', d); batch.append(b' '.join(parts[1:])); words.append(w.decode(errors='replace'))
+        w,*_ = parts = l.removeprefix(b'\xef\xbb\xbf').rstrip().rsplit(None, d)
+        batch.append(b' '.join(parts[1:])); words.append(w.decode(errors='replace'))
         if len(batch) == 2000: numbers()
     if batch: numbers()
     return words, np.concatenate(rows) if rows else np.zeros((0, d), np.float32)
@@ -416,34 +432,41 @@ def open_vectors(
     "Read vectors of any of these formats; of a word that stands twice, the first. Raises `SLMError` with the place of the fault."
     path = Path(path)
     if not path.is_file(): raise SLMError(f"'{path}' is no file")
-    if path.suffix == '.safetensors': return _read_tensors(path, limit)
+    if limit is not None and limit < 1: raise SLMError(f'limit {limit}: it is 1 or more')
+    if path.suffix == '.safetensors': return _checked(_read_tensors(path, limit), path)
     size = path.stat().st_size
     try:
         with _open_packed(path) as f:
-            head = f.readline(1<<20).split(b' '); header = len(head) == 2 and all(x.strip().isdigit() for x in head)
+            head = f.readline(1<<22).removeprefix(b'\xef\xbb\xbf').split()
+            header = len(head) == 2 and all(x.isdigit() and len(x) < 16 for x in head)
             n,d = map(int, head) if header else (limit or 1<<40, _numbers_behind(head)); first = 1+header
             if d < 2-header or header and n*d > 400*size: raise SLMError(f"'{path}' does not begin as a file of vectors does")
-            want = min(n, limit or n); body = f.read(4*d+200) if header else b''; f.seek(0)
+            want = min(n, limit or n); row = f.readline(1<<22) if header else b''; f.seek(0)
             if header: f.readline()
-            text = not header or _is_text(body, d)
-            words,v = _read_lines(islice(f, want), path, first, d) if text else _read_binary(f, path, want, d)
+            text = not header or _is_text(row, d)
+            lines = islice(iter(lambda: f.readline(1<<22), b''), want)                # bounded, whatever it is
+            words,v = _read_lines(lines, path, first, d) if text else _read_binary(f, path, want, d)
     except (OSError, EOFError, zlib.error) as e: raise SLMError(f"'{path}' cannot be read: {e}") from None
     if header and len(words) < want: raise SLMError(f"'{path}' ends after {len(words):,} of {want:,} vectors")
-    if not len(words): raise SLMError(f"'{path}' holds no vector")
-    if not np.isfinite(v).all(): raise SLMError(f"'{path}': the vector of '{words[int((~np.isfinite(v)).any(1).argmax())]}' is not finite")
-    res = WordVectors(words, v); first = [i for i,w in enumerate(words) if res.at[w] == i]
-    return res if len(first) == len(words) else WordVectors([words[i] for i in first], v[first])
+    return _checked(WordVectors(words, v), path)
 
+# %% ../../nbs/16_model.vectors.ipynb #16f1f033
 def _numbers_behind(parts): # how many stand behind the word, or words
     for k,x in enumerate(reversed(parts[1:])):
         try: float(x)
         except ValueError: return k
     return len(parts)-1
 
-def _is_text(body, d): # does a line of d numbers come next?
-    parts = body.split(b'\n')[0].split()
-    try: return len(parts) > 1 and np.isfinite(np.array(parts[1:1+d], np.float32)).all()
-    except ValueError: return False
+def _is_text(row, d): # a word, or several, and d numbers?
+    parts = row.split(); return len(parts) > d and _numbers_behind(parts[-d-1:]) == d
+
+def _checked(v, path): # some, finite, and of a word that stands twice the first
+    if not len(v): raise SLMError(f"'{path}' holds no vector")
+    bad = ~np.isfinite(v.vectors).all(1)
+    if bad.any(): raise SLMError(f"'{path}': the vector of '{v.words[int(bad.argmax())]}' is not finite")
+    if len(v.at) == len(v): return v
+    first = [i for i,w in enumerate(v.words) if v.at[w] == i]
+    return WordVectors([v.words[i] for i in first], *(None if a is None else a[first] for a in (v.vectors, v.counts, v.context)))
 
 # %% ../../nbs/16_model.vectors.ipynb #16f10038
 ANALOGIES = ('add', 'mul', 'pair', 'only-b', 'only-c')
@@ -473,7 +496,7 @@ def analogy(self:WordVectors,
 )->list[tuple[str,float]]: # best first
     "Answer an analogy; raises `SLMError` for a word without a vector."
     s, = self.answers(np.array([[self.index(w) for w in (a, b, c)]]), how, exclude)
-    return [(self.words[i], float(s[i])) for i in np.argsort(-s, kind='stable')[:min(k, len(s)-3*exclude)]]
+    return [(self.words[i], float(s[i])) for i in np.argsort(-s, kind='stable')[:max(0, k)] if np.isfinite(s[i])]
 
 # %% ../../nbs/16_model.vectors.ipynb #16f10039
 def read_analogies(
@@ -481,7 +504,7 @@ def read_analogies(
 )->dict[str,list[tuple]]: # kind -> (a, b, c, d)
     "The format of Mikolov's questions-words.txt; raises `SLMError` for a line that is neither."
     res,kind = {},'all'
-    for n,l in enumerate(Path(path).read_text(encoding='utf-8').splitlines(), 1):
+    for n,l in enumerate(whole_text(path).splitlines(), 1):
         if l.startswith(':'): kind = l[1:].strip()
         elif ws := tuple(l.lower().split()):
             if len(ws) != 4: raise SLMError(f"'{path}' line {n}: four words are expected, or ': kind'")
