@@ -37,6 +37,18 @@ def test_of_a_word_that_stands_twice_the_first_counts(tmp_path):
     (tmp_path/'v.txt').write_text('a 1 0\nb 0 1\na 0 2\nc 1 1\n'); v = open_vectors(tmp_path/'v.txt')
     assert v.words == ['a', 'b', 'c'] and v['a'].tolist() == [1, 0] and v['c'].tolist() == [1, 1]
 
+@pytest.mark.parametrize('words', ['5', 'null', '{"a": 1}', '[1]', '['*5000, '["a"]', '["a", "b", "c"]'])
+def test_tensors_that_are_no_vectors(words, tmp_path):
+    from safetensors.numpy import save_file
+    save_file(dict(vectors=np.ones((2, 3), np.float32), words=np.frombuffer(words.encode(), np.uint8)), tmp_path/'v.safetensors')
+    with pytest.raises(SLMError, match='holds no word vectors'): open_vectors(tmp_path/'v.safetensors')
+
+def test_numbers_that_are_none_are_refused_in_every_format(tmp_path):
+    odd = WordVectors(['a', 'b'], np.array([[1, np.nan], [1, 2]], np.float32))
+    for s in ('safetensors', 'txt', 'bin'):
+        odd.save(tmp_path/f'v.{s}')
+        with pytest.raises(SLMError, match="of 'a' is not finite"): open_vectors(tmp_path/f'v.{s}')
+
 def test_a_paragraph_of_thirty_thousand_words_is_not_cut():
     "What stands only at its end is learned too"
     rng = np.random.default_rng(0); ws = [f'w{i}' for i in rng.integers(0, 50, 30_000)]
@@ -50,9 +62,17 @@ def test_text_is_read_anew_and_not_held():
     v = train_vectors(text, d=8, epochs=3, threads=1); assert len(asked) == 2 and len(v) == 20
     held = train_vectors(list(text()), d=8, epochs=3, threads=1); assert (held.vectors == v.vectors).all()
 
-@pytest.mark.parametrize('wrong', [dict(kind='glove'), dict(d=0), dict(window=0), dict(epochs=0), dict(min_count=10**6), dict(lr=1e6)])
+NAN = float('nan')
+WRONG = [dict(kind='glove'), dict(min_count=10**6), *(dict(threads=n) for n in (-2, 10**6)), dict(seed=-1),
+         *(dict(sample=x) for x in (-1, NAN)), *(dict(lr=x) for x in (0, -.1, NAN, 1e6)), *({k: n} for k in ('d', 'window', 'negative', 'epochs') for n in (0, -1, 10**12))]
+
+@pytest.mark.parametrize('wrong', WRONG, ids=str)
 def test_settings_that_cannot_be(wrong):
-    with pytest.raises(SLMError): train_vectors([['a', 'b', 'c']*50]*20, threads=1, **wrong)
+    with pytest.raises(SLMError): train_vectors([['a', 'b', 'c']*50]*20, **dict(threads=1) | wrong)
+
+def test_a_thread_that_fails_is_not_passed_over(monkeypatch):
+    monkeypatch.setattr('slm.model.vectors._cbow', lambda *a: 1/0)
+    with pytest.raises(ZeroDivisionError): train_vectors([['a', 'b', 'c']*50]*20, kind='cbow', threads=1)
 
 def test_ctrl_c_leaves_nobody_at_work():
     text = [[f'w{j%500}' for j in range(1000)] for i in range(300)]; train_vectors(text[:20], d=8, threads=1, epochs=1)
