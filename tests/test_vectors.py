@@ -64,7 +64,8 @@ def test_text_is_read_anew_and_not_held():
 
 NAN = float('nan')
 WRONG = [dict(kind='glove'), dict(min_count=10**6), *(dict(threads=n) for n in (-2, 10**6)), dict(seed=-1),
-         *(dict(sample=x) for x in (-1, NAN)), *(dict(lr=x) for x in (0, -.1, NAN, 1e6)), *({k: n} for k in ('d', 'window', 'negative', 'epochs') for n in (0, -1, 10**12))]
+         *(dict(sample=x) for x in (-1, NAN)), *(dict(lr=x) for x in (0, -.1, NAN, 1e6)),
+         *({k: n} for k in ('d', 'window', 'negative', 'epochs') for n in (0, -1, 10**12))]
 
 @pytest.mark.parametrize('wrong', WRONG, ids=str)
 def test_settings_that_cannot_be(wrong):
