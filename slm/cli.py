@@ -15,6 +15,7 @@ __all__ = ['app', 'Json', 'MaxBytes', 'Device', 'VocabSize', 'Tok', 'Context', '
 
 # %% ../nbs/61_cli.ipynb #fff7db54
 import dataclasses, errno, inspect, json, os, re, sys, typing, warnings
+from functools import cache
 from pathlib import Path
 from typing import Annotated, Optional
 import typer
@@ -753,8 +754,8 @@ def vectors_train(
         out.with_name(f'.{out.name}.try').unlink()
         if out.is_dir(): raise IsADirectoryError(21, 'a folder has this name')
     except OSError as e: raise SLMError(f"--out '{portable(str(out))}' cannot be written: {e.strerror}") from None
-    corpus = build_corpus(spec, max_bytes=max_bytes, encoding=encoding)
-    text = lambda: (ws for d in corpus.docs() for ws in V.split_words(d))
+    corpus = cache(lambda: build_corpus(spec, max_bytes=max_bytes, encoding=encoding)) # once the other options are known to be right
+    text = lambda: (ws for d in corpus().docs() for ws in V.split_words(d))
     for _ in range(phrases): text = V.with_phrases(text)
     v = V.train_vectors(text, dim, window, negative, epochs, sample, min_count, None, lr, kind, threads=threads, seed=seed); v.save(out)
     res = dict(words=len(v), numbers=dim, seen=int(v.counts.sum()), path=portable(str(out)))

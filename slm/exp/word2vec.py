@@ -11,7 +11,7 @@ from ..core import *
 from pathlib import Path
 import numpy as np
 from scipy.stats import rankdata
-from ..eval.stats import percentile_interval, wilson
+from ..eval.stats import percentile_interval
 from ..model.vectors import WordVectors
 
 # %% ../../nbs/57_exp.word2vec.ipynb #57f2000f
@@ -46,7 +46,7 @@ def component_null(
     draws:int=1000,
     seed:int=0,
 )->np.ndarray: # (draws,) shares
-    "What the first component explains when there is nothing to find."
+    "What the first component explains of other pairs."
     rng,res = np.random.default_rng(seed),[]
     for _ in range(draws):
         if how == 'random': y = v.unit[rng.choice(len(v), (len(x), 2), replace=False)].astype(np.float64)

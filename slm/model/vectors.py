@@ -13,7 +13,7 @@ from array import array
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cache, cached_property
 from itertools import islice
 from pathlib import Path
 import numpy as np
@@ -231,8 +231,8 @@ def join_phrases(text:Iterable[list[str]], phrases:set[tuple[str,str]])->Iterato
         yield res
 
 def with_phrases(text:Callable, **kwargs)->Callable: # functions that begin to read paragraphs anew
-    "A pass that joins the phrases of a text."
-    found = find_phrases(text(), **kwargs); return lambda: join_phrases(text(), found)
+    "A pass that joins the phrases of a text; they are looked for when it is read first."
+    found = cache(lambda: find_phrases(text(), **kwargs)); return lambda: join_phrases(text(), found())
 
 # %% ../../nbs/16_model.vectors.ipynb #16f10028
 @dataclass
@@ -261,6 +261,7 @@ class WordVectors:
     def __contains__(self, word): return word in self.at
     def __getitem__(self, word): return self.vectors[self.index(word)] # (d,)
     def first(self, n:int|None):
+        "Those of the first words; None: of all."
         if n is None: return self
         return WordVectors(self.words[:n], self.vectors[:n], *(None if a is None else a[:n] for a in (self.counts, self.context)))
 
@@ -278,10 +279,10 @@ def similar(self:WordVectors,
 # %% ../../nbs/16_model.vectors.ipynb #16f10029
 def _watched(kernel, each, done, total): # threads at work, with a bar; whoever is interrupted leaves nobody at it
     faults = []
-    def work(args):
+    def run(args):
         try: kernel(*args)
         except BaseException as e: faults.append(e); done[:, 1] = 1
-    work = [threading.Thread(target=work, args=(args,), daemon=True) for args in each]
+    work = [threading.Thread(target=run, args=(args,), daemon=True) for args in each]
     try:
         for t in work: t.start()
         with progress(desc='words', total=total, unit='words') as bar:
@@ -313,7 +314,7 @@ def train_vectors(
     kernels = dict(shared=_skip_gram_shared, pairs=_skip_gram, cbow=_cbow)
     if kind not in kernels: raise SLMError(f"kind '{kind}': it is one of {', '.join(kernels)}")
     for k,(v,lo,hi) in dict(d=(d, 1, 100_000), window=(window, 1, 1000), negative=(negative, 1, 1000), epochs=(epochs, 1, 10_000),
-                            min_count=(min_count, 1, 2**62), sample=(sample, 0, 1), threads=(threads or 1, 1, 1024),
+                            min_count=(min_count, 1, 2**62), sample=(sample, 0, 1), threads=(1 if threads is None else threads, 1, 1024),
                             seed=(seed, 0, 2**63)).items():
         if not lo <= v <= hi: raise SLMError(f'{k} {v}: it is {lo} to {hi:,}')
     if lr is not None and not 0 < lr < 100: raise SLMError(f'lr {lr}: it is above 0')
