@@ -8,10 +8,11 @@ __all__ = ['SUFFIXES', 'ANALOGIES', 'window_pairs', 'split_words', 'keep_share',
 
 # %% ../../nbs/16_model.vectors.ipynb #16f10004
 from ..core import *
-import gzip, json, math, os, re, tempfile, threading, unicodedata, zlib
+import gzip, json, math, os, re, tempfile, unicodedata, zlib
 from array import array
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from functools import cache, cached_property
 from itertools import islice
@@ -278,21 +279,14 @@ def similar(self:WordVectors,
 
 # %% ../../nbs/16_model.vectors.ipynb #16f10029
 def _watched(kernel, each, done, total): # threads at work, with a bar; whoever is interrupted leaves nobody at it
-    faults = []
-    def run(args):
-        try: kernel(*args)
-        except BaseException as e: faults.append(e); done[:, 1] = 1
-    work = [threading.Thread(target=run, args=(args,), daemon=True) for args in each]
-    try:
-        for t in work: t.start()
-        with progress(desc='words', total=total, unit='words') as bar:
-            while any(t.is_alive() for t in work):
-                for t in work: t.join(.1)
-                bar.update(int(done[:, 0].sum())-bar.n)
-    finally:
-        done[:, 1] = 1
-        for t in work: t.join()
-    if faults: raise faults[0]
+    with ThreadPoolExecutor(len(each)) as pool, progress(desc='words', total=total, unit='words') as bar:
+        work = [pool.submit(kernel, *args) for args in each]
+        try:
+            while True:
+                ended,left = wait(work, .1, FIRST_EXCEPTION); bar.update(int(done[:, 0].sum())-bar.n)
+                if not left or any(f.exception() for f in ended): break
+        finally: done[:, 1] = 1
+    for f in work: f.result()
 
 # %% ../../nbs/16_model.vectors.ipynb #16f1002a
 def train_vectors(
