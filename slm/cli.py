@@ -10,8 +10,9 @@ __all__ = ['app', 'Json', 'MaxBytes', 'Device', 'VocabSize', 'Tok', 'Context', '
            'FirstWords', 'main', 'corpus', 'tokenize', 'runs', 'options_of', 'stage_command', 'StageVerb', 'pretrain',
            'resume', 'eval_', 'figures', 'bias', 'judge', 'toxicity', 'sft', 'annotate_add', 'annotate_report',
            'annotate_pairs', 'annotate_export', 'annotate_import', 'annotate_push', 'annotate_pull', 'dpo', 'reward',
-           'rlhf', 'distill', 'qlora', 'merge', 'open_any', 'export', 'serve', 'rag_index', 'rag_ask', 'rag_serve',
-           'demo', 'exp', 'plan', 'vectors_train', 'vectors_similar', 'vectors_analogy', 'report', 'generate', 'chat']
+           'rlhf', 'distill', 'bert', 'fill', 'qlora', 'merge', 'open_any', 'export', 'serve', 'rag_index', 'rag_ask',
+           'rag_serve', 'demo', 'exp', 'plan', 'vectors_train', 'vectors_similar', 'vectors_analogy', 'report',
+           'generate', 'chat']
 
 # %% ../nbs/61_cli.ipynb #fff7db54
 import dataclasses, errno, inspect, json, os, re, sys, typing, warnings
@@ -457,6 +458,33 @@ def distill():
     """Train a new, smaller model that watches a teacher.
 
     Example: slm distill runs/books --corpus "files:books/*.txt" --preset 1m --minutes 30 --out runs/small"""
+
+# %% ../nbs/61_cli.ipynb #61b10002
+@app.command(cls=StageVerb)
+def bert():
+    """Train a new model that fills gaps, for understanding rather than writing.
+
+    Example: slm bert --corpus "files:books/*.txt" --preset 3m --minutes 30 --out runs/gaps"""
+
+# %% ../nbs/61_cli.ipynb #61b10003
+@app.command()
+def fill(
+    model:Annotated[str, typer.Argument(help='A run of slm bert, or a Hugging Face folder or hub id of BERT, RoBERTa, DistilBERT or ModernBERT.')],
+    texts:Annotated[list[str], typer.Argument(help='Each with a [MASK], or several.')],
+    k:Annotated[int, typer.Option('-k', min=1, help='How many words for each gap.')]=5,
+    score:Annotated[bool, typer.Option('--score', help='Texts without gaps: say how likely each is instead.')]=False,
+    device:Device='auto', json_:Json=False):
+    """Say what is missing in a text.
+
+    Example: slm fill runs/gaps "The capital of [MASK] is Paris" """
+    from slm.model.bert import fill_mask, load_bert_and_tokenizer, pseudo_log_likelihoods
+    net,tok = load_bert_and_tokenizer(model, str(get_device(device)))
+    res = pseudo_log_likelihoods(net, tok, texts).tolist() if score else [fill_mask(net, tok, t, k) for t in texts]
+    if json_: return print(json.dumps(res, ensure_ascii=False))
+    if score: return print('\n'.join(f'{s:9.2f} nats  {t}' for s,t in zip(res, texts)))
+    for t,gaps in zip(texts, res):
+        print(t)
+        for gap in gaps: print('  '+', '.join(f'{w} {p:.2f}' for w,p in gap))
 
 # %% ../nbs/61_cli.ipynb #5873bebd
 @app.command(cls=StageVerb)

@@ -381,6 +381,7 @@ def token_dls(
     seed:int=42, # of the order of the training blocks
     device='cpu', # batches are moved there
     block_diagonal:bool=False, # compute seqlens, so that documents cannot see each other?
+    kinds=(LMDataLoader, LMValidLoader), # what makes the two loaders
 ): # fastai `DataLoaders`: .train endless by epochs; .valid fixed
     "Loaders of both splits for a fastai `Learner`; raises `SLMError` if a split is too small for one batch."
     import torch
@@ -394,4 +395,4 @@ def token_dls(
         raise SLMError(f"a batch of {bs} rows of {seq_len} tokens needs {bs*seq_len}, corpus '{name}' has {n}: make the batch smaller")
     if not data.valid.n_tokens: raise SLMError(f"corpus '{name}' has no validation text: give it a larger validation part")
     kw = dict(seed=seed, device=device, block_diagonal=block_diagonal, eot_id=data.eot_id, pad_id=data.pad_id)
-    return DataLoaders(LMDataLoader(data.train, bs, seq_len, **kw), LMValidLoader(data.valid, bs, seq_len, **kw), device=device)
+    return DataLoaders(*(f(split, bs, seq_len, **kw) for f,split in zip(kinds, (data.train, data.valid))), device=device)

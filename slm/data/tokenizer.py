@@ -82,6 +82,7 @@ def apply_merges(
 SPECIALS = ('<|endoftext|>', '<|system|>', '<|user|>', '<|assistant|>', '<|end|>', '<|pad|>')
 _EOT = ('<|endoftext|>', '<|end_of_text|>', '</s>', '<eos>', '<|im_end|>') # where no file says what ends a text: ours, then others' names
 _PAD = ('<|pad|>', '<pad>', '[PAD]', '<|finetune_right_pad_id|>')
+_MASK = ('[MASK]', '<mask>', '<|mask|>')
 
 # %% ../../nbs/04_data.tokenizer.ipynb #5ac9b1d0
 def _vocab_size(tok, added):
@@ -175,6 +176,8 @@ class Tokenizer:
     @functools.cached_property
     def pad_id(self)->int|None: # fills a row
         return next((i for i in (self.told.get('pad'), self._pick(_PAD)) if i is not None), self.eot_id)
+    @functools.cached_property
+    def mask_id(self)->int|None: return self._pick(_MASK) # stands for a gap
     @functools.cached_property
     def stop_ids(self)->list[int]: # each of them ends what is generated
         return [i for i in dict.fromkeys([*self.eos_ids, self.end_id, self.eot_id]) if i is not None]
@@ -615,6 +618,7 @@ def save(self:Tokenizer,
     with atomic_file(path if path.suffix=='.json' else path/'tokenizer.json') as f: f.write(self.tok.to_str(pretty=True))
     if path.suffix == '.json': return
     names = {k: self.names.get(k) for k in ('bos_token', 'eos_token', 'pad_token')}
+    if self.mask_id is not None: names['mask_token'] = self.added[self.mask_id].content
     write_json(path/'tokenizer_config.json', dict(names, tokenizer_class='PreTrainedTokenizerFast', clean_up_tokenization_spaces=False,
                                                   chat_template=self.chat_template))
     write_json(path/'generation_config.json', self.generation_config())

@@ -38,6 +38,7 @@ class GPTConfig:
     norm:str = 'rms' # 'rms' or 'layer'
     norm_eps:float = 1e-5 # keeps the norms' division finite
     norm_pos:str = 'pre' # 'pre': before each part and before the head; 'post': after each part and after the embedding (BERT)
+    norm_embed:bool = False # with 'pre': a norm after the embedding, in the place of the first block's before its attention (ModernBERT)
     pos:str = 'rope' # 'rope', 'learned', 'sinusoidal', 'alibi' or 'none'
     rope_theta:float = 10_000. # base of the rotary speeds
     rope_scaling:dict|None = None # as in a Hugging Face config: see `rope_inv_freq`
@@ -98,10 +99,11 @@ def check(self:GPTConfig):
     for k in ('norm_eps', 'rope_theta'):
         if not isinstance(x := getattr(self, k), (int, float)) or not 0 < x < 1e30:
             raise SLMError(f'{k}={repr(x)[:40]}: it must be a number above 0')
-    for k in ('bias', 'qk_norm', 'causal', 'tied'):
+    for k in ('bias', 'qk_norm', 'causal', 'tied', 'norm_embed'):
         if not isinstance(x := getattr(self, k), bool): raise SLMError(f'{k}={repr(x)[:40]}: it must be true or false')
     if type(self.n_types) is not int or not 0 <= self.n_types <= 1<<16:
         raise SLMError(f'n_types={repr(self.n_types)[:40]}: it must be a whole number of at least 0')
+    if self.norm_embed and self.norm_pos != 'pre': raise SLMError("norm_embed goes with norm_pos='pre': with 'post' there is that norm anyway")
     if self.n_head % self.n_kv_head:
         raise SLMError(f'n_head={self.n_head} is not a multiple of n_kv_head={self.n_kv_head}: change one of them')
     if self.pos == 'rope':
@@ -122,7 +124,8 @@ def check(self:GPTConfig):
 @patch
 def fill_state(self:GPTConfig):
     "Derive the sizes of blocks with a state; raises `SLMError` for a switch that does not go with them."
-    one = dict(norm='rms', norm_pos='pre', act='swiglu', bias=False, qk_norm=False, causal=True, n_types=0, rope_scaling=None)
+    one = dict(norm='rms', norm_pos='pre', act='swiglu', bias=False, qk_norm=False, causal=True, n_types=0, rope_scaling=None,
+               norm_embed=False)
     for k,v in one.items():
         if getattr(self, k) != v: raise SLMError(f"{k}={getattr(self, k)!r} does not go with mixer '{self.mixer}': leave it away")
     for k in ('expand', 'head_dim'):
@@ -144,8 +147,8 @@ def fill_state(self:GPTConfig):
 @patch(as_prop=True)
 def is_llama(self:GPTConfig)->bool: # RMSNorm before each part, rotary positions, a gate, no bias, causal
     "Are the switches those of a Llama?"
-    switches = (self.norm, self.norm_pos, self.pos, self.bias, self.causal, self.n_types)
-    return switches == ('rms', 'pre', 'rope', False, True, 0) and self.act in GATES
+    switches = (self.norm, self.norm_pos, self.pos, self.bias, self.causal, self.n_types, self.norm_embed)
+    return switches == ('rms', 'pre', 'rope', False, True, 0, False) and self.act in GATES
 
 # %% ../../nbs/11_model.gpt.ipynb #c4c3856a
 PRESETS = {'1m': 3, '3m': 4, '10m': 6, '25m': 8, '50m': 10, '125m': 14, '350m': 20}
@@ -197,7 +200,7 @@ class Backbone(nn.Module):
         self.embed_tokens = nn.Embedding(c.vocab_size, c.d_model)
         if c.pos == 'learned': self.embed_positions = nn.Embedding(c.max_seq_len, c.d_model)
         if c.n_types: self.embed_types = nn.Embedding(c.n_types, c.d_model)
-        if c.norm_pos == 'post': self.embed_norm = norm()
+        if c.norm_pos == 'post' or c.norm_embed: self.embed_norm = norm()
         self.drop = nn.Dropout(c.dropout) if c.dropout else nn.Identity()
         self.layers = nn.ModuleList(find_block(c.mixer)(c, i) for i in range(c.n_layer))
         if c.norm_pos == 'pre': self.norm = norm()
@@ -259,7 +262,7 @@ def forward(self:Backbone,
     if c.pos == 'sinusoidal': x = x*math.sqrt(c.d_model) + sinusoids(pos, c.d_model).to(x.dtype)
     if c.pos == 'learned': x = x + self.embed_positions(pos.clamp(max=c.max_seq_len-1))  # padding may stand past the last position
     if c.n_types: x = x + self.embed_types(torch.zeros_like(idx) if types is None else types)
-    if c.norm_pos == 'post': x = self.embed_norm(x)
+    if c.norm_pos == 'post' or c.norm_embed: x = self.embed_norm(x)
     x = self.drop(x)
     for block in self.layers: x = block(x, ctx)                                  # (b,t,d)
     if cache is not None: cache.end()

@@ -437,7 +437,7 @@ class Block(nn.Module):
         super().__init__()
         norm = lambda: NORMS[c.norm](c.d_model, c.norm_eps, c.bias)
         self.post = c.norm_pos == 'post'
-        if not self.post: self.input_layernorm = norm()
+        if not self.post: self.input_layernorm = nn.Identity() if c.norm_embed and layer == 0 else norm()
         self.self_attn = Attention(c.d_model, c.n_head, c.n_kv_head, c.head_dim, c.bias, c.qk_norm, c.norm_eps, layer)
         self.post_attention_layernorm = norm()
         self.mlp = MLP(c.d_model, c.d_ff, c.act, c.bias)

@@ -5,13 +5,13 @@
 # %% auto #0
 __all__ = ['LLAMA_ACT', 'GPT2_ACT', 'ROPE_TYPES', 'ROPE_MAY', 'GPT2_TOP', 'GPT2_LAYER', 'CONV1D', 'MAMBA_TOP', 'GGUF_TOP',
            'GGUF_LAYER', 'HUB_FILES', 'hf_family', 'from_gpt2', 'to_gpt2', 'from_mamba', 'to_mamba', 'read_safetensors',
-           'write_safetensors', 'build_model', 'open_folder', 'rope_to_gguf', 'rope_from_gguf', 'gguf_name',
-           'llama3_scaling', 'gguf_config', 'open_gguf', 'local_model', 'open_model', 'check_tokenizer',
+           'write_safetensors', 'build_model', 'open_folder', 'write_model', 'rope_to_gguf', 'rope_from_gguf',
+           'gguf_name', 'llama3_scaling', 'gguf_config', 'open_gguf', 'local_model', 'open_model', 'check_tokenizer',
            'load_model_and_tokenizer']
 
 # %% ../../nbs/13_model.pretrained.ipynb #d5fcfefa
 import json, math, re
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, fields, replace
 from pathlib import Path
 import numpy as np, torch
@@ -33,7 +33,7 @@ def hf_family(
 )->str: # 'llama', 'qwen3', 'gpt2', 'mamba', 'mamba2', or 'slm' when none of them can express it
     "The Hugging Face `model_type` that computes exactly what `cfg` computes."
     if cfg.mixer != 'attention': return cfg.mixer
-    decoder = cfg.causal and cfg.norm_pos == 'pre' and not cfg.n_types
+    decoder = cfg.causal and cfg.norm_pos == 'pre' and not (cfg.n_types or cfg.norm_embed)
     square = cfg.n_head*cfg.head_dim == cfg.d_model and cfg.n_kv_head == cfg.n_head
     if decoder and (cfg.norm, cfg.pos) == ('rms', 'rope') and cfg.act in LLAMA_ACT:
         if not cfg.qk_norm and cfg.d_model % cfg.n_head == 0: return 'llama'
@@ -179,6 +179,8 @@ def from_hf(cls:GPTConfig,
         if family in ('llama', 'mistral', 'qwen3'): kw = _from_llama(d, family)
         elif family == 'gpt2': kw = _from_gpt2(d)
         elif family in ('mamba', 'mamba2'): kw = _from_mamba(d, family)
+        elif 'bert' in str(family): raise SLMError(f'config.json: a model of type {family} looks both ways and does not generate: '
+                                                   'try slm fill, or BERT.from_pretrained')
         else: raise SLMError(f"config.json: model_type is {family!r}: known are llama, mistral, qwen3, gpt2, mamba, mamba2 (and our slm)")
         return cls(vocab_size=d['vocab_size'], norm_pos='pre', causal=True, n_types=0, **kw)
     except KeyError as e: raise SLMError(f"config.json lacks {e}: it is damaged, or not of a {family} model") from None
@@ -347,31 +349,31 @@ def _check_size(cfg, files, where):
 
 def open_folder(
     folder:str|Path, # a run directory or a Hugging Face folder: config.json and safetensors
+    read:Callable=GPTConfig.from_hf, # content of the config.json -> configuration
+    renames:dict|None=None, # model_type -> what brings its tensors into our naming
 )->tuple[GPTConfig,Iterator[tuple[str,Tensor]]]: # configuration; names and mapped tensors, in our naming
     "Configuration and weights of a folder; raises `SLMError` that names what is missing or damaged."
     folder = Path(folder)
     if not (folder/'config.json').is_file():
         raise SLMError(f"'{folder}' has no config.json: it is not a run directory or a Hugging Face model folder")
     check_hashes(folder); d = read_settings(folder/'config.json')
-    try: cfg = GPTConfig.from_hf(d)
+    try: cfg = read(d)
     except SLMError as e: raise SLMError(f"'{folder}': {e}") from None
     files = _weight_files(folder)
     _check_size(cfg, files, folder)
     tensors = (kv for f in files for kv in read_safetensors(f))
-    ours = dict(gpt2=from_gpt2, mamba=from_mamba, mamba2=from_mamba).get(d['model_type'])
+    ours = (renames or dict(gpt2=from_gpt2, mamba=from_mamba, mamba2=from_mamba)).get(d['model_type'])
     return cfg, ours(tensors) if ours else tensors
 
 # %% ../../nbs/13_model.pretrained.ipynb #cac25a7a
-@patch
-def save_pretrained(self:GPT,
+def write_model(
     folder:str|Path, # folder to write into; made if need be, other files in it are left alone
+    d:dict, # content of its config.json
+    sd:dict[str,Tensor], # names and tensors
     tok:Tokenizer|None=None, # saved along as tokenizer.json, if given
 ):
-    "Write config.json and model.safetensors, with `tok` also generation_config.json: `GPT.from_pretrained` and transformers open them."
-    folder, d = Path(folder), self.cfg.to_hf()
-    sd = self.state_dict()
-    if theirs := dict(gpt2=to_gpt2, mamba=to_mamba, mamba2=to_mamba).get(d['model_type']): sd = theirs(sd)
-    d['dtype'] = d['torch_dtype'] = str(next(iter(sd.values())).dtype).removeprefix('torch.')
+    "Write config.json and model.safetensors, with `tok` also generation_config.json."
+    folder = Path(folder); d['dtype'] = d['torch_dtype'] = str(next(iter(sd.values())).dtype).removeprefix('torch.')
     ends = tok.generation_config() if tok else {}
     if tok: d |= ends | dict(eos_token_id=next(iter(tok.eos_ids), None), tokenizer_fingerprint=tok.fingerprint)
     try:
@@ -380,6 +382,16 @@ def save_pretrained(self:GPT,
         write_json(folder/'config.json', d)
         if tok: write_json(folder/'generation_config.json', ends)
     except OSError as e: raise SLMError(f"cannot write the model to '{folder}' ({e}): free some space, or choose another folder") from None
+
+@patch
+def save_pretrained(self:GPT,
+    folder:str|Path, # folder to write into; made if need be, other files in it are left alone
+    tok:Tokenizer|None=None, # saved along as tokenizer.json, if given
+):
+    "Write a folder that `GPT.from_pretrained` and transformers open."
+    d,sd = self.cfg.to_hf(),self.state_dict()
+    if theirs := dict(gpt2=to_gpt2, mamba=to_mamba, mamba2=to_mamba).get(d['model_type']): sd = theirs(sd)
+    write_model(folder, d, sd, tok)
 
 # %% ../../nbs/13_model.pretrained.ipynb #6d5033f9
 def rope_to_gguf(

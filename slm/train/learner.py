@@ -380,7 +380,8 @@ class WandbLog(Callback):
 class Samples(Callback):
     "Every `every` steps, and at the end, complete each prompt that the context holds and append the texts to `path`."
     order,run_valid,first_only = Bar.order+5,False,True
-    def __init__(self, tok, prompts:list, every:int=500, path:str|Path|None=None, show=noop, **params):
+    def __init__(self, tok, prompts:list, every:int=500, path:str|Path|None=None, show=noop, complete=generate, **params):
+        self.complete = complete                                                 # called with model, tokenizer, prompts and `params`
         self.tok,self.prompts,self.every,self.show,self.path = tok,prompts,every,show,Path(path) if path else None
         self.params = dict(max_new_tokens=100, temperature=.8, top_p=.95, seed=42) | params
     def before_fit(self):
@@ -398,7 +399,7 @@ class Samples(Callback):
         self.model.eval()
         try:
             with torch.compiler.set_stance('force_eager'):                       # or each length would be compiled
-                return generate(self.model, self.tok, self.prompts, **self.params)
+                return self.complete(self.model, self.tok, self.prompts, **self.params)
         finally: self.model.train()
 
 def quote(s:str)->str:

@@ -152,6 +152,7 @@ def prompts_from(corpus:Corpus, n:int=3, chars:int=24)->list[str]:
 class PretrainStage(Stage):
     "A new model learns to continue text."
     name,Config,sources,longest_warmup = 'pretrain',PretrainConfig,('corpus', 'tokenizer'),100
+    model_class = GPT # called with its configuration
     held = 0 # bytes of the device that are taken by something else
     def check(self): check_config(self.c)
     def resolve(self): self.rows_asked,self.c = self.c.micro_batch,resolve(self.c)
@@ -182,7 +183,7 @@ def build(self:PretrainStage)->GPT:
     c = self.c; cfg = c.sizes(self.tok.vocab_size, max_seq_len=c.seq_len, dropout=c.dropout or 0.)
     check_fits(cfg, c.micro_batch//self.ranks.size, c.seq_len, c.device, dtype=c.dtype, memory=device_memory(c.device)-self.held,
                frugal=c.frugal)
-    model = GPT(cfg).to(c.device)
+    model = self.model_class(cfg).to(c.device)
     if c.compile: # constants that a graph makes itself would be another graph's input
         model.model.constants(model.model.embed_tokens.weight.device); model.compile()
     return model

@@ -18,6 +18,7 @@ from fastai.learner import Recorder
 from fastai.data.core import DataLoaders
 from fastcore.basics import patch
 from ..data.corpus import text_encoding
+from ..model.generate import generate
 from ..model.gpt import GPT, give_back, lm_loss, recompute
 from ..model.pretrained import * # adds `save_pretrained` to `GPT`
 from .learner import *
@@ -61,6 +62,7 @@ class Stage:
     sources, code = (), () # options that say where something is; those that may name a function
     parent = 'base' # the option, where there is one, that names the model which a run comes from
     loss_func = staticmethod(lm_loss) # called with logits, y, loss_mask
+    complete = staticmethod(generate) # what answers the prompts while training
     columns = () # names that its callbacks `note`, for `log.csv`
     longest_warmup, last_seconds = 50, 0. # optimiser steps; what the end of a run takes
     doctor, picture = None, None # called with a finished run: sentences on what is wrong; heading and file of a plot that `figures` made
@@ -252,7 +254,7 @@ def train(self:Stage,
         SpikeGuard(), TrainLog(max(1, c.steps//200), self.token_flops(learn), peak),
         CSVLog(run/'log.csv', self.columns), Bar(), GracefulStop(),
         Samples(tok, run.info['prompts'], interval(c.steps, c.samples), run/'samples.md',
-                max_new_tokens=min(100, learn.model.cfg.max_seq_len//2)),
+                complete=self.complete, max_new_tokens=min(100, learn.model.cfg.max_seq_len//2)),
         Checkpoint(run/'checkpoints', minutes=c.save_minutes, seconds=seconds, sources=self.places())]))
     if c.minutes and c.schedule == 'trapezoid' and c.cooldown < 1: learn.add_cb(Settle(self, seconds))
     if checkpoint: before = float(learn.load_checkpoint(checkpoint).get('seconds', 0))
@@ -336,10 +338,10 @@ def write_report(
 def find_stage(
     name:str, # as in `run.json`
 )->type[Stage]:
-    "The class of a stage: one that was defined here, or in a chapter on training; raises `SLMError` when there is none."
-    chapters = [m.name for m in pkgutil.iter_modules(importlib.import_module('slm.train').__path__)]
-    for m in sorted(chapters, key=lambda m: m != name):                          # the one of that name first
-        if name not in STAGES: importlib.import_module(f'slm.train.{m}')
+    "The class of a stage: one that was defined here, or in a chapter on training or an experiment; raises `SLMError` when there is none."
+    chapters = [f'{p}.{m.name}' for p in ('slm.train', 'slm.exp') for m in pkgutil.iter_modules(importlib.import_module(p).__path__)]
+    for m in sorted(chapters, key=lambda m: m.rpartition('.')[2] != name):       # the one of that name first
+        if name not in STAGES: importlib.import_module(m)
     if name not in STAGES:
         raise SLMError(f"a run of stage {name} cannot be resumed here: only {', '.join(STAGES)} can; import the class of "
                        'another first')

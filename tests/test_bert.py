@@ -1,0 +1,164 @@
+"Models that fill gaps: other people's checkpoints and scores, gaps in all kinds of rows, damaged folders, training that goes on."
+import json, shutil
+import numpy as np, pytest, torch
+from hypothesis import given, settings, strategies as st
+from safetensors.torch import load_file, save_file
+from slm.core import SLMError, set_seed
+from slm.data.tokenizer import Tokenizer, char_tokenizer, train_bpe
+from slm.data.world import World
+from slm.model.bert import (BERT, GAPS, STYLES, Gaps, bert_config, encoder_config, fill_mask, load_bert_and_tokenizer, pseudo_log_likelihoods,
+                            text_frame, word_starts)
+from slm.model.gpt import GPT, GPTConfig
+import forked
+
+TEXTS = ['The old man sat by the sea.', "She didn't say why.", 'A', 'Unbelievable, extraordinarily long words!', '  two  spaces ']
+
+@pytest.fixture(scope='module')
+def tok(): return train_bpe([s.text for s in World().stories(1, 300)]+TEXTS*3, 700).with_mask()
+
+@pytest.fixture(scope='module')
+def folder(tok, tmp_path_factory):
+    set_seed(0); path = tmp_path_factory.mktemp('bert')/'m'; BERT(encoder_config('1m', tok.vocab_size, 64, n_layer=2, d_model=64)).save_pretrained(path, tok)
+    return path
+
+def wordpiece(path):
+    "A tokenizer as BERT has it, with [CLS] and [SEP] around a text, saved by transformers"
+    import tokenizers as t
+    from transformers import BertTokenizerFast
+    tok = t.BertWordPieceTokenizer(); tok.train_from_iterator([s.text for s in World().stories(1, 300)], vocab_size=400, show_progress=False)
+    fast = BertTokenizerFast(tokenizer_object=t.Tokenizer.from_str(tok.to_str())); fast.save_pretrained(path); return fast
+
+# ---- minicons, which is how others compute it
+
+@pytest.mark.parametrize('word', [False, True])
+@pytest.mark.parametrize('kind', ['ours', 'bert'])
+def test_scores_are_those_of_minicons(kind, word, folder, tmp_path):
+    from minicons.scorer import MaskedLMScorer
+    from transformers import AutoModelForMaskedLM, AutoTokenizer, BertConfig, BertForMaskedLM
+    if kind == 'bert':
+        fast = wordpiece(tmp_path); set_seed(0)
+        BertForMaskedLM(BertConfig(vocab_size=len(fast), hidden_size=48, num_hidden_layers=2, num_attention_heads=4, intermediate_size=64,
+                                   max_position_embeddings=64)).save_pretrained(tmp_path)
+    path = tmp_path if kind == 'bert' else folder; model,tok = load_bert_and_tokenizer(path); fast = AutoTokenizer.from_pretrained(path)
+    hf = AutoModelForMaskedLM.from_pretrained(path).eval()
+    texts = [t for t in TEXTS if t.strip() == t]
+    if kind == 'ours': # it asks for texts with their frame
+        fast.cls_token = fast.sep_token = tok.added[tok.eot_id].content
+        import tokenizers.processors as p
+        fast.backend_tokenizer.post_processor = p.TemplateProcessing(single='<|endoftext|> $A <|endoftext|>', special_tokens=[('<|endoftext|>', tok.eot_id)])
+    scorer = MaskedLMScorer(hf, 'cpu', tokenizer=fast)
+    theirs = scorer.sequence_score(texts, reduction=lambda x: x.sum(0).item(), PLL_metric='within_word_l2r' if word else 'original')
+    assert np.abs(pseudo_log_likelihoods(model, tok, texts, word)-theirs).max() < 1e-4
+
+def test_scores_do_not_depend_on_their_company(folder):
+    model,tok = load_bert_and_tokenizer(folder); alone = [pseudo_log_likelihoods(model, tok, [t])[0] for t in TEXTS]
+    for budget in (1, 100, 10**6): assert np.allclose(pseudo_log_likelihoods(model, tok, TEXTS, budget=budget), alone, atol=1e-4)
+    assert pseudo_log_likelihoods(model, tok, []).shape == (0,) and pseudo_log_likelihoods(model, tok, [''])[0] == 0
+    with pytest.raises(SLMError, match='text 1 has'): pseudo_log_likelihoods(model, tok, ['a', 'word '*99])
+
+# ---- gaps
+
+@given(st.data())
+@settings(deadline=None, max_examples=60)
+def test_gaps_in_any_rows(tok, data):
+    rows = data.draw(st.lists(st.lists(st.integers(0, tok.vocab_size-1), min_size=7, max_size=7), min_size=1, max_size=4))
+    ids = np.array(rows); g = Gaps(tok, data.draw(st.floats(.01, .99)), data.draw(st.sampled_from(GAPS))); rng = np.random.default_rng(0)
+    x,asked = g(ids, rng); assert x.shape == asked.shape == ids.shape and (x[~asked] == ids[~asked]).all()
+    special = np.isin(ids, list(tok.special_ids.values())); assert not (asked & special).any()
+    made = (x != ids) & (x != tok.mask_id); assert not np.isin(x[made], list(tok.special_ids.values())).any()
+
+@pytest.mark.parametrize('unit', GAPS)
+@pytest.mark.parametrize('share', [.05, .15, .4, .8])
+def test_the_share_is_what_was_asked_for(tok, unit, share):
+    rows = np.array([tok.encode(s.text)[:64] for s in World().stories(2, 200)]); g = Gaps(tok, share, unit); rng = np.random.default_rng(1)
+    seen = [g.choose(rows, rng).mean() for _ in range(20)]; assert abs(np.mean(seen)-share) < .012
+
+def test_words_of_other_tokenizers(tmp_path):
+    fast = wordpiece(tmp_path); tok = Tokenizer.load(tmp_path); ids = tok.encode('unbelievable stories'); starts = word_starts(tok)[ids]
+    assert [not fast.convert_ids_to_tokens(i).startswith('##') for i in ids] == starts.tolist() and starts.sum() == 2
+    assert text_frame(tok) == ([fast.cls_token_id], [fast.sep_token_id]) and tok.with_mask() is tok
+
+def test_letters_alone(tmp_path):
+    tok = char_tokenizer(['some letters']).with_mask(); m = BERT(encoder_config('1m', tok.vocab_size, 32, n_layer=1, d_model=64)).eval()
+    assert len(fill_mask(m, tok, 's[MASK]me', 3)[0]) == 3 and len(fill_mask(m, tok, '[MASK]', 10**6)[0]) == tok.vocab_size-len(tok.special_ids)
+
+def test_a_user_cannot_write_a_gap_into_what_is_learned(tok):
+    ids = tok.encode('a [MASK] b'); assert tok.mask_id not in ids and tok.decode(ids) == 'a [MASK] b'
+
+# ---- folders
+
+def test_what_is_damaged_is_named(folder, tmp_path):
+    for change,says in ((lambda d: d.update(hidden_size='x'), 'wrong kind'), (lambda d: d.pop('num_hidden_layers'), 'lacks'),
+                        (lambda d: d.update(model_type='t5'), 'fill gaps'), (lambda d: d.update(num_hidden_layers=3), 'weights'),
+                        (lambda d: d.update(layer_types=['sliding_attention']*2), 'neighbours'), (lambda d: d.update(norm_bias=True), 'norm_bias')):
+        bad = shutil.copytree(folder, tmp_path/'bad', dirs_exist_ok=True); d = json.loads((folder/'config.json').read_text()); change(d)
+        (bad/'config.json').write_text(json.dumps(d))
+        with pytest.raises(SLMError, match=says): load_bert_and_tokenizer(bad)
+    (bad/'config.json').write_text((folder/'config.json').read_text()); (bad/'model.safetensors').write_bytes(b'x'*100)
+    with pytest.raises(SLMError): load_bert_and_tokenizer(bad)
+    with pytest.raises(SLMError, match='not a folder'): BERT.from_pretrained(folder/'config.json')
+
+def test_a_model_that_writes_is_no_model_that_fills(folder, tmp_path, tok):
+    GPT(GPTConfig(vocab_size=tok.vocab_size, n_layer=1, d_model=64)).save_pretrained(tmp_path/'gpt', tok)
+    with pytest.raises(SLMError, match='fill gaps'): load_bert_and_tokenizer(tmp_path/'gpt')
+    with pytest.raises(SLMError, match='slm fill'): GPT.from_pretrained(folder)
+
+def test_old_names_and_other_heads(tmp_path):
+    "gamma and beta, a pooler, a head for the next sentence, the decoder stored twice: as Google's first checkpoints have it"
+    from transformers import BertConfig, BertForPreTraining
+    set_seed(0); hf = BertForPreTraining(BertConfig(vocab_size=60, hidden_size=32, num_hidden_layers=1, num_attention_heads=2, intermediate_size=48,
+                                                    max_position_embeddings=16)).eval(); hf.save_pretrained(tmp_path)
+    sd = {k.replace('LayerNorm.weight', 'LayerNorm.gamma').replace('LayerNorm.bias', 'LayerNorm.beta'): v.clone() for k,v in hf.state_dict().items()}
+    save_file(sd, tmp_path/'model.safetensors'); x = torch.randint(60, (2, 9)); types = torch.randint(2, x.shape)
+    ours = BERT.from_pretrained(tmp_path)(x, types=types)
+    assert (ours-hf(input_ids=x, token_type_ids=types).prediction_logits).abs().max() < 1e-4
+
+@pytest.mark.parametrize('over', [dict(n_types=0), dict(n_types=1), dict(act='relu'), dict(norm='rms'), dict(n_kv_head=1), dict(tied=False),
+                                  dict(pos='rope'), dict(qk_norm=True), dict(bias=False)])
+@pytest.mark.parametrize('style', STYLES)
+def test_every_switch_comes_back(style, over, tmp_path):
+    set_seed(0); m = BERT(encoder_config('1m', 50, 16, style, n_layer=1, d_model=64, n_head=2, **over)).eval()
+    for p in m.parameters(): p.data += .1*torch.randn_like(p)
+    m.save_pretrained(tmp_path); x = torch.randint(50, (2, 9)); same = BERT.from_pretrained(tmp_path)
+    assert torch.equal(m(x), same(x)) and set(load_file(tmp_path/'model.safetensors'))
+    if json.loads((tmp_path/'config.json').read_text())['model_type'] != 'slm':
+        from transformers import AutoModelForMaskedLM
+        assert (AutoModelForMaskedLM.from_pretrained(tmp_path).eval()(input_ids=x).logits-m(x)).abs().max() < 1e-4
+
+def test_config_of_anything():
+    for d in ({}, dict(model_type='bert'), dict(model_type='modernbert', vocab_size=5), dict(model_type='roberta', vocab_size='a'),
+              dict(model_type='slm'), dict(model_type=['bert'])):
+        with pytest.raises(SLMError): bert_config(d)
+
+# ---- training
+
+FEW = dict(vocab_size=512, seq_len=64, batch_tokens=1024, steps=8, evals=2, samples=1, save_minutes=0, model=dict(n_layer=1, d_model=64))
+
+@pytest.fixture(scope='module')
+def corpus(tmp_path_factory):
+    d = tmp_path_factory.mktemp('text'); (d/'a.txt').write_text('\n\n'.join(s.text for s in World().stories(3, 1500))); return f'files:{d}/a.txt'
+
+@pytest.mark.parametrize('style', STYLES)
+def test_interrupted_it_ends_where_it_would_have_ended(style, corpus, tmp_path):
+    from slm.exp.bert import bert
+    from slm.train.stage import resume
+    from test_cli import Killed
+    class Kill(__import__('fastai.callback.core', fromlist=['Callback']).Callback):
+        order = 200
+        def after_batch(self):
+            if self.opt_steps == 5: raise Killed()
+    more = FEW | dict(style=style, unit='span', share=.2, dropout=.1)
+    bert(corpus, tmp_path/'whole', **more)
+    with pytest.raises(Killed): bert(corpus, tmp_path/'cut', cbs=[Kill()], **more)
+    resume(tmp_path/'cut'); a,b = (load_file(tmp_path/n/'model.safetensors') for n in ('whole', 'cut'))
+    assert all(torch.equal(a[k], b[k]) for k in a)
+
+def test_command_line(corpus, tmp_path):
+    few = ('--steps', 3, '--vocab-size', 512, '--seq-len', 64, '--batch-tokens', 1024)
+    r = forked.run('bert', '--corpus', corpus, *few, '--out', tmp_path/'b'); assert r.returncode == 0, r.stderr
+    r = forked.run('fill', tmp_path/'b', 'The [MASK] sat on [MASK].', '-k', 2, '--json'); assert [len(g) for g in json.loads(r.stdout)[0]] == [2, 2]
+    r = forked.run('fill', tmp_path/'b', 'One.', 'Two.', '--score'); assert len(r.stdout.splitlines()) == 2
+    for args in (('fill', tmp_path/'b', 'nothing'), ('generate', tmp_path/'b', '--prompt', 'x'), ('bert', '--share', 1.5), ('bert', '--unit', 'x'),
+                 ('bert', '--style', 'x', '--steps', 1), ('bert', '--mixer', 'mamba', '--steps', 1, '--corpus', corpus), ('fill', tmp_path, 'a [MASK]')):
+        r = forked.run(*args, '--out', tmp_path/'no') if args[0] == 'bert' else forked.run(*args)
+        assert r.returncode == 2 and len(r.stderr.strip().splitlines()) == 1, (args, r.stderr)
