@@ -181,7 +181,7 @@ def test_checkpoint_of_another_tokenizer(whole, tmp_path, capsys, monkeypatch):
 
 # ---- numbers that no training can use
 
-BASES = dict(sft=['x'], dpo=['x'], reward=['x'], rlhf=['x'], qlora=['x'], pretrain=['--corpus', 'pydocs'], distill=['x'])
+BASES = dict(sft=['x'], dpo=['x'], reward=['x'], rlhf=['x'], qlora=['x'], pretrain=['--corpus', 'pydocs'], distill=['x'], bert=['--corpus', 'pydocs'])
 NUMBERS = [('--seed', '-1'), ('--seed', 2**64), ('--minutes', 'nan'), ('--minutes', 'inf'), ('--steps', 0), ('--micro-batch', '-1'),
            ('--lr', 'nan'),
            ('--lr', 'inf'), ('--epochs', 'inf'), ('--epochs', 'nan'), ('--bs', 0), ('--max-rows', '-5'), ('--seq-len', '-1')]
@@ -189,12 +189,13 @@ NUMBERS = [('--seed', '-1'), ('--seed', 2**64), ('--minutes', 'nan'), ('--minute
 @pytest.mark.parametrize('option,value', NUMBERS)
 def test_numbers_are_refused_before_a_folder_exists(option, value, tmp_path, capsys, monkeypatch):
     for verb,args in BASES.items():
-        if verb in ('pretrain', 'distill') and option in ('--epochs', '--bs', '--max-rows'): continue
+        if verb in ('pretrain', 'distill', 'bert') and option in ('--epochs', '--bs', '--max-rows'): continue
         err = fails(capsys, monkeypatch, verb, *args, option, value, '--out', tmp_path/'out')
         assert f'{option} must be' in err or 'exactly one of' in err, (verb, err)
         assert not (tmp_path/'out').exists()
 
 def configs():
+    from slm.exp.bert import BertConfig
     from slm.train.distill import DistillConfig
     from slm.train.dpo import DPOConfig
     from slm.train.lora import LoRAConfig
@@ -202,7 +203,7 @@ def configs():
     from slm.train.reward import RewardConfig
     from slm.train.rlhf import GRPOConfig
     from slm.train.sft import FinetuneConfig, SFTConfig
-    return PretrainConfig, DistillConfig, FinetuneConfig, SFTConfig, DPOConfig, LoRAConfig, RewardConfig, GRPOConfig
+    return PretrainConfig, DistillConfig, BertConfig, FinetuneConfig, SFTConfig, DPOConfig, LoRAConfig, RewardConfig, GRPOConfig
 
 def kinds(cls): return {k: typing.get_args(v) or (v,) for k,v in typing.get_type_hints(cls).items()}
 def numeric(cls): return [k for k,v in kinds(cls).items() if int in v or float in v]

@@ -618,7 +618,9 @@ def save(self:Tokenizer,
     with atomic_file(path if path.suffix=='.json' else path/'tokenizer.json') as f: f.write(self.tok.to_str(pretty=True))
     if path.suffix == '.json': return
     names = {k: self.names.get(k) for k in ('bos_token', 'eos_token', 'pad_token')}
-    if self.mask_id is not None: names['mask_token'] = self.added[self.mask_id].content
+    if self.mask_id is not None:
+        frame = self.tok.encode('').ids
+        names |= dict(zip(('cls_token', 'sep_token'), (self.added[i].content for i in frame)), mask_token=self.added[self.mask_id].content)
     write_json(path/'tokenizer_config.json', dict(names, tokenizer_class='PreTrainedTokenizerFast', clean_up_tokenization_spaces=False,
                                                   chat_template=self.chat_template))
     write_json(path/'generation_config.json', self.generation_config())

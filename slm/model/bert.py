@@ -15,13 +15,13 @@ from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 import numpy as np
-import tokenizers
+import tokenizers, tokenizers.processors
 import torch, torch.nn.functional as F
 from fastcore.basics import patch
 from torch import nn, Tensor
 from ..data.tokenizer import Tokenizer, read_settings
 from .gpt import GPT, GPTConfig
-from .layers import NORMS
+from .layers import ACTS, NORMS
 from .pretrained import build_model, check_tokenizer, local_model, open_folder, write_model
 
 # %% ../../nbs/17_model.bert.ipynb #17b10008
@@ -51,7 +51,7 @@ class BERT(GPT):
         super().__init__(cfg)
         self.transform = nn.Linear(cfg.d_model, cfg.d_model, bias=cfg.bias)
         self.transform_norm = NORMS[cfg.norm](cfg.d_model, cfg.norm_eps, cfg.bias)
-        self.head_bias = nn.Parameter(torch.zeros(cfg.vocab_size))
+        self.head_bias,self.act = nn.Parameter(torch.zeros(cfg.vocab_size)),ACTS.get(cfg.act, F.gelu)
         with torch.no_grad():
             nn.init.normal_(self.transform.weight, std=cfg.init_std or math.sqrt(2/(5*cfg.d_model)))
             if cfg.bias: nn.init.zeros_(self.transform.bias)
@@ -60,7 +60,7 @@ class BERT(GPT):
         h:Tensor, # (…,d) from the backbone
     )->Tensor: # logits (…,v)
         "Scores of all tokens of the vocabulary."
-        h = self.transform_norm(F.gelu(self.transform(h)))
+        h = self.transform_norm(self.act(self.transform(h)))
         return F.linear(h, self.get_output_embeddings().weight, self.head_bias)
 
 # %% ../../nbs/17_model.bert.ipynb #17b1000d
@@ -101,7 +101,8 @@ def _only(d, **wanted): # settings that would change the answer and are not buil
         if (v := d.get(k, ok[0])) not in ok: raise SLMError(f'config.json: {k} = {str(v)[:60]} is not something this model can do: choose another one')
 
 def _from_bert(d, family):
-    _only(d, position_embedding_type=('absolute', None), is_decoder=(False, None), add_cross_attention=(False, None))
+    _only(d, position_embedding_type=('absolute', None), is_decoder=(False, None), add_cross_attention=(False, None), tie_word_embeddings=(True,))
+    if family == 'roberta': _only(d, hidden_act=('gelu',))                        # its head has this one always
     first = (d.get('pad_token_id', 1) or 0)+1 if family == 'roberta' else 0      # the first position that is used
     return dict(n_layer=d['num_hidden_layers'], n_head=d['num_attention_heads'], d_model=d['hidden_size'], d_ff=d['intermediate_size'],
         max_seq_len=d['max_position_embeddings']-first, norm_eps=d.get('layer_norm_eps', 1e-12), act=_pick(d, 'hidden_act', _ACTS, 'gelu'),
@@ -128,7 +129,7 @@ def bert_config(
     d:dict, # the content of a config.json
 )->GPTConfig:
     "Read the configuration of a model that fills gaps; raises `SLMError` that names what is not known here."
-    family = d.get('model_type')
+    family = str(d.get('model_type'))
     if family == 'slm': return GPTConfig.from_hf(d)
     read = dict(bert=_from_bert, roberta=_from_bert, distilbert=_from_distil, modernbert=_from_modern).get(family)
     if not read: raise SLMError(f'config.json: model_type is {family!r}: those that fill gaps are {", ".join(BERT_NAMES)} (and our slm)')
@@ -144,7 +145,7 @@ def bert_family(
     "The Hugging Face `model_type` that computes exactly what `cfg` computes."
     plain = cfg.norm == 'layer' and cfg.n_kv_head == cfg.n_head and cfg.n_head*cfg.head_dim == cfg.d_model and not cfg.qk_norm
     if plain and (cfg.norm_pos, cfg.pos, cfg.bias) == ('post', 'learned', True) and cfg.act in _ACTS.values():
-        return 'bert' if cfg.n_types else 'distilbert' if cfg.norm_eps == 1e-12 else 'slm'
+        return 'bert' if cfg.n_types and cfg.tied else 'distilbert' if not cfg.n_types and cfg.norm_eps == 1e-12 else 'slm'
     modern = plain and cfg.norm_embed and cfg.pos == 'rope' and not (cfg.n_types or cfg.rope_scaling)
     return 'modernbert' if modern and cfg.act in _GATED.values() else 'slm'
 
@@ -216,6 +217,7 @@ def save_pretrained(self:BERT,
     d,sd = _bert_to_hf(self.cfg),self.state_dict()
     if tok: d |= dict(mask_token_id=tok.mask_id) | dict(zip(('cls_token_id', 'sep_token_id'), (f[0] for f in text_frame(tok))))
     write_model(folder, d, sd if d['model_type'] == 'slm' else to_bert(sd, d['model_type']), tok)
+    if tok: tok.save(folder)                                                     # with the names of its special tokens
 
 _RENAMES = {f: partial(from_bert, family=f) for f in BERT_NAMES}
 
@@ -247,6 +249,9 @@ def with_mask(self:Tokenizer)->Tokenizer: # itself, if it has one
     if self.mask_id is not None: return self
     tok = tokenizers.Tokenizer.from_str(self.tok.to_str())
     tok.add_special_tokens([tokenizers.AddedToken('[MASK]', lstrip=True, special=True)])
+    if not tok.encode('').ids: # others shall frame a text as we do
+        e = self.added[self.eot_id].content; frame = dict(single=f'{e} $A {e}', pair=f'{e} $A {e} $B:1 {e}:1', special_tokens=[(e, self.eot_id)])
+        tok.post_processor = tokenizers.processors.TemplateProcessing(**frame)
     return Tokenizer(tok, self.chat_template, self.told)
 
 def text_frame(

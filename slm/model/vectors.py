@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['SUFFIXES', 'ANALOGIES', 'window_pairs', 'split_words', 'keep_share', 'alias_table', 'find_phrases', 'join_phrases',
-           'with_phrases', 'WordVectors', 'train_vectors', 'pair_loss', 'open_vectors', 'read_analogies']
+           'with_phrases', 'WordVectors', 'PieceVectors', 'train_vectors', 'pair_loss', 'open_vectors',
+           'read_analogies']
 
 # %% ../../nbs/16_model.vectors.ipynb #16f10004
 from ..core import *
@@ -193,6 +194,34 @@ def _cbow(ids, spans, vec, ctx, keep, prob, other, window, negative, lr, state, 
         seen += end-spans[b, 0]
     done[0] = n
 
+# %% ../../nbs/16_model.vectors.ipynb #16f2001b
+@_jit
+def _skip_gram_pieces(ids, spans, vec, ctx, keep, prob, other, window, negative, lr, state, done, line, bags):
+    starts,pieces = bags; d,n,seen = vec.shape[1],_total(spans),0; x,acc = np.zeros(d, np.float32),np.zeros(d, np.float32)
+    for b in range(len(spans)):
+        i,end = spans[b, 0],spans[b, 1]
+        while i < end and done[1] == 0:
+            start = i; i,m = _paragraph(ids, i, end, keep, line, state); at = seen+start-spans[b, 0]
+            for p in range(m):
+                if p % 1024 == 0: done[0] = at+(i-start)*p//m; step = np.float32(lr*max(1e-4, 1-done[0]/n))
+                wide = 1+_below(state, window); lo,hi = starts[line[p]],starts[line[p]+1]; x[:] = 0; acc[:] = 0
+                for r in range(lo, hi):
+                    for e in range(d): x[e] += vec[pieces[r], e]
+                x /= np.float32(hi-lo)
+                for q in range(max(0, p-wide), min(m, p+wide+1)):
+                    if q == p: continue
+                    for k in range(negative+1):
+                        t = line[q] if k == 0 else _noise(state, prob, other)
+                        if k > 0 and t == line[q]: continue
+                        s = np.float32(0)
+                        for e in range(d): s += x[e]*ctx[t, e]
+                        g = np.float32(_gain(s, k == 0, step))
+                        for e in range(d): acc[e] += g*ctx[t, e]; ctx[t, e] += g*x[e]
+                for r in range(lo, hi):
+                    for e in range(d): vec[pieces[r], e] += acc[e]
+        seen += end-spans[b, 0]
+    done[0] = n
+
 # %% ../../nbs/16_model.vectors.ipynb #16f10022
 _PIECE,_LONGEST = 10_000,1_000_000 # words
 
@@ -277,6 +306,23 @@ def similar(self:WordVectors,
     if word: s[self.index(what)] = -np.inf
     return [(self.words[i], float(s[i])) for i in np.argsort(-s, kind='stable')[:max(0, k)] if np.isfinite(s[i])]
 
+# %% ../../nbs/16_model.vectors.ipynb #16f2001f
+@dataclass
+class PieceVectors(WordVectors):
+    "Words that are means of their pieces."
+    pieces:np.ndarray|None = None # float32 (n_pieces,d)
+    cut:Callable|None = None # words -> where the pieces of each begin (n+1,), and their numbers
+    def spell(self,
+        words:list[str], # any; those without a piece are left out
+        pieces:np.ndarray|None=None, # (n_pieces,·) other vectors for them
+        weights:np.ndarray|None=None, # (n_pieces,)
+    )->WordVectors:
+        "Vectors of words, seen or not."
+        starts,ids = self.cut(words); p = self.pieces if pieces is None else pieces; some = np.diff(starts) > 0
+        w = np.ones(len(p), np.float32) if weights is None else weights.astype(np.float32)
+        first = starts[:-1][some]; sums = [np.add.reduceat(x, first, 0) if len(first) else x[:0] for x in (p[ids]*w[ids, None], w[ids])]
+        return WordVectors([x for x,k in zip(words, some) if k], sums[0]/sums[1][:, None])
+
 # %% ../../nbs/16_model.vectors.ipynb #16f10029
 def _watched(kernel, each, done, total): # threads at work, with a bar; whoever is interrupted leaves nobody at it
     with ThreadPoolExecutor(len(each)) as pool, progress(desc='words', total=total, unit='words') as bar:
@@ -287,6 +333,19 @@ def _watched(kernel, each, done, total): # threads at work, with a bar; whoever 
                 if not left or any(f.exception() for f in ended): break
         finally: done[:, 1] = 1
     for f in work: f.result()
+
+# %% ../../nbs/16_model.vectors.ipynb #16f2002a
+_KERNELS = dict(shared=_skip_gram_shared, pairs=_skip_gram, cbow=_cbow)
+_RANGES = dict(d=(1, 100_000), window=(1, 1000), negative=(1, 1000), epochs=(1, 10_000), min_count=(1, 2**62), sample=(0, 1),
+               threads=(1, 1024), seed=(0, 2**63))
+
+def _check_settings(kind, pieces, lr, **given):
+    if kind not in _KERNELS: raise SLMError(f"kind '{kind}': it is one of {', '.join(_KERNELS)}")
+    if pieces and kind != 'shared': raise SLMError(f"kind '{kind}' does not go with pieces")
+    for k,(lo,hi) in _RANGES.items():
+        if (v := given[k]) is not None and not lo <= v <= hi: raise SLMError(f'{k} {v}: it is {lo} to {hi:,}')
+    if lr is not None and not 0 < lr < 100: raise SLMError(f'lr {lr}: it is above 0')
+    if njit is None: raise SLMError("training vectors needs numba: pip install -e '.[vectors]'")
 
 # %% ../../nbs/16_model.vectors.ipynb #16f1002a
 def train_vectors(
@@ -301,33 +360,30 @@ def train_vectors(
     lr:float|None=None, # of the first step; None: .025; for CBOW .2, or .05 without `mean`
     kind:str='shared', # 'shared': skip-gram whose windows share negatives; 'pairs': as the paper has it; 'cbow'
     mean:bool=True, # of 'cbow': the gradient of the mean; False: as word2vec.c has it, with a rate of its own
+    pieces:Callable|None=None, # words -> where the pieces of each begin, and their numbers; its `n` is how many there are
     threads:int|None=None, # None: as many as there are processors; with 1 the result is the same each time
     seed:int=0,
 )->WordVectors:
     "word2vec (Mikolov et al. 2013b). Raises `SLMError` for settings or text that nothing can be learned from."
-    kernels = dict(shared=_skip_gram_shared, pairs=_skip_gram, cbow=_cbow)
-    if kind not in kernels: raise SLMError(f"kind '{kind}': it is one of {', '.join(kernels)}")
-    for k,(v,lo,hi) in dict(d=(d, 1, 100_000), window=(window, 1, 1000), negative=(negative, 1, 1000), epochs=(epochs, 1, 10_000),
-                            min_count=(min_count, 1, 2**62), sample=(sample, 0, 1), threads=(1 if threads is None else threads, 1, 1024),
-                            seed=(seed, 0, 2**63)).items():
-        if not lo <= v <= hi: raise SLMError(f'{k} {v}: it is {lo} to {hi:,}')
-    if lr is not None and not 0 < lr < 100: raise SLMError(f'lr {lr}: it is above 0')
-    if njit is None: raise SLMError("training vectors needs numba: pip install -e '.[vectors]'")
+    _check_settings(kind, pieces, lr, d=d, window=window, negative=negative, epochs=epochs, min_count=min_count, sample=sample,
+                    threads=threads, seed=seed)
     if not callable(text): held = list(text); text = lambda: held
     with tempfile.TemporaryDirectory(prefix='slm-vectors-') as folder:
         words,counts,ids,spans = _numbered(text, folder, min_count, max_words)
         rng = np.random.default_rng(seed)
-        try: vec = (rng.random((len(words), d), np.float32)-np.float32(.5))/d; ctx = np.zeros_like(vec)
-        except MemoryError: raise SLMError(f'no room in memory for two times {len(words):,} vectors of {d:,} numbers') from None
+        rows,more,kernel = (pieces.n, pieces(words), _skip_gram_pieces) if pieces else (len(words), mean, _KERNELS[kind])
+        try: vec = (rng.random((rows, d), np.float32)-np.float32(.5))/d; ctx = np.zeros((len(words), d), np.float32)
+        except MemoryError: raise SLMError(f'no room in memory for {rows+len(words):,} vectors of {d:,} numbers') from None
         threads = min(threads or os.cpu_count() or 1, len(spans)); done = np.zeros((threads, 2), np.int64)
         order = np.concatenate([rng.permutation(len(spans)) for _ in range(epochs)]); line = min(_LONGEST, int(np.diff(spans).max()))
         lr = lr or (.025 if kind != 'cbow' else .2 if mean else .05)
         common = keep_share(counts, sample),*alias_table(counts**.75),window,negative,lr
-        each = [(ids, spans[order[k::threads]], vec, ctx, *common, rng.integers(1, 2**63, 1, np.uint64), at, np.zeros(line, np.int32), mean)
+        each = [(ids, spans[order[k::threads]], vec, ctx, *common, rng.integers(1, 2**63, 1, np.uint64), at, np.zeros(line, np.int32), more)
                 for k,at in enumerate(done)]
-        _watched(kernels[kind], each, done, len(ids)*epochs); del ids
+        _watched(kernel, each, done, len(ids)*epochs); del ids
     if not np.isfinite(vec).all(): raise SLMError('the vectors grew beyond all bounds: take a lower lr')
-    return WordVectors(words, vec, counts, ctx)
+    if not pieces: return WordVectors(words, vec, counts, ctx)
+    return PieceVectors(words, PieceVectors([], vec[:0], pieces=vec, cut=pieces).spell(words).vectors, counts, ctx, vec, pieces)
 
 # %% ../../nbs/16_model.vectors.ipynb #16f1002d
 def pair_loss(
