@@ -159,3 +159,75 @@ def test_command_line(corpus, tmp_path):
                  ('bert', '--style', 'x', '--steps', 1), ('bert', '--mixer', 'mamba', '--steps', 1, '--corpus', corpus), ('fill', tmp_path, 'a [MASK]')):
         r = forked.run(*args, '--out', tmp_path/'no') if args[0] == 'bert' else forked.run(*args)
         assert r.returncode == 2 and len(r.stderr.strip().splitlines()) == 1, (args, r.stderr)
+
+# ---- found by reading
+
+def test_scripts_without_spaces():
+    text = ['\u6211\u4eec\u559c\u6b22\u8bfb\u4e66\u3002\u4eca\u5929\u5929\u6c14\u5f88\u597d\u3002', 'left\u2014quickly \u201espazieren\u201c caf\u00e9s', '\u0e20\u0e32\u0e29\u0e32\u0e44\u0e17\u0e22']
+    tok = char_tokenizer(text).with_mask(); starts = [word_starts(tok)[tok.encode(t)] for t in text]
+    assert starts[0].all() and starts[2].sum() >= 5
+    assert [c for c,s in zip(text[1], starts[1]) if s] == ['\u2014', ' ', '\u201e', '\u201c', ' ']
+    rows = np.array([tok.encode(text[0]*4)[:48]]); g = Gaps(tok, .3); rng = np.random.default_rng(0)
+    assert .1 < np.mean([0 < g.choose(rows, rng).mean() < 1 for _ in range(50)])
+
+def test_the_rest_of_a_word_at_the_edge_is_a_word_of_its_own(tok):
+    rows = np.array([tok.encode(s.text)[:64] for s in World().stories(2, 200)]); starts = word_starts(tok)
+    cut = np.array([r[k:k+20] for r in rows for k in [next(i for i in range(1, 40) if not starts[r[i]])]]); rng = np.random.default_rng(0); g = Gaps(tok, .5)
+    second = starts[cut].argmax(1); a = np.concatenate([(c[:, 0] == c[np.arange(len(c)), second]) for c in (g.choose(cut, rng) for _ in range(5))])
+    assert .4 < a.mean() < .6                                                    # independent of the word that follows
+
+def test_spans_have_the_lengths_of_the_paper():
+    from slm.model.bert import _lengths
+    assert abs((_lengths*np.arange(1, 11)).sum()-3.8) < .01 and abs(_lengths.sum()-1) < 1e-9
+
+def test_letters_are_words_of_letters():
+    tok = char_tokenizer(['the old man sat']).with_mask(); set_seed(0); m = BERT(encoder_config('1m', tok.vocab_size, 32, n_layer=1, d_model=64)).eval()
+    both = pseudo_log_likelihoods(m, tok, ['the old man', 'the']), [pseudo_log_likelihoods(m, tok, [w])[0] for w in ('the old man', 'the')]
+    assert np.allclose(*both, atol=1e-4) and not np.isclose(both[0][0], pseudo_log_likelihoods(m, tok, ['the old man'], word=False)[0])
+    ids = tok.encode('the'); x = torch.tensor([[tok.eot_id, *ids, tok.eot_id]]*3); want = 0.
+    for i in range(3): x[i, i+1:4] = tok.mask_id; want += m(x)[i, i+1].log_softmax(-1)[ids[i]].item()
+    assert abs(both[0][1]-want) < 1e-3
+
+def test_what_no_tokenizer_takes_is_refused(folder, tok):
+    model,tok = load_bert_and_tokenizer(folder)
+    with pytest.raises(SLMError, match='half of a character'): pseudo_log_likelihoods(model, tok, ['a', 'b \udcff'])
+    with pytest.raises(SLMError): fill_mask(model, tok, 'a [MASK] \udcff')
+    assert len(fill_mask(model, tok, 'a [MASK]', 10**9)[0]) == tok.vocab_size-len(tok.special_ids)
+
+def test_a_tokenizer_that_ends_nothing():
+    import tokenizers
+    t = tokenizers.Tokenizer(tokenizers.models.BPE(vocab={'a': 0, 'b': 1}, merges=[]))
+    with pytest.raises(SLMError, match='ends a document'): Tokenizer(t).with_mask()
+
+def test_folders_for_another_task(tmp_path):
+    from transformers import BertConfig, BertForMaskedLM, BertForSequenceClassification, BertModel
+    cfg = BertConfig(vocab_size=60, hidden_size=32, num_hidden_layers=1, num_attention_heads=2, intermediate_size=48, max_position_embeddings=16)
+    for cls in (BertModel, BertForSequenceClassification):
+        cls(cfg).save_pretrained(tmp_path/cls.__name__)
+        with pytest.raises(SLMError, match='no head for gaps'): BERT.from_pretrained(tmp_path/cls.__name__)
+    BertForMaskedLM(cfg).save_pretrained(tmp_path/'more'); f = tmp_path/'more'/'model.safetensors'
+    save_file(load_file(f) | {'classifier.weight': torch.zeros(2, 32)}, f); BERT.from_pretrained(tmp_path/'more')
+    for odd in ('logit_scale', 'other.qkv.weight', 'x.both.bias'):
+        save_file(load_file(f) | {odd: torch.zeros(3)}, tmp_path/'odd.safetensors'); bad = shutil.copytree(tmp_path/'more', tmp_path/odd)
+        shutil.copy(tmp_path/'odd.safetensors', bad/'model.safetensors')
+        with pytest.raises(SLMError, match='unknown'): BERT.from_pretrained(bad)
+
+@pytest.mark.parametrize('kind', ['roberta', 'xlm-roberta', 'camembert'])
+def test_the_kin_of_roberta(kind, tmp_path):
+    from transformers import AutoConfig, AutoModelForMaskedLM
+    size = dict(vocab_size=60, hidden_size=32, num_hidden_layers=1, num_attention_heads=2, intermediate_size=48, max_position_embeddings=18)
+    set_seed(0); hf = AutoModelForMaskedLM.from_config(AutoConfig.for_model(kind, **size, pad_token_id=1)).eval(); hf.save_pretrained(tmp_path)
+    x = torch.randint(2, 60, (2, 9)); assert (BERT.from_pretrained(tmp_path)(x)-hf(input_ids=x).logits).abs().max() < 1e-4
+    d = json.loads((tmp_path/'config.json').read_text()); (tmp_path/'config.json').write_text(json.dumps(d | dict(pad_token_id=0)))
+    with pytest.raises(SLMError, match='pad_token_id'): BERT.from_pretrained(tmp_path)
+
+def test_only_those_that_fill_gaps_are_said_to(tmp_path):
+    for kind in ('hubert', 'albert', 'deberta-v2'):
+        with pytest.raises(SLMError) as e: GPTConfig.from_hf(dict(model_type=kind, vocab_size=9))
+        assert 'slm fill' not in str(e.value)
+
+def test_a_tokenizer_saved_again_says_the_same(tmp_path):
+    from transformers import AutoTokenizer
+    fast = wordpiece(tmp_path/'a'); Tokenizer.load(tmp_path/'a').save(tmp_path/'b'); again = AutoTokenizer.from_pretrained(tmp_path/'b')
+    for args in (('The man',), ('The man', 'sat')): assert {k: list(v) for k,v in again(*args).items()} == {k: list(v) for k,v in fast(*args).items()}
+    assert (again.unk_token, again.mask_token, again.chat_template) == (fast.unk_token, fast.mask_token, None)

@@ -618,11 +618,8 @@ def save(self:Tokenizer,
     with atomic_file(path if path.suffix=='.json' else path/'tokenizer.json') as f: f.write(self.tok.to_str(pretty=True))
     if path.suffix == '.json': return
     names = {k: self.names.get(k) for k in ('bos_token', 'eos_token', 'pad_token')}
-    if self.mask_id is not None:
-        frame = self.tok.encode('').ids
-        names |= dict(zip(('cls_token', 'sep_token'), (self.added[i].content for i in frame)), mask_token=self.added[self.mask_id].content)
-    write_json(path/'tokenizer_config.json', dict(names, tokenizer_class='PreTrainedTokenizerFast', clean_up_tokenization_spaces=False,
-                                                  chat_template=self.chat_template))
+    more = self._of_gaps() if self.mask_id is not None else dict(chat_template=self.chat_template)
+    write_json(path/'tokenizer_config.json', names | dict(tokenizer_class='PreTrainedTokenizerFast', clean_up_tokenization_spaces=False) | more)
     write_json(path/'generation_config.json', self.generation_config())
 
 def read_settings(
@@ -641,6 +638,15 @@ def read_settings(
         raise SLMError(f"'{path}' is not valid JSON ({' '.join(str(e).split())[:120]}): fetch it again") from None
     if not isinstance(d, dict): raise SLMError(f"'{path}' is not a JSON object: fetch it again")
     return d
+
+# %% ../../nbs/04_data.tokenizer.ipynb #b7c4e101
+@patch
+def _of_gaps(self:Tokenizer):
+    "What transformers wants to know of a tokenizer with a token for a gap: it does not talk, and may number two sentences"
+    frame,unk = self.tok.encode('').ids,self.spec['model'].get('unk_token'); names = dict(mask_token=self.added[self.mask_id].content)
+    names |= dict(zip(('cls_token', 'sep_token'), (self.added[i].content for i in frame))) | (dict(unk_token=unk) if unk else {})
+    types = ['token_type_ids'] if 1 in self.tok.encode('a', 'b').type_ids else []
+    return names | dict(model_input_names=['input_ids', *types, 'attention_mask'])
 
 # %% ../../nbs/04_data.tokenizer.ipynb #c5e8a2b1
 def _told(

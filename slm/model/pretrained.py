@@ -179,7 +179,7 @@ def from_hf(cls:GPTConfig,
         if family in ('llama', 'mistral', 'qwen3'): kw = _from_llama(d, family)
         elif family == 'gpt2': kw = _from_gpt2(d)
         elif family in ('mamba', 'mamba2'): kw = _from_mamba(d, family)
-        elif 'bert' in str(family): raise SLMError(f'config.json: a model of type {family} looks both ways and does not generate: '
+        elif family in ('bert', 'roberta', 'distilbert', 'modernbert', 'xlm-roberta', 'camembert'): raise SLMError(f'config.json: a model of type {family} looks both ways and does not generate: '
                                                    'try slm fill, or BERT.from_pretrained')
         else: raise SLMError(f"config.json: model_type is {family!r}: known are llama, mistral, qwen3, gpt2, mamba, mamba2 (and our slm)")
         return cls(vocab_size=d['vocab_size'], norm_pos='pre', causal=True, n_types=0, **kw)
