@@ -2,9 +2,9 @@
 
     python bench/bert.py [--rows 16] [--tokens 256] [--share .3] [--repeats 15] [--preset 3m] [--vocab 8192]
 
-Both take AdamW's steps in bfloat16 where the machine multiplies in it, on all cores. transformers' loop is the plain one: labels of -100 where
-nothing is asked, so its head works at each place. Ours asks the head for the gaps alone. Peers take turns, so that a busy machine hits all.
-Writes results/59_exp.bert/speed/run.json.
+Both take AdamW's steps in bfloat16 where the machine multiplies in it, on all cores. transformers' loop is the plain one: labels of -100
+where nothing is asked, so its head works at each place. Ours asks the head for the gaps alone. Peers take turns, so that a busy machine
+hits all. Writes results/59_exp.bert/speed/run.json.
 """
 import argparse, os, tempfile, time
 from pathlib import Path
@@ -37,7 +37,8 @@ def main():
     add('--share', type=float, default=.3); add('--preset', default='3m'); a = ap.parse_args()
     torch.set_num_threads(os.cpu_count()); amp = autocast('cpu', dtype := best_dtype('cpu'))
     run = RunDir.create(ROOT/'results'/'59_exp.bert'/'speed', 'bench', vars(a) | dict(dtype=dtype, threads=os.cpu_count()), exist_ok=True)
-    set_seed(0); y = torch.randint(a.vocab, (a.rows, a.tokens)); asked = torch.rand(y.shape) < a.share; x = torch.where(asked, 7, y); jobs = {}
+    set_seed(0); y = torch.randint(a.vocab, (a.rows, a.tokens)); asked = torch.rand(y.shape) < a.share; x = torch.where(asked, 7, y)
+    jobs = {}
     for style in STYLES:
         set_seed(0); m = BERT(encoder_config(a.preset, a.vocab, a.tokens, style)); run.add_metrics(**{f'{style}_params': m.num_params()})
         with tempfile.TemporaryDirectory() as tmp: m.save_pretrained(tmp); hf = AutoModelForMaskedLM.from_pretrained(tmp).train()
@@ -49,7 +50,8 @@ def main():
         for k,step in jobs.items(): t0 = time.perf_counter(); step(x, y, asked); secs[k].append(time.perf_counter()-t0)
     run.add_metrics(**{k: median(x.numel()/np.array(s), 'tokens/s') for k,s in secs.items()})
     for style in STYLES:
-        ratio = np.array(secs[f'{style}_transformers'])/secs[f'{style}_ours']; run.add_metrics(**{f'{style}_ratio': median(ratio, 'times transformers')})
+        ratio = np.array(secs[f'{style}_transformers'])/secs[f'{style}_ours']
+        run.add_metrics(**{f'{style}_ratio': median(ratio, 'times transformers')})
     run.finish()
     for k,v in run.info['metrics'].items(): print(f'{k:24} {Metric(**v)}')
 

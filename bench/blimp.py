@@ -2,8 +2,8 @@
 
     python bench/blimp.py --pairs FOLDER NAME=RUN ... [--name prose]
 
-FOLDER holds BLiMP's .jsonl files, RUN is a run of `slm pretrain` or of `slm bert`. A set's figure has Wilson's interval, the mean over the sets
-one over pairs drawn within each set, and so has the difference to the first run. Ties count as wrong; chance is a half.
+FOLDER holds BLiMP's .jsonl files, RUN is a run of `slm pretrain` or of `slm bert`. A set's figure has Wilson's interval, the mean over the
+sets one over pairs drawn within each set, and so has the difference to the first run. Ties count as wrong; chance is a half.
 Writes results/59_exp.bert/NAME/run.json.
 """
 import argparse
@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 from slm.core import Metric, RunDir, progress, read_json
 from slm.eval.lm import loglikelihood, read_pairs
-from slm.eval.stats import wilson
+from slm.eval.stats import percentile_interval, wilson
 from slm.model.bert import load_bert_and_tokenizer, pseudo_log_likelihoods
 from slm.model.pretrained import load_model_and_tokenizer
 
@@ -26,7 +26,7 @@ def scorers(path):
 
 def mean(sets, n_boot=1000): # (sets, pairs) of 0 and 1, or differences; pairs are drawn within each set
     rng = np.random.default_rng(0); draws = [np.mean([s[rng.integers(len(s), size=len(s))].mean() for s in sets]) for _ in range(n_boot)]
-    return Metric(float(np.mean([s.mean() for s in sets])), *map(float, np.percentile(draws, [2.5, 97.5])), n=sum(map(len, sets)), unit='of pairs')
+    return percentile_interval(np.mean([s.mean() for s in sets]), draws, sum(map(len, sets)), 'of pairs')
 
 def main():
     ap = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter); add = ap.add_argument

@@ -2,9 +2,9 @@
 
     python bench/polarity.py --data FOLDER NAME=RUN ... [--seeds 3] [--epochs 3] [--name polarity]
 
-FOLDER holds rt-polarity.neg and .pos, or is a .tsv as SST-2's or CoLA's; a tenth of it, drawn once, is kept for the test. Each seed has an order
-of its own. The figure of a model is the share over its seeds, its interval a bootstrap over texts; differences to bags of words are paired
-by text. Writes results/59_exp.bert/NAME/run.json.
+FOLDER holds rt-polarity.neg and .pos, or is a .tsv as SST-2's or CoLA's; a tenth of it, drawn once, is kept for the test. Each seed has
+an order of its own. The figure of a model is the share over its seeds, its interval a bootstrap over texts; differences to bags of words
+are paired by text. Writes results/59_exp.bert/NAME/run.json.
 """
 import argparse
 from pathlib import Path
@@ -21,7 +21,8 @@ def bags(train, y, test):
     from sklearn.feature_extraction.text import TfidfVectorizer
     from sklearn.linear_model import LogisticRegression
     from sklearn.pipeline import make_pipeline
-    return make_pipeline(TfidfVectorizer(ngram_range=(1, 2), sublinear_tf=True), LogisticRegression(C=10, max_iter=1000)).fit(train, y).predict(test)
+    model = make_pipeline(TfidfVectorizer(ngram_range=(1, 2), sublinear_tf=True), LogisticRegression(C=10, max_iter=1000))
+    return model.fit(train, y).predict(test)
 
 def share(right, n_boot=2000): # (seeds, texts), or differences
     m = right.mean(0); rng = np.random.default_rng(0); draws = m[rng.integers(len(m), size=(n_boot, len(m)))].mean(1)
@@ -48,7 +49,7 @@ def main():
                 right.append(classify(net, tok, pick(texts, test)) == truth); print(name, untrained, seed, right[-1].mean(), flush=True)
             got[name+'_untrained'*untrained] = np.array(right)
     run.add_metrics(**{k: share(r) for k,r in got.items()})
-    run.add_metrics(**{f'{k}-bags_of_words': share(r.mean(0, keepdims=True)-got['bags_of_words']) for k,r in got.items() if k != 'bags_of_words'})
+    bag = got.pop('bags_of_words'); run.add_metrics(**{f'{k}-bags_of_words': share(r.mean(0, keepdims=True)-bag) for k,r in got.items()})
     run.finish()
     for k,v in run.info['metrics'].items(): print(f'{k:28} {Metric(**v)}')
 

@@ -2,9 +2,9 @@
 
     python bench/probes.py FILE... [NAME=RUN ...] [--words 5000] [--places 8] [--name probes]
 
-Words and tokens are trained here as in bench/word2vec.py; a RUN is one of `slm pretrain` or `slm bert`, or what comes of it (dpo). For each:
-the first component of the differences of pairs beside that of shuffled partners; held-out words on the right side of a hyperplane; held-out
-words whose partner is nearest, or among ten, behind the mean step. Writes results/59_exp.bert/NAME/run.json.
+Words and tokens are trained here as in bench/word2vec.py; a RUN is one of `slm pretrain` or `slm bert`, or what comes of it (dpo). For
+each: the first component of the differences of pairs beside that of shuffled partners; held-out words on the right side of a hyperplane;
+held-out words whose partner is nearest, or among ten, behind the mean step. Writes results/59_exp.bert/NAME/run.json.
 """
 import argparse
 from pathlib import Path
@@ -27,7 +27,8 @@ def look(v):
     res = {}
     for name,pairs in dict(gender=GENDER_PAIRS, royal=ROYAL_PAIRS).items():
         x = pair_vectors(v, pairs); share,_ = component(x); null = component_null(v, x, 'shuffled', 200); sides = held_out_sides(x)
-        res[f'{name}|component'] = Metric(share, n=len(x)); res[f'{name}|shuffled'] = Metric(float(null.mean()), *map(float, np.percentile(null, [2.5, 97.5])), n=200)
+        res[f'{name}|component'] = Metric(share, n=len(x))
+        res[f'{name}|shuffled'] = Metric(float(null.mean()), *map(float, np.percentile(null, [2.5, 97.5])), n=200)
         res[f'{name}|sides'] = wilson(int(sides.sum()), sides.size, 'of words')
         for how in ('nothing', 'step'):
             r = np.array(list(map_ranks(v, pairs, how).values()))
@@ -39,7 +40,8 @@ def centred(v): # a mean that all vectors share would hide everything else
 
 def main():
     ap = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter); add = ap.add_argument
-    add('given', nargs='+'); add('--words', type=int, default=5000); add('--places', type=int, default=8); add('--name', default='probes'); a = ap.parse_args()
+    add('given', nargs='+'); add('--words', type=int, default=5000); add('--places', type=int, default=8); add('--name', default='probes')
+    a = ap.parse_args()
     runs,files = dict(g.split('=', 1) for g in a.given if '=' in g),[g for g in a.given if '=' not in g]
     raw = [p for f in files for p in whole_text(f).split('\n\n')]; text = [p for f in files for p in split_words(whole_text(f))]
     for t in (raw, text): np.random.default_rng(0).shuffle(t)

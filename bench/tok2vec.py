@@ -2,10 +2,10 @@
 
     python bench/tok2vec.py FILE... [--seeds 3] [--threads 2] [--wide] [--rare rareword.txt] [--name prose]
 
-The same paragraphs for all, 100 numbers, windows of 5, 5 negatives, 5 epochs, sample 1e-3, min_count 5. Mikolov's questions (the semantic and the
-syntactic ones, and those by how alike c and d are spelled), WordSim-353 and SimLex-999 (which gensim ships), and RareWord if it is given. A twin
-has the same words and pieces and random vectors. --wide: 4k tokens with as many parameters in all as the words have. Writes
-results/58_exp.tok2vec/NAME/run.json.
+The same paragraphs for all, 100 numbers, windows of 5, 5 negatives, 5 epochs, sample 1e-3, min_count 5. Mikolov's questions (the semantic
+and the syntactic ones, and those by how alike c and d are spelled), WordSim-353 and SimLex-999 (which gensim ships), and RareWord if it
+is given. A twin has the same words and pieces and random vectors. --wide: 4k tokens with as many parameters in all as the words have.
+Writes results/58_exp.tok2vec/NAME/run.json.
 """
 import argparse, time
 from pathlib import Path
@@ -29,16 +29,18 @@ def main():
     text = [p for f in a.files for p in split_words(whole_text(f))]; np.random.default_rng(0).shuffle(text)
     toks = {k: train_bpe((' '.join(p) for p in text), v) for k,v in {'1k': 1024, '4k': 4096, '16k': 16384}.items()}
     o = dict(threads=a.threads); words = train_vectors(text, epochs=1, d=4, **o).words
-    known = set(words); asked = [(kind, q) for kind,qs in read_analogies(DATA/'questions-words.txt').items() for q in qs if known.issuperset(q)]
+    known = set(words)
+    asked = [(kind, q) for kind,qs in read_analogies(DATA/'questions-words.txt').items() for q in qs if known.issuperset(q)]
     questions,grammar = [q for _,q in asked],np.array([kind.startswith('gram') for kind,_ in asked])
     alike = np.array([spelling_overlap(c, d) for _,_,c,d in questions])
-    sets = dict(semantic=~grammar, syntactic=grammar, all=grammar >= 0, apart=alike == 0, some=(alike > 0) & (alike < .5), alike=alike >= .5)
+    sets = dict(semantic=~grammar, syntactic=grammar, all=grammar >= 0)
+    sets |= dict(apart=alike == 0, some=(alike > 0) & (alike < .5), alike=alike >= .5)
     judged = {n: read_judged(DATA/f) for n,f in dict(wordsim='wordsim353.tsv', simlex='simlex999.txt').items()}
     if a.rare: judged['rare'] = read_judged(a.rare)
     config = dict(files=[Path(f).name for f in a.files], words=sum(map(len, text)), vocabulary=len(words), seeds=a.seeds, threads=a.threads,
                   questions={k: int(m.sum()) for k,m in sets.items()}, gensim=gensim.__version__)
     run = RunDir.create(ROOT/'results'/'58_exp.tok2vec'/a.name, 'bench', config, exist_ok=True)
-    cuts = dict(words=Pieces('words', words), ngrams=Pieces('ngrams', words)) | {f'tokens-{k}': Pieces('tokens', words, t) for k,t in toks.items()}
+    cuts = {k: Pieces(k, words) for k in ('words', 'ngrams')} | {f'tokens-{k}': Pieces('tokens', words, t) for k,t in toks.items()}
     cuts['tokens+word-4k'] = Pieces('tokens+word', words, toks['4k'])
     make = {k: lambda s, c=c: train_vectors(text, pieces=c, seed=s, **o) for k,c in cuts.items()}
     make['summed-4k'] = lambda s: token_vectors(lambda: text, words, toks['4k'], seed=s, **o)
@@ -46,8 +48,10 @@ def main():
     wide = round(100*len(words)/4096)
     if a.wide: make['tokens-4k-wide'] = lambda s: train_vectors(text, pieces=cuts['tokens-4k'], d=wide, seed=s, **o)
     def gensim_fasttext(s):
-        m = FastText(text, vector_size=100, window=5, negative=5, epochs=5, sample=1e-3, min_count=5, sg=1, bucket=100_000, workers=a.threads, seed=s+1)
-        v = WordVectors(words, np.array([m.wv[w] for w in words])); v.spell = lambda ws: WordVectors(ws, np.array([m.wv[w] for w in ws])); return v
+        m = FastText(text, vector_size=100, window=5, negative=5, epochs=5, sample=1e-3, min_count=5, sg=1, bucket=100_000,
+                     workers=a.threads, seed=s+1)
+        v = WordVectors(words, np.array([m.wv[w] for w in words])); v.spell = lambda ws: WordVectors(ws, np.array([m.wv[w] for w in ws]))
+        return v
     make['gensim-fasttext'] = gensim_fasttext
     rare = [w for p in judged.get('rare', []) for w in p[:2] if w not in known]
     def look(v):
@@ -61,7 +65,8 @@ def main():
     got = {}
     for seed in range(a.seeds):
         for k,f in make.items():
-            t0 = time.perf_counter(); v = f(seed); secs = time.perf_counter()-t0; res = look(v) | dict(seconds=secs); got.setdefault(k, []).append(res)
+            t0 = time.perf_counter(); v = f(seed); secs = time.perf_counter()-t0; res = look(v) | dict(seconds=secs)
+            got.setdefault(k, []).append(res)
             if hasattr(v, 'cut') and k not in ('summed-4k', 'sif-4k'): got.setdefault(f'{k}:untrained', []).append(look(untrained(v, seed)))
             print(seed, k, {m: round(float(x), 3) for m,x in res.items()}, flush=True)
     for k,rows in got.items():

@@ -469,7 +469,7 @@ def bert():
 # %% ../nbs/61_cli.ipynb #61b10003
 @app.command()
 def fill(
-    model:Annotated[str, typer.Argument(help='A run of slm bert, or a Hugging Face folder or hub id of BERT, RoBERTa, DistilBERT or ModernBERT.')],
+    model:Annotated[str, typer.Argument(help='A run of slm bert, or a folder or hub id of BERT, RoBERTa, DistilBERT or ModernBERT.')],
     texts:Annotated[list[str], typer.Argument(help='Each with a [MASK], or several.')],
     k:Annotated[int, typer.Option('-k', min=1, help='How many words for each gap.')]=5,
     score:Annotated[bool, typer.Option('--score', help='Texts without gaps: say how likely each is instead.')]=False,

@@ -6,8 +6,8 @@ from safetensors.torch import load_file, save_file
 from slm.core import SLMError, set_seed
 from slm.data.tokenizer import Tokenizer, char_tokenizer, train_bpe
 from slm.data.world import World
-from slm.model.bert import (BERT, GAPS, STYLES, Gaps, bert_config, encoder_config, fill_mask, load_bert_and_tokenizer, pseudo_log_likelihoods,
-                            text_frame, word_starts)
+from slm.model.bert import (BERT, GAPS, STYLES, Gaps, bert_config, encoder_config, fill_mask, load_bert_and_tokenizer,
+                            pseudo_log_likelihoods, text_frame, word_starts)
 from slm.model.gpt import GPT, GPTConfig
 import forked
 
@@ -18,14 +18,16 @@ def tok(): return train_bpe([s.text for s in World().stories(1, 300)]+TEXTS*3, 7
 
 @pytest.fixture(scope='module')
 def folder(tok, tmp_path_factory):
-    set_seed(0); path = tmp_path_factory.mktemp('bert')/'m'; BERT(encoder_config('1m', tok.vocab_size, 64, n_layer=2, d_model=64)).save_pretrained(path, tok)
+    set_seed(0); path = tmp_path_factory.mktemp('bert')/'m'
+    BERT(encoder_config('1m', tok.vocab_size, 64, n_layer=2, d_model=64)).save_pretrained(path, tok)
     return path
 
 def wordpiece(path):
     "A tokenizer as BERT has it, with [CLS] and [SEP] around a text, saved by transformers"
     import tokenizers as t
     from transformers import BertTokenizerFast
-    tok = t.BertWordPieceTokenizer(); tok.train_from_iterator([s.text for s in World().stories(1, 300)], vocab_size=400, show_progress=False)
+    tok = t.BertWordPieceTokenizer()
+    tok.train_from_iterator([s.text for s in World().stories(1, 300)], vocab_size=400, show_progress=False)
     fast = BertTokenizerFast(tokenizer_object=t.Tokenizer.from_str(tok.to_str())); fast.save_pretrained(path); return fast
 
 # ---- minicons, which is how others compute it
@@ -77,7 +79,8 @@ def test_words_of_other_tokenizers(tmp_path):
 
 def test_letters_alone(tmp_path):
     tok = char_tokenizer(['some letters']).with_mask(); m = BERT(encoder_config('1m', tok.vocab_size, 32, n_layer=1, d_model=64)).eval()
-    assert len(fill_mask(m, tok, 's[MASK]me', 3)[0]) == 3 and len(fill_mask(m, tok, '[MASK]', 10**6)[0]) == tok.vocab_size-len(tok.special_ids)
+    assert len(fill_mask(m, tok, 's[MASK]me', 3)[0]) == 3
+    assert len(fill_mask(m, tok, '[MASK]', 10**6)[0]) == tok.vocab_size-len(tok.special_ids)
 
 def test_a_user_cannot_write_a_gap_into_what_is_learned(tok):
     ids = tok.encode('a [MASK] b'); assert tok.mask_id not in ids and tok.decode(ids) == 'a [MASK] b'
@@ -87,7 +90,8 @@ def test_a_user_cannot_write_a_gap_into_what_is_learned(tok):
 def test_what_is_damaged_is_named(folder, tmp_path):
     for change,says in ((lambda d: d.update(hidden_size='x'), 'whole number'), (lambda d: d.pop('num_hidden_layers'), 'lacks'),
                         (lambda d: d.update(model_type='t5'), 'fill gaps'), (lambda d: d.update(num_hidden_layers=3), 'weights'),
-                        (lambda d: d.update(layer_types=['sliding_attention']*2), 'neighbours'), (lambda d: d.update(norm_bias=True), 'norm_bias')):
+                        (lambda d: d.update(layer_types=['sliding_attention']*2), 'neighbours'),
+                        (lambda d: d.update(norm_bias=True), 'norm_bias')):
         bad = shutil.copytree(folder, tmp_path/'bad', dirs_exist_ok=True); d = json.loads((folder/'config.json').read_text()); change(d)
         (bad/'config.json').write_text(json.dumps(d))
         with pytest.raises(SLMError, match=says): load_bert_and_tokenizer(bad)
@@ -103,9 +107,11 @@ def test_a_model_that_writes_is_no_model_that_fills(folder, tmp_path, tok):
 def test_old_names_and_other_heads(tmp_path):
     "gamma and beta, a pooler, a head for the next sentence, the decoder stored twice: as Google's first checkpoints have it"
     from transformers import BertConfig, BertForPreTraining
-    set_seed(0); hf = BertForPreTraining(BertConfig(vocab_size=60, hidden_size=32, num_hidden_layers=1, num_attention_heads=2, intermediate_size=48,
+    set_seed(0)
+    hf = BertForPreTraining(BertConfig(vocab_size=60, hidden_size=32, num_hidden_layers=1, num_attention_heads=2, intermediate_size=48,
                                                     max_position_embeddings=16)).eval(); hf.save_pretrained(tmp_path)
-    sd = {k.replace('LayerNorm.weight', 'LayerNorm.gamma').replace('LayerNorm.bias', 'LayerNorm.beta'): v.clone() for k,v in hf.state_dict().items()}
+    old = lambda k: k.replace('LayerNorm.weight', 'LayerNorm.gamma').replace('LayerNorm.bias', 'LayerNorm.beta')
+    sd = {old(k): v.clone() for k,v in hf.state_dict().items()}
     save_file(sd, tmp_path/'model.safetensors'); x = torch.randint(60, (2, 9)); types = torch.randint(2, x.shape)
     ours = BERT.from_pretrained(tmp_path)(x, types=types)
     assert (ours-hf(input_ids=x, token_type_ids=types).prediction_logits).abs().max() < 1e-4
@@ -133,7 +139,8 @@ FEW = dict(vocab_size=512, seq_len=64, batch_tokens=1024, steps=8, evals=2, samp
 
 @pytest.fixture(scope='module')
 def corpus(tmp_path_factory):
-    d = tmp_path_factory.mktemp('text'); (d/'a.txt').write_text('\n\n'.join(s.text for s in World().stories(3, 1500))); return f'files:{d}/a.txt'
+    d = tmp_path_factory.mktemp('text'); (d/'a.txt').write_text('\n\n'.join(s.text for s in World().stories(3, 1500)))
+    return f'files:{d}/a.txt'
 
 @pytest.mark.parametrize('style', STYLES)
 def test_interrupted_it_ends_where_it_would_have_ended(style, corpus, tmp_path):
@@ -153,17 +160,21 @@ def test_interrupted_it_ends_where_it_would_have_ended(style, corpus, tmp_path):
 def test_command_line(corpus, tmp_path):
     few = ('--steps', 3, '--vocab-size', 512, '--seq-len', 64, '--batch-tokens', 1024)
     r = forked.run('bert', '--corpus', corpus, *few, '--out', tmp_path/'b'); assert r.returncode == 0, r.stderr
-    r = forked.run('fill', tmp_path/'b', 'The [MASK] sat on [MASK].', '-k', 2, '--json'); assert [len(g) for g in json.loads(r.stdout)[0]] == [2, 2]
+    r = forked.run('fill', tmp_path/'b', 'The [MASK] sat on [MASK].', '-k', 2, '--json')
+    assert [len(g) for g in json.loads(r.stdout)[0]] == [2, 2]
     r = forked.run('fill', tmp_path/'b', 'One.', 'Two.', '--score'); assert len(r.stdout.splitlines()) == 2
-    for args in (('fill', tmp_path/'b', 'nothing'), ('generate', tmp_path/'b', '--prompt', 'x'), ('bert', '--share', 1.5), ('bert', '--unit', 'x'),
-                 ('bert', '--style', 'x', '--steps', 1), ('bert', '--mixer', 'mamba', '--steps', 1, '--corpus', corpus), ('fill', tmp_path, 'a [MASK]')):
+    for args in (('fill', tmp_path/'b', 'nothing'), ('generate', tmp_path/'b', '--prompt', 'x'), ('bert', '--share', 1.5),
+                 ('bert', '--unit', 'x'), ('bert', '--style', 'x', '--steps', 1), ('fill', tmp_path, 'a [MASK]'),
+                 ('bert', '--mixer', 'mamba', '--steps', 1, '--corpus', corpus)):
         r = forked.run(*args, '--out', tmp_path/'no') if args[0] == 'bert' else forked.run(*args)
         assert r.returncode == 2 and len(r.stderr.strip().splitlines()) == 1, (args, r.stderr)
 
 # ---- found by reading
 
 def test_scripts_without_spaces():
-    text = ['\u6211\u4eec\u559c\u6b22\u8bfb\u4e66\u3002\u4eca\u5929\u5929\u6c14\u5f88\u597d\u3002', 'left\u2014quickly \u201espazieren\u201c caf\u00e9s', '\u0e20\u0e32\u0e29\u0e32\u0e44\u0e17\u0e22']
+    text = ['\u6211\u4eec\u559c\u6b22\u8bfb\u4e66\u3002\u4eca\u5929\u5929\u6c14\u5f88\u597d\u3002',
+            'left\u2014quickly \u201espazieren\u201c caf\u00e9s',
+            '\u0e20\u0e32\u0e29\u0e32\u0e44\u0e17\u0e22']
     tok = char_tokenizer(text).with_mask(); starts = [word_starts(tok)[tok.encode(t)] for t in text]
     assert starts[0].all() and starts[2].sum() >= 5
     assert [c for c,s in zip(text[1], starts[1]) if s] == ['\u2014', ' ', '\u201e', '\u201c', ' ']
@@ -172,8 +183,10 @@ def test_scripts_without_spaces():
 
 def test_the_rest_of_a_word_at_the_edge_is_a_word_of_its_own(tok):
     rows = np.array([tok.encode(s.text)[:64] for s in World().stories(2, 200)]); starts = word_starts(tok)
-    cut = np.array([r[k:k+20] for r in rows for k in [next(i for i in range(1, 40) if not starts[r[i]])]]); rng = np.random.default_rng(0); g = Gaps(tok, .5)
-    second = starts[cut].argmax(1); a = np.concatenate([(c[:, 0] == c[np.arange(len(c)), second]) for c in (g.choose(cut, rng) for _ in range(5))])
+    cut = np.array([r[k:k+20] for r in rows for k in [next(i for i in range(1, 40) if not starts[r[i]])]]); rng = np.random.default_rng(0)
+    g = Gaps(tok, .5)
+    second = starts[cut].argmax(1)
+    a = np.concatenate([(c[:, 0] == c[np.arange(len(c)), second]) for c in (g.choose(cut, rng) for _ in range(5))])
     assert .4 < a.mean() < .6                                                    # independent of the word that follows
 
 def test_spans_have_the_lengths_of_the_paper():
@@ -181,7 +194,8 @@ def test_spans_have_the_lengths_of_the_paper():
     assert abs((_lengths*np.arange(1, 11)).sum()-3.8) < .01 and abs(_lengths.sum()-1) < 1e-9
 
 def test_letters_are_words_of_letters():
-    tok = char_tokenizer(['the old man sat']).with_mask(); set_seed(0); m = BERT(encoder_config('1m', tok.vocab_size, 32, n_layer=1, d_model=64)).eval()
+    tok = char_tokenizer(['the old man sat']).with_mask(); set_seed(0)
+    m = BERT(encoder_config('1m', tok.vocab_size, 32, n_layer=1, d_model=64)).eval()
     both = pseudo_log_likelihoods(m, tok, ['the old man', 'the']), [pseudo_log_likelihoods(m, tok, [w])[0] for w in ('the old man', 'the')]
     assert np.allclose(*both, atol=1e-4) and not np.isclose(both[0][0], pseudo_log_likelihoods(m, tok, ['the old man'], word=False)[0])
     ids = tok.encode('the'); x = torch.tensor([[tok.eot_id, *ids, tok.eot_id]]*3); want = 0.
@@ -201,7 +215,8 @@ def test_a_tokenizer_that_ends_nothing():
 
 def test_folders_for_another_task(tmp_path):
     from transformers import BertConfig, BertForMaskedLM, BertForSequenceClassification, BertModel
-    cfg = BertConfig(vocab_size=60, hidden_size=32, num_hidden_layers=1, num_attention_heads=2, intermediate_size=48, max_position_embeddings=16)
+    cfg = BertConfig(vocab_size=60, hidden_size=32, num_hidden_layers=1, num_attention_heads=2, intermediate_size=48,
+                     max_position_embeddings=16)
     for cls in (BertModel, BertForSequenceClassification):
         cls(cfg).save_pretrained(tmp_path/cls.__name__)
         with pytest.raises(SLMError, match='no head for gaps'): BERT.from_pretrained(tmp_path/cls.__name__)
@@ -216,7 +231,8 @@ def test_folders_for_another_task(tmp_path):
 def test_the_kin_of_roberta(kind, tmp_path):
     from transformers import AutoConfig, AutoModelForMaskedLM
     size = dict(vocab_size=60, hidden_size=32, num_hidden_layers=1, num_attention_heads=2, intermediate_size=48, max_position_embeddings=18)
-    set_seed(0); hf = AutoModelForMaskedLM.from_config(AutoConfig.for_model(kind, **size, pad_token_id=1)).eval(); hf.save_pretrained(tmp_path)
+    set_seed(0); hf = AutoModelForMaskedLM.from_config(AutoConfig.for_model(kind, **size, pad_token_id=1)).eval()
+    hf.save_pretrained(tmp_path)
     x = torch.randint(2, 60, (2, 9)); assert (BERT.from_pretrained(tmp_path)(x)-hf(input_ids=x).logits).abs().max() < 1e-4
     d = json.loads((tmp_path/'config.json').read_text()); (tmp_path/'config.json').write_text(json.dumps(d | dict(pad_token_id=0)))
     with pytest.raises(SLMError, match='pad_token_id'): BERT.from_pretrained(tmp_path)
@@ -229,5 +245,6 @@ def test_only_those_that_fill_gaps_are_said_to(tmp_path):
 def test_a_tokenizer_saved_again_says_the_same(tmp_path):
     from transformers import AutoTokenizer
     fast = wordpiece(tmp_path/'a'); Tokenizer.load(tmp_path/'a').save(tmp_path/'b'); again = AutoTokenizer.from_pretrained(tmp_path/'b')
-    for args in (('The man',), ('The man', 'sat')): assert {k: list(v) for k,v in again(*args).items()} == {k: list(v) for k,v in fast(*args).items()}
+    said = lambda t, args: {k: list(v) for k,v in t(*args).items()}
+    for args in (('The man',), ('The man', 'sat')): assert said(again, args) == said(fast, args)
     assert (again.unk_token, again.mask_token, again.chat_template) == (fast.unk_token, fast.mask_token, None)

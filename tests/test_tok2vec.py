@@ -25,7 +25,7 @@ def test_any_words_are_cut(words, how):
 def test_pieces_of_one_word_each_are_word2vec():
     "The same loop as skip-gram by pairs but for who tells whom: as good on the text it was trained on"
     from slm.model.vectors import pair_loss
-    a,b = train_vectors(TEXT, kind='pairs', **FEW | dict(epochs=4)),train_vectors(TEXT, pieces=Pieces('words', WORDS), **FEW | dict(epochs=4))
+    a,b = (train_vectors(TEXT, **kw, **FEW | dict(epochs=4)) for kw in (dict(kind='pairs'), dict(pieces=Pieces('words', WORDS))))
     assert a.words == b.words and abs(pair_loss(a, TEXT).value-pair_loss(b, TEXT).value) < .08
 
 def test_one_thread_repeats_itself_and_settings_are_checked():
@@ -36,8 +36,10 @@ def test_one_thread_repeats_itself_and_settings_are_checked():
 def test_summed_tokens_are_means_of_token_vectors():
     v = token_vectors(lambda: TEXT, WORDS[:50], TOK, d=16, epochs=1, threads=1); w = max(WORDS[:50], key=len); i = TOK.encode(' '+w)
     assert np.allclose(v[w], v.pieces[i].mean(0), atol=1e-6)
-    s = token_vectors(lambda: TEXT, WORDS[:50], TOK, sif=1e-3, d=16, epochs=1, threads=1); n = Counter(i for p in TEXT for w in p for i in TOK.encode(' '+w))
-    share = np.array([n[j]/sum(n.values()) for j in i]); assert np.allclose(s[w], np.average(s.pieces[i], 0, weights=1e-3/(1e-3+share)), atol=1e-5)
+    s = token_vectors(lambda: TEXT, WORDS[:50], TOK, sif=1e-3, d=16, epochs=1, threads=1)
+    n = Counter(i for p in TEXT for w in p for i in TOK.encode(' '+w))
+    share = np.array([n[j]/sum(n.values()) for j in i])
+    assert np.allclose(s[w], np.average(s.pieces[i], 0, weights=1e-3/(1e-3+share)), atol=1e-5)
 
 def test_a_twin_knows_spelling_and_nothing_else():
     v = train_vectors(TEXT, pieces=Pieces('ngrams', WORDS, buckets=5000), **FEW); u = untrained(v, d=64)

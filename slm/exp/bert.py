@@ -55,7 +55,7 @@ class BertConfig(PretrainConfig):
     allowed = PretrainConfig.allowed | dict(style=STYLES, unit=GAPS, share=Span(0, 1, '()'))
     def sizes(self, vocab_size=512, **more):
         "The model that is meant."
-        if self.mixer != 'attention': raise SLMError(f"--mixer {self.mixer} reads in one direction only: a model that fills gaps needs attention")
+        if self.mixer != 'attention': raise SLMError(f'--mixer {self.mixer} reads in one direction: gaps need attention')
         return encoder_config(self.preset, vocab_size, style=self.style, **dict(max_seq_len=512) | more | self.model)
 
 class BertStage(PretrainStage):
@@ -64,11 +64,13 @@ class BertStage(PretrainStage):
     def resolve(self): self.c.compile = bool(self.c.compile); super().resolve()
     def read(self):
         c = self.c; self.corpus = build_corpus(c.corpus, max_bytes=c.max_bytes)
-        self.tok = Tokenizer.load(self.run/'tokenizer.json') if self.run else get_tokenizer(self.corpus, c.tokenizer, c.vocab_size).with_mask()
+        new = lambda: get_tokenizer(self.corpus, c.tokenizer, c.vocab_size).with_mask()
+        self.tok = Tokenizer.load(self.run/'tokenizer.json') if self.run else new()
         self.data = tokenize(self.corpus, self.tok)
     def loaders(self):
         c = self.c; made = [partial(f, gaps=Gaps(self.tok, c.share, c.unit)) for f in (GapLoader, GapValidLoader)]
-        return token_dls(self.data, bs=c.micro_batch, seq_len=c.seq_len, seed=c.seed, device=c.device, block_diagonal=c.block_diagonal, kinds=made)
+        return token_dls(self.data, bs=c.micro_batch, seq_len=c.seq_len, seed=c.seed, device=c.device, block_diagonal=c.block_diagonal,
+                         kinds=made)
     def callbacks(self): return [AnswersOnly()]                                  # the head sees the gaps, and few others
     def prompts(self): return gaps_from(self.corpus)
     def token_flops(self, learn):
@@ -159,7 +161,8 @@ def fit_classifier(
     dtype:str='auto',
 )->nn.Module: # called with ids and lengths, as `BertClassifier`
     "Teach a model to sort texts, with fastai's `Learner`; raises `SLMError` when there is nothing to learn from."
-    if len(texts) < bs or len(set(labels)) < 2: raise SLMError(f'{len(texts)} texts of {len(set(labels))} classes: it takes {bs} texts and two classes')
+    n = len(set(labels))
+    if len(texts) < bs or n < 2: raise SLMError(f'{len(texts)} texts of {n} classes: it takes {bs} texts and two classes')
     set_seed(seed); net = (BertClassifier if isinstance(model, BERT) else Classifier)(model, max(labels)+1)
     dl = LabelLoader(framed_ids(model, tok, texts), labels, bs, seed, next(model.parameters()).device, tok.pad_id); steps = epochs*len(dl)
     cbs = [AutoCast(dtype), GradClip(1.), Schedule(steps, warmup=max(1, steps//10), cooldown=.9)]
@@ -178,7 +181,8 @@ def classify(
     ids = framed_ids(model, tok, texts); order = sorted(range(len(ids)), key=lambda i: len(ids[i])); res = np.zeros(len(ids), int)
     for some in (order[i:i+bs] for i in range(0, len(order), bs)):
         lens = torch.tensor([[len(ids[i])] for i in some]); t = int(lens.max())
-        x = torch.tensor([[*ids[i], *[tok.pad_id]*(t-len(ids[i]))] for i in some]); res[some] = net(x.to(dev), None, lens.to(dev))[0].argmax(-1).cpu().numpy()
+        x = torch.tensor([[*ids[i], *[tok.pad_id]*(t-len(ids[i]))] for i in some])
+        res[some] = net(x.to(dev), None, lens.to(dev))[0].argmax(-1).cpu().numpy()
     return res
 
 # %% ../../nbs/59_exp.bert.ipynb #59b10018
@@ -217,10 +221,12 @@ def word_places(
     for t in texts:
         for s in re.split(r'(?<=[.!?;])\s+', t):
             if not any(left.get(m[0].lower(), 0) for m in _WORD.finditer(s)): continue
-            e = tok.blind.encode(' '+' '.join(s.split()), add_special_tokens=False); here = []; offsets = np.array(e.offsets[:room]).reshape(-1, 2)
+            e = tok.blind.encode(' '+' '.join(s.split()), add_special_tokens=False); here = []
+            offsets = np.array(e.offsets[:room]).reshape(-1, 2)
             for m in _WORD.finditer(' '+' '.join(s.split())):
                 w = m[0].lower(); hit = np.flatnonzero((offsets[:, 0] < m.end()) & (offsets[:, 1] > m.start()))
-                if left.get(w) and len(hit) and len(hit) == hit[-1]-hit[0]+1: here.append((at[w], int(hit[0]), int(hit[-1])+1)); left[w] -= 1
+                if left.get(w) and len(hit) and len(hit) == hit[-1]-hit[0]+1:
+                    here.append((at[w], int(hit[0]), int(hit[-1])+1)); left[w] -= 1
             if here: res.append((e.ids[:room], here))
         if not any(left.values()): break
     return res
@@ -235,7 +241,8 @@ def context_vectors(
     budget:int=8192, # tokens in a pass
 )->dict[int,WordVectors]: # of the words that were met
     "The mean vector of each word at some depths."
-    front,back = text_frame(tok); d = model.cfg.d_model; sums = {k: np.zeros((len(words), d)) for k in depths}; n = np.zeros(len(words)); seen = {}
+    front,back = text_frame(tok); d = model.cfg.d_model; sums = {k: np.zeros((len(words), d)) for k in depths}; n = np.zeros(len(words))
+    seen = {}
     keep = lambda k: lambda m, args, out: seen.__setitem__(k, out.float().cpu().numpy())
     hooks = [(model.model.layers[k-1] if k else model.model.embed_tokens).register_forward_hook(keep(k)) for k in depths]
     try:
@@ -248,4 +255,5 @@ def context_vectors(
                 for k in depths: np.add.at(sums[k], [w for _,w,_,_ in where], np.array([seen[k][r, i:j].mean(0) for r,_,i,j in where]))
     finally:
         for h in hooks: h.remove()
-    met = n > 0; return {k: WordVectors([w for w,m in zip(words, met) if m], (s[met]/n[met, None]).astype(np.float32)) for k,s in sums.items()}
+    met = n > 0
+    return {k: WordVectors([w for w,m in zip(words, met) if m], (s[met]/n[met, None]).astype(np.float32)) for k,s in sums.items()}

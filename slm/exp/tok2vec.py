@@ -58,7 +58,8 @@ def untrained(
 )->PieceVectors:
     "The same words and pieces with random vectors, which know spelling and nothing else."
     p = np.random.default_rng(seed).standard_normal((v.cut.n, d or v.vectors.shape[1])).astype(np.float32)
-    res = PieceVectors([], p[:0], pieces=p, cut=v.cut); w = res.spell(v.words); return PieceVectors(w.words, w.vectors, v.counts, None, p, v.cut)
+    res = PieceVectors([], p[:0], pieces=p, cut=v.cut); w = res.spell(v.words)
+    return PieceVectors(w.words, w.vectors, v.counts, None, p, v.cut)
 
 def token_vectors(
     text:Callable, # begins to read paragraphs of words anew
@@ -70,7 +71,8 @@ def token_vectors(
     "word2vec on the text's tokens, as if they were words; afterwards a word is the mean of its tokens, or a weighted one."
     v = train_vectors(lambda: ([str(i) for w in ws for i in tok.encode(' '+w)] for ws in text()), min_count=1, **kwargs)
     p = np.zeros((tok.vocab_size, v.vectors.shape[1]), np.float32); at = np.array([int(w) for w in v.words]); p[at] = v.vectors
-    share = np.zeros(len(p)); share[at] = v.counts/v.counts.sum(); cut = Pieces('tokens', [], tok); res = PieceVectors([], p[:0], pieces=p, cut=cut)
+    share = np.zeros(len(p)); share[at] = v.counts/v.counts.sum(); cut = Pieces('tokens', [], tok)
+    res = PieceVectors([], p[:0], pieces=p, cut=cut)
     w = res.spell(words, weights=None if sif is None else sif/(sif+share)); return PieceVectors(w.words, w.vectors, None, None, p, cut)
 
 # %% ../../nbs/58_exp.tok2vec.ipynb #58b10012

@@ -72,8 +72,8 @@ _DISTIL = {'self_attn.q_proj':'attention.q_lin', 'self_attn.k_proj':'attention.k
            'mlp.up_proj':'ffn.lin1', 'mlp.down_proj':'ffn.lin2', 'post_feedforward_layernorm':'output_layer_norm'}
 _MODERN = {'input_layernorm':'attn_norm', 'self_attn.qkv':'attn.Wqkv', 'self_attn.o_proj':'attn.Wo',
            'post_attention_layernorm':'mlp_norm', 'mlp.both':'mlp.Wi', 'mlp.down_proj':'mlp.Wo'}
-_EMBED = {'model.embed_tokens':'word_embeddings', 'model.embed_positions':'position_embeddings', 'model.embed_types':'token_type_embeddings',
-          'model.embed_norm':'LayerNorm'}
+_EMBED = {'model.embed_tokens':'word_embeddings', 'model.embed_positions':'position_embeddings',
+          'model.embed_types':'token_type_embeddings', 'model.embed_norm':'LayerNorm'}
 _under = lambda p,names: {k: f'{p}.{v}' for k,v in names.items()}
 
 # family -> our modules outside of the blocks, where the blocks are, our modules within; `head_bias` is a tensor and no module
@@ -99,11 +99,12 @@ def _pick(d, key, table, usual):
 
 def _only(d, **wanted): # settings that would change the answer and are not built here
     for k,ok in wanted.items():
-        if (v := d.get(k, ok[0])) not in ok: raise SLMError(f'config.json: {k} = {str(v)[:60]} is not something this model can do: choose another one')
+        if (v := d.get(k, ok[0])) not in ok: raise SLMError(f'config.json: {k} = {str(v)[:60]} is not something this model can do')
 
 def _from_bert(d, family):
-    _only(d, position_embedding_type=('absolute', None), is_decoder=(False, None), add_cross_attention=(False, None), tie_word_embeddings=(True,))
-    if family in _LIKE_ROBERTA: _only(d, hidden_act=('gelu',), pad_token_id=(1,)) # its head has this activation, and positions begin behind that number
+    _only(d, position_embedding_type=('absolute', None), is_decoder=(False, None), add_cross_attention=(False, None),
+          tie_word_embeddings=(True,))
+    if family in _LIKE_ROBERTA: _only(d, hidden_act=('gelu',), pad_token_id=(1,)) # that of its head; positions begin behind the number
     first = 2 if family in _LIKE_ROBERTA else 0                                   # the first position that is used
     return dict(n_layer=d['num_hidden_layers'], n_head=d['num_attention_heads'], d_model=d['hidden_size'], d_ff=d['intermediate_size'],
         max_seq_len=d['max_position_embeddings']-first, norm_eps=d.get('layer_norm_eps', 1e-12), act=_pick(d, 'hidden_act', _ACTS, 'gelu'),
@@ -133,10 +134,12 @@ def bert_config(
     family = str(d.get('model_type'))
     if family == 'slm': return GPTConfig.from_hf(d)
     if family not in BERT_NAMES:
-        raise SLMError(f"config.json: model_type is {d.get('model_type')!r}: those that fill gaps are {', '.join(BERT_NAMES)}, and slm's own")
+        raise SLMError(f"config.json: model_type is {d.get('model_type')!r}: those that fill gaps are {', '.join(BERT_NAMES)} and slm")
     read = dict(distilbert=_from_distil, modernbert=_from_modern).get(family, _from_bert)
     classic = {k: v for k,v in STYLES['classic'].items() if k not in ('n_types', 'norm_eps', 'act')}
-    try: return GPTConfig(**dict(vocab_size=d['vocab_size'], tied=d.get('tie_word_embeddings', True), causal=False, **{**classic, **read(d, family)}))
+    try:
+        kw = dict(vocab_size=d['vocab_size'], tied=d.get('tie_word_embeddings', True), causal=False)
+        return GPTConfig(**kw | classic | read(d, family))
     except KeyError as e: raise SLMError(f'config.json lacks {e}: it is damaged, or not of a {family} model') from None
     except (TypeError, AttributeError, ValueError, ArithmeticError) as e:
         raise SLMError(f'config.json holds a value of the wrong kind ({" ".join(str(e).split())}): fetch it again') from None
@@ -172,7 +175,8 @@ def _bert_to_hf(c):
         decoder_bias=True, layer_types=['full_attention']*c.n_layer, global_attn_every_n_layers=1, global_rope_theta=c.rope_theta,
         rope_parameters=dict(full_attention=rope, sliding_attention=rope))
 
-_DROPPED = re.compile(r'(.*\.pooler|cls\.seq_relationship|(pre_)?classifier|qa_outputs)\..*|.*position_ids|.*\.decoder\.bias')  # heads for another question, constants, a bias twice
+# heads for another question, constants, a bias that is there twice
+_DROPPED = re.compile(r'(.*\.pooler|cls\.seq_relationship|(pre_)?classifier|qa_outputs)\..*|.*position_ids|.*\.decoder\.bias')
 
 def from_bert(
     tensors:Iterable[tuple[str,Tensor]], # names and tensors of a checkpoint
@@ -191,7 +195,7 @@ def from_bert(
         if not m or not (some := parts.get(new.rpartition('.')[2])): yield f'{new}.{kind}', t
         else:
             for n,p in zip(some, t.chunk(len(some))): yield f'model.layers.{m[1]}.{n}.{kind}', p
-    if not head: raise SLMError('this checkpoint has no head for gaps: it was saved for another task, take the one for masked language modelling')
+    if not head: raise SLMError('this checkpoint has no head for gaps: it was saved for another task, take the one for masked tokens')
 
 def to_bert(
     sd:dict, # our names and tensors
@@ -232,7 +236,7 @@ def from_pretrained(cls:BERT,
 )->BERT: # in evaluation mode
     "Open a checkpoint of the BERT, RoBERTa, DistilBERT or ModernBERT family, or one of ours."
     path = local_model(id_or_path)
-    if not path.is_dir(): raise SLMError(f"'{path}' is not a folder: a model that fills gaps is a folder with config.json and model.safetensors")
+    if not path.is_dir(): raise SLMError(f"'{path}' is not a folder: give the one with config.json and model.safetensors")
     return build_model(cls, *open_folder(path, bert_config, _RENAMES), path, device, dtype)
 
 def load_bert_and_tokenizer(
@@ -254,7 +258,8 @@ def with_mask(self:Tokenizer)->Tokenizer: # itself, if it has one
     tok = tokenizers.Tokenizer.from_str(self.tok.to_str())
     tok.add_special_tokens([tokenizers.AddedToken('[MASK]', lstrip=True, special=True)])
     if not tok.encode('').ids: # others shall frame a text as we do
-        e = self.added[self.eot_id].content; frame = dict(single=f'{e} $A {e}', pair=f'{e} $A {e} $B {e}', special_tokens=[(e, self.eot_id)])
+        e = self.added[self.eot_id].content
+        frame = dict(single=f'{e} $A {e}', pair=f'{e} $A {e} $B {e}', special_tokens=[(e, self.eot_id)])
         tok.post_processor = tokenizers.processors.TemplateProcessing(**frame)
     return Tokenizer(tok, self.chat_template, self.told)
 
@@ -334,20 +339,24 @@ def pseudo_log_likelihoods(
     budget:int=16384, # tokens in a pass
 )->np.ndarray: # (n,) nats
     "How likely each text is, token by token, given the rest of it; raises `SLMError` for one that the context cannot hold."
-    front,back = text_frame(tok); cut,begun = tok.spec['pre_tokenizer'],word_starts(tok); rows,dev = {},next(model.parameters()).device; res = np.zeros(len(texts := list(texts)))
+    front,back = text_frame(tok); cut,begun,room = tok.spec['pre_tokenizer'],word_starts(tok),model.cfg.max_seq_len
+    rows,dev = {},next(model.parameters()).device
+    res = np.zeros(len(texts := list(texts)))
     for k,text in enumerate(texts):
         try: e = tok.blind.encode(text, add_special_tokens=False)
         except (TypeError, UnicodeEncodeError): raise SLMError(f'text {k} holds half of a character: remove it first') from None
         ids,words = [*front, *e.ids, *back],e.word_ids if cut else begun[e.ids].cumsum()
-        if len(ids) > model.cfg.max_seq_len: raise SLMError(f'text {k} has {len(ids)} tokens, the context holds {model.cfg.max_seq_len}: shorten it')
+        if len(ids) > room: raise SLMError(f'text {k} has {len(ids)} tokens, the context holds {room}: shorten it')
         for i in range(len(e.ids)):
             j = i+1
             while word and j < len(words) and words[j] == words[i]: j += 1
             rows.setdefault(len(ids), []).append((k, ids, i+len(front), j+len(front)))
     for t,some in rows.items():
         for part in (some[i:i+max(1, budget//t)] for i in range(0, len(some), max(1, budget//t))):
-            who,ids,at,to = zip(*part); y = torch.tensor(ids); at,to = torch.tensor(at)[:, None],torch.tensor(to)[:, None]; place = torch.arange(t)
-            x = torch.where((place >= at) & (place < to), tok.mask_id, y); z = model(x.to(dev), keep=(place == at).to(dev))[0].float()  # (n,v)
+            who,ids,at,to = zip(*part); y = torch.tensor(ids); at,to = torch.tensor(at)[:, None],torch.tensor(to)[:, None]
+            place = torch.arange(t)
+            x = torch.where((place >= at) & (place < to), tok.mask_id, y)
+            z = model(x.to(dev), keep=(place == at).to(dev))[0].float()  # (n,v)
             nats = z.log_softmax(-1).gather(1, y.gather(1, at).to(dev))[:, 0].double().cpu().numpy(); np.add.at(res, np.array(who), nats)
     return res
 
@@ -361,14 +370,14 @@ def fill_mask(
     text:str, # with a [MASK], or several
     k:int=5, # how many for each
 )->list[list[tuple[str,float]]]: # gap -> what could stand there, with its probability; each gap by itself
-    "What is missing, among all tokens that are not special; raises `SLMError` for a text without a gap, or one that the context cannot hold."
+    "What is missing, among all tokens that are not special; raises `SLMError` for a text without a gap, or a longer one than the context."
     parts = _GAP.split(text); front,back = text_frame(tok); swallows = tok.added[tok.mask_id].lstrip
     if len(parts) == 1: raise SLMError("there is no gap in this text: write [MASK] where something is missing")
     ids = [*front]
     for i,p in enumerate(parts): # the space before a word belongs to the word that is looked for
         ids += ([tok.mask_id] if i else [])+tok.encode(p.rstrip() if swallows and i < len(parts)-1 else p)
     ids += back
-    if len(ids) > model.cfg.max_seq_len: raise SLMError(f'this text has {len(ids)} tokens, the context holds {model.cfg.max_seq_len}: shorten it')
+    if len(ids) > (room := model.cfg.max_seq_len): raise SLMError(f'this text has {len(ids)} tokens, the context holds {room}: shorten it')
     x = torch.tensor([ids], device=next(model.parameters()).device); z = model(x, keep=x == tok.mask_id)[0].float()            # (n,v)
     z[:, [*tok.special_ids.values()]] = -math.inf; z[:, tok.vocab_size:] = -math.inf
     p,best = z.softmax(-1).topk(min(max(1, k), tok.vocab_size-len(tok.special_ids)))
