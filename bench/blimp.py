@@ -1,10 +1,11 @@
 """Minimal pairs for models of both kinds: those that write, by log-likelihood, and those that fill gaps, by pseudo-log-likelihood.
 
-    python bench/blimp.py --pairs FOLDER NAME=RUN ... [--name prose]
+    python bench/blimp.py --pairs FOLDER NAME=RUN ... [--limit 300] [--name prose]
 
-FOLDER holds BLiMP's .jsonl files, RUN is a run of `slm pretrain` or of `slm bert`. A set's figure has Wilson's interval, the mean over the
-sets one over pairs drawn within each set, and so has the difference to the first run. Ties count as wrong; chance is a half.
-Writes results/59_exp.bert/NAME/run.json.
+FOLDER holds BLiMP's .jsonl files, of which the first pairs are taken (a model that fills gaps reads a sentence once for each of its
+tokens). RUN is a run of `slm pretrain` or of `slm bert`. A set's figure has Wilson's interval, the mean over the sets one over pairs
+drawn within each set, and so has the difference to the first run. Ties count as wrong; chance is a half. Writes
+results/59_exp.bert/NAME/run.json.
 """
 import argparse
 from pathlib import Path
@@ -30,17 +31,17 @@ def mean(sets, n_boot=1000): # (sets, pairs) of 0 and 1, or differences; pairs a
 
 def main():
     ap = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter); add = ap.add_argument
-    add('--pairs', type=Path, required=True); add('runs', nargs='+'); add('--name', default='prose'); a = ap.parse_args()
-    sets = {f.stem: read_pairs(f) for f in sorted(a.pairs.glob('*.jsonl'))}; runs = dict(r.split('=', 1) for r in a.runs)
+    add('--pairs', type=Path, required=True); add('runs', nargs='+'); add('--limit', type=int); add('--name', default='prose'); a = ap.parse_args()
+    sets = {f.stem: read_pairs(f)[:a.limit] for f in sorted(a.pairs.glob('*.jsonl'))}; runs = dict(r.split('=', 1) for r in a.runs)
     about = {n: {k: read_json(Path(p)/'run.json')[k] for k in ('stage', 'config', 'metrics', 'seed', 'commit')} for n,p in runs.items()}
-    run = RunDir.create(ROOT/'results'/'59_exp.bert'/a.name, 'bench', dict(sets=len(sets), runs=list(runs)), exist_ok=True)
+    run = RunDir.create(ROOT/'results'/'59_exp.bert'/a.name, 'bench', dict(sets=len(sets), limit=a.limit, runs=list(runs)), exist_ok=True)
     run.info['trained'] = about; got = {}
     for name,path in runs.items():
         for way,score in scorers(Path(path)).items():
             got[name+way] = {}
             for s,rows in progress(sets.items(), name+way):
                 good,bad = np.array(score([r[k] for r in rows for k in ('sentence_good', 'sentence_bad')])).reshape(-1, 2).T
-                got[name+way][s] = good > bad
+                got[name+way][s] = good > bad; print(name+way, s, (good > bad).mean(), flush=True)
             run.add_metrics(**{name+way: mean(list(got[name+way].values()))})
             run.add_metrics(**{f'{name+way}:{s}': wilson(int(r.sum()), len(r), 'of pairs') for s,r in got[name+way].items()})
     first = next(iter(got))

@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 from slm.core import Metric, RunDir, read_json, set_seed
 from slm.eval.stats import percentile_interval
-from slm.exp.bert import classify, fit_classifier, read_labelled
+from slm.exp.bert import fit_classifier, predict_classes, read_sentences
 from slm.model.bert import load_bert_and_tokenizer
 from slm.model.pretrained import load_model_and_tokenizer
 
@@ -32,7 +32,7 @@ def main():
     ap = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter); add = ap.add_argument
     add('--data', required=True); add('runs', nargs='+'); add('--seeds', type=int, default=3); add('--epochs', type=int, default=3)
     add('--name', default='polarity'); a = ap.parse_args(); runs = dict(r.split('=', 1) for r in a.runs)
-    texts,labels = read_labelled(a.data); order = np.random.default_rng(0).permutation(len(texts)); n = len(texts)//10
+    texts,labels = read_sentences(a.data); order = np.random.default_rng(0).permutation(len(texts)); n = len(texts)//10
     test,train = order[:n],order[n:]; pick = lambda xs,at: [xs[i] for i in at]; truth = np.array(pick(labels, test))
     config = dict(texts=len(texts), test=n, seeds=a.seeds, epochs=a.epochs, runs=list(runs)); got = {}
     run = RunDir.create(ROOT/'results'/'59_exp.bert'/a.name, 'bench', config, exist_ok=True)
@@ -46,7 +46,7 @@ def main():
                 model,tok = load(path); set_seed(seed); at = np.random.default_rng(seed).permutation(train)
                 if untrained: model = type(model)(model.cfg)
                 net = fit_classifier(model.train(), tok, pick(texts, at), pick(labels, at), a.epochs, lr=5e-4, seed=seed)
-                right.append(classify(net, tok, pick(texts, test)) == truth); print(name, untrained, seed, right[-1].mean(), flush=True)
+                right.append(predict_classes(net, tok, pick(texts, test)) == truth); print(name, untrained, seed, right[-1].mean(), flush=True)
             got[name+'_untrained'*untrained] = np.array(right)
     run.add_metrics(**{k: share(r) for k,r in got.items()})
     bag = got.pop('bags_of_words'); run.add_metrics(**{f'{k}-bags_of_words': share(r.mean(0, keepdims=True)-bag) for k,r in got.items()})

@@ -619,7 +619,8 @@ def save(self:Tokenizer,
     if path.suffix == '.json': return
     names = {k: self.names.get(k) for k in ('bos_token', 'eos_token', 'pad_token')}
     more = self._of_gaps() if self.mask_id is not None else dict(chat_template=self.chat_template)
-    write_json(path/'tokenizer_config.json', names | dict(tokenizer_class='PreTrainedTokenizerFast', clean_up_tokenization_spaces=False) | more)
+    same = dict(tokenizer_class='PreTrainedTokenizerFast', clean_up_tokenization_spaces=False)
+    write_json(path/'tokenizer_config.json', names | same | more)
     write_json(path/'generation_config.json', self.generation_config())
 
 def read_settings(

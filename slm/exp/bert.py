@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['GapLoader', 'GapValidLoader', 'BertConfig', 'BertStage', 'gaps_from', 'gap_accuracy', 'bert', 'mean_vectors',
-           'BertClassifier', 'framed_ids', 'fit_classifier', 'classify', 'read_labelled', 'word_places',
+           'BertClassifier', 'framed_ids', 'fit_classifier', 'predict_classes', 'read_sentences', 'word_places',
            'context_vectors']
 
 # %% ../../nbs/59_exp.bert.ipynb #59b10004
@@ -169,8 +169,9 @@ def fit_classifier(
     learn = LMLearner(DataLoaders(dl, dl), net, loss_func=partial(class_loss, aux=0.), lr=lr, cbs=cbs); learn.fit_steps(steps)
     return net.eval()
 
+# %% ../../nbs/59_exp.bert.ipynb #59b10017
 @torch.no_grad()
-def classify(
+def predict_classes(
     net:nn.Module, # of `fit_classifier`
     tok:Tokenizer,
     texts:list[str],
@@ -185,8 +186,8 @@ def classify(
         res[some] = net(x.to(dev), None, lens.to(dev))[0].argmax(-1).cpu().numpy()
     return res
 
-# %% ../../nbs/59_exp.bert.ipynb #59b10018
-def read_labelled(
+# %% ../../nbs/59_exp.bert.ipynb #59b10019
+def read_sentences(
     path:str|Path, # a folder with NAME.neg and NAME.pos; or a .tsv with `sentence` and `label`, or as CoLA's
 )->tuple[list[str],list[int]]: # texts; classes
     "Texts with their class; raises `SLMError` that names the row which has none."
@@ -206,7 +207,7 @@ def read_labelled(
         except (IndexError, ValueError): raise SLMError(f"'{path}' row {i} has no sentence or no number as its label") from None
     return texts, labels
 
-# %% ../../nbs/59_exp.bert.ipynb #59b1001e
+# %% ../../nbs/59_exp.bert.ipynb #59b1001f
 _WORD = re.compile(r"[^\W_]+(?:['’][^\W_]+)*")
 
 def word_places(

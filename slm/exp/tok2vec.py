@@ -65,7 +65,7 @@ def token_vectors(
     text:Callable, # begins to read paragraphs of words anew
     words:list[str], # that shall have vectors
     tok:Tokenizer,
-    sif:float|None=None, # weigh a token by a/(a+p), p its share of all tokens (Arora et al. 2017); all alike if not given
+    sif:float|None=None, # weigh a token by a/(a+p), p its share of all tokens; all alike if not given
     **kwargs, # to `train_vectors`
 )->PieceVectors:
     "word2vec on the text's tokens, as if they were words; afterwards a word is the mean of its tokens, or a weighted one."

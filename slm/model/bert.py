@@ -175,6 +175,7 @@ def _bert_to_hf(c):
         decoder_bias=True, layer_types=['full_attention']*c.n_layer, global_attn_every_n_layers=1, global_rope_theta=c.rope_theta,
         rope_parameters=dict(full_attention=rope, sliding_attention=rope))
 
+# %% ../../nbs/17_model.bert.ipynb #17b10012
 # heads for another question, constants, a bias that is there twice
 _DROPPED = re.compile(r'(.*\.pooler|cls\.seq_relationship|(pre_)?classifier|qa_outputs)\..*|.*position_ids|.*\.decoder\.bias')
 
@@ -214,7 +215,7 @@ def to_bert(
             res[f'{place}.{m[1]}.{layer[f"{j[1]}.{j[0]}"]}.{kind}'] = torch.cat(parts)
     return res
 
-# %% ../../nbs/17_model.bert.ipynb #17b10012
+# %% ../../nbs/17_model.bert.ipynb #17b10013
 @patch
 def save_pretrained(self:BERT,
     folder:str|Path, # folder to write into; made if need be, other files in it are left alone
@@ -249,7 +250,7 @@ def load_bert_and_tokenizer(
     if tok.mask_id is None: raise SLMError(f"the tokenizer of '{path}' has no token for a gap: it was not made for a model that fills them")
     return model, tok
 
-# %% ../../nbs/17_model.bert.ipynb #17b1001a
+# %% ../../nbs/17_model.bert.ipynb #17b1001b
 @patch
 def with_mask(self:Tokenizer)->Tokenizer: # itself, if it has one
     "A tokenizer with a token for a gap, `[MASK]`; raises `SLMError` for one that cannot end a document."
@@ -270,7 +271,7 @@ def text_frame(
     both = tok.tok.encode('').ids
     return (both[:1], both[1:]) if len(both) == 2 else ([tok.eot_id], [tok.eot_id])
 
-# %% ../../nbs/17_model.bert.ipynb #17b1001d
+# %% ../../nbs/17_model.bert.ipynb #17b1001e
 GAPS = ('token', 'word', 'span')
 _NO_SPACES = re.compile('[฀-໿က-႟ក-៿぀-ヿ㐀-鿿豈-﫿𠀀-𿿿]') # Thai to Chinese
 
@@ -329,7 +330,7 @@ class Gaps:
         x = np.where(asked & (v >= other+same), self.mask_id, ids)
         return np.where(asked & (v < other), rng.choice(self.plain, ids.shape), x), asked
 
-# %% ../../nbs/17_model.bert.ipynb #17b10023
+# %% ../../nbs/17_model.bert.ipynb #17b10024
 @torch.no_grad()
 def pseudo_log_likelihoods(
     model:BERT, # in evaluation mode
@@ -360,7 +361,7 @@ def pseudo_log_likelihoods(
             nats = z.log_softmax(-1).gather(1, y.gather(1, at).to(dev))[:, 0].double().cpu().numpy(); np.add.at(res, np.array(who), nats)
     return res
 
-# %% ../../nbs/17_model.bert.ipynb #17b10027
+# %% ../../nbs/17_model.bert.ipynb #17b10028
 _GAP = re.compile(r'\[MASK\]|<mask>|<\|mask\|>')
 
 @torch.no_grad()

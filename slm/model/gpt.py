@@ -103,7 +103,8 @@ def check(self:GPTConfig):
         if not isinstance(x := getattr(self, k), bool): raise SLMError(f'{k}={repr(x)[:40]}: it must be true or false')
     if type(self.n_types) is not int or not 0 <= self.n_types <= 1<<16:
         raise SLMError(f'n_types={repr(self.n_types)[:40]}: it must be a whole number of at least 0')
-    if self.norm_embed and self.norm_pos != 'pre': raise SLMError("norm_embed goes with norm_pos='pre': with 'post' there is that norm anyway")
+    if self.norm_embed and self.norm_pos != 'pre':
+        raise SLMError("norm_embed goes with norm_pos='pre': with 'post' there is that norm anyway")
     if self.n_head % self.n_kv_head:
         raise SLMError(f'n_head={self.n_head} is not a multiple of n_kv_head={self.n_kv_head}: change one of them')
     if self.pos == 'rope':

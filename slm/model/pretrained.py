@@ -164,6 +164,8 @@ def _from_gpt2(d):
         act=acts[act], bias=True, qk_norm=False, tied=d.get('tie_word_embeddings', True) or False, dropout=d.get('resid_pdrop', 0.))
 
 # %% ../../nbs/13_model.pretrained.ipynb #4f788a14
+_FILLS = ('bert', 'roberta', 'distilbert', 'modernbert', 'xlm-roberta', 'camembert') # for another class: gaps
+
 @patch(cls_method=True)
 def from_hf(cls:GPTConfig,
     d:dict, # the content of a config.json
@@ -179,8 +181,7 @@ def from_hf(cls:GPTConfig,
         if family in ('llama', 'mistral', 'qwen3'): kw = _from_llama(d, family)
         elif family == 'gpt2': kw = _from_gpt2(d)
         elif family in ('mamba', 'mamba2'): kw = _from_mamba(d, family)
-        elif family in ('bert', 'roberta', 'distilbert', 'modernbert', 'xlm-roberta', 'camembert'): raise SLMError(f'config.json: a model of type {family} looks both ways and does not generate: '
-                                                   'try slm fill, or BERT.from_pretrained')
+        elif family in _FILLS: raise SLMError(f'config.json: a {family} looks both ways and writes nothing: try slm fill')
         else: raise SLMError(f"config.json: model_type is {family!r}: known are llama, mistral, qwen3, gpt2, mamba, mamba2 (and our slm)")
         return cls(vocab_size=d['vocab_size'], norm_pos='pre', causal=True, n_types=0, **kw)
     except KeyError as e: raise SLMError(f"config.json lacks {e}: it is damaged, or not of a {family} model") from None
