@@ -117,7 +117,7 @@ def bert(
     "Train a new model to fill gaps in `corpus`; raises `SLMError` for bad input."
     return BertStage.start(dict(corpus=corpus, **options), out, cbs, prompts)
 
-# %% ../../nbs/59_exp.bert.ipynb #59b10015
+# %% ../../nbs/59_exp.bert.ipynb #59b10016
 def mean_vectors(
     bert:BERT,
     idx:Tensor, # token ids (b,t)
@@ -139,7 +139,7 @@ class BertClassifier(nn.Module):
     )->tuple[Tensor,None]: # scores of the classes (b,c), where a GPT's classifier has those of the next tokens as well
         return self.top(mean_vectors(self.bert, idx, seqlens)), None
 
-# %% ../../nbs/59_exp.bert.ipynb #59b10016
+# %% ../../nbs/59_exp.bert.ipynb #59b10017
 def framed_ids(
     model:GPT,
     tok:Tokenizer,
@@ -169,7 +169,7 @@ def fit_classifier(
     learn = LMLearner(DataLoaders(dl, dl), net, loss_func=partial(class_loss, aux=0.), lr=lr, cbs=cbs); learn.fit_steps(steps)
     return net.eval()
 
-# %% ../../nbs/59_exp.bert.ipynb #59b10017
+# %% ../../nbs/59_exp.bert.ipynb #59b10018
 @torch.no_grad()
 def predict_classes(
     net:nn.Module, # of `fit_classifier`
@@ -186,7 +186,7 @@ def predict_classes(
         res[some] = net(x.to(dev), None, lens.to(dev))[0].argmax(-1).cpu().numpy()
     return res
 
-# %% ../../nbs/59_exp.bert.ipynb #59b10019
+# %% ../../nbs/59_exp.bert.ipynb #59b1001a
 def read_sentences(
     path:str|Path, # a folder with NAME.neg and NAME.pos; or a .tsv with `sentence` and `label`, or as CoLA's
 )->tuple[list[str],list[int]]: # texts; classes
@@ -207,7 +207,7 @@ def read_sentences(
         except (IndexError, ValueError): raise SLMError(f"'{path}' row {i} has no sentence or no number as its label") from None
     return texts, labels
 
-# %% ../../nbs/59_exp.bert.ipynb #59b1001f
+# %% ../../nbs/59_exp.bert.ipynb #59b10023
 _WORD = re.compile(r"[^\W_]+(?:['’][^\W_]+)*")
 
 def word_places(
@@ -232,6 +232,7 @@ def word_places(
         if not any(left.values()): break
     return res
 
+# %% ../../nbs/59_exp.bert.ipynb #59b10024
 @torch.no_grad()
 def context_vectors(
     model:GPT, # in evaluation mode; of either kind

@@ -273,7 +273,8 @@ def text_frame(
 
 # %% ../../nbs/17_model.bert.ipynb #17b1001e
 GAPS = ('token', 'word', 'span')
-_NO_SPACES = re.compile('[฀-໿က-႟ក-៿぀-ヿ㐀-鿿豈-﫿𠀀-𿿿]') # Thai to Chinese
+_NO_SPACES = re.compile('[\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u3040-\u30ff' # Thai, Lao, Burmese, Khmer, kana,
+                        '\u3400-\u9fff\uf900-\ufaff\U00020000-\U0003ffff]')             # Chinese
 
 def word_starts(
     tok:Tokenizer,
@@ -288,6 +289,7 @@ def word_starts(
         return bool(_NO_SPACES.match(c)) or not (c.isalnum() or c in "'’" or unicodedata.category(c)[0] == 'M')
     return np.array([i in special or not b or begins(b) for i,b in enumerate(tok.id_bytes)])
 
+# %% ../../nbs/17_model.bert.ipynb #17b1001f
 _LONGEST = 10 # words of a span
 _lengths = .2*.8**np.arange(_LONGEST); _lengths /= _lengths.sum()              # P(L = l+1): geometric, cut off
 
@@ -330,7 +332,7 @@ class Gaps:
         x = np.where(asked & (v >= other+same), self.mask_id, ids)
         return np.where(asked & (v < other), rng.choice(self.plain, ids.shape), x), asked
 
-# %% ../../nbs/17_model.bert.ipynb #17b10024
+# %% ../../nbs/17_model.bert.ipynb #17b10025
 @torch.no_grad()
 def pseudo_log_likelihoods(
     model:BERT, # in evaluation mode
@@ -361,7 +363,7 @@ def pseudo_log_likelihoods(
             nats = z.log_softmax(-1).gather(1, y.gather(1, at).to(dev))[:, 0].double().cpu().numpy(); np.add.at(res, np.array(who), nats)
     return res
 
-# %% ../../nbs/17_model.bert.ipynb #17b10028
+# %% ../../nbs/17_model.bert.ipynb #17b10029
 _GAP = re.compile(r'\[MASK\]|<mask>|<\|mask\|>')
 
 @torch.no_grad()
