@@ -3,10 +3,11 @@
     python bench/bert.py [--rows 16] [--tokens 256] [--share .3] [--repeats 15] [--preset 3m] [--vocab 8192]
 
 Both take AdamW's steps in bfloat16 where the machine multiplies in it, on all cores. transformers' loop is the plain one: labels of -100
-where nothing is asked, so its head works at each place. Ours asks the head for the gaps alone. Peers take turns, so that a busy machine
-hits all. Writes results/59_exp.bert/speed/run.json.
+where nothing is asked, so its head works at each place. transformers' ModernBERT can leave out those places, too, if it is told to
+(`sparse_prediction`). Ours asks the head for the gaps alone. Peers take turns, so that a busy machine hits all. Writes
+results/59_exp.bert/speed/run.json.
 """
-import argparse, os, tempfile, time
+import argparse, copy, os, tempfile, time
 from pathlib import Path
 import numpy as np, torch
 from common import median
@@ -44,14 +45,18 @@ def main():
         with tempfile.TemporaryDirectory() as tmp: m.save_pretrained(tmp); hf = AutoModelForMaskedLM.from_pretrained(tmp).train()
         with torch.no_grad(): assert abs(ours(m, x, y, asked)-theirs(hf, x, y, asked)) < 1e-3
         jobs[f'{style}_ours'],jobs[f'{style}_transformers'] = stepper(m, ours, amp),stepper(hf, theirs, amp)
+        if style == 'modern': # its class can leave the other places out, too, if it is told to
+            sparse = copy.deepcopy(hf); sparse.sparse_prediction = sparse.config.sparse_prediction = True
+            jobs['modern_transformers_sparse'] = stepper(sparse, theirs, amp)
     secs = {k: [] for k in jobs}
     for step in jobs.values(): step(x, y, asked)
     for _ in range(a.repeats):
         for k,step in jobs.items(): t0 = time.perf_counter(); step(x, y, asked); secs[k].append(time.perf_counter()-t0)
     run.add_metrics(**{k: median(x.numel()/np.array(s), 'tokens/s') for k,s in secs.items()})
-    for style in STYLES:
-        ratio = np.array(secs[f'{style}_transformers'])/secs[f'{style}_ours']
-        run.add_metrics(**{f'{style}_ratio': median(ratio, 'times transformers')})
+    peers = {'modern': 'modern_transformers', 'classic': 'classic_transformers', 'modern_sparse': 'modern_transformers_sparse'}
+    for style,peer in peers.items():
+        ratio = np.array(secs[peer])/secs[f"{style.split('_')[0]}_ours"]
+        run.add_metrics(**{f'{style}_ratio': median(ratio, f'times {peer}')})
     run.finish()
     for k,v in run.info['metrics'].items(): print(f'{k:24} {Metric(**v)}')
 

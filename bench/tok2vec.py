@@ -1,10 +1,10 @@
 """Words as one vector, as runs of letters, as tokens: what each has learned, beside a twin that has learned nothing.
 
-    python bench/tok2vec.py FILE... [--seeds 3] [--threads 2] [--wide] [--rare rareword.txt] [--name prose]
+    python bench/tok2vec.py FILE... [--seeds 3] [--threads 2] [--wide] [--rare rareword.txt] [--twins 800] [--name prose]
 
 The same paragraphs for all, 100 numbers, windows of 5, 5 negatives, 5 epochs, sample 1e-3, min_count 5. Mikolov's questions (the semantic
 and the syntactic ones, and those by how alike c and d are spelled), WordSim-353 and SimLex-999 (which gensim ships), and RareWord if it
-is given. A twin has the same words and pieces and random vectors. --wide: 4k tokens with as many parameters in all as the words have.
+is given. A twin has the same words and pieces and random vectors. --wide: 4k tokens with as many numbers for tokens as the words have.
 Writes results/58_exp.tok2vec/NAME/run.json.
 """
 import argparse, time
@@ -17,15 +17,22 @@ from slm.data.corpus import whole_text
 from slm.data.tokenizer import train_bpe
 from slm.exp.tok2vec import Pieces, spelling_overlap, token_vectors, untrained
 from slm.exp.word2vec import read_judged, similarity_correlation
-from slm.model.vectors import WordVectors, read_analogies, split_words, train_vectors
+from slm.model.vectors import PieceVectors, WordVectors, read_analogies, split_words, train_vectors
 
 ROOT = Path(__file__).parents[1]
 DATA = Path(gensim.__file__).parent/'test'/'test_data'
 
+def only_twins(run, cuts, words, d, look): # what spelling alone can say, where there is room for it
+    for k,c in cuts.items():
+        v = untrained(PieceVectors(words, np.zeros((len(words), 1)), pieces=None, cut=c), 0, d); got = look(v); print(k, got, flush=True)
+        run.add_metrics(**{f'{k}|{m}': Metric(float(x)) for m,x in got.items()})
+    run.finish()
+
 def main():
     ap = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter); add = ap.add_argument
     add('files', nargs='+'); add('--seeds', type=int, default=3); add('--threads', type=int, default=2); add('--wide', action='store_true')
-    add('--rare', type=Path); add('--name', default='prose'); a = ap.parse_args()
+    add('--rare', type=Path); add('--twins', type=int, help='only the twins, with so many numbers'); add('--name', default='prose')
+    a = ap.parse_args()
     text = [p for f in a.files for p in split_words(whole_text(f))]; np.random.default_rng(0).shuffle(text)
     toks = {k: train_bpe((' '.join(p) for p in text), v) for k,v in {'1k': 1024, '4k': 4096, '16k': 16384}.items()}
     o = dict(threads=a.threads); words = train_vectors(text, epochs=1, d=4, **o).words
@@ -42,6 +49,7 @@ def main():
     run = RunDir.create(ROOT/'results'/'58_exp.tok2vec'/a.name, 'bench', config, exist_ok=True)
     cuts = {k: Pieces(k, words) for k in ('words', 'ngrams')} | {f'tokens-{k}': Pieces('tokens', words, t) for k,t in toks.items()}
     cuts['tokens+word-4k'] = Pieces('tokens+word', words, toks['4k'])
+    if a.twins: return only_twins(run, cuts, words, a.twins, lambda v: {k: v.solve(questions)[m].mean() for k,m in sets.items()})
     make = {k: lambda s, c=c: train_vectors(text, pieces=c, seed=s, **o) for k,c in cuts.items()}
     make['summed-4k'] = lambda s: token_vectors(lambda: text, words, toks['4k'], seed=s, **o)
     make['sif-4k'] = lambda s: token_vectors(lambda: text, words, toks['4k'], sif=1e-3, seed=s, **o)

@@ -248,3 +248,25 @@ def test_a_tokenizer_saved_again_says_the_same(tmp_path):
     said = lambda t, args: {k: list(v) for k,v in t(*args).items()}
     for args in (('The man',), ('The man', 'sat')): assert said(again, args) == said(fast, args)
     assert (again.unk_token, again.mask_token, again.chat_template) == (fast.unk_token, fast.mask_token, None)
+
+def test_gaps_of_a_batch_do_not_depend_on_where_the_loader_stands(tok, corpus):
+    from slm.data.corpus import build_corpus
+    from slm.data.loaders import tokenize
+    from slm.exp.bert import GapLoader
+    data = tokenize(build_corpus(corpus), tok).train; dl = GapLoader(data, 4, 32, gaps=Gaps(tok)); n = len(dl)
+    want = dl.at(1, 0); dl.epoch,dl.pos = 0,n; ahead = dl.one_batch(); dl.epoch,dl.pos = 1,0; got = next(iter(dl))
+    for a in (ahead, got, dl.at(1, 0)): assert all(torch.equal(x, y) for x,y in zip(a[:3], want[:3]))
+    assert not torch.equal(dl.at(0, 0)[2], want[2])
+
+def test_odd_tables_of_sentences(tmp_path):
+    from slm.exp.bert import fit_classifier, read_sentences
+    f = tmp_path/'a.tsv'; f.write_text('sentence\tlabel\na\u2028b\x85c\t1\r\n'+'x'*140_000+'\t0\n', encoding='utf-8')
+    texts,labels = read_sentences(f); assert labels == [1, 0] and len(texts[1]) == 140_000 and texts[0].startswith('a')
+    f.write_text('sentence\tlabel\nx\t-1\n')
+    with pytest.raises(SLMError, match='row 1: classes are'): read_sentences(f)
+    with pytest.raises(SLMError, match='class -1'): fit_classifier(None, None, ['a']*40, [-1, 1]*20)
+
+def test_a_word_that_is_cut_off_is_not_that_word(folder):
+    from slm.exp.bert import word_places
+    tok = Tokenizer.load(folder); text = 'It was so very extraordinarily good.'; n = len(tok.encode(' It was so very ext'))
+    assert not word_places(tok, [text], ['extraordinarily'], room=n) and word_places(tok, [text], ['extraordinarily'])

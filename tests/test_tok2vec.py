@@ -48,3 +48,11 @@ def test_a_twin_knows_spelling_and_nothing_else():
     assert cos[alike > .3].mean() > .3 and abs(cos[alike == 0].mean()) < .02
     w = untrained(train_vectors(TEXT, pieces=Pieces('words', WORDS), **FEW), d=64); cos = w.unit@w.unit.T
     assert np.abs(cos[~np.eye(len(w), dtype=bool)]).mean() < .15                 # random vectors: nothing
+
+def test_a_word_without_a_piece_is_named():
+    with pytest.raises(SLMError, match='no piece for'): train_vectors(TEXT, pieces=Pieces('words', WORDS[1:]), **FEW)
+    twice = Pieces('words', [WORDS[0], *WORDS]); assert twice.n == len(WORDS) and max(twice.ids(w)[0] for w in WORDS) == twice.n-1
+    class Wrong(Pieces):
+        def ids(self, word): return [self.n]
+    with pytest.raises(SLMError, match='numbered 0 to'): train_vectors(TEXT, pieces=Wrong('words', WORDS), **FEW)
+    with pytest.raises(SLMError, match='buckets'): Pieces('ngrams', WORDS, buckets=0)

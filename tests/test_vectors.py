@@ -3,6 +3,7 @@ import json, os, signal, threading, time
 import forked, numpy as np, pytest
 from hypothesis import given, settings, strategies as st
 from slm.core import SLMError
+from slm.model import vectors
 from slm.model.vectors import WordVectors, open_vectors, train_vectors
 
 DIGITS = str.maketrans('0123456789', 'abcdefghij')
@@ -72,7 +73,7 @@ def test_settings_that_cannot_be(wrong):
     with pytest.raises(SLMError): train_vectors([['a', 'b', 'c']*50]*20, **dict(threads=1) | wrong)
 
 def test_a_thread_that_fails_is_not_passed_over(monkeypatch):
-    monkeypatch.setattr('slm.model.vectors._cbow', lambda *a: 1/0)
+    monkeypatch.setitem(vectors._KERNELS, 'cbow', lambda *a: 1/0)
     with pytest.raises(ZeroDivisionError): train_vectors([['a', 'b', 'c']*50]*20, kind='cbow', threads=1)
 
 def test_ctrl_c_leaves_nobody_at_work():

@@ -23,13 +23,14 @@ class Pieces:
         how:str, # one of `CUTS`
         words:list[str], # those that have a piece of their own
         tok:Tokenizer|None=None, # for tokens
-        buckets:int=100_000, # for runs of letters: so many vectors, which several may share
+        buckets:int=100_000, # for runs of letters, shorter than the word with its edges: so many vectors, which several may share
         lengths:tuple[int,int]=(3, 6), # of these runs
     ):
         if how not in CUTS: raise SLMError(f"unknown cut '{how}': use one of {', '.join(CUTS)}")
         if 'tokens' in how and tok is None: raise SLMError(f"cut '{how}' needs a tokenizer")
         self.how,self.tok,self.buckets,self.lengths = how,tok,buckets,lengths
-        self.own = {w: i for i,w in enumerate(words)} if how != 'tokens' else {}
+        if buckets < 1: raise SLMError(f'{buckets} buckets: it takes one')
+        self.own = {w: i for i,w in enumerate(dict.fromkeys(words))} if how != 'tokens' else {}
         self.n = len(self.own)+(buckets if how == 'ngrams' else tok.vocab_size if tok else 0)
 
     def parts(self, word:str)->list[str]: # what it is spelled in, without itself

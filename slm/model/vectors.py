@@ -309,7 +309,7 @@ def similar(self:WordVectors,
 # %% ../../nbs/16_model.vectors.ipynb #16f2001f
 @dataclass
 class PieceVectors(WordVectors):
-    "Words that are means of their pieces."
+    "Words that are means of their pieces; what is saved of it, or its `first`, are the words alone."
     pieces:np.ndarray|None = None # float32 (n_pieces,d)
     cut:Callable|None = None # words -> where the pieces of each begin (n+1,), and their numbers
     def spell(self,
@@ -338,6 +338,13 @@ def _watched(kernel, each, done, total): # threads at work, with a bar; whoever 
 _KERNELS = dict(shared=_skip_gram_shared, pairs=_skip_gram, cbow=_cbow)
 _RANGES = dict(d=(1, 100_000), window=(1, 1000), negative=(1, 1000), epochs=(1, 10_000), min_count=(1, 2**62), sample=(0, 1),
                threads=(1, 1024), seed=(0, 2**63))
+
+def _cut(pieces, words): # where the pieces of each begin, and which they are; a word without one could not be learned
+    starts,ids = pieces(words); few = np.diff(starts) < 1
+    if few.any(): raise SLMError(f"no piece for '{words[int(few.argmax())]}': each word needs one")
+    if not 0 <= ids.min() <= ids.max() < pieces.n:
+        raise SLMError(f'pieces are numbered 0 to {pieces.n-1}, not {ids.min()} to {ids.max()}')
+    return starts, ids
 
 def _check_settings(kind, pieces, lr, **given):
     if kind not in _KERNELS: raise SLMError(f"kind '{kind}': it is one of {', '.join(_KERNELS)}")
@@ -371,7 +378,7 @@ def train_vectors(
     with tempfile.TemporaryDirectory(prefix='slm-vectors-') as folder:
         words,counts,ids,spans = _numbered(text, folder, min_count, max_words)
         rng = np.random.default_rng(seed)
-        rows,more,kernel = (pieces.n, pieces(words), _skip_gram_pieces) if pieces else (len(words), mean, _KERNELS[kind])
+        rows,more,kernel = (pieces.n, _cut(pieces, words), _skip_gram_pieces) if pieces else (len(words), mean, _KERNELS[kind])
         try: vec = (rng.random((rows, d), np.float32)-np.float32(.5))/d; ctx = np.zeros((len(words), d), np.float32)
         except MemoryError: raise SLMError(f'no room in memory for {rows+len(words):,} vectors of {d:,} numbers') from None
         threads = min(threads or os.cpu_count() or 1, len(spans)); done = np.zeros((threads, 2), np.int64)
