@@ -31,7 +31,8 @@ def mean(sets, n_boot=1000): # (sets, pairs) of 0 and 1, or differences; pairs a
 
 def main():
     ap = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter); add = ap.add_argument
-    add('--pairs', type=Path, required=True); add('runs', nargs='+'); add('--limit', type=int); add('--name', default='prose'); a = ap.parse_args()
+    add('--pairs', type=Path, required=True); add('runs', nargs='+'); add('--limit', type=int); add('--name', default='prose')
+    a = ap.parse_args()
     sets = {f.stem: read_pairs(f)[:a.limit] for f in sorted(a.pairs.glob('*.jsonl'))}; runs = dict(r.split('=', 1) for r in a.runs)
     about = {n: {k: read_json(Path(p)/'run.json')[k] for k in ('stage', 'config', 'metrics', 'seed', 'commit')} for n,p in runs.items()}
     run = RunDir.create(ROOT/'results'/'59_exp.bert'/a.name, 'bench', dict(sets=len(sets), limit=a.limit, runs=list(runs)), exist_ok=True)

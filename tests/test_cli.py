@@ -181,7 +181,7 @@ def test_checkpoint_of_another_tokenizer(whole, tmp_path, capsys, monkeypatch):
 
 # ---- numbers that no training can use
 
-BASES = dict(sft=['x'], dpo=['x'], reward=['x'], rlhf=['x'], qlora=['x'], pretrain=['--corpus', 'pydocs'], distill=['x'], bert=['--corpus', 'pydocs'])
+BASES = {v: ['x'] for v in ('sft', 'dpo', 'reward', 'rlhf', 'qlora', 'distill')} | {v: ['--corpus', 'pydocs'] for v in ('pretrain', 'bert')}
 NUMBERS = [('--seed', '-1'), ('--seed', 2**64), ('--minutes', 'nan'), ('--minutes', 'inf'), ('--steps', 0), ('--micro-batch', '-1'),
            ('--lr', 'nan'),
            ('--lr', 'inf'), ('--epochs', 'inf'), ('--epochs', 'nan'), ('--bs', 0), ('--max-rows', '-5'), ('--seq-len', '-1')]

@@ -128,17 +128,14 @@ def mean_vectors(
     h = bert.model(idx, None, seqlens); at = (torch.arange(idx.shape[1], device=idx.device) < seqlens)[..., None]     # (b,t,1)
     return (h*at).sum(1)/at.sum(1)
 
-class BertClassifier(nn.Module):
-    "An encoder with a linear layer on the mean of each text's vectors."
-    def __init__(self, bert:BERT, n_classes:int):
-        super().__init__(); self.bert,self.top = bert,nn.Linear(bert.cfg.d_model, n_classes)
-        nn.init.normal_(self.top.weight, std=.02); nn.init.zeros_(self.top.bias)
+class BertClassifier(Classifier):
+    "An encoder, called `gpt` as in the other one, with a linear layer on the mean of each text's vectors."
     def forward(self,
         idx:Tensor, # token ids (b,t)
         cache=None, # as in `GPT`
         seqlens:Tensor|None=None, # (b,1) tokens of each text
     )->tuple[Tensor,None]: # scores of the classes (b,c), where a GPT's classifier has those of the next tokens as well
-        return self.top(mean_vectors(self.bert, idx, seqlens)), None
+        return self.top(mean_vectors(self.gpt, idx, seqlens)), None
 
 # %% ../../nbs/59_exp.bert.ipynb #59b10017
 def framed_ids(
@@ -180,7 +177,7 @@ def predict_classes(
     bs:int=64,
 )->np.ndarray: # (n,) the class of each text
     "Sort texts, those of like length together."
-    model = getattr(net, 'bert', None) or net.gpt; dev = next(net.parameters()).device
+    model,dev = net.gpt,next(net.parameters()).device
     ids = framed_ids(model, tok, texts); order = sorted(range(len(ids)), key=lambda i: len(ids[i])); res = np.zeros(len(ids), int)
     for some in (order[i:i+bs] for i in range(0, len(order), bs)):
         lens = torch.tensor([[len(ids[i])] for i in some]); t = int(lens.max())
