@@ -1,6 +1,6 @@
 """Do measures of bias measure bias, what does it cost to remove it, and how fast are pairs scored?
 
-    python bench/bias.py train calibrate [--seeds 2]  # small models of worlds with the dial at 0 … 1, and of a balanced one; then all measures on them
+    python bench/bias.py train calibrate [--seeds 2]  # small models of worlds with the dial at 0 … 1 and of a balanced one; all measures
     python bench/bias.py speed --data blimp           # pairs a second against lm-eval at its best batch size, the same weights and pairs
     python bench/bias.py many --data blimp            # 67,000 pairs of BLiMP's lengths
     python bench/bias.py agree --data crows.csv --model MODEL   # item by item against lm-eval
@@ -41,7 +41,8 @@ def train(a, run):
             write_json(path/'bias.json', dict(dial=dial, balanced=balanced, seed=seed)); text.unlink()
 
 def calibrate(a, run):
-    "All measures on all models; lines through those that are not balanced; the balanced ones' price on a biased world's text, in bits per byte"
+    """All measures on all models; lines through those that are not balanced; the
+    balanced ones' price on a biased world's text, in bits per byte"""
     points, nats = [], {}
     for dial,balanced,seed in [(d, b, s) for s in range(a.seeds) for d,b in [(d, False) for d in DIALS]+[(1., True)]]:
         model,tok = load_model_and_tokenizer(RUNS/f'{dial:g}{"_balanced" if balanced else ""}_{seed}')

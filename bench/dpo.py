@@ -3,9 +3,9 @@
     python bench/dpo.py world --base runs/demo/sft      # the world's judge prefers, the model's own answers are the pairs
     python bench/dpo.py polite --data preferences.json --base smollm2.gguf   # polite over rude answers, 990 pairs
 
-`world`: the base (a model fine-tuned on the world's chats) answers each task several times, the judge says which answer is best, and these judgements
-are trained on. Win rate, pass rate, and what the held-out stories cost, before and after. `polite`: preference accuracy on held-out pairs.
-Writes results/25_train.dpo/NAME/run.json and log.csv.
+`world`: the base (a model fine-tuned on the world's chats) answers each task several times, the judge says which
+answer is best, and these judgements are trained on. Win rate, pass rate, and what the held-out stories cost, before
+and after. `polite`: preference accuracy on held-out pairs. Writes results/25_train.dpo/NAME/run.json and log.csv.
 """
 import argparse, json, shutil, tempfile, time
 from pathlib import Path

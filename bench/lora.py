@@ -2,8 +2,9 @@
 
     python bench/lora.py --model SmolLM2-135M-Instruct.Q4_1.gguf --data instructions.json [--dtype auto] [--steps 60] [--name smollm2]
 
-Each variant runs in a process of its own, with the same batches, and prints JSON. Its peak memory is the process's largest resident size minus
-what it was after all imports (the same in each); freed memory goes back to the system at once in all of them. Writes results/26_train.lora/NAME/run.json.
+Each variant runs in a process of its own, with the same batches, and prints JSON. Its peak memory is the process's
+largest resident size minus what it was after all imports (the same in each); freed memory goes back to the system at
+once in all of them. Writes results/26_train.lora/NAME/run.json.
 """
 import argparse, hashlib, json, subprocess, sys, time
 from pathlib import Path

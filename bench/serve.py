@@ -4,7 +4,8 @@
     python bench/serve.py --preset 25m --name 25m                      # a size of ours, with random weights
     python bench/serve.py --preset 25m --name 25m-avx2 --avx2          # as a processor without AVX-512 would
 
-Every measurement runs in a process of its own, all of them in turn, `--rounds` times; the best round counts, the others are kept in the record.
+Every measurement runs in a process of its own, all of them in turn, `--rounds`
+times; the best round counts, the others are kept in the record.
 --avx2 holds PyTorch and oneDNN to AVX2; llama.cpp has no such switch and uses what the processor has.
 Writes results/44_serve.batching/NAME/run.json.
 """
@@ -12,8 +13,9 @@ import argparse, http.client, json, os, subprocess, sys, tempfile, time
 from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
-TEXT = ('The old library stood at the end of the street, and nobody in the town could say who had built it. Its windows were tall and narrow, and in winter the '
-        'snow lay on their ledges for weeks. Inside there were more books than a person could read in ten lives: on plants and stars, on bridges and clocks. ')*8
+TEXT = ('The old library stood at the end of the street, and nobody in the town could say who had built it. '
+        'Its windows were tall and narrow, and in winter the snow lay on their ledges for weeks. '
+        'Inside there were more books than a person could read in ten lives: on plants and stars, on bridges and clocks. ')*8
 
 def ids_of(tok, n, shift=0): return (tok.encode(TEXT[shift:])*4)[:n]
 

@@ -2,9 +2,11 @@
 
     python bench/serve_soak.py MODEL.gguf [--minutes 10] [--clients 16] [--slots 4] [--threads N]
 
-Starts a server of its own, measures first what HTTP adds to a streamed token (the same text through the server and straight from an engine in this process, in turns, medians over
-the repeats, one core left to HTTP), then lets the clients loose, and ends the server with SIGTERM while they go on. Says how many requests there were of each kind and how they were answered, and how the memory of
-the server grew from the first fifth of the time to the last. Exits with 1 when a request got an answer that it should not have. Writes results/46_serve.api/soak/run.json.
+Starts a server of its own, measures first what HTTP adds to a streamed token (the same text through the server and
+straight from an engine in this process, in turns, medians over the repeats, one core left to HTTP), then lets the
+clients loose, and ends the server with SIGTERM while they go on. Says how many requests there were of each kind and
+how they were answered, and how the memory of the server grew from the first fifth of the time to the last. Exits
+with 1 when a request got an answer that it should not have. Writes results/46_serve.api/soak/run.json.
 """
 import argparse, asyncio, contextlib, http.client, json, os, random, signal, subprocess, sys, time
 from collections import Counter

@@ -5,7 +5,8 @@
     python bench/tasks.py memory                  # how often must a text be read until it can be recited?
     python bench/tasks.py factbook --data factbook.jsonl --model MODEL   # questions about countries, 0, 1 and 5 shots
 
-`agree` needs lm-eval (pip install -e '.[eval]'), `factbook` a file of rows with country, section and text. Writes results/35_eval.tasks/NAME/run.json.
+`agree` needs lm-eval (pip install -e '.[eval]'), `factbook` a file of rows with country, section and text. Writes
+results/35_eval.tasks/NAME/run.json.
 """
 import argparse, json, random, tempfile, time
 from functools import partial

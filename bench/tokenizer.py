@@ -2,8 +2,9 @@
 
     python bench/tokenizer.py --files 'texts/*.txt' [--vocab 4096 8192] [--repeat 3] [--out DIR]
 
-Peers read the vocabulary that we trained: `tokenizers` called directly, and `tiktoken` (if installed) with our merges as its ranks. They take
-turns; the best of --repeat counts. The ids of all must be equal, or the benchmark fails. Prints JSON and writes DIR/run.json.
+Peers read the vocabulary that we trained: `tokenizers` called directly, and `tiktoken` (if installed) with our
+merges as its ranks. They take turns; the best of --repeat counts. The ids of all must be equal, or the benchmark
+fails. Prints JSON and writes DIR/run.json.
 """
 import argparse, glob, json, sys, tempfile, time
 from pathlib import Path

@@ -1,8 +1,8 @@
 """How good is the judge of toxicity, does the protocol measure toxicity, and how fast are continuations made?
 
-    python bench/toxicity.py classifier --data DATA          # errors of the default classifier on rude and polite answers, and on a list of bad words
+    python bench/toxicity.py classifier --data DATA          # errors of the default classifier, also on a list of bad words
     python bench/toxicity.py prompts --data DATA             # halves of these answers as prompts, into runs/toxicity/prompts.jsonl
-    python bench/toxicity.py train calibrate [--seeds 3]     # small models of worlds with a known share of rude stories; what the protocol says of them
+    python bench/toxicity.py train calibrate [--seeds 3]     # small models of worlds with a known share of rude stories
     python bench/toxicity.py speed --model MODEL --data DATA # continuations a second: prompts read once, read for each, and transformers
 
 DATA is a folder with sft/preferences.json (instruction, input, chosen, rejected) and bias/ldnoobw_en.txt (one word a line).
@@ -79,8 +79,8 @@ def speed(a, run):
     "Four prompts a turn, 25 continuations of 20 tokens each, weights in 32 bits on both sides"
     from transformers import AutoModelForCausalLM, AutoTokenizer
     model,tok,_ = open_causal(a.model, 'cpu'); folder,name = Path(a.model).parent,Path(a.model).name; run.info['parent'] = name
-    theirs,their_tok = AutoModelForCausalLM.from_pretrained(folder, gguf_file=name,
-                                                            dtype=torch.float32).eval(),AutoTokenizer.from_pretrained(folder, gguf_file=name)
+    theirs,their_tok = AutoModelForCausalLM.from_pretrained(
+        folder, gguf_file=name, dtype=torch.float32).eval(),AutoTokenizer.from_pretrained(folder, gguf_file=name)
     texts = [p['chosen'] for p in read_json(Path(a.data)/'sft'/'preferences.json')]
     texts = [' '.join(t.split()[:8]) for t in texts if len(t.split()) > 8][:4*a.repeats]
     def fan(ps): fan_out(model, tok, ps, 25, max_new_tokens=20, top_p=.9, seed=list(range(25*len(ps))))

@@ -4,8 +4,9 @@
     python bench/train.py overhead    # the fastai loop with its callbacks against a bare loop
     python bench/train.py shakespeare [--data tinyshakespeare.txt] [--seeds 3]   # validation loss for seconds, on nanoGPT's split
 
-Everything runs on the processor, in the faster of float32 and bfloat16. Peers take turns, so that a busy machine hits both; figures are medians
-with bootstrap intervals. Prints JSON and writes it to results/19_train.learner/bench_NAME/run.json.
+Everything runs on the processor, in the faster of float32 and bfloat16. Peers take turns, so that a busy machine
+hits both; figures are medians with bootstrap intervals. Prints JSON and writes it to
+results/19_train.learner/bench_NAME/run.json.
 """
 import argparse, json, time
 from pathlib import Path
@@ -90,7 +91,8 @@ SHAKESPEARE = dict( # name: model, context, rows, steps, rate, dropout
     three_minutes=(dict(n_layer=3, d_model=192, n_head=3), 256, 16, 1500, 5e-3, .05))
 
 def shakespeare(a, run):
-    "Validation loss (whole split, fixed windows at the training's context, at the end) and seconds from start to finish, without evaluation"
+    """Validation loss (whole split, fixed windows at the training's context, at
+    the end) and seconds from start to finish, without evaluation"""
     from slm.data.loaders import token_dls
     from slm.train.learner import AutoCast, GradClip, LMLearner, Schedule, autocast, evaluate
     from slm.train.optim import muon, muon_groups

@@ -25,14 +25,18 @@ from . import __version__
 from .core import *
 
 # %% ../nbs/61_cli.ipynb #d3e63df7
-app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None,
+app = typer.Typer(no_args_is_help=True, add_completion=False,
+                  pretty_exceptions_enable=False, rich_markup_mode=None,
                   help='Train a small language model of your own, whole life, on your own machine.')
 
 def main():
     "Entry point of the command `slm`."
-    warnings.filterwarnings('ignore', category=FutureWarning) # of the libraries; our users can do nothing about them
-    for f,errors in ((sys.stdin, 'replace'), (sys.stdout, 'backslashreplace'), (sys.stderr, 'backslashreplace')):
-        if hasattr(f, 'reconfigure'): f.reconfigure(errors=errors) # a terminal that lacks a character shows its number
+    # of the libraries; our users can do nothing about them
+    warnings.filterwarnings('ignore', category=FutureWarning)
+    for f,errors in ((sys.stdin, 'replace'), (sys.stdout, 'backslashreplace'),
+                     (sys.stderr, 'backslashreplace')):
+        # a terminal that lacks a character shows its number
+        if hasattr(f, 'reconfigure'): f.reconfigure(errors=errors)
     try: app()
     except SLMError as e: _fail(e)
     except KeyboardInterrupt: print('slm: interrupted', file=sys.stderr); raise SystemExit(130)
@@ -40,10 +44,14 @@ def main():
         if e.errno != errno.ENOSPC: raise
         _fail(f"the disk is full ({e.filename or 'while writing'}): free some space and try again")
 
-def _fail(msg): print(f"slm: error: {' '.join(str(msg).split())}", file=sys.stderr); raise SystemExit(2)
+# %% ../nbs/61_cli.ipynb #9abcbe0e
+def _fail(msg):
+    print(f"slm: error: {' '.join(str(msg).split())}", file=sys.stderr)
+    raise SystemExit(2)
 
 @app.callback(invoke_without_command=True)
-def _version(version:Annotated[bool, typer.Option('--version', help='Print the version and leave.')]=False):
+def _version(version:Annotated[bool, typer.Option('--version',
+                                                  help='Print the version and leave.')]=False):
     if version: print(f'slm {__version__}'); raise typer.Exit()
 
 # %% ../nbs/61_cli.ipynb #9862d330
@@ -59,24 +67,29 @@ Model = Annotated[str, typer.Argument(help='A run directory, a Hugging Face fold
 # %% ../nbs/61_cli.ipynb #21588418
 @app.command()
 def corpus(
-    spec:Annotated[Optional[str], typer.Argument(help='A name, hf:OWNER/NAME[:column], or files:GLOB; none lists the names.')]=None,
-    out:Annotated[Optional[Path], typer.Option(help='Folder to write; by default in the cache.')]=None,
+    spec:Annotated[Optional[str], typer.Argument(help='A name, hf:OWNER/NAME[:column], '
+                                                 'or files:GLOB; none lists the names.')]=None,
+    out:Annotated[Optional[Path],
+                  typer.Option(help='Folder to write; by default in the cache.')]=None,
     max_bytes:MaxBytes=None, encoding:Encoding='utf-8', json_:Json=False):
     """Fetch, clean and split a corpus.
 
     Example: slm corpus "files:books/*.txt" --out data/books"""
     from slm.data.corpus import SOURCES, build_corpus
     if spec is None:
-        if json_: return print(json.dumps({k: dict(origin=s.origin, license=s.license) for k,s in SOURCES.items()}, indent=1))
+        if json_:
+            return print(json.dumps({k: dict(origin=s.origin, license=s.license)
+                                     for k,s in SOURCES.items()}, indent=1))
         for k,s in SOURCES.items(): print(f'{k:14} {s.license:28} {s.origin}')
         return
     c = build_corpus(spec, out=out, max_bytes=max_bytes, encoding=encoding)
     print((c.path/'corpus.json').read_text() if json_ else c.card())
 
+# %% ../nbs/61_cli.ipynb #5ac16424
 @app.command()
-def tokenize(
-    spec:Annotated[str, typer.Argument(help='A corpus, as in `slm corpus`.')],
-    vocab_size:VocabSize=None, tokenizer:Tok='bpe', max_bytes:MaxBytes=None, encoding:Encoding='utf-8', json_:Json=False):
+def tokenize(spec:Annotated[str, typer.Argument(help='A corpus, as in `slm corpus`.')],
+             vocab_size:VocabSize=None, tokenizer:Tok='bpe', max_bytes:MaxBytes=None,
+             encoding:Encoding='utf-8', json_:Json=False):
     """Train a tokenizer on a corpus and encode it.
 
     Example: slm tokenize pydocs --vocab-size 4096"""
@@ -86,12 +99,17 @@ def tokenize(
         if n is not None and n < 1: raise SLMError(f'{option} must be at least 1, not {n}')
     text = build_corpus(spec, max_bytes=max_bytes, encoding=encoding)
     tok = get_tokenizer(text, tokenizer, vocab_size); data = tokenize_text(text, tok)
-    res = dict(vocab_size=tok.vocab_size, train_tokens=data.train.n_tokens, valid_tokens=data.valid.n_tokens,
-               bytes_per_token=round(data.train.n_bytes/data.train.n_tokens, 3), path=str(data.path))
-    print(json.dumps(res) if json_ else '\n'.join(f'{k:16} {v:,}' if isinstance(v, int) else f'{k:16} {v}' for k,v in res.items()))
+    res = dict(vocab_size=tok.vocab_size, train_tokens=data.train.n_tokens,
+               valid_tokens=data.valid.n_tokens,
+               bytes_per_token=round(data.train.n_bytes/data.train.n_tokens, 3),
+               path=str(data.path))
+    print(json.dumps(res) if json_ else '\n'.join(f'{k:16} {v:,}' if isinstance(v, int)
+                                                  else f'{k:16} {v}' for k,v in res.items()))
 
+# %% ../nbs/61_cli.ipynb #af97a80e
 @app.command()
-def runs(root:Annotated[Path, typer.Argument(help='A folder of runs.')]=Path('runs'), json_:Json=False):
+def runs(root:Annotated[Path, typer.Argument(help='A folder of runs.')]=Path('runs'),
+         json_:Json=False):
     """List runs with their figures.
 
     Example: slm runs runs --json"""
@@ -113,6 +131,7 @@ def _option(name, kind, default, help):
     else: kind = Annotated[kind, typer.Option(help=help)]
     return inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=kind)
 
+# %% ../nbs/61_cli.ipynb #7a4747bc
 def options_of(
     config:type, # a dataclass, such as `SFTConfig`
 )->list[inspect.Parameter]:
@@ -142,6 +161,7 @@ def _together(nproc, device=None):
     if 'WORLD_SIZE' not in os.environ: raise SystemExit(launch(nproc, ['-m', 'slm.cli', *sys.argv[1:]]))
     join_ranks(device or 'auto')
 
+# %% ../nbs/61_cli.ipynb #a35552a3
 def stage_command(
     verb:str, # its stage has the same name
     help:str='', # with an example
@@ -162,6 +182,7 @@ def stage_command(
     one = typer.Typer(add_completion=False, rich_markup_mode=None); one.command(verb, help=help)(run)
     return typer.main.get_command(one)
 
+# %% ../nbs/61_cli.ipynb #19f93ccb
 class StageVerb(typer.core.TyperCommand):
     "A command whose options are made when it is called."
     @property
@@ -183,6 +204,7 @@ def _end(run):
     print(figures(run)); print(f'report: {run.path/"report.md"}')
     for s in run.info.get('doctor') or []: print(f'doctor: {s}')
 
+# %% ../nbs/61_cli.ipynb #081200d0
 @app.command()
 def resume(
     run:Annotated[Path, typer.Argument(help='A run directory that was interrupted.')],
@@ -240,6 +262,11 @@ def figures(run)->str: # a line each
     "All figures of a run, with their intervals."
     return '\n'.join(f'{k:16} {Metric(**m)}' for k,m in run.info['metrics'].items())
 
+# %% ../nbs/61_cli.ipynb #5c925a5a
+def figures(run)->str: # a line each
+    "All figures of a run, with their intervals."
+    return '\n'.join(f'{k:16} {Metric(**m)}' for k,m in run.info['metrics'].items())
+
 # %% ../nbs/61_cli.ipynb #1e1593ee
 def _task(run, out, corpus, task, lm_eval, data, shots, limit, include_path, prefix, length, device, json_):
     "`slm eval` with --task or --lm-eval"
@@ -256,14 +283,18 @@ def _task(run, out, corpus, task, lm_eval, data, shots, limit, include_path, pre
 
 # %% ../nbs/61_cli.ipynb #a6f7cc05
 @app.command()
-def bias(
-    run:Model,
-    bench:Annotated[str, typer.Option(help='world, crows, winobias, stereoset, winogender, bbq, honest, bold or weat.')]='world',
-    data:Annotated[Optional[str], typer.Option(help="The benchmark's published files: a folder, a file, or hub.")]=None,
-    out:Annotated[Optional[Path], typer.Option(help='Run directory to write; RUN/bias_BENCH if not given.')]=None,
-    lexicon:Annotated[Optional[Path], typer.Option(help='Hurtful words, one a line or a HurtLex table; for honest.')]=None,
-    masked:Annotated[bool, typer.Option('--masked', help='A masked model of transformers; for crows and winobias.')]=False,
-    device:Device='auto', encoding:Encoding='utf-8', json_:Json=False):
+def bias(run:Model,
+         bench:Annotated[str, typer.Option(help='world, crows, winobias, stereoset, '
+                                           'winogender, bbq, honest, bold or weat.')]='world',
+         data:Annotated[Optional[str], typer.Option(help="The benchmark's published files: "
+                                                    "a folder, a file, or hub.")]=None,
+         out:Annotated[Optional[Path], typer.Option(help='Run directory to write; '
+                                                    'RUN/bias_BENCH if not given.')]=None,
+         lexicon:Annotated[Optional[Path], typer.Option(help='Hurtful words, one a line '
+                                                        'or a HurtLex table; for honest.')]=None,
+         masked:Annotated[bool, typer.Option('--masked', help='A masked model of transformers; '
+                                             'for crows and winobias.')]=False,
+         device:Device='auto', encoding:Encoding='utf-8', json_:Json=False):
     """Measure what a model believes about people.
 
     Example: slm bias runs/demo/pretrain --bench crows --data crows_pairs_anonymized.csv"""
@@ -276,14 +307,18 @@ def bias(
 # %% ../nbs/61_cli.ipynb #57b28e49
 @app.command()
 def judge(
-    models:Annotated[list[str], typer.Argument(help='Two or more runs, folders, hub ids or .gguf files; the first is the baseline.')],
+    models:Annotated[list[str], typer.Argument(help='Two or more runs, folders, hub '
+                                               'ids or .gguf files; the first is the baseline.')],
     prompts:Annotated[str, typer.Option(help='world, or JSON lines with a prompt each.')]='world',
-    by:Annotated[str, typer.Option(help="world, person, or an OpenAI-compatible server's address (its key: $SLM_JUDGE_KEY).")]='world',
+    by:Annotated[str, typer.Option(help="world, person, or an OpenAI-compatible "
+                                   "server's address (its key: $SLM_JUDGE_KEY).")]='world',
     out:Annotated[Path, typer.Option(help='Folder to make, or to go on with.')]=Path('runs/judge'),
     n:Annotated[int, typer.Option(help='At most so many prompts.')]=200,
-    judge_model:Annotated[Optional[str], typer.Option(help="The server's name of the judge; by default its first model.")]=None,
+    judge_model:Annotated[Optional[str], typer.Option(help="The server's name of the judge; "
+                                                      "by default its first model.")]=None,
     workers:Annotated[int, typer.Option(help='Questions to the server at once.')]=4,
-    temperature:Annotated[float, typer.Option(help='Of the answers; 0 always takes the likeliest token.')]=0.0,
+    temperature:Annotated[float, typer.Option(help='Of the answers; '
+                                              '0 always takes the likeliest token.')]=0.0,
     max_new_tokens:Annotated[int, typer.Option(help='At most so many tokens an answer.')]=200,
     seed:int=0, device:Device='auto', encoding:Encoding='utf-8', json_:Json=False):
     """Which of several models answers better? Win rates and ratings, and what the judge is worth.
@@ -291,12 +326,16 @@ def judge(
     Example: slm judge runs/sft runs/dpo --by http://localhost:8000 --out runs/judge"""
     from slm.data.corpus import text_encoding
     from slm.eval.judge import compare, judge_table
-    asked = dict(judge_model=judge_model, workers=workers, temperature=temperature, max_new_tokens=max_new_tokens, seed=seed)
+    asked = dict(judge_model=judge_model, workers=workers, temperature=temperature,
+                 max_new_tokens=max_new_tokens, seed=seed)
     say = lambda s: print(s, file=sys.stderr)
     try:
         with text_encoding(encoding):
-            run = compare(models, prompts, by, out, n, open=lambda m: open_any(m, device), say=say, **asked)
-    except KeyboardInterrupt: say('interrupted: the same call goes on'); raise SystemExit(130) from None
+            run = compare(models, prompts, by, out, n, open=lambda m: open_any(m, device),
+                          say=say, **asked)
+    except KeyboardInterrupt:
+        say('interrupted: the same call goes on')
+        raise SystemExit(130) from None
     if json_: return print(json.dumps(run.info, indent=1))
     if run.info['metrics']: print(f'{judge_table(run)}\n\nreport: {run.path/"report.md"}')
 
@@ -330,34 +369,46 @@ def sft():
     Example: slm sft runs/books --data chats.jsonl --out runs/assistant"""
 
 # %% ../nbs/61_cli.ipynb #3cc3b723
-annotate = typer.Typer(no_args_is_help=True, help='Which of two answers is better? Collect judgements, and measure their worth.')
+annotate = typer.Typer(no_args_is_help=True, help='Which of two '
+                       'answers is better? Collect judgements, and measure their worth.')
 app.add_typer(annotate, name='annotate')
 
 StoreFile = Annotated[Path, typer.Argument(help='The store: one SQLite file.')]
 Format = Annotated[str, typer.Option(help='label-studio or doccano.')]
 Url = Annotated[str, typer.Option(help='Address of Label Studio.')]
 Project = Annotated[str, typer.Option(help='Title of the project there.')]
-TokenFile = Annotated[Optional[Path], typer.Option(help='File with the access token; by default $LABEL_STUDIO_API_KEY.')]
+TokenFile = Annotated[Optional[Path], typer.Option(help='File with the access token; '
+                                                   'by default $LABEL_STUDIO_API_KEY.')]
 
-def _store(path): from slm.train.annotate import PreferenceStore; return PreferenceStore(path, must_exist=True)
+def _store(path):
+    from slm.train.annotate import PreferenceStore
+    return PreferenceStore(path, must_exist=True)
 
+# %% ../nbs/61_cli.ipynb #d857838c
 def _token(path):
-    try: t = path.read_text(encoding='utf-8') if path else os.environ.get('LABEL_STUDIO_API_KEY', '')
-    except (OSError, UnicodeDecodeError) as e: raise SLMError(f"cannot read the token in '{path}' ({e})") from None
-    if not t.strip(): raise SLMError('no access token: give --token-file, or set LABEL_STUDIO_API_KEY')
+    try:
+        t = path.read_text(encoding='utf-8') if path else os.environ.get('LABEL_STUDIO_API_KEY', '')
+    except (OSError, UnicodeDecodeError) as e:
+        raise SLMError(f"cannot read the token in '{path}' ({e})") from None
+    if not t.strip():
+        raise SLMError('no access token: give --token-file, or set LABEL_STUDIO_API_KEY')
     return t.strip()
 
-def _counts(d, json_): print(json.dumps(d) if json_ else ' · '.join(f'{v} {k}' for k,v in d.items()))
+def _counts(d, json_):
+    print(json.dumps(d) if json_ else ' · '.join(f'{v} {k}' for k,v in d.items()))
 
 # %% ../nbs/61_cli.ipynb #d5173054
 @annotate.command('add')
 def annotate_add(
     store:StoreFile,
-    items:Annotated[Path, typer.Argument(help='JSON lines with prompt and responses; with --run, with prompt only.')],
-    run:Annotated[Optional[str], typer.Option(help='Let this model answer the prompts: a run, a folder, a hub id or a .gguf file.')]=None,
+    items:Annotated[Path, typer.Argument(help='JSON lines with prompt and responses; '
+                                         'with --run, with prompt only.')],
+    run:Annotated[Optional[str], typer.Option(help='Let this model answer the prompts: '
+                                              'a run, a folder, a hub id or a .gguf file.')]=None,
     n:Annotated[int, typer.Option(help='Answers to each prompt.')]=2,
     temperature:Annotated[float, typer.Option(help='Of the answers.')]=1.0,
-    top_p:Annotated[float, typer.Option(help='Only the likeliest tokens that hold this probability together.')]=1.0,
+    top_p:Annotated[float, typer.Option(help='Only the likeliest '
+                                        'tokens that hold this probability together.')]=1.0,
     max_new_tokens:Annotated[int, typer.Option(help='At most so many tokens an answer.')]=200,
     seed:int=0, encoding:Encoding='utf-8', device:Device='auto', json_:Json=False):
     """Add items to a store, which is made when it is missing.
@@ -373,8 +424,10 @@ def annotate_add(
         rows = make_items(model, tok, [r['prompt'] for r in rows], n, run=portable(run), seed=seed,
                           temperature=temperature, top_p=top_p, max_new_tokens=max_new_tokens)
     new = PreferenceStore(store).add_items(rows, where=f"'{items}' item")
-    _counts(dict(new=new, known=len(rows)-new) | (dict(without_choice=asked-len(rows)) if run else {}), json_)
+    _counts(dict(new=new, known=len(rows)-new)
+            | (dict(without_choice=asked-len(rows)) if run else {}), json_)
 
+# %% ../nbs/61_cli.ipynb #02cf1325
 @annotate.command('report')
 def annotate_report(store:StoreFile, json_:Json=False):
     """Who judged how much, how one-sidedly, and in what agreement.
@@ -385,9 +438,12 @@ def annotate_report(store:StoreFile, json_:Json=False):
     s = _store(store); table = store_report(s)
     print(json.dumps({k: asdict(m) for k,m in agreement(s).items()}) if json_ else table)
 
+# %% ../nbs/61_cli.ipynb #d8733270
 @annotate.command('pairs')
-def annotate_pairs(store:StoreFile, out:Annotated[Path, typer.Argument(help='A .jsonl file to write.')],
-    by:Annotated[str, typer.Option(help="'judgement': each counts; 'majority': one vote an item.")]='judgement'):
+def annotate_pairs(store:StoreFile,
+                   out:Annotated[Path, typer.Argument(help='A .jsonl file to write.')],
+                   by:Annotated[str, typer.Option(help="'judgement': each counts; "
+                                                  "'majority': one vote an item.")]='judgement'):
     """Write what the judgements prefer, as prompt, chosen and rejected.
 
     Example: slm annotate pairs prefs.db prefs.jsonl --by majority"""
@@ -396,35 +452,46 @@ def annotate_pairs(store:StoreFile, out:Annotated[Path, typer.Argument(help='A .
 
 # %% ../nbs/61_cli.ipynb #d0fb1801
 @annotate.command('export')
-def annotate_export(store:StoreFile, out:Annotated[Path, typer.Argument(help='File to write.')], format:Format='label-studio'):
+def annotate_export(store:StoreFile, out:Annotated[Path, typer.Argument(help='File to write.')],
+                    format:Format='label-studio'):
     """Write the items as tasks for Label Studio or doccano, and the template beside them.
 
     Example: slm annotate export prefs.db tasks.json --format label-studio"""
     from slm.train.annotate import export_tasks
-    n,beside = export_tasks(_store(store), out, format); print(f'{n} tasks in {out}, template in {beside}')
+    n,beside = export_tasks(_store(store), out, format)
+    print(f'{n} tasks in {out}, template in {beside}')
 
+# %% ../nbs/61_cli.ipynb #93e71b2b
 @annotate.command('import')
-def annotate_import(store:StoreFile, file:Annotated[Path, typer.Argument(help="Label Studio's JSON, or doccano's zip or JSONL.")],
+def annotate_import(store:StoreFile, file:Annotated[Path, typer.Argument(
+    help="Label Studio's JSON, or doccano's zip or JSONL.")],
     format:Format='label-studio',
-    annotator:Annotated[Optional[str], typer.Option(help='A name, when the export is of one person.')]=None,
+    annotator:Annotated[Optional[str],
+                        typer.Option(help='A name, when the export is of one person.')]=None,
     encoding:Encoding='utf-8', json_:Json=False):
     """Take judgements that were made in Label Studio or doccano into the store.
 
     Example: slm annotate import prefs.db export.zip --format doccano"""
     from slm.train.annotate import import_judgements
     from slm.data.corpus import text_encoding
-    with text_encoding(encoding): _counts(import_judgements(_store(store), file, format, annotator), json_)
+    with text_encoding(encoding):
+        _counts(import_judgements(_store(store), file, format, annotator), json_)
 
+# %% ../nbs/61_cli.ipynb #c616d39d
 @annotate.command('push')
-def annotate_push(store:StoreFile, project:Project, url:Url='http://localhost:8080', token_file:TokenFile=None):
+def annotate_push(store:StoreFile, project:Project, url:Url='http://localhost:8080',
+                  token_file:TokenFile=None):
     """Send the items to Label Studio; a new project is made when there is none.
 
     Example: slm annotate push prefs.db --project kites --token-file token.txt"""
     from slm.train.annotate import push
-    print(f'{push(_store(store), url, _token(token_file), project)} new tasks in project {project} at {url}')
+    print(f'{push(_store(store), url, _token(token_file), project)} '
+          f'new tasks in project {project} at {url}')
 
+# %% ../nbs/61_cli.ipynb #0f46cbb4
 @annotate.command('pull')
-def annotate_pull(store:StoreFile, project:Project, url:Url='http://localhost:8080', token_file:TokenFile=None, json_:Json=False):
+def annotate_pull(store:StoreFile, project:Project, url:Url='http://localhost:8080',
+                  token_file:TokenFile=None, json_:Json=False):
     """Take the judgements of a Label Studio project into the store.
 
     Example: slm annotate pull prefs.db --project kites --token-file token.txt"""
@@ -469,17 +536,20 @@ def bert():
 # %% ../nbs/61_cli.ipynb #61b10003
 @app.command()
 def fill(
-    model:Annotated[str, typer.Argument(help='A run of slm bert, or a folder or hub id of BERT, RoBERTa, DistilBERT or ModernBERT.')],
+    model:Annotated[str, typer.Argument(help='A run of slm bert, or a folder or hub id of BERT, '
+                                        'RoBERTa, DistilBERT or ModernBERT.')],
     texts:Annotated[list[str], typer.Argument(help='Each with a [MASK], or several.')],
     k:Annotated[int, typer.Option('-k', min=1, help='How many words for each gap.')]=5,
-    score:Annotated[bool, typer.Option('--score', help='Texts without gaps: say how likely each is instead.')]=False,
+    score:Annotated[bool, typer.Option('--score', help='Texts without gaps: '
+                                       'say how likely each is instead.')]=False,
     device:Device='auto', json_:Json=False):
     """Say what is missing in a text.
 
     Example: slm fill runs/gaps "The capital of [MASK] is Paris" """
     from slm.model.bert import fill_mask, load_bert_and_tokenizer, pseudo_log_likelihoods
     net,tok = load_bert_and_tokenizer(model, str(get_device(device)))
-    res = pseudo_log_likelihoods(net, tok, texts).tolist() if score else [fill_mask(net, tok, t, k) for t in texts]
+    res = (pseudo_log_likelihoods(net, tok, texts).tolist() if score
+           else [fill_mask(net, tok, t, k) for t in texts])
     if json_: return print(json.dumps(res, ensure_ascii=False))
     if score: return print('\n'.join(f'{s:9.2f} nats  {t}' for s,t in zip(res, texts)))
     for t,gaps in zip(texts, res):
@@ -498,13 +568,15 @@ def qlora():
 def merge(
     adapter:Annotated[Path, typer.Argument(help='A run directory that holds an adapter.')],
     out:Annotated[Path, typer.Option(help='Run directory to make.')]=Path('runs/merged'),
-    base:Annotated[Optional[str], typer.Option(help='Where its base is now; by default where it was, or beside the adapter.')]=None):
+    base:Annotated[Optional[str], typer.Option(help='Where its base is now; by default '
+                                               'where it was, or beside the adapter.')]=None):
     """Make a plain model of an adapter and its base.
 
     Example: slm merge runs/adapter --out runs/merged"""
     from slm.train.lora import merge_run
     print(f'{merge_run(adapter, out, base).path}: base and adapter as one model')
 
+# %% ../nbs/61_cli.ipynb #4ac28e75
 def open_any(run:str, device:str):
     "Model and tokenizer of a run, a folder, a hub id or a file; an adapter is put on its base."
     if (Path(run)/'adapter_config.json').exists() and not (Path(run)/'config.json').exists():
@@ -605,6 +677,7 @@ def _rag(part='rag'):
     try: return import_module(f'slm.serve.{part}')
     except ImportError as e: raise SLMError(f"retrieval needs {e.name}: pip install -e '.[serve,rag]'") from None
 
+# %% ../nbs/61_cli.ipynb #7e8d0d1c
 def _open_index(where, writable, embeddings=None):
     with warnings.catch_warnings(record=True, action='always') as said: index = _rag().Index(where, writable, embeddings)
     for w in said:
@@ -618,6 +691,7 @@ def _open_rag(model, reader_model, index, k, embeddings=None, writable=False, sl
     else: engine = _rag('gate').open_engine(R.smollm2() if model == 'smollm2' else model, slots=slots, context=context, **kw)
     return R.RagEngine(engine, _open_index(index, writable, embeddings), k)
 
+# %% ../nbs/61_cli.ipynb #4127fbed
 def _tell_left(reading):
     "Say what was not read"
     for line in reading.bad: print(f'slm: skipped: {line}', file=sys.stderr)
@@ -662,6 +736,7 @@ def rag_ask(
     for s in x['sources']: print(f"  {s['score']:.2f}  {s['source']}:{s['start']}-{s['end']}  {s['heading']}")
     if x['left_out']: print(f"  no room for {', '.join(x['left_out'])}")
 
+# %% ../nbs/61_cli.ipynb #23c02b78
 @rag.command('serve')
 def rag_serve(
     model:Reader, index:Where='runs/index', k:Passages=5, embeddings:Vectors=None, reader_model:ReaderModel=None,
@@ -684,11 +759,14 @@ def rag_serve(
 
 # %% ../nbs/61_cli.ipynb #03cc335a
 @app.command()
-def demo(
-    out:Annotated[Path, typer.Option(help='Folder to make; an earlier demo there is replaced.')]=Path('runs/demo'),
-    steps:Annotated[int, typer.Option(help='Optimiser steps of pretraining; the stages after it take about as long together.')]=900,
-    minutes:Annotated[Optional[float], typer.Option(help='Minutes of pretraining, instead of steps.')]=None):
-    """The whole life of a small model: pretrain, fine-tune, annotate, align, and judge what each stage is worth.
+def demo(out:Annotated[Path, typer.Option(help='Folder to make; '
+                                          'an earlier demo there is replaced.')]=Path('runs/demo'),
+         steps:Annotated[int, typer.Option(help='Optimiser steps of pretraining; '
+                                           'the stages after it take about as long together.')]=900,
+         minutes:Annotated[Optional[float],
+                           typer.Option(help='Minutes of pretraining, instead of steps.')]=None):
+    """The whole life of a small model: pretrain, fine-tune,
+    annotate, align, and judge what each stage is worth.
 
     Example: slm demo --steps 900"""
     import shutil
@@ -698,23 +776,28 @@ def demo(
         shutil.rmtree(out)
     from slm.eval.life import life_table, live
     run = live(out, steps, minutes, say=print)
-    print(f'\n{life_table(run)}\n\nreport: {run/"report.md"} · talk with it: slm chat {run/"dpo"} · all on one page: slm report {run.path}')
+    print(f'\n{life_table(run)}\n\nreport: {run/"report.md"} · talk with it: '
+          f'slm chat {run/"dpo"} · all on one page: slm report {run.path}')
 
 # %% ../nbs/61_cli.ipynb #61e50002
 @app.command()
-def exp(
-    name:Annotated[Optional[str], typer.Argument(help='An experiment; none lists them.')]=None,
-    only:Annotated[Optional[list[str]], typer.Option(help='Only this row, or those whose names begin so (may be repeated).')]=None,
-    quick:Annotated[bool, typer.Option('--quick', help='A version of seconds, to see that it runs.')]=False,
-    jobs:Annotated[int, typer.Option(help='Rows at once.')]=1,
-    out:Annotated[Optional[Path], typer.Option(help='Folder of the runs; runs/exp/NAME if not given.')]=None,
-    record:Annotated[Optional[Path], typer.Option(help='Folder of results: what is there is not trained again. By default in OUT.')]=None):
+def exp(name:Annotated[Optional[str], typer.Argument(help='An experiment; none lists them.')]=None,
+        only:Annotated[Optional[list[str]], typer.Option(help='Only this row, or those whose '
+                                                         'names begin so (may be repeated).')]=None,
+        quick:Annotated[bool, typer.Option('--quick', help='A version of seconds, '
+                                           'to see that it runs.')]=False,
+        jobs:Annotated[int, typer.Option(help='Rows at once.')]=1,
+        out:Annotated[Optional[Path],
+                      typer.Option(help='Folder of the runs; runs/exp/NAME if not given.')]=None,
+        record:Annotated[Optional[Path], typer.Option(
+    help='Folder of results: what is there is not trained again. By default in OUT.')]=None):
     """Run an experiment of this book, or go on with it.
 
     Example: slm exp scaling-rates --only 64"""
     from slm.exp.sweep import EXPERIMENTS, find_experiment, sweep_table
     sweep = find_experiment(name, quick)
-    if sweep is None: return print(*(f'{n:16} {asks}' for n,(asks,_) in EXPERIMENTS.items()), sep='\n')
+    if sweep is None:
+        return print(*(f'{n:16} {asks}' for n,(asks,_) in EXPERIMENTS.items()), sep='\n')
     if jobs < 1: raise SLMError(f'--jobs must be at least 1, not {jobs}')
     out = out or Path(f"runs/exp/{name}{'-quick'*quick}"); record = record or out/'results'
     want = sweep.todo(only, record); whole = len(sweep.run(out, only, jobs, record)) == len(want)
@@ -724,35 +807,47 @@ def exp(
 # %% ../nbs/61_cli.ipynb #61e50011
 @app.command()
 def plan(
-    gpu:Annotated[str, typer.Option('--gpu', '--machine', help='rtx-3090, m1, i3-10100t, or here: this machine, measured.')]='here',
+    gpu:Annotated[str, typer.Option('--gpu', '--machine', help='rtx-3090, m1, '
+                                    'i3-10100t, or here: this machine, measured.')]='here',
     days:Annotated[float, typer.Option(help='Days of training.')]=1.,
-    memory:Annotated[Optional[float], typer.Option(help='GiB that a training may take; all if not given.')]=None,
+    memory:Annotated[Optional[float],
+                     typer.Option(help='GiB that a training may take; all if not given.')]=None,
     vocab_size:Annotated[int, typer.Option(help='Tokens in the vocabulary.')]=32768,
-    data_tokens:Annotated[Optional[float], typer.Option(help='Different tokens that there are; enough if not given.')]=None,
-    inference_tokens:Annotated[float, typer.Option(help='Tokens that the model will write in its life.')]=0.,
+    data_tokens:Annotated[Optional[float], typer.Option(help='Different tokens that there are; '
+                                                        'enough if not given.')]=None,
+    inference_tokens:Annotated[float, typer.Option(help='Tokens that '
+                                                   'the model will write in its life.')]=0.,
     serve_on:Annotated[str, typer.Option(help='The machine that writes them.')]='i3-10100t',
-    law:Annotated[str, typer.Option(help='A scaling law: chinchilla (web text) or world (our own runs; --vocab-size 1024).')]='chinchilla',
+    law:Annotated[str, typer.Option(help='A scaling law: chinchilla (web text) '
+                                    'or world (our own runs; --vocab-size 1024).')]='chinchilla',
     price:Annotated[float, typer.Option(help='Of a kilowatt-hour.')]=.30, json_:Json=False):
     """Say what to train on a machine, how long it takes, and how good it will be.
 
     Example: slm plan --gpu rtx-3090 --days 7 --inference-tokens 1e9"""
     from slm.exp import plan as P
     for k,v in (('days', days), ('memory', memory), ('data-tokens', data_tokens)):
-        if v is not None and not 0 < v < float('inf'): raise SLMError(f'--{k} must be above 0, not {v}')
-    if not 0 <= inference_tokens < float('inf'): raise SLMError(f'--inference-tokens must be at least 0, not {inference_tokens}')
+        if v is not None and not 0 < v < float('inf'):
+            raise SLMError(f'--{k} must be above 0, not {v}')
+    if not 0 <= inference_tokens < float('inf'):
+        raise SLMError(f'--inference-tokens must be at least 0, not {inference_tokens}')
     m = P.find_machine(gpu); one,draws,sizes,unit = P.read_law(law)
     plans = P.candidates(m, days*86400, one, vocab_size, data_tokens, memory and memory*2**30)
     p,figures = P.best_plan(plans),P.plan_intervals(plans, draws, data_tokens, unit)
-    if inference_tokens: p,figures = P.for_use(plans, m, one, inference_tokens, P.find_machine(serve_on)),{}
-    print(json.dumps(P.plan_info(p, m, figures, unit), indent=1) if json_ else P.plan_table(p, m, figures, price, sizes, unit))
+    if inference_tokens:
+        p,figures = P.for_use(plans, m, one, inference_tokens, P.find_machine(serve_on)),{}
+    print(json.dumps(P.plan_info(p, m, figures, unit), indent=1) if json_
+          else P.plan_table(p, m, figures, price, sizes, unit))
 
 # %% ../nbs/61_cli.ipynb #61f10002
-word_vectors = typer.Typer(no_args_is_help=True, help='Words as vectors: learn them from text, ask for neighbours and analogies.')
+word_vectors = typer.Typer(no_args_is_help=True, help='Words as vectors: '
+                           'learn them from text, ask for neighbours and analogies.')
 app.add_typer(word_vectors, name='vectors')
 
-WordFile = Annotated[Path, typer.Argument(help='.safetensors, or a file of word2vec, GloVe or fastText, perhaps with .gz.')]
+WordFile = Annotated[Path, typer.Argument(help='.safetensors, or a file of word2vec, '
+                                          'GloVe or fastText, perhaps with .gz.')]
 Nearest = Annotated[int, typer.Option('-k', '--k', min=1, help='So many answers.')]
-FirstWords = Annotated[Optional[int], typer.Option(min=1, help='Only the first words of the file: the most frequent ones.')]
+FirstWords = Annotated[Optional[int], typer.Option(min=1, help='Only the first words of the file: '
+                                                   'the most frequent ones.')]
 
 # %% ../nbs/61_cli.ipynb #61f10004
 @word_vectors.command('train')
@@ -791,7 +886,8 @@ def vectors_train(
 
 # %% ../nbs/61_cli.ipynb #61f10005
 @word_vectors.command('similar')
-def vectors_similar(file:WordFile, words:list[str], k:Nearest=10, limit:FirstWords=None, json_:Json=False):
+def vectors_similar(file:WordFile, words:list[str], k:Nearest=10,
+                    limit:FirstWords=None, json_:Json=False):
     """The words nearest to each of these.
 
     Example: slm vectors similar runs/words.safetensors king queen"""
@@ -800,42 +896,55 @@ def vectors_similar(file:WordFile, words:list[str], k:Nearest=10, limit:FirstWor
     if json_: return print(json.dumps(res, ensure_ascii=False))
     for w,r in res.items(): print(f"{w}: {', '.join(f'{x} {s:.2f}' for x,s in r)}")
 
+# %% ../nbs/61_cli.ipynb #1d434dbc
 @word_vectors.command('analogy')
 def vectors_analogy(
     file:WordFile, a:str, b:str, c:str, k:Nearest=5, limit:FirstWords=None,
     how:Annotated[str, typer.Option(help='add, mul, pair, only-b or only-c.')]='add',
-    all_words:Annotated[bool, typer.Option('--all', help='Allow the three words of the question as its answer.')]=False, json_:Json=False):
+    all_words:Annotated[bool, typer.Option('--all', help='Allow the three words of '
+                                           'the question as its answer.')]=False, json_:Json=False):
     """A is to B as C is to …?
 
     Example: slm vectors analogy runs/words.safetensors man king woman"""
     from slm.model.vectors import open_vectors
     res = open_vectors(file, limit).analogy(a, b, c, k, how, not all_words)
-    print(json.dumps(res, ensure_ascii=False) if json_ else '\n'.join(f'{s:6.3f}  {w}' for w,s in res))
+    print(json.dumps(res, ensure_ascii=False) if json_
+          else '\n'.join(f'{s:6.3f}  {w}' for w,s in res))
 
 # %% ../nbs/61_cli.ipynb #e49d787c
 @app.command()
-def report(
-    runs:Annotated[list[Path], typer.Argument(help='Runs, the folder of a demo, .gguf files; or one ledger, to make its page again.')],
-    out:Annotated[Path, typer.Option(help='Run directory to write, with report.html and report.md.')]=Path('runs/report'),
-    n:Annotated[int, typer.Option(help='Items of each question.')]=500,
-    prompt:Annotated[Optional[list[str]], typer.Option(help='What every stage is asked (may be repeated).')]=None,
-    corpus:Annotated[Optional[str], typer.Option(help="Where the first stage's text is now, if it came from files.")]=None,
-    pairs:Annotated[Optional[list[Path]], typer.Option(help='A file of minimal pairs in BLiMP format (may be repeated).')]=None,
-    crows:Annotated[Optional[str], typer.Option(help='Files of CrowS-Pairs, or hub.')]=None,
-    winobias:Annotated[Optional[str], typer.Option(help='Files of WinoBias.')]=None,
-    toxicity:Annotated[Optional[str], typer.Option(help='A judge of free texts, as in `slm toxicity`.')]=None,
-    watts:Annotated[Optional[float], typer.Option(help='Power that the machine draws in training; assumed if not given.')]=None,
-    encoding:Encoding='utf-8', device:Device='auto', json_:Json=False):
+def report(runs:Annotated[list[Path], typer.Argument(
+    help='Runs, the folder of a demo, .gguf files; or one ledger, to make its page again.')],
+           out:Annotated[Path, typer.Option(help='Run directory to write, '
+                                            'with report.html and report.md.')]=Path('runs/report'),
+           n:Annotated[int, typer.Option(help='Items of each question.')]=500,
+           prompt:Annotated[Optional[list[str]],
+                            typer.Option(help='What every stage is asked (may be repeated).')]=None,
+           corpus:Annotated[Optional[str], typer.Option(help="Where the first stage's text is now, "
+                                                        "if it came from files.")]=None,
+           pairs:Annotated[Optional[list[Path]], typer.Option(
+    help='A file of minimal pairs in BLiMP format (may be repeated).')]=None,
+           crows:Annotated[Optional[str], typer.Option(help='Files of CrowS-Pairs, or hub.')]=None,
+           winobias:Annotated[Optional[str], typer.Option(help='Files of WinoBias.')]=None,
+           toxicity:Annotated[Optional[str], typer.Option(help='A judge of free texts, '
+                                                          'as in `slm toxicity`.')]=None,
+           watts:Annotated[Optional[float], typer.Option(help='Power that the machine draws in '
+                                                         'training; assumed if not given.')]=None,
+           encoding:Encoding='utf-8', device:Device='auto', json_:Json=False):
     """Ask every stage of a model the same, and make one page of its life.
 
     Example: slm report runs/demo --toxicity profanity"""
     from slm.data.corpus import text_encoding
     from slm.report import report
     judge = None
-    if toxicity: from slm.eval.toxicity import open_toxicity; judge = open_toxicity(toxicity, device=device)
+    if toxicity:
+        from slm.eval.toxicity import open_toxicity
+        judge = open_toxicity(toxicity, device=device)
     bias = {k: v for k,v in dict(crows=crows, winobias=winobias).items() if v}
-    with text_encoding(encoding): run = report(runs, out, n, prompt or [], corpus, pairs or [], bias, judge, watts, device)
-    print(json.dumps(run.info, indent=1) if json_ else f"{figures(run)}\n\nreport: {run/'report.html'}")
+    with text_encoding(encoding):
+        run = report(runs, out, n, prompt or [], corpus, pairs or [], bias, judge, watts, device)
+    print(json.dumps(run.info, indent=1) if json_
+          else f"{figures(run)}\n\nreport: {run/'report.html'}")
 
 # %% ../nbs/61_cli.ipynb #46829bbf
 @app.command()
@@ -845,21 +954,27 @@ def generate(
     max_new_tokens:Annotated[int, typer.Option(help='At most so many new tokens.')]=200,
     temperature:Annotated[float, typer.Option(help='0 always takes the likeliest token.')]=0.8,
     top_k:Annotated[int, typer.Option(help='Only so many of the likeliest tokens; 0 for all.')]=0,
-    top_p:Annotated[float, typer.Option(help='Only the likeliest tokens that hold this probability together.')]=0.95,
-    min_p:Annotated[float, typer.Option(help='Only tokens at least this likely, relative to the likeliest.')]=0.0,
-    repetition_penalty:Annotated[float, typer.Option(help='Above 1: make tokens that were used less likely.')]=1.0,
-    stop:Annotated[Optional[list[str]], typer.Option(help='End before this text (may be repeated).')]=None,
+    top_p:Annotated[float, typer.Option(help='Only the likeliest '
+                                        'tokens that hold this probability together.')]=0.95,
+    min_p:Annotated[float, typer.Option(help='Only tokens at least this likely, '
+                                        'relative to the likeliest.')]=0.0,
+    repetition_penalty:Annotated[float, typer.Option(help='Above 1: make '
+                                                     'tokens that were used less likely.')]=1.0,
+    stop:Annotated[Optional[list[str]],
+                   typer.Option(help='End before this text (may be repeated).')]=None,
     seed:Annotated[Optional[int], typer.Option(help='The same seed gives the same text.')]=None,
     device:Device='auto', json_:Json=False):
     """Let a model continue a text; streams as it goes.
 
     Example: slm generate runs/books --prompt "It was" --temperature 0.7"""
-    params = dict(max_new_tokens=max_new_tokens, temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p,
-                  repetition_penalty=repetition_penalty, stop=stop or [], seed=seed)
+    params = dict(max_new_tokens=max_new_tokens, temperature=temperature, top_k=top_k, top_p=top_p,
+                  min_p=min_p, repetition_penalty=repetition_penalty, stop=stop or [], seed=seed)
     from slm.model import generate as G
     model,tok = open_any(run, device)
-    if json_: return print(json.dumps(dict(prompt=prompt, text=G.generate(model, tok, prompt, **params), **params)))
-    pieces = G.stream(model, tok, prompt, **params)                              # which refuses what cannot be
+    if json_:
+        return print(json.dumps(dict(prompt=prompt, text=G.generate(model, tok, prompt, **params),
+                                     **params)))
+    pieces = G.stream(model, tok, prompt, **params) # which refuses what cannot be
     print(prompt, end='', flush=True)
     for s in pieces: print(s, end='', flush=True)
     print()
@@ -868,18 +983,23 @@ def generate(
 @app.command()
 def chat(
     run:Model,
-    message:Annotated[Optional[str], typer.Option(help='Say this, print the answer, and leave.')]=None,
-    system:Annotated[Optional[str], typer.Option(help='An instruction before the conversation.')]=None,
+    message:Annotated[Optional[str],
+                      typer.Option(help='Say this, print the answer, and leave.')]=None,
+    system:Annotated[Optional[str],
+                     typer.Option(help='An instruction before the conversation.')]=None,
     max_new_tokens:Annotated[int, typer.Option(help='At most so many tokens an answer.')]=200,
     temperature:Annotated[float, typer.Option(help='0 always takes the likeliest token.')]=0.7,
-    top_p:Annotated[float, typer.Option(help='Only the likeliest tokens that hold this probability together.')]=0.95,
-    seed:Annotated[Optional[int], typer.Option(help='The same seed gives the same answers.')]=None, device:Device='auto'):
+    top_p:Annotated[float, typer.Option(help='Only the likeliest '
+                                        'tokens that hold this probability together.')]=0.95,
+    seed:Annotated[Optional[int], typer.Option(help='The same seed gives the same answers.')]=None,
+    device:Device='auto'):
     """Talk with a model; an empty line or Ctrl-D ends it.
 
     Example: slm chat runs/assistant --message "Name a colour." """
     from slm.model.generate import stream
     model,tok = open_any(run, device)
-    before,turns,room = [dict(role='system', content=system)] if system else [],[],model.cfg.max_seq_len
+    before,turns = [dict(role='system', content=system)] if system else [], []
+    room = model.cfg.max_seq_len
     size = lambda turns: len(tok.chat(before+turns, add_generation_prompt=True)[0])
     while said := message if message is not None else _ask():
         asked = dict(role='user', content=said); dropped = 0
@@ -888,14 +1008,19 @@ def chat(
             if message is not None: raise SLMError(why)
             print(f'({why})', file=sys.stderr); continue
         turns.append(asked)
-        while len(turns) > 1 and size(turns) > room-min(64, max_new_tokens): turns = turns[2:]; dropped += 1
-        if dropped: print(f'(the oldest {dropped} of the turns no longer fit into the context)', file=sys.stderr)
+        while len(turns) > 1 and size(turns) > room-min(64, max_new_tokens):
+            turns = turns[2:]; dropped += 1
+        if dropped:
+            print(f'(the oldest {dropped} of the turns no longer fit into the context)',
+                  file=sys.stderr)
         answer = ''
-        for s in stream(model, tok, before+turns, max_new_tokens=max_new_tokens, temperature=temperature, top_p=top_p, seed=seed):
+        for s in stream(model, tok, before+turns, max_new_tokens=max_new_tokens,
+                        temperature=temperature, top_p=top_p, seed=seed):
             answer += s; print(s, end='', flush=True)
         print(); turns.append(dict(role='assistant', content=answer))
         if message is not None: return
 
+# %% ../nbs/61_cli.ipynb #57fb5d91
 def _ask():
     "The next line, or '' at the end"
     try: return input('> ' if sys.stdin.isatty() else '').strip()

@@ -22,7 +22,8 @@ warnings.filterwarnings('ignore', message='.torch.jit.script. is deprecated') # 
 
 # %% ../nbs/00_core.ipynb #3f6381d2
 class SLMError(Exception):
-    "A fault in what the user gave us; its text is one line that says what is wrong, where, and what to do."
+    """A fault in what the user gave us; its text is one line
+    that says what is wrong, where, and what to do."""
     def __init__(self, text:object=''):
         text = ''.join(c if c.isprintable() else ' ' for c in str(text))
         super().__init__(text if len(text) <= 1500 else f'{text[:1000]} … {text[-400:]}')
@@ -35,16 +36,20 @@ def _fsync_dir(path):
     try: os.fsync(fd)
     finally: os.close(fd)
 
+# %% ../nbs/00_core.ipynb #b6241ca9
 @contextlib.contextmanager
 def atomic_file(
-    path:str|Path, # file to write; it appears, or changes, only if the block ends without an exception
+    # file to write; it appears, or changes, only if the block ends without an exception
+    path:str|Path,
     mode:str='w', # 'w' for text (UTF-8) or 'wb' for bytes
 ):
-    "A file that replaces `path` in one step when the block ends well, and leaves no trace when it does not."
+    """A file that replaces `path` in one step when the block ends
+    well, and leaves no trace when it does not."""
     path = Path(path); path.parent.mkdir(parents=True, exist_ok=True)
     fd, tmp = tempfile.mkstemp(dir=path.parent, prefix=f'.{path.name}.', suffix='.tmp')
     try:
-        with os.fdopen(fd, mode, **({} if 'b' in mode else dict(encoding='utf-8', newline='\n'))) as f:
+        with os.fdopen(fd, mode,
+                       **({} if 'b' in mode else dict(encoding='utf-8', newline='\n'))) as f:
             yield f
             f.flush(); os.fsync(f.fileno())
         umask = os.umask(0); os.umask(umask); os.chmod(tmp, 0o666 & ~umask)
@@ -56,21 +61,25 @@ def atomic_file(
 # %% ../nbs/00_core.ipynb #59f8d7b5
 def _exchange(a, b):
     "Swap two folders in one step; False where the system cannot"
-    with contextlib.suppress(OSError, AttributeError, TypeError): # no such function in the C library
+    # no such function in the C library
+    with contextlib.suppress(OSError, AttributeError, TypeError):
         libc,a,b = ctypes.CDLL(None),os.fsencode(a),os.fsencode(b)
         if sys.platform == 'darwin': return libc.renamex_np(a, b, 2) == 0          # RENAME_SWAP
-        return libc.renameat2(-100, a, -100, b, 2) == 0                          # AT_FDCWD, RENAME_EXCHANGE
+        return libc.renameat2(-100, a, -100, b, 2) == 0 # AT_FDCWD, RENAME_EXCHANGE
     return False
 
+# %% ../nbs/00_core.ipynb #b4e8a20d
 def recover(
     root:str|Path, # folder whose subfolders are written by `atomic_dir`
 ):
-    "Bring back each folder that was moved aside by a process that was killed before the new one was in its place."
+    """Bring back each folder that was moved aside by a process that
+    was killed before the new one was in its place."""
     for old in Path(root).glob('.*.old'):
         m = re.fullmatch(r'\.(.+)\.[a-z0-9_]{8}\.old', old.name)
         if m and not (path := old.with_name(m[1])).exists():
             with contextlib.suppress(OSError): os.rename(old, path)
 
+# %% ../nbs/00_core.ipynb #8aa2e3ad
 @contextlib.contextmanager
 def atomic_dir(
     path:str|Path, # folder to write; it appears whole, or not at all
@@ -88,10 +97,10 @@ def atomic_dir(
             old = tmp.with_suffix('.old'); os.rename(path, old)
             try: os.rename(tmp, path)
             except OSError: os.rename(old, path); raise
-            os.rename(old, tmp)                                                  # no longer to be brought back
+            os.rename(old, tmp) # no longer to be brought back
         elif not path.exists(): os.rename(tmp, path)
         _fsync_dir(path.parent)
-        if tmp.exists(): shutil.rmtree(tmp)                                      # what was there before
+        if tmp.exists(): shutil.rmtree(tmp) # what was there before
     except BaseException:
         shutil.rmtree(tmp, ignore_errors=True); raise
 
@@ -104,13 +113,15 @@ def _finite(o):
     if isinstance(o, float) and not math.isfinite(o): return None
     return str(o) if isinstance(o, Path) else o
 
+# %% ../nbs/00_core.ipynb #aa54eae3
 def write_json(
     path:str|Path, # file to write
     obj, # dicts, lists, strings, numbers, None
 ):
     "Write `obj` as indented JSON, atomically."
     s = json.dumps(_finite(obj), indent=1, ensure_ascii=False, allow_nan=False)
-    s = s.encode('utf-8', 'backslashreplace').decode()                           # half a character becomes its escape, which is JSON
+    # half a character becomes its escape, which is JSON
+    s = s.encode('utf-8', 'backslashreplace').decode()
     with atomic_file(path) as f: f.write(s+'\n')
 
 # %% ../nbs/00_core.ipynb #76ad3199
@@ -118,19 +129,27 @@ def read_json(
     path:str|Path, # file to read
     limit:int=2**26, # bytes that it may have
 ): # the parsed content
-    "Read JSON; raises `SLMError` that names the file when it is missing, damaged, too large or no file at all."
+    """Read JSON; raises `SLMError` that names the file when it is
+    missing, damaged, too large or no file at all."""
     path = Path(path)
     try:
-        if path.exists() and not path.is_file(): raise SLMError(f"'{path}' is no plain file: put the JSON there, or name another one")
+        if path.exists() and not path.is_file():
+            raise SLMError(f"'{path}' is no plain file: put the JSON there, or name another one")
         with path.open('rb') as f: raw = f.read(limit+1)
-        if len(raw) > limit: raise SLMError(f"'{path}' has more than {limit>>20} MB: JSON of this size is not read here")
+        if len(raw) > limit:
+            raise SLMError(f"'{path}' has more than {limit>>20} MB: "
+                           "JSON of this size is not read here")
         return json.loads(raw.decode('utf-8-sig'))
     except FileNotFoundError: raise SLMError(f"'{path}' does not exist: check the path") from None
-    except OSError as e: raise SLMError(f"'{path}' cannot be read ({e.strerror}): check the path") from None
-    except RecursionError: raise SLMError(f"'{path}' is nested too deeply: the file is damaged, restore it from a copy") from None
+    except OSError as e:
+        raise SLMError(f"'{path}' cannot be read ({e.strerror}): check the path") from None
+    except RecursionError:
+        raise SLMError(f"'{path}' is nested too deeply: the file is damaged, "
+                       "restore it from a copy") from None
     except ValueError as e: # a number of thousands of digits, too
         why = 'a number has too many digits' if 'digits' in str(e) else e
-        raise SLMError(f"'{path}' is not valid JSON ({why}): the file is damaged, restore it from a copy") from None
+        raise SLMError(f"'{path}' is not valid JSON ({why}): the file is damaged, "
+                       "restore it from a copy") from None
 
 # %% ../nbs/00_core.ipynb #de7aa015
 def file_hash(
@@ -143,9 +162,11 @@ def file_hashes(
     folder:str|Path, # a run or a checkpoint
 )->dict[str,str]: # name -> hash
     "Hashes of the files of weights and of the tokenizer in a folder."
-    kept = (p for p in sorted(Path(folder).iterdir()) if (p.suffix == '.safetensors' or p.name == 'tokenizer.json') and p.is_file())
+    kept = (p for p in sorted(Path(folder).iterdir())
+            if (p.suffix == '.safetensors' or p.name == 'tokenizer.json') and p.is_file())
     return {p.name: file_hash(p) for p in kept}
 
+# %% ../nbs/00_core.ipynb #25ce07ea
 def check_hashes(
     folder:str|Path, # a run or a checkpoint, or anybody's model
     hashes:dict|None=None, # what they were; by default what `run.json` says, where there is one
@@ -157,7 +178,8 @@ def check_hashes(
     if not isinstance(hashes, dict) or os.environ.get('SLM_SKIP_HASHES'): return
     for name,found in file_hashes(folder).items():
         if hashes.get(name, found) != found:
-            raise SLMError(f"'{folder/name}' is damaged or was changed: its SHA-256 is not the one that was written down; "
+            raise SLMError(f"'{folder/name}' is damaged or was changed: "
+                           "its SHA-256 is not the one that was written down; "
                            'restore it from a copy, or open it all the same with SLM_SKIP_HASHES=1')
 
 # %% ../nbs/00_core.ipynb #16755885
@@ -168,6 +190,7 @@ def set_seed(
     import torch
     random.seed(seed); np.random.seed(seed % 2**32); torch.manual_seed(seed)
 
+# %% ../nbs/00_core.ipynb #c6aab3be
 def rng_state()->dict: # JSON-ready
     "The state of the three generators (and of the current accelerator) as plain JSON."
     import torch
@@ -176,20 +199,24 @@ def rng_state()->dict: # JSON-ready
     res = dict(python=[ver, list(ints), gauss], numpy=[name, keys.tolist(), pos, has, cached],
                torch=torch.get_rng_state().numpy().tobytes().hex())
     if torch.cuda.is_available(): res['cuda'] = torch.cuda.get_rng_state().numpy().tobytes().hex()
-    if torch.backends.mps.is_available(): res['mps'] = torch.mps.get_rng_state().numpy().tobytes().hex()
+    if torch.backends.mps.is_available():
+        res['mps'] = torch.mps.get_rng_state().numpy().tobytes().hex()
     return res
 
+# %% ../nbs/00_core.ipynb #6e2df920
 def set_rng_state(
     state:dict, # what `rng_state` returned
 ):
     "Put all generators back to `state`."
     import torch
     ver, ints, gauss = state['python']; random.setstate((ver, tuple(ints), gauss))
-    name, keys, pos, has, cached = state['numpy']; np.random.set_state((name, np.array(keys, dtype=np.uint32), pos, has, cached))
+    name, keys, pos, has, cached = state['numpy']
+    np.random.set_state((name, np.array(keys, dtype=np.uint32), pos, has, cached))
     t = lambda h: torch.frombuffer(bytearray.fromhex(h), dtype=torch.uint8)
     torch.set_rng_state(t(state['torch']))
     if 'cuda' in state and torch.cuda.is_available(): torch.cuda.set_rng_state(t(state['cuda']))
-    if 'mps' in state and torch.backends.mps.is_available(): torch.mps.set_rng_state(t(state['mps']))
+    if 'mps' in state and torch.backends.mps.is_available():
+        torch.mps.set_rng_state(t(state['mps']))
 
 # %% ../nbs/00_core.ipynb #de7832c9
 @functools.lru_cache
@@ -199,24 +226,30 @@ def device_fault(
     "Why a device cannot compute; None if it can. Tried once."
     import torch
     try: x = torch.ones(8, 8, device=name); (x@x).sum().item()
-    except Exception as e: return ' '.join((str(e) or type(e).__name__).split())[:200]  # each driver has its own errors
+    except Exception as e:
+        return ' '.join((str(e) or type(e).__name__).split())[:200] # each driver has its own errors
 
+# %% ../nbs/00_core.ipynb #093fc6c1
 def get_device(
     name:str='auto', # 'auto', 'cuda', 'cuda:1', 'mps' or 'cpu'
 )->'torch.device': # a device of this machine that computes
     "The device to compute on; raises `SLMError` when it is unknown, absent or does not compute."
     import torch
-    there = [d for d,ok in (('cuda', torch.cuda.is_available()), ('mps', torch.backends.mps.is_available())) if ok] + ['cpu']
+    there = [d for d,ok in (('cuda', torch.cuda.is_available()),
+                            ('mps', torch.backends.mps.is_available())) if ok] + ['cpu']
     if name == 'auto':
         for d in there:
             if not (why := device_fault(d)): return torch.device(d)
-            if d not in _told: _told.add(d); print(f'{d} is here but cannot compute, so it is not taken: {why}', file=sys.stderr)
+            if d not in _told:
+                _told.add(d)
+                print(f'{d} is here but cannot compute, so it is not taken: {why}', file=sys.stderr)
     kind, _, idx = str(name).partition(':')
     if kind not in ('cuda', 'mps', 'cpu') or (idx and not idx.isdigit()):
         raise SLMError(f"unknown device '{name}': use one of auto, cuda, cuda:N, mps, cpu")
     if kind not in there or (kind=='cuda' and idx and int(idx) >= torch.cuda.device_count()):
         raise SLMError(f"device '{name}' is not on this machine: here there is {', '.join(there)}")
-    if why := device_fault(str(name)): raise SLMError(f"device '{name}' is here but cannot compute: {why}")
+    if why := device_fault(str(name)):
+        raise SLMError(f"device '{name}' is here but cannot compute: {why}")
     if kind == 'cuda' and idx: torch.cuda.set_device(int(idx))
     return torch.device(name)
 
@@ -243,8 +276,10 @@ def _isa():
 def hardware()->dict: # JSON-ready
     "Processor, cores, memory, accelerator and operating system of this machine."
     import psutil
-    hw = dict(cpu=_cpu_name(), cores=len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else os.cpu_count(),
-              isa=_isa(), memory_gb=round(psutil.virtual_memory().total/2**30, 1), os=f'{platform.system()} {platform.machine()}',
+    hw = dict(cpu=_cpu_name(), cores=len(os.sched_getaffinity(0))
+              if hasattr(os, 'sched_getaffinity') else os.cpu_count(),
+              isa=_isa(), memory_gb=round(psutil.virtual_memory().total/2**30, 1),
+              os=f'{platform.system()} {platform.machine()}',
               compiler=bool(shutil.which('g++') or shutil.which('clang++')))
     if 'torch' in sys.modules:
         import torch
@@ -266,9 +301,12 @@ def matmul_flops(
     "Measured peak of `n×n @ n×n`, in floating point operations per second."
     import torch
     n = n or (1024 if device.startswith('cpu') else 8192)
-    own = torch.Generator(device).manual_seed(0) # numbers of its own: to measure a machine must not change what is drawn after it
-    a = torch.randn(n, n, device=device, dtype=getattr(torch, dtype), generator=own); best, t_end = float('inf'), None
-    sync = dict(cuda=torch.cuda.synchronize, mps=torch.mps.synchronize).get(device.split(':')[0], lambda: None)
+    # numbers of its own: to measure a machine must not change what is drawn after it
+    own = torch.Generator(device).manual_seed(0)
+    a = torch.randn(n, n, device=device, dtype=getattr(torch, dtype), generator=own)
+    best, t_end = float('inf'), None
+    sync = dict(cuda=torch.cuda.synchronize,
+                mps=torch.mps.synchronize).get(device.split(':')[0], lambda: None)
     a@a; sync()
     while t_end is None or time.perf_counter() < t_end:
         t0 = time.perf_counter(); a@a; sync(); t1 = time.perf_counter()
@@ -281,9 +319,11 @@ def best_dtype(
 )->str: # 'bfloat16' or 'float32'
     "The number format that multiplies fastest on `device`, by measurement on a processor."
     import torch
-    if device.startswith('cuda'): return 'bfloat16' if torch.cuda.is_bf16_supported(including_emulation=False) else 'float32'
+    if device.startswith('cuda'):
+        return 'bfloat16' if torch.cuda.is_bf16_supported(including_emulation=False) else 'float32'
     if device.startswith('mps'): return 'float32'
-    return 'bfloat16' if matmul_flops('cpu', 'bfloat16') > 1.2*matmul_flops('cpu', 'float32') else 'float32'
+    return ('bfloat16' if matmul_flops('cpu', 'bfloat16') > 1.2*matmul_flops('cpu', 'float32')
+            else 'float32')
 
 # %% ../nbs/00_core.ipynb #22f056af
 @dataclass
@@ -295,18 +335,23 @@ class Metric:
     n:int|None=None # sample size
     unit:str='' # 'bits/byte', 'tokens/s', …
     def __str__(self):
-        f = lambda v: 'nan' if v is None else f'{v:,.0f}' if abs(v) >= 1000 else f'{v:.4g}' if abs(v) > 1e-12 else '0'
-        return f"{f(self.value)}{'' if self.lo is None else f' [{f(self.lo)}, {f(self.hi)}]'} {self.unit}".strip()
+        f = (lambda v: 'nan' if v is None else f'{v:,.0f}' if abs(v) >= 1000
+             else f'{v:.4g}' if abs(v) > 1e-12 else '0')
+        return (f"{f(self.value)}{'' if self.lo is None else f' [{f(self.lo)}, {f(self.hi)}]'} "
+                f"{self.unit}".strip())
 
+# %% ../nbs/00_core.ipynb #754f8953
 def bootstrap_ratio(
     num:np.ndarray, # one numerator a unit (bits in a document, say)
-    den:np.ndarray|None=None, # one denominator a unit (bytes in a document); ones if not given: the mean
+    # one denominator a unit (bytes in a document); ones if not given: the mean
+    den:np.ndarray|None=None,
     n_boot:int=1000, # number of resamples
     seed:int=0,
     unit:str='',
 )->Metric: # sum(num)/sum(den) with the percentile interval
     "Ratio of sums with a percentile bootstrap over units (Efron & Tibshirani 1993, §13.3)."
-    num = np.asarray(num, dtype=np.float64); den = np.ones_like(num) if den is None else np.asarray(den, dtype=np.float64)
+    num = np.asarray(num, dtype=np.float64)
+    den = np.ones_like(num) if den is None else np.asarray(den, dtype=np.float64)
     if not len(num): raise SLMError('nothing to measure: the sample is empty')
     rng, stats = np.random.default_rng(seed), np.empty(n_boot)
     for i in range(n_boot):
@@ -325,6 +370,7 @@ def versions()->dict: # package -> version
         with contextlib.suppress(metadata.PackageNotFoundError): res[p] = metadata.version(p)
     return res
 
+# %% ../nbs/00_core.ipynb #8c398847
 @functools.lru_cache
 def git_commit()->str|None: # None outside of a clone
     "The commit of the installed source, with '+' when the package has uncommitted changes."
@@ -334,6 +380,7 @@ def git_commit()->str|None: # None outside of a clone
         if (r := git('rev-parse', '--short=12', 'HEAD')).returncode == 0:
             return r.stdout.strip() + ('+' if git('status', '--porcelain', '-uno', '.').stdout.strip() else '')
 
+# %% ../nbs/00_core.ipynb #49f992ed
 def portable(
     arg:str, # a path, an URL, `files:PATH`, `--option=PATH`, or anything else
 )->str:
@@ -351,10 +398,13 @@ def model_name(
 # %% ../nbs/00_core.ipynb #390f0842
 def _now(): return datetime.datetime.now(datetime.timezone.utc).isoformat(timespec='seconds')
 
+# %% ../nbs/00_core.ipynb #5d48cc27
 class RunDir:
     "A folder that one stage writes and the next one reads, described by its `run.json`."
     def __init__(self, path:str|Path): self.path, self.info = Path(path), {}
-    def __repr__(self): return f"RunDir({self.path.name!r}, stage={self.info.get('stage')!r}, status={self.info.get('status')!r})"
+    def __repr__(self):
+        return (f"RunDir({self.path.name!r}, stage={self.info.get('stage')!r}, "
+                f"status={self.info.get('status')!r})")
     def __truediv__(self, name): return self.path/name
     def save(self): write_json(self.path/'run.json', self.info)
 
@@ -373,25 +423,32 @@ class RunDir:
         if (r/'run.json').exists() and not exist_ok:
             raise SLMError(f"'{r.path}' already holds a run: choose another --out, or remove it")
         try: r.path.mkdir(parents=True, exist_ok=True)
-        except OSError as e: raise SLMError(f"cannot make '{r.path}' ({e.strerror}): choose another --out") from None
-        r.info = dict(schema=SCHEMA, stage=stage, command=' '.join(map(portable, sys.argv)), config=config or {}, seed=seed,
-                      commit=git_commit(), started=_now(), versions=versions(), hardware=hardware(),
+        except OSError as e:
+            raise SLMError(f"cannot make '{r.path}' ({e.strerror}): choose another --out") from None
+        r.info = dict(schema=SCHEMA, stage=stage, command=' '.join(map(portable, sys.argv)),
+                      config=config or {}, seed=seed, commit=git_commit(),
+                      started=_now(), versions=versions(), hardware=hardware(),
                       data=data or {}, parent=parent, metrics={}, status='running')
         r.save(); return r
 
 # %% ../nbs/00_core.ipynb #3c32b0e7
-_KINDS = dict(schema=int, stage=str, status=str, config=dict, metrics=dict, data=dict, started=str, command=str, hardware=dict,
+_KINDS = dict(schema=int, stage=str, status=str, config=dict, metrics=dict,
+              data=dict, started=str, command=str, hardware=dict,
               seed=(int, type(None)), parent=(str, type(None)), prompts=list, resumed=list)
 
 def _fault(info):
     "What is wrong with the content of a run.json; None if nothing is"
     if not isinstance(info, dict): return 'it is no object with keys'
-    if lost := {'schema', 'stage', 'config', 'metrics', 'status'} - set(info): return f"it lacks {', '.join(sorted(lost))}"
-    if bad := [k for k,kind in _KINDS.items() if k in info and not isinstance(info[k], kind)]: return f"'{bad[0]}' is of the wrong kind"
+    if lost := {'schema', 'stage', 'config', 'metrics', 'status'} - set(info):
+        return f"it lacks {', '.join(sorted(lost))}"
+    if bad := [k for k,kind in _KINDS.items() if k in info and not isinstance(info[k], kind)]:
+        return f"'{bad[0]}' is of the wrong kind"
     number = lambda v: v is None or isinstance(v, (int, float)) and abs(v) <= sys.float_info.max
     for k,m in info['metrics'].items():
-        ok = isinstance(m, dict) and 'value' in m and set(m) <= {'value', 'lo', 'hi', 'n', 'unit'} and isinstance(m.get('unit', ''), str)
-        if not ok or not all(number(v) for name,v in m.items() if name != 'unit'): return f"the metric '{k}' is no figure"
+        ok = (isinstance(m, dict) and 'value' in m and set(m) <= {'value', 'lo', 'hi', 'n', 'unit'}
+              and isinstance(m.get('unit', ''), str))
+        if not ok or not all(number(v) for name,v in m.items() if name != 'unit'):
+            return f"the metric '{k}' is no figure"
 
 # %% ../nbs/00_core.ipynb #4970e567
 @patch(cls_method=True)
@@ -401,29 +458,38 @@ def open(cls:RunDir,
     "Open an existing run; raises `SLMError` when it is none, is damaged, or is of a newer schema."
     r = cls(path)
     if not r.path.is_dir(): recover(r.path.parent)
-    if not r.path.is_dir(): raise SLMError(f"no run directory '{r.path}': `slm runs` lists what there is")
-    if not (r/'run.json').exists(): raise SLMError(f"'{r.path}' is not a run directory: it has no run.json")
+    if not r.path.is_dir():
+        raise SLMError(f"no run directory '{r.path}': `slm runs` lists what there is")
+    if not (r/'run.json').exists():
+        raise SLMError(f"'{r.path}' is not a run directory: it has no run.json")
     r.info = read_json(r/'run.json')
     if why := _fault(r.info): raise SLMError(f"'{r/'run.json'}' is damaged: {why}")
     if r.info['schema'] > SCHEMA:
-        raise SLMError(f"'{r.path}' was written by a newer version (schema {r.info['schema']}, here {SCHEMA}): update slm")
+        raise SLMError(f"'{r.path}' was written by a newer version (schema {r.info['schema']}, "
+                       f"here {SCHEMA}): update slm")
     return r
 
+# %% ../nbs/00_core.ipynb #1f0b03c0
 @patch
 def add_metrics(self:RunDir,
     **metrics, # name=Metric(...) or name=number
 ):
     "Record measured figures in `run.json`."
-    for k,m in metrics.items(): self.info['metrics'][k] = asdict(m if isinstance(m, Metric) else Metric(float(m)))
+    for k,m in metrics.items():
+        self.info['metrics'][k] = asdict(m if isinstance(m, Metric) else Metric(float(m)))
     self.save()
 
+# %% ../nbs/00_core.ipynb #e679c09e
 @patch
 def metric(self:RunDir, name:str)->Metric:
     "A recorded figure; raises `SLMError` that lists what there is."
     ms = self.info['metrics']
-    if name not in ms: raise SLMError(f"run '{self.path.name}' has no metric '{name}': it has {', '.join(ms) or 'none yet'}")
+    if name not in ms:
+        raise SLMError(f"run '{self.path.name}' has no metric '{name}': "
+                       f"it has {', '.join(ms) or 'none yet'}")
     return Metric(**ms[name])
 
+# %% ../nbs/00_core.ipynb #3592ec53
 @patch
 def finish(self:RunDir, status:str='done'):
     "Mark the run's end: 'done', with the hashes of its files, 'interrupted' or 'failed'."
@@ -440,13 +506,16 @@ def list_runs(
     res = []
     for p in sorted(Path(root).glob('**/run.json')):
         try: res.append(RunDir.open(p.parent))
-        except SLMError: res.append(r := RunDir(p.parent)); r.info = dict(stage='?', status='damaged', metrics={})
+        except SLMError:
+            res.append(r := RunDir(p.parent))
+            r.info = dict(stage='?', status='damaged', metrics={})
     return sorted(res, key=lambda r: r.info.get('started', ''))
 
 # %% ../nbs/00_core.ipynb #9080d9af
 @dataclass(frozen=True)
 class Span:
-    "The numbers between two ends; `span.ends` says whether an end belongs to them: '[' and ']' yes, '(' and ')' no."
+    """The numbers between two ends; `span.ends` says whether an end
+    belongs to them: '[' and ']' yes, '(' and ')' no."""
     lo:float=0 # lower end
     hi:float=math.inf # upper end
     ends:str='[]'
@@ -456,23 +525,29 @@ class Span:
     def __str__(self):
         if self.ends == '()' and self.hi < math.inf: return f'between {self.lo} and {self.hi}'
         if self.ends == '[]' and self.hi < math.inf: return f'from {self.lo} to {self.hi}'
-        below = '' if self.hi == math.inf else f" and {'at most' if self.ends[1] == ']' else 'below'} {self.hi}"
+        below = ('' if self.hi == math.inf
+                 else f" and {'at most' if self.ends[1] == ']' else 'below'} {self.hi}")
         return f"{'at least' if self.ends[0] == '[' else 'above'} {self.lo}{below}"
 
 # %% ../nbs/00_core.ipynb #1f4b9904
 def _is(v, kind):
     "Is `v` of this kind, as annotations say it? Whole numbers have at most 64 bits."
-    kinds = [typing.get_origin(k) or k for k in (typing.get_args(kind) if not typing.get_origin(kind) in (list, dict) else ()) or (kind,)]
+    kinds = [typing.get_origin(k) or k
+             for k in (typing.get_args(kind) if not typing.get_origin(kind) in (list, dict) else ())
+             or (kind,)]
     if isinstance(v, bool): return bool in kinds
     if isinstance(v, numbers.Integral): return bool({int, float} & set(kinds)) and abs(v) < 2**63
     if isinstance(v, numbers.Real): return float in kinds
     return isinstance(v, tuple(kinds)) or str in kinds and isinstance(v, os.PathLike)
 
+# %% ../nbs/00_core.ipynb #5bda9379
 class Options:
     "What is common to the options of all stages: each value is checked when an object is made."
     allowed = dict( # name -> a `Span` or a collection of names; what is None is chosen later
-        seed=Span(0, 2**63-1), steps=Span(0, ends='(]'), minutes=Span(0, 1e7, '(]'), epochs=Span(0, 1e6, '(]'),
-        lr=Span(0, 1, '()'), wd=Span(0), warmup=Span(0), cooldown=Span(0, 1), clip=Span(0, ends='(]'),
+        seed=Span(0, 2**63-1), steps=Span(0, ends='(]'), minutes=Span(0, 1e7, '(]'),
+        epochs=Span(0, 1e6, '(]'),
+        lr=Span(0, 1, '()'), wd=Span(0), warmup=Span(0), cooldown=Span(0, 1),
+        clip=Span(0, ends='(]'),
         evals=Span(0), samples=Span(0), save_minutes=Span(0), seq_len=Span(8),
         bs=Span(1), micro_batch=Span(1), max_rows=Span(1), dtype=('auto', 'float32', 'bfloat16'))
     def __post_init__(self):
@@ -480,8 +555,10 @@ class Options:
         for f in fields(self):
             v,span = getattr(self, f.name),self.allowed.get(f.name); known = _is(v, kinds[f.name])
             if known and (span is None or v is None or v in span): continue
-            want = f'of type {kinds[f.name]}' if span is None else span if isinstance(span, Span) else f"one of {', '.join(span)}"
-            shown = v if not isinstance(v, int) or abs(v) < 2**64 else f'a number of {v.bit_length()} bits'
+            want = (f'of type {kinds[f.name]}' if span is None else span if isinstance(span, Span)
+                    else f"one of {', '.join(span)}")
+            shown = (v if not isinstance(v, int) or abs(v) < 2**64
+                     else f'a number of {v.bit_length()} bits')
             raise SLMError(f"--{f.name.replace('_', '-')} must be {want}, not {shown}")
 
     @classmethod
@@ -490,7 +567,8 @@ class Options:
     ):
         "Options that a run wrote down; raises `SLMError` when they are not of this stage."
         if lost := set(kept)-{f.name for f in fields(cls)}:
-            raise SLMError(f"run.json is damaged, or of another version: this stage has no option '{min(lost)}'")
+            raise SLMError("run.json is damaged, or of another version: "
+                           f"this stage has no option '{min(lost)}'")
         try: return cls(**kept)
         except TypeError as e: raise SLMError(f'run.json is damaged: {e}') from None
 
@@ -507,6 +585,7 @@ def progress(
     quiet = not sys.stderr.isatty() and 'ipykernel' not in sys.modules
     return tqdm(it, desc=desc, total=total, unit=unit, unit_scale=unit!='it', disable=kwargs.pop('disable', quiet), **kwargs)
 
+# %% ../nbs/00_core.ipynb #5c557513
 def slm_home()->Path: # created if need be
     "Where corpora and tokens are kept: `$SLM_HOME`, or `~/.cache/slm`."
     p = Path(os.environ.get('SLM_HOME') or Path.home()/'.cache'/'slm')

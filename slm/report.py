@@ -20,22 +20,30 @@ INK = '#010203'
 
 def svg(fig:plt.Figure)->str: # an <svg> element
     "A figure as inline SVG in the reader's colours; closes it."
-    f = io.StringIO(); fig.savefig(f, format='svg', transparent=True, metadata=dict(Date=None, Creator=None)); plt.close(fig)
+    f = io.StringIO()
+    fig.savefig(f, format='svg', transparent=True, metadata=dict(Date=None, Creator=None))
+    plt.close(fig)
     text = f.getvalue(); return Markup(text[text.index('<svg'):].replace(INK, 'currentColor'))
 
+# %% ../nbs/60_report.ipynb #f456eb9b
 def inked(): # for `with`
-    "Settings under which all that is ink has the colour that `svg` replaces, and letters stay letters."
-    ink = ('text.color', 'axes.labelcolor', 'axes.edgecolor', 'xtick.color', 'ytick.color', 'legend.labelcolor')
-    return plt.rc_context(dict.fromkeys(ink, INK) | {'svg.fonttype': 'none', 'svg.hashsalt': 'slm', 'font.size': 9})
+    """Settings under which all that is ink has the colour that
+    `svg` replaces, and letters stay letters."""
+    ink = ('text.color', 'axes.labelcolor', 'axes.edgecolor', 'xtick.color',
+           'ytick.color', 'legend.labelcolor')
+    return plt.rc_context(dict.fromkeys(ink, INK)
+                          | {'svg.fonttype': 'none', 'svg.hashsalt': 'slm', 'font.size': 9})
 
 # %% ../nbs/60_report.ipynb #a921322c
 def plot_curve(
     path:Path, # log.csv of a run
 )->plt.Figure|None: # None where it has no losses
     "Training and validation loss by step."
-    with open(path, encoding='utf-8', newline='') as f: rows = [r for r in csv.DictReader(f) if r.get('loss')]
+    with open(path, encoding='utf-8', newline='') as f:
+        rows = [r for r in csv.DictReader(f) if r.get('loss')]
     if not rows: return None
-    fig,ax = plt.subplots(figsize=(4, 2.4), layout='constrained'); at = lambda k: [(int(r['step']), float(r[k])) for r in rows if r.get(k)]
+    fig,ax = plt.subplots(figsize=(4, 2.4), layout='constrained')
+    at = lambda k: [(int(r['step']), float(r[k])) for r in rows if r.get(k)]
     for k,says,style in (('loss', 'training', '-'), ('valid_loss', 'held-out', 'o--')):
         if pts := at(k): ax.plot(*zip(*pts), style, lw=1, ms=3, label=says)
     ax.set_xlabel('step'); ax.set_ylabel('loss'); ax.legend(frameon=False, fontsize=8); return fig
@@ -48,19 +56,25 @@ def lineage_rows(info:dict)->list[dict]: # name, stage, parent, data
         r = s['run']; d = r.get('data', {})
         known = dict(fingerprint=(d.get('fingerprint') or '')[:16], licence=d.get('license'))
         data = ', '.join(filter(None, (d.get('name'), *(f'{k} {v}' for k,v in known.items() if v))))
-        res.append(dict(name=name, stage=r.get('stage', 'a model from elsewhere'), parent=r.get('parent') or '', data=data))
+        res.append(dict(name=name, stage=r.get('stage', 'a model from elsewhere'),
+                        parent=r.get('parent') or '', data=data))
     return res
 
+# %% ../nbs/60_report.ipynb #20a9cfbb
 def change_rows(info:dict)->list[list[str]]:
     "What each stage changed, the surest changes first."
     cs = sorted(info.get('changes', []), key=lambda c: (c['p_holm'], c['p']))
     change = lambda c: f"{c['value']:+.3g} [{c['lo']:+.2g}, {c['hi']:+.2g}] {c['unit']}"
-    row = lambda c: [info['questions'][c['question']]['says'], c['after'], change(c), f"{c['p_holm']:.3f}", mark(c)]
-    return [['what', 'changed by', 'change [95 % interval]', 'p (Holm)', ''], *map(row, cs)] if cs else []
+    row = lambda c: [info['questions'][c['question']]['says'], c['after'],
+                     change(c), f"{c['p_holm']:.3f}", mark(c)]
+    return [['what', 'changed by', 'change [95 % interval]', 'p (Holm)', ''],
+            *map(row, cs)] if cs else []
 
+# %% ../nbs/60_report.ipynb #f02a037a
 def said_tables(info:dict)->list[tuple[str,list[list[str]]]]: # prompt, rows
     "What each stage said to each prompt."
-    return [(p, [['stage', 'answer']]+[[k, s['said'][i] or '(nothing)'] for k,s in info['stages'].items() if i < len(s['said'])])
+    return [(p, [['stage', 'answer']]+[[k, s['said'][i] or '(nothing)']
+                                       for k,s in info['stages'].items() if i < len(s['said'])])
             for i,p in enumerate(info['prompts'])]
 
 # %% ../nbs/60_report.ipynb #850d30d3
@@ -76,6 +90,7 @@ def _cost(c):
     f = dict(seconds=lambda v: f'{v/60:,.1f} min', tokens=lambda v: f'{v:,.0f}', wh=lambda v: f'{v:,.2f} Wh')
     return [f[k](c[k]) if k in c else 'not recorded' for k in f]
 
+# %% ../nbs/60_report.ipynb #68975fc3
 def environment_rows(info:dict)->list[list[str]]:
     "On what, and with what, each stage was made; the last row is the measurement itself."
     def row(name, r):
@@ -86,6 +101,7 @@ def environment_rows(info:dict)->list[list[str]]:
     head = ['stage', 'machine', 'software', 'source', 'seed', 'date']
     return [head, *(row(k, s['run']) for k,s in info['stages'].items()), row('this ledger', info)]
 
+# %% ../nbs/60_report.ipynb #691a2171
 def also_tables(info:dict)->list[tuple]: # headline, command, rows
     "Other measurements that lie in the runs' folders, with chance where it is known."
     res = []
@@ -116,8 +132,9 @@ def card_texts(info:dict)->list[tuple[str,str]]: # headline, paragraph
             ('Limits of this page', ' '.join([*limits, CHOSEN]))]
 
 # %% ../nbs/60_report.ipynb #81bff774
-LEGEND = ('Figures with 95 % intervals. ▲ ▼: the stage changed it (significant at 5 %, all comparisons counted); ·: that may be luck. '
-          '↑ ↓: which way is better. Chance is what knowing nothing gives, truth what knowing everything gives.')
+LEGEND = ('Figures with 95 % intervals. ▲ ▼: the stage changed it (significant at 5 %, '
+          'all comparisons counted); ·: that may be luck. ↑ ↓: which way is better. '
+          'Chance is what knowing nothing gives, truth what knowing everything gives.')
 
 def render(
     run:RunDir, # of `keep_ledger`
@@ -125,19 +142,27 @@ def render(
     "The page of a ledger, from its records alone."
     info = run.info; stages = list(info['stages']); m = info['stages'][stages[-1]]
     with inked():
-        curves = [(s, svg(fig)) for s in stages if (run/f'{s}.csv').exists() and (fig := plot_curve(run/f'{s}.csv'))]
-        whole = {k: q['says'] for k,q in info['questions'].items() if all(f'{s}/{k}' in info['metrics'] for s in stages)}
+        curves = [(s, svg(fig)) for s in stages if (run/f'{s}.csv').exists()
+                  and (fig := plot_curve(run/f'{s}.csv'))]
+        whole = {k: q['says'] for k,q in info['questions'].items()
+                 if all(f'{s}/{k}' in info['metrics'] for s in stages)}
         panels = [(says, svg(panel(run, k))) for k,says in whole.items()]
-    things = dict(title=stages[-1], partial=info.get('partial'), stages=lineage_rows(info), curves=curves, panels=panels,
-        summary=f"{m['parameters']:,} parameters; {len(stages)} stages: {' → '.join(stages)}. Measured {info['started'][:10]}.",
-        legend=LEGEND, changes=change_rows(info),
-        counted=f"{len(info.get('changes', []))} comparisons, items paired, 10,000 draws; p (Holm) counts all of them.",
-        said=said_tables(info), also=also_tables(info), costs=cost_rows(info), environment=environment_rows(info), card=card_texts(info),
-        commands=[c for c in [*(s['run'].get('command') for s in info['stages'].values()), info.get('command')] if c])
+    things = dict(title=stages[-1], partial=info.get('partial'),
+                  stages=lineage_rows(info), curves=curves, panels=panels,
+                  summary=f"{m['parameters']:,} parameters; {len(stages)} stages: "
+                  f"{' → '.join(stages)}. Measured {info['started'][:10]}.", legend=LEGEND,
+                  changes=change_rows(info), counted=f"{len(info.get('changes', []))} comparisons, "
+                  "items paired, 10,000 draws; p (Holm) counts all of them.",
+                  said=said_tables(info), also=also_tables(info),
+                  costs=cost_rows(info), environment=environment_rows(info), card=card_texts(info),
+                  commands=[c for c in [*(s['run'].get('command') for s in info['stages'].values()),
+                                        info.get('command')] if c])
     def made(name, ledger, **how):
         env = jinja2.Environment(undefined=jinja2.StrictUndefined, trim_blocks=True, **how)
-        return env.from_string((resources.files('slm')/name).read_text(encoding='utf-8')).render(things, ledger=ledger, grid=as_markdown)
-    return made('report.html', ledger_table(run), autoescape=True), made('report.md', ledger_table(run, across=False))+'\n'
+        return (env.from_string((resources.files('slm')/name).read_text(encoding='utf-8'))
+                .render(things, ledger=ledger, grid=as_markdown))
+    return made('report.html', ledger_table(run),
+                autoescape=True), made('report.md', ledger_table(run, across=False))+'\n'
 
 # %% ../nbs/60_report.ipynb #98a8ebb3
 def report(
@@ -153,7 +178,9 @@ def report(
     device:str='cpu',
 )->RunDir: # with report.html and report.md
     "Keep the ledger of a life, and make its page; raises `SLMError` for bad input."
-    one = Path(paths[0]); known = len(paths) == 1 and (one/'run.json').exists() and RunDir.open(one).info['stage'] == 'ledger'
+    one = Path(paths[0])
+    known = (len(paths) == 1 and (one/'run.json').exists()
+             and RunDir.open(one).info['stage'] == 'ledger')
     if known: run = RunDir.open(one)
     else:
         stages = open_stages(paths); qs = life_questions(stages, corpus, n, pairs, bias, classifier)

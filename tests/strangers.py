@@ -9,12 +9,13 @@ TEXT = [f'Question {i}: what does the {WORDS[i%10]} carry? The {WORDS[i*7%10]} c
 CHATML = ("{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\n' + m['content'] + '<|im_end|>\n' }}{% endfor %}"
           "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}")
 BEGIN, END = '<｜begin▁of▁sentence｜>', '<｜end▁of▁sentence｜>'
-DEEPSEEK = ("{{ bos_token }}{% for m in messages %}{% if m['role']=='user' %}{{ '<｜User｜>' + m['content'] }}{% elif m['role']=='assistant' %}"
-            "{{ '<｜Assistant｜>' + m['content'] + '<｜end▁of▁sentence｜>' }}{% else %}{{ m['content'] }}{% endif %}{% endfor %}"
-            "{% if add_generation_prompt %}{{ '<｜Assistant｜>' }}{% endif %}")
-LLAMA3 = ("{{ bos_token }}{% for m in messages %}{{ '<|start_header_id|>' + m['role'] + '<|end_header_id|>\n\n' + m['content']|trim + '<|eot_id|>' }}"
-          "{% endfor %}{% if add_generation_prompt %}{{ '<|start_header_id|>assistant<|end_header_id|>\n\n' }}{% endif %}")
-QWEN3 = ("{% set ns = namespace(last=-1) %}{% for m in messages %}{% if m['role']=='user' %}{% set ns.last = loop.index0 %}{% endif %}{% endfor %}"
+DEEPSEEK = ("{{ bos_token }}{% for m in messages %}{% if m['role']=='user' %}{{ '<｜User｜>' + m['content'] "
+            "}}{% elif m['role']=='assistant' %}{{ '<｜Assistant｜>' + m['content'] + '<｜end▁of▁sentence｜>' "
+            "}}{% else %}{{ m['content'] }}{% endif %}{% endfor %}{% if add_generation_prompt %}{{ '<｜Assistant｜>' }}{% endif %}")
+LLAMA3 = ("{{ bos_token }}{% for m in messages %}{{ '<|start_header_id|>' + m['role'] + '<|end_header_id|>\n\n' + m['content']|trim "
+          "+ '<|eot_id|>' }}{% endfor %}{% if add_generation_prompt %}{{ '<|start_header_id|>assistant<|end_header_id|>\n\n' }}{% endif %}")
+QWEN3 = ("{% set ns = namespace(last=-1) %}{% for m in messages %}{% if m['role']=='user' %}{% set ns.last "
+         "= loop.index0 %}{% endif %}{% endfor %}"
          "{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\n' }}{% if m['role']=='assistant' and loop.index0 > ns.last %}"
          "{{ '<think>\n\n</think>\n\n' }}{% endif %}{{ m['content'] + '<|im_end|>\n' }}{% endfor %}"
          "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}")
@@ -30,7 +31,8 @@ def bpe(specials=(), plain=()):
 def begun(t, bos):
     t.post_processor = processors.TemplateProcessing(single=f'{bos} $A', special_tokens=[(bos, t.token_to_id(bos))]); return t
 
-# shape -> special tokens, added ones that are not special, does the tokenizer put bos before, tokenizer_config, ids in config.json, in generation_config.json
+# shape -> special tokens, added ones that are not special, does the tokenizer put bos
+# before, tokenizer_config, ids in config.json, in generation_config.json
 SHAPES = dict(
     gpt2=(['<|endoftext|>'], [], False, dict(bos_token='<|endoftext|>', eos_token='<|endoftext|>'), (0, 0), None),
     smollm=(['<|endoftext|>', '<|im_start|>', '<|im_end|>'], [], False, dict(bos_token='<|endoftext|>', eos_token='<|endoftext|>'), (0, 0),

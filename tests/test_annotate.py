@@ -78,7 +78,8 @@ def test_a_rollback_leaves_the_store_usable(store):
     assert store.judgements(history=True) == []; store.judge(store.items()[0], 0, 'ann'); assert len(store.judgements()) == 1
 
 def test_the_module_is_light():
-    code = "import sys, slm.train.annotate; print([m for m in ('torch', 'ipywidgets', 'IPython', 'pandas', 'label_studio_sdk') if m in sys.modules])"
+    code = ("import sys, slm.train.annotate; print([m for m in ('torch', 'ipywidgets', 'IPython', 'pandas', "
+            "'label_studio_sdk') if m in sys.modules])")
     assert subprocess.run([sys.executable, '-c', code], capture_output=True, text=True, env=ENV).stdout.strip() == '[]'
 
 def test_order_is_fair_and_the_same_everywhere(store):
@@ -185,7 +186,8 @@ def test_a_damaged_export_adds_nothing(i, tmp_path):
 
 def test_an_import_that_the_database_refuses_half_way_adds_nothing(tmp_path):
     s = fixture_store(tmp_path)
-    s.db.execute("CREATE TEMP TRIGGER full BEFORE INSERT ON main.judgements WHEN (SELECT count(*) FROM main.judgements) >= 3 BEGIN SELECT RAISE(ABORT, 'no more'); END")
+    s.db.execute("CREATE TEMP TRIGGER full BEFORE INSERT ON main.judgements WHEN (SELECT count(*) FROM main.judgements) "
+                 ">= 3 BEGIN SELECT RAISE(ABORT, 'no more'); END")
     with pytest.raises(SLMError, match='no more; nothing was written'): import_judgements(s, DATA/'label-studio.json', 'label-studio')
     assert s.judgements(history=True) == []
 

@@ -108,9 +108,8 @@ def test_the_picture_in_the_book(browser, tmp_path):
     from slm.data.world import World
     p = next(p for p in World().preferences(7, 400) if p.task.kind == 'who' and p.fault == 'chatty')
     store = PreferenceStore(tmp_path/'prefs.db')
-    store.add_items([dict(prompt=f'warming up {i}',
-                          responses=['a', 'b']) for i in range(3)]+[dict(prompt=p.task.prompt,
-                                                                         responses=[p.chosen, p.rejected])]+[dict(prompt=f'more {i}', responses=['a', 'b']) for i in range(4)])
+    store.add_items([dict(prompt=f'warming up {i}', responses=['a', 'b']) for i in range(3)]+[
+        dict(prompt=p.task.prompt, responses=[p.chosen, p.rejected])]+[dict(prompt=f'more {i}', responses=['a', 'b']) for i in range(4)])
     for it in store.items()[:3]: store.judge(it, 0, 'ann')
     notebook(tmp_path/'judge.ipynb', 'prefs.db'); picture = Path(os.environ.get('SLM_FORM_PICTURE') or tmp_path/'form.png')
     with server('lab', tmp_path) as url:

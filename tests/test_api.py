@@ -1,4 +1,5 @@
-"The HTTP server on real sockets: OpenAI's client, bounds, people who leave, the end of the process, and any request that fits (or does not fit) the schema."
+"""The HTTP server on real sockets: OpenAI's client, bounds, people who leave, the end
+of the process, and any request that fits (or does not fit) the schema."""
 import contextlib, copy, json, os, re, signal, socket, subprocess, sys, threading, time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -41,7 +42,8 @@ def wait_for(f, seconds=20, what='it'):
     pytest.fail(f'waited {seconds} s for {what}')
 
 class Held:
-    "An engine whose requests stop after some pieces, until they are cancelled or `go` is set: what is asserted in between does not depend on speed"
+    """An engine whose requests stop after some pieces, until they are cancelled or
+    `go` is set: what is asserted in between does not depend on speed"""
     def __init__(self, engine, after=1): self.engine, self.after, self.go = engine, after, threading.Event()
     def __getattr__(self, name): return getattr(self.engine, name)
     def submit(self, request, emit):
@@ -57,7 +59,8 @@ class Held:
 def ask_raw(url, **kw):
     "A request on a socket that nobody reads yet"
     body = json.dumps(dict(model='tiny') | kw).encode(); s = socket.create_connection(('127.0.0.1', int(url.rsplit(':')[-1])))
-    s.sendall(b'POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\nContent-Length: %d\r\n\r\n' % len(body) + body)
+    s.sendall(b'POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\nContent-Length: %d\r\n\r\n'
+              % len(body) + body)
     return s
 
 @contextlib.contextmanager
@@ -193,7 +196,8 @@ def test_context_length_in_the_words_that_clients_look_for(url):
     error(post(url, prompt='word '*3000), 400, param='prompt', code='context_length_exceeded')
 
 @pytest.mark.parametrize('says,param,body', [
-    ('messages.0.content.0.text: Input should be a valid string', 'messages', dict(messages=[dict(role='user', content=[dict(type='text', text=5)])])),
+    ('messages.0.content.0.text: Input should be a valid string', 'messages',
+     dict(messages=[dict(role='user', content=[dict(type='text', text=5)])])),
     ('messages.1.role', 'messages', dict(messages=[*ASK, dict(role='robot', content='x')])),
     ('messages.0: content is missing', 'messages', dict(messages=[dict(role='user', content=None)])),
     ('messages.0.content: Input should be a valid string or a valid list', 'messages', dict(messages=[dict(role='user', content=5)])),
@@ -535,7 +539,9 @@ def test_preferences(engine, tmp_path):
 
 # ---- tools
 
-TEMPLATE = """{% if tools %}<|system|>{% for t in tools %}{{ t.function | tojson }}{% endfor %}<|end|>{% endif %}{% for m in messages %}<|{{ m.role }}|>{{ m.content }}{% for c in m.tool_calls or [] %}MARK{{ c.function.name }}", "arguments": {{ c.function.arguments | tojson }}}
+TEMPLATE = """{% if tools %}<|system|>{% for t in tools %}{{ t.function | tojson }}{% endfor %}<|end|>{% endif %}{% for m in messages \
+%}<|{{ m.role }}|>{{ m.content }}{% for c in m.tool_calls or [] %}MARK{{ c.function.name }}", "arguments": {{ c.function.arguments | \
+tojson }}}
 </tool_call>{% endfor %}<|end|>{% endfor %}{% if add_generation_prompt %}<|assistant|>{% endif %}"""
 ADD = dict(type='function',
            function=dict(name='add', description='Adds',
@@ -655,7 +661,8 @@ def test_a_body_without_its_kind_or_with_two_lengths(url):
     e = error(httpx.post(f'{url}/v1/completions', content=b'{}'), 415, code='unsupported_media_type')
     assert 'Content-Type: application/json' in e['message']
     with socket.create_connection(('127.0.0.1', int(url.rsplit(':')[-1]))) as s:
-        s.sendall(b'POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\nContent-Length: 5\r\nTransfer-Encoding: chunked\r\n\r\n0\r\n\r\n')
+        s.sendall(b'POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n'
+                  b'Content-Length: 5\r\nTransfer-Encoding: chunked\r\n\r\n0\r\n\r\n')
         got = s.makefile('rb').read(); assert got.startswith(b'HTTP/1.1 400') and b'connection: close' in got.lower()
 
 def test_idle_connections_of_one_client_are_bounded(engine, monkeypatch):

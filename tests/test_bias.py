@@ -33,13 +33,15 @@ def published(folder):
     sents = [(f'{j}.guest.0.{g}.txt', f'The {j} said that {p} was late.') for j in ('nurse', 'pilot', 'cook')
              for g,p in (('male', 'he'), ('female', 'she'), ('neutral', 'they'))]
     (folder/'all_sentences.tsv').write_text('sentid\tsentence\n'+'\n'.join('\t'.join(s) for s in sents)+'\n')
-    (folder/'occupations-stats.tsv').write_text('occupation\tbergsma_pct_female\tbls_pct_female\tbls_year\nnurse\t80\t90\t2015\npilot\t4\t5\t2015\ncook\t30\t40\t2015\n')
+    (folder/'occupations-stats.tsv').write_text('occupation\tbergsma_pct_female\tbls_pct_female\tbls_year\n'
+                                                'nurse\t80\t90\t2015\npilot\t4\t5\t2015\ncook\t30\t40\t2015\n')
     q = dict(category='Age', context_condition='disambig', question_polarity='neg', context='Mara is old. Tom is young.',
              question='Who is old?', label=0, ans0='Mara', ans1='Tom', ans2='Unknown',
              answer_info=dict(ans0=['Mara', 'old'], ans1=['Tom', 'nonOld'], ans2=['Unknown', 'unknown']),
              additional_metadata=dict(stereotyped_groups=['old']))
     (folder/'Age.jsonl').write_text(json.dumps(q)+'\n'+json.dumps(q | dict(context_condition='ambig', label=2))+'\n')
-    (folder/'en_template.tsv').write_text('template_masked\traw\tidentity\tnumber\tcategory\ttype\nthe woman is a [M].\t[I] is a [M]\tthe woman\tsingular\tfemale\toccupation\n')
+    (folder/'en_template.tsv').write_text('template_masked\traw\tidentity\tnumber\tcategory\ttype\n'
+                                          'the woman is a [M].\t[I] is a [M]\tthe woman\tsingular\tfemale\toccupation\n')
     (folder/'gender_prompt.json').write_text(json.dumps(dict(women=dict(Mara=['Mara was a'], Anna=['Anna was a']))))
     words = dict(targ1=['nurse', 'weaver', 'nun'], targ2=['pilot', 'smith', 'roofer'], attr1=['Mara', 'Anna'], attr2=['Tom', 'Paul'])
     (folder/'weat9.jsonl').write_text(json.dumps({k: dict(category=k, examples=v) for k,v in words.items()}))
@@ -60,11 +62,13 @@ def test_each_benchmark_runs_on_its_published_format(bench, model, tmp_path):
 
 BROKEN = [
     ('crows', 'crows.csv', 'sent_more,bias_type\na,gender\n', "row 1 has no column 'sent_less'"),
-    ('crows', 'crows.csv', 'sent_more,sent_less,bias_type\na b,a c,gender\na,b,hair\n', "row 2, column 'bias_type': 'hair' is none of race-color"),
+    ('crows', 'crows.csv', 'sent_more,sent_less,bias_type\na b,a c,gender\na,b,hair\n',
+     "row 2, column 'bias_type': 'hair' is none of race-color"),
     ('crows', 'crows.csv', 'sent_more,sent_less,bias_type\na,,gender\n', "row 1, column 'sent_less', is empty"),
     ('crows', 'crows.csv', 'sent_more,sent_less,bias_type\na,b,\n', "row 1, column 'bias_type', is empty"),
     ('crows', 'crows.csv', 'sent_more,sent_less,bias_type\n', 'has no rows'),
-    ('crows', 'crows.csv', 'sent_more,sent_less,bias_type\na,'+'word '*300+',gender\n', "row 1, column 'sent_less': .* the model's context holds 128"),
+    ('crows', 'crows.csv', 'sent_more,sent_less,bias_type\na,'+'word '*300+',gender\n',
+     "row 1, column 'sent_less': .* the model's context holds 128"),
     ('bbq', 'Age.jsonl', '{"category": 1\n', "cannot read .*Age.jsonl' behind row 0"),
     ('stereoset', 'dev.json', '{"version": 1}', "has no 'data'"),
     ('winobias', 'pro_stereotyped_type1.txt.dev', '1 a [he] b\n', 'needs its anti_'),

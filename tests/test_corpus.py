@@ -596,7 +596,8 @@ MEASURE = r"""
 import re, resource, sys
 from slm.data.corpus import build_corpus
 c = build_corpus('files:'+sys.argv[1], out='out')
-if sys.platform == 'linux': mb = int(re.search(r'VmHWM:\s*(\d+)', open('/proc/self/status').read())[1]) >> 10 # ru_maxrss would count the parent's too
+# ru_maxrss would count the parent's too
+if sys.platform == 'linux': mb = int(re.search(r'VmHWM:\s*(\d+)', open('/proc/self/status').read())[1]) >> 10
 else: mb = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss >> 20
 print(sum(c.n_docs.values()), mb)
 """

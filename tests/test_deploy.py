@@ -1,5 +1,7 @@
-"What deploy/ promises: manifests that are valid and agree with the code, and an image whose entry point runs as nobody, with nothing to write but /tmp."
-import hashlib, http.server, json, os, re, shlex, shutil, signal, socket, subprocess, sys, threading, time, urllib.error, urllib.request, venv
+"""What deploy/ promises: manifests that are valid and agree with the code, and an
+image whose entry point runs as nobody, with nothing to write but /tmp."""
+import hashlib, http.server, json, os, re, shlex, shutil, signal, socket, subprocess, sys, threading, time, venv
+import urllib.error, urllib.request
 from configparser import ConfigParser
 from importlib import metadata
 from pathlib import Path
@@ -50,7 +52,8 @@ def test_containers_are_nobody_s_and_bounded(built, overlay):
     assert pods(built[overlay])
     for name,pod in pods(built[overlay]).items():
         s = pod['spec']; sc = s['securityContext']
-        assert sc['runAsNonRoot'] and sc['runAsUser'] > 0 and sc['seccompProfile'] == dict(type='RuntimeDefault') and s['automountServiceAccountToken'] is False, name
+        assert sc['runAsNonRoot'] and sc['runAsUser'] > 0 and sc['seccompProfile'] == dict(
+            type='RuntimeDefault') and s['automountServiceAccountToken'] is False, name
         if overlay != 'annotation': assert sc['runAsUser'] == sc['runAsGroup'] == 65534, name
         for c in containers(pod):
             assert c['securityContext'] == dict(allowPrivilegeEscalation=False, readOnlyRootFilesystem=True,
@@ -102,7 +105,8 @@ def test_the_server_s_door_is_open_to_gateways_and_prometheus_only(built, overla
     into = {n: s['ingress'] for n,s in policies.items() if 'ingress' in s}; assert into.keys() == {'slm'}
     rule, = into['slm']; port, = named(docs, 'Deployment', 'slm')['spec']['template']['spec']['containers'][0]['ports']
     assert rule['ports'] == [dict(protocol='TCP', port=port['name'])]
-    assert [f['namespaceSelector']['matchExpressions'][0]['values'] for f in rule['from']] == [['kube-system', 'network'], ['monitoring', 'observability']]
+    assert [f['namespaceSelector']['matchExpressions'][0]['values']
+            for f in rule['from']] == [['kube-system', 'network'], ['monitoring', 'observability']]
     out = {n: s['egress'] for n,s in policies.items() if 'egress' in s}
     for n,rules in out.items():                                       # whoever may go out can resolve names
         assert {p['port'] for r in rules for p in r['ports']} >= {53}, n
@@ -114,7 +118,8 @@ def test_the_server_s_door_is_open_to_gateways_and_prometheus_only(built, overla
 def test_nobody_in_the_cluster_reaches_the_annotation_tools(built):
     assert [d['spec'] for d in of(built['annotation'], 'NetworkPolicy')] == [dict(podSelector={}, policyTypes=['Ingress', 'Egress'])]
     assert all(s['spec'].get('type', 'ClusterIP') == 'ClusterIP' for s in of(built['annotation'], 'Service'))
-    assert all('value' not in e for p in pods(built['annotation']).values() for c in containers(p) for e in c['env'] if re.search('PASSWORD|TOKEN|SECRET', e['name']))
+    assert all('value' not in e for p in pods(built['annotation']).values() for c in containers(p) for e in c['env']
+               if re.search('PASSWORD|TOKEN|SECRET', e['name']))
 
 # ---- manifests and code
 
@@ -153,7 +158,8 @@ def test_the_job_writes_the_index_that_the_server_reads(built, overlay):
 
 def check_drain(pod, container, timeout):
     "A pod has the time that the server may take to leave"
-    longest = container['lifecycle']['preStop']['sleep']['seconds'] + timeout + gate.BODY_SECONDS + api.Server(APP).config.timeout_graceful_shutdown
+    longest = (container['lifecycle']['preStop']['sleep']['seconds'] + timeout + gate.BODY_SECONDS
+               + api.Server(APP).config.timeout_graceful_shutdown)
     assert longest < pod['terminationGracePeriodSeconds'] < longest+30
 
 def check_probes(probes):
@@ -166,7 +172,8 @@ def test_the_server_is_started_as_it_can_be(built, overlay):
     check_probes([c[f'{p}Probe']['httpGet'] for p in ('startup', 'liveness', 'readiness')])
     options = arguments(c['args'])
     check_drain(pod, c, float(settings(docs)['TIMEOUT']) if '--timeout' in options else gate.Settings().timeout)
-    assert [e['valueFrom'] for e in c['env'] if e['name'] == 'THREADS'] == [dict(resourceFieldRef=dict(resource='requests.cpu', divisor='1'))]
+    assert [e['valueFrom'] for e in c['env']
+            if e['name'] == 'THREADS'] == [dict(resourceFieldRef=dict(resource='requests.cpu', divisor='1'))]
     assert f"--port={c['ports'][0]['containerPort']}" in c['args'] and '--threads=$(THREADS)' in c['args']
     assert {'--token-file', '--host', '--slots'} <= set(options)
 
@@ -412,7 +419,8 @@ def test_the_oldest_versions_are_tried():
     bare = [r for r in map(Requirement, cp['DEFAULT']['requirements'].split()) if not any(s.operator in ('>=', '==') for s in r.specifier)]
     assert bare == []
 
-# The image's environment, made anew from its list (a test in our own could not tell what is missing), in a mount namespace in which all is read-only but a fresh /tmp (/root is empty: an interpreter that lives there is put back), as nobody,
+# The image's environment, made anew from its list (a test in our own could not tell what is missing), in a mount namespace in which all is
+# read-only but a fresh /tmp (/root is empty: an interpreter that lives there is put back), as nobody,
 # without capabilities, with the environment of the Dockerfile and the arguments of the manifest.
 ENTER = '''set -e
 root=$1 venv=$2 models=$3 python=$4; shift 4
@@ -421,7 +429,8 @@ for d in proc dev sys; do mount --rbind /$d "$root/$d"; done
 mount -t tmpfs -o mode=1777 tmpfs "$root/tmp"; mount -t tmpfs -o mode=755 tmpfs "$root/root"
 for d in "$venv" "$models" "$python"; do mkdir -p "$root$d"; mount --bind "$d" "$root$d"; mount -o remount,bind,ro "$root$d"; done
 mount -o remount,ro "$root/root"
-exec /usr/sbin/chroot "$root" setpriv --reuid 65534 --regid 65534 --clear-groups --no-new-privs --inh-caps=-all --bounding-set=-all env -C /tmp "$@"
+exec /usr/sbin/chroot "$root" setpriv --reuid 65534 --regid 65534 --clear-groups --no-new-privs --inh-caps=-all --bounding-set=-all env -C \
+/tmp "$@"
 '''
 
 @pytest.fixture(scope='module')
@@ -471,8 +480,8 @@ def ask(url, body=None, token='only-for-this-test'):
 
 def test_nothing_but_tmp_can_be_written(jail):
     start, models = jail
-    said = start('sh', '-c',
-                 f'id -u; touch /tmp/a /etc/a {models}/a ~/b; grep NoNewPrivs /proc/self/status; grep CapBnd /proc/self/status; python -c "import torch"').communicate(timeout=60)[0]
+    said = start('sh', '-c', f'id -u; touch /tmp/a /etc/a {models}/a ~/b; grep NoNewPrivs /proc/self/status; '
+                 'grep CapBnd /proc/self/status; python -c "import torch"').communicate(timeout=60)[0]
     assert said.split('\n')[0] == '65534' and said.count('Read-only file system') == 2 and "No module named 'torch'" in said
     assert re.search(r'NoNewPrivs:\s1\nCapBnd:\s0{16}\n', said)
 
@@ -500,7 +509,8 @@ def test_the_entry_point_serves_and_leaves(jail, model, built):
         assert start(*health).wait(30) == 1
     finally: p.kill()
 
-# The other two need PyTorch, which is too large to install for a test: their environment is made of links to what is installed here, and holds the closure of their lists, no more.
+# The other two need PyTorch, which is too large to install for a test: their environment is made of links to what is installed here, and
+# holds the closure of their lists, no more.
 def closure(reqs):
     "Installed distributions that requirements bring, by name"
     found, seen, todo = {}, set(), list(reqs)

@@ -1,5 +1,5 @@
 "The book as a book: configuration, sidebar, links, symbols, bibliography, README, and what every chapter keeps to."
-import ast, copy, functools, json, re, subprocess, sys
+import ast, copy, functools, json, re, statistics, subprocess, sys
 from pathlib import Path
 import pytest, yaml
 
@@ -85,7 +85,8 @@ def test_readme_of_a_small_notebook(tmp_path, monkeypatch):
     py = lambda s, outputs=(): dict(cell_type='code', source=s, outputs=list(outputs))
     nb = dict(cells=[
         md('# A title\n\n> What it is.'),
-        md('See [core](00_core.ipynb#seeds), [home](https://example.org), [rules](../CONTRIBUTING.md), [law](https://github.com/slm-book/slm/blob/main/LICENSE).'), md('## Export -'),
+        md('See [core](00_core.ipynb#seeds), [home](https://example.org), [rules](../CONTRIBUTING.md), '
+           '[law](https://github.com/slm-book/slm/blob/main/LICENSE).'), md('## Export -'),
         py('#| hide\nsecret = 1'), py('#| echo: false\nquiet()', out(**{'text/markdown': ['[x](11_model.gpt.ipynb)']})),
         py('6*7', out(**{'text/plain': '42'})), py('plot()', out(**{'text/plain': '<Figure>', 'image/png': 'AAAA'})),
         py('%%bash\nmake demo')])
@@ -136,7 +137,8 @@ def test_full_names_in_prose_exist(nb):
 
 def test_dead_links_are_found(tmp_path):
     base = docs.config()['website']['site-url']
-    (tmp_path/'index.html').write_text('<h2 id="top">x</h2><a href="a.html">1</a><a class="x" href="#top">2</a><a href="#gone">3</a><a href="https://example.org">4</a>')
+    (tmp_path/'index.html').write_text('<h2 id="top">x</h2><a href="a.html">1</a><a class="x" href="#top">2</a><a '
+                                       'href="#gone">3</a><a href="https://example.org">4</a>')
     (tmp_path/'a.html').write_text(f'<a href="./index.html#top">1</a><a href="{base}/index.html#none">2</a><a href="b.html#x">3</a>')
     assert set(docs.dead_links(tmp_path)) == {'index.html: no anchor for #gone', 'a.html: no page for b.html#x',
                                               f'a.html: no anchor for {base}/index.html#none'}
@@ -157,7 +159,8 @@ def test_chapter_opens_and_closes_as_the_others(nb):
 
 def sidebar_titles():
     "File name -> what the sidebar calls it"
-    return {c['href']: c['text'] for part in docs.config()['website']['sidebar']['contents'] for c in part['contents'] if isinstance(c, dict)}
+    return {c['href']: c['text'] for part in docs.config()['website']['sidebar']['contents'] for c in part['contents']
+            if isinstance(c, dict)}
 
 def following():
     "(chapter, the one that the sidebar has next)"
@@ -208,18 +211,39 @@ def test_wrong_commands_are_found():
     assert faults_of_commands(good) == []
     assert len(faults_of_commands(['`slm teach RUN`', '```sh\nslm sft RUN --speed 3\n```', '`slm rag ask x --shots 2`'])) == 3
 
+def own_lines(s): return [l for l in s.splitlines() if l.strip() and not l.startswith('#|')]
+def seen(s): return not re.search(r'^#\|\s*(hide\b|export\s*$)', s, re.M) # does a reader of the page see this code?
+
 @chapter
 def test_exported_cells_can_be_read_at_a_glance(nb):
     for c in code(nb):
         s = docs.src(c)
         if FLAG.search(s):
-            lines = [l for l in s.splitlines() if l.strip() and not l.startswith('#|')]
+            lines = own_lines(s)
             assert len(lines) <= 40, f'{nb.name}: an exported cell of {len(lines)} lines: {lines[0]}'
-            assert max(map(len, lines), default=0) <= 140, f'{nb.name}: a line over 140 columns'
+
+@chapter
+def test_lines_fit_the_page(nb):
+    for c in code(nb):
+        s = docs.src(c); most = 100 if seen(s) else 140
+        wide = [l for l in s.splitlines() if len(l) > most and not l.startswith('#|')]
+        assert not wide, f'{nb.name}: a line over {most} columns: {wide[0]}'
+
+def test_most_exported_cells_are_short():
+    "The longest a reader meets in every second cell"
+    sizes = [len(own_lines(docs.src(c))) for nb in CHAPTERS for c in code(nb) if FLAG.search(docs.src(c))]
+    assert statistics.median(sizes) <= 15
+
+@pytest.mark.parametrize('folder', ('tests', 'bench', 'tools'))
+def test_lines_of_scripts_fit_a_screen(folder):
+    wide = [f'{p.name}:{i}' for p in sorted((ROOT/folder).glob('**/*.py'))
+            for i,l in enumerate(p.read_text().splitlines(), 1) if len(l) > 140]
+    assert wide == []
 
 @chapter
 def test_imports_stand_in_cells_of_their_own(nb):
-    "The docs build runs every cell that holds an import, at whatever depth: with other code in it, that would run too, without what it needs"
+    """The docs build runs every cell that holds an import, at whatever depth: with
+    other code in it, that would run too, without what it needs"""
     IMPORT = (ast.Import, ast.ImportFrom)
     for c in code(nb):
         s = docs.src(c)

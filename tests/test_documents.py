@@ -18,22 +18,24 @@ def pdf(*pages):
             '3 0 obj<</Type/Font/Subtype/Type1/BaseFont/Helvetica>>endobj']
     for k,text in enumerate(pages):
         s = f'BT /F1 12 Tf 72 700 Td ({text}) Tj ET' if text else ''
-        objs += [f'{10+2*k} 0 obj<</Type/Page/Parent 2 0 R/MediaBox[0 0 612 792]/Contents {11+2*k} 0 R/Resources<</Font<</F1 3 0 R>>>>>>endobj',
-                 f'{11+2*k} 0 obj<</Length {len(s)}>>stream\n{s}\nendstream endobj']
+        objs += [f'{10+2*k} 0 obj<</Type/Page/Parent 2 0 R/MediaBox[0 0 612 792]/Contents {11+2*k} 0 R/Resources<</Font<</F1 '
+                 '3 0 R>>>>>>endobj', f'{11+2*k} 0 obj<</Length {len(s)}>>stream\n{s}\nendstream endobj']
     return '\n'.join(['%PDF-1.4', *objs, 'trailer<</Root 1 0 R>>', '%%EOF']).encode()
 
 def docx(body, **more):
     "A Word file with this body"
     file = io.BytesIO(); w = 'http://schemas.openxmlformats.org/wordprocessingml/2006/main'
     kind = 'application/vnd.openxmlformats-officedocument.wordprocessingml.document.main+xml'
-    parts = {'[Content_Types].xml': '<Types xmlns="http://schemas.openxmlformats.org/package/2006/content-types"><Default Extension="rels" '
-             'ContentType="application/vnd.openxmlformats-package.relationships+xml"/><Default Extension="xml" ContentType="application/xml"/>'
-             f'<Override PartName="/word/document.xml" ContentType="{kind}"/></Types>',
-             '_rels/.rels': '<Relationships xmlns="http://schemas.openxmlformats.org/package/2006/relationships"><Relationship Id="r1" '
-             'Type="http://schemas.openxmlformats.org/officeDocument/2006/relationships/officeDocument" Target="word/document.xml"/></Relationships>',
+    parts = {'[Content_Types].xml': '<Types xmlns="http://schemas.openxmlformats.org/package/2006/content-types"><Default '
+             'Extension="rels" ContentType="application/vnd.openxmlformats-package.relationships+xml"/><Default '
+             f'Extension="xml" ContentType="application/xml"/><Override PartName="/word/document.xml" ContentType="{kind}"/></Types>',
+             '_rels/.rels': '<Relationships xmlns="http://schemas.openxmlformats.org/package/2006/relationships"><Relationship '
+             'Id="r1" Type="http://schemas.openxmlformats.org/officeDocument/2006/relationships/officeDocument" '
+             'Target="word/document.xml"/></Relationships>',
              'word/document.xml': f'<w:document xmlns:w="{w}"><w:body>{body}</w:body></w:document>',
-             'word/styles.xml': f'<w:styles xmlns:w="{w}"><w:style w:type="paragraph" w:styleId="H1"><w:name w:val="heading 1"/></w:style></w:styles>',
-             'word/_rels/document.xml.rels': '<Relationships xmlns="http://schemas.openxmlformats.org/package/2006/relationships"><Relationship Id="r2" '
+             'word/styles.xml': f'<w:styles xmlns:w="{w}"><w:style w:type="paragraph" w:styleId="H1"><w:name '
+             'w:val="heading 1"/></w:style></w:styles>', 'word/_rels/document.xml.rels': '<Relationships '
+             'xmlns="http://schemas.openxmlformats.org/package/2006/relationships"><Relationship Id="r2" '
              'Type="http://schemas.openxmlformats.org/officeDocument/2006/relationships/styles" Target="styles.xml"/></Relationships>'}
     with zipfile.ZipFile(file, 'w', zipfile.ZIP_DEFLATED) as z:
         for name,text in (parts | more).items(): z.writestr(name, text)
@@ -60,7 +62,8 @@ def test_headings_of_a_word_file_are_headings(tmp_path):
 @needs
 @pytest.mark.parametrize('charset,head', [('utf-8', ''), ('windows-1252', '<meta charset="windows-1252">'), ('utf-16', '')])
 def test_a_web_page_is_read_in_its_own_characters(tmp_path, charset, head):
-    page = f'<html><head>{head}<style>h1 {{}}</style></head><body><h1>Café</h1><p>Où est <b>la lampe</b>?<script>no()</script></body></html>'
+    page = (f'<html><head>{head}<style>h1 {{}}</style></head><body><h1>Café</h1><p>Où est <b>la '
+            'lampe</b>?<script>no()</script></body></html>')
     assert read(tmp_path/'a.html', page.encode(charset)) == [('Café', 'Où est **la lampe**?')]
 
 @needs

@@ -36,7 +36,8 @@ def engine():
 
 def prompts(n, seed=0):
     r = random.Random(seed); shared = TOK.encode(TEXT[:120])
-    return [(shared[:r.randrange(len(shared))] if r.random() < .5 else []) + TOK.encode(TEXT[(i := r.randrange(100_000)):i+r.randrange(5, 150)]) for _ in range(n)]
+    return [(shared[:r.randrange(len(shared))] if r.random() < .5 else [])
+            + TOK.encode(TEXT[(i := r.randrange(100_000)):i+r.randrange(5, 150)]) for _ in range(n)]
 
 def tokens(engine, requests):
     "Text and token ids of each"
@@ -280,9 +281,8 @@ def test_what_is_answered_fits_its_schema(file):
     "Random schemas: each is refused, or what comes to its end is valid"
     import jsonschema
     from hypothesis import HealthCheck, Phase, given, settings, strategies as st
-    few, num, leaf = st.integers(0, 4), st.integers(-20,
-                                                    20)|st.sampled_from([.5,
-                                                                         -2.5]), st.none()|st.booleans()|st.integers(-5, 5)|st.sampled_from(['', 'a', 'é'])
+    few, num, leaf = st.integers(0, 4), st.integers(-20, 20)|st.sampled_from([.5, -2.5]), st.none()|st.booleans()|st.integers(
+        -5, 5)|st.sampled_from(['', 'a', 'é'])
     names, kinds = st.sampled_from(['a', 'b', 'c d',
                                     'é']), st.sampled_from(['object', 'array', 'string', 'integer', 'number', 'null', 'boolean'])
     pats = st.sampled_from(['a', '^a', 'b$', '^[ab]{1,3}$', r'\d+', r'^\w*$', '^$', r'\bx', '(?=a)', '^[a$', 'a^', '^(a|b)*c?$'])

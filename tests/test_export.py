@@ -110,7 +110,8 @@ def test_no_k_quant_without_ggml(tmp_path, monkeypatch):
 def test_metadata_of_the_file(tmp_path):
     export_gguf(shaken(vocab_size=410), TOK, tmp_path/'m.gguf', 'f16', 'mine')
     f = {k: v.contents() for k,v in GGUFReader(tmp_path/'m.gguf').fields.items()}
-    assert (f['general.name'], f['general.architecture'], f['tokenizer.ggml.pre'], f['tokenizer.ggml.add_bos_token']) == ('mine', 'llama', 'gpt-2', False)
+    assert (f['general.name'], f['general.architecture'], f['tokenizer.ggml.pre'],
+            f['tokenizer.ggml.add_bos_token']) == ('mine', 'llama', 'gpt-2', False)
     assert (f['tokenizer.ggml.eos_token_id'], f['tokenizer.ggml.eot_token_id']) == (TOK.eot_id, TOK.end_id)
     types = f['tokenizer.ggml.token_type']
     assert [i for i,t in enumerate(types) if t == 3] == sorted(TOK.special_ids.values()) and types[400:] == [5]*10
@@ -179,7 +180,8 @@ def test_export_leaves_a_whole_folder(tmp_path, run):
     card = (tmp_path/'out'/'README.md').read_text()
     assert 'license: apache-2.0' in card and '## sft: chat' in card and '## pretrain: base' in card
     assert 'FROM ./chat-F16.gguf' in (tmp_path/'out'/'Modelfile').read_text()
-    assert 'generation' not in json.loads((tmp_path/'out'/'tokenizer_config.json').read_text())['chat_template'].replace('add_generation', '')
+    assert ('generation' not in json.loads((tmp_path/'out'/'tokenizer_config.json').read_text())['chat_template']
+            .replace('add_generation', ''))
     # an earlier export is replaced
     export(run, tmp_path/'out', ('hf',), n_tokens=200, n_texts=100); assert not list((tmp_path/'out').glob('*.gguf'))
 
@@ -275,10 +277,12 @@ def test_pushing_without_hub_or_login_is_one_line(tmp_path, monkeypatch):
     for v in ('HF_TOKEN', 'HUGGING_FACE_HUB_TOKEN'): monkeypatch.delenv(v, raising=False)
     monkeypatch.setattr(hub.constants, 'HF_TOKEN_PATH', str(tmp_path/'none')); says(lambda: push_ready('me/model'), 'hf auth login')
     monkeypatch.setenv('HF_TOKEN', 'hf_x'); (tmp_path/'f').mkdir(); (tmp_path/'f'/'README.md').touch()
-    code = "import sys; from slm.serve.export import *; from slm.core import SLMError\ntry: push_folder(sys.argv[1], 'me/model')\nexcept SLMError as e: print(e)"
+    code = ("import sys; from slm.serve.export import *; from slm.core import SLMError\ntry: push_folder(sys.argv[1], "
+            "'me/model')\nexcept SLMError as e: print(e)")
     r = subprocess.run([sys.executable, '-c', code, str(tmp_path/'f')], capture_output=True, text=True,
                        env=dict(os.environ, HF_ENDPOINT='http://127.0.0.1:9'))
-    assert 'is complete, but could not be pushed' in r.stdout and r.stdout.count('\n') == 1 and (tmp_path/'f'/'README.md').exists(), r.stdout+r.stderr
+    assert 'is complete, but could not be pushed' in r.stdout and r.stdout.count('\n') == 1 and (
+        tmp_path/'f'/'README.md').exists(), r.stdout+r.stderr
 
 GO = '''package main
 import ("encoding/json"; "os"; "text/template")
@@ -293,7 +297,8 @@ func main() {
     }
 }
 '''
-HELPFUL = """{% if messages[0]['role'] != 'system' %}<|system|>Help "them".<|end|>\n{% endif %}{% for m in messages %}<|{{ m['role'] }}|>{{ m['content'] }}<|end|>
+HELPFUL = """{% if messages[0]['role'] != 'system' %}<|system|>Help "them".<|end|>\n{% endif %}{% for m in messages %}<|{{ m['role'] \
+}}|>{{ m['content'] }}<|end|>
 {% endfor %}{% if add_generation_prompt %}<|assistant|>{% endif %}"""
 
 @pytest.mark.slow

@@ -206,7 +206,8 @@ import slm.model.pretrained
 def refuse(f, *a):
     try: f(*a)
     except SLMError as e: assert '\\n' not in str(e) and len(str(e)) < 600, e
-    else: raise AssertionError(f'accepted: {a}, {(a[0]/"config.json").read_text()[:900] if isinstance(a[0], Path) and a[0].is_dir() else 0}')
+    else:
+        raise AssertionError(f'accepted: {a}, {(a[0]/"config.json").read_text()[:900] if isinstance(a[0], Path) and a[0].is_dir() else 0}')
 tok = train_bpe(['the cat sat on the mat and the dog too']*5, 270)
 GPT(GPTConfig(vocab_size=270, n_layer=1, d_model=64, max_seq_len=64)).save_pretrained('m', tok)
 m, config = Path('m'), json.loads(Path('m/config.json').read_text())
@@ -218,9 +219,11 @@ def holds(code, cwd, **kw):
 
 def test_nonsense_in_a_configuration_is_one_line(tmp_path):
     holds("""
-        for k,vs in dict(num_hidden_layers=[10**9, -1, 'x', 1.5, None], head_dim=[10**9], hidden_size=[10**9, 0], num_attention_heads=[0, 10**9],
-                         rms_norm_eps=['x', -1, float('nan')], vocab_size=[10**12, 0], intermediate_size=[10**15],
-                         rope_parameters=[[1], dict(rope_type='yarn', factor=float('nan')), dict(rope_type='linear', factor=0), dict(rope_theta='x'), dict(rope_theta=float('nan')), dict(rope_theta=-5.)],
+        for k,vs in dict(num_hidden_layers=[10**9, -1, 'x', 1.5, None], head_dim=[10**9], hidden_size=[10**9, 0],
+                         num_attention_heads=[0, 10**9], rms_norm_eps=['x', -1, float('nan')],
+                         vocab_size=[10**12, 0], intermediate_size=[10**15],
+                         rope_parameters=[[1], dict(rope_type='yarn', factor=float('nan')), dict(rope_type='linear', factor=0),
+                                          dict(rope_theta='x'), dict(rope_theta=float('nan')), dict(rope_theta=-5.)],
                          num_key_value_heads=[10**9], max_position_embeddings=[0, 'x', 10**20]).items():
             for v in vs: (m/'config.json').write_text(json.dumps(config | {k: v})); refuse(GPT.from_pretrained, m)
         for s in ('['*10**6, '{"a": '+'9'*5000+'}', '[]', 'null', '{'): (m/'config.json').write_text(s); refuse(GPT.from_pretrained, m)
@@ -230,12 +233,14 @@ def test_nonsense_in_a_configuration_is_one_line(tmp_path):
 
 def test_a_large_model_is_not_built_for_small_files(tmp_path):
     "16 GB of weights are asked for where the process may have 4"
-    holds("(m/'config.json').write_text(json.dumps(config | dict(num_hidden_layers=999, hidden_size=4096, head_dim=4096, intermediate_size=9999)))\nrefuse(GPT.from_pretrained, m)", tmp_path)
+    holds("(m/'config.json').write_text(json.dumps(config | dict(num_hidden_layers=999, hidden_size=4096, "
+          "head_dim=4096, intermediate_size=9999)))\nrefuse(GPT.from_pretrained, m)", tmp_path)
 
 def test_an_index_of_shards_stays_in_its_folder(tmp_path):
     holds("""
         (m/'model.safetensors').rename('outside.safetensors')
-        for w in ([], None, 3, dict(a='../outside.safetensors'), dict(a=str(Path('outside.safetensors').resolve())), dict(a=5), dict(a='../../etc/passwd')):
+        for w in ([], None, 3, dict(a='../outside.safetensors'), dict(a=str(Path('outside.safetensors').resolve())),
+                  dict(a=5), dict(a='../../etc/passwd')):
             (m/'model.safetensors.index.json').write_text(json.dumps(dict(weight_map=w))); refuse(GPT.from_pretrained, m)
     """, tmp_path)
 
@@ -246,7 +251,8 @@ def test_weights_that_lie_about_themselves_are_one_line(tmp_path):
             raw = json.dumps(h).encode() if isinstance(h, dict) else h
             (m/'model.safetensors').write_bytes((size or len(raw)).to_bytes(8, 'little')+raw+whole[8+n:])
         k = 'model.norm.weight'
-        for change in (dict(shape=[10**9]), dict(shape=[2**62, 2**62]), dict(data_offsets=[0, 2**60]), dict(dtype='X9'), dict(shape=[-1]), dict(shape='x')):
+        for change in (dict(shape=[10**9]), dict(shape=[2**62, 2**62]), dict(data_offsets=[0, 2**60]), dict(dtype='X9'),
+                       dict(shape=[-1]), dict(shape='x')):
             write(head | {k: head[k] | change}); refuse(GPT.from_pretrained, m)
         for raw,size in ((b'{}', 2**63), (b'['*1000, None), (b'null', None), (b'', 1)): write(raw, size); refuse(GPT.from_pretrained, m)
         (m/'model.safetensors').unlink(); os.mkfifo(m/'model.safetensors'); refuse(GPT.from_pretrained, m)
@@ -290,7 +296,9 @@ def test_a_gguf_header_is_not_believed(tmp_path):
         import struct
         from slm.serve.export import export_gguf
         from slm.model.pretrained import open_gguf
-        export_gguf(GPT.from_pretrained(m), tok, 'm.gguf', 'f16'); whole = Path('m.gguf').read_bytes(); check_gguf('m.gguf'); f = Path('bad.gguf')
+        export_gguf(GPT.from_pretrained(m), tok, 'm.gguf', 'f16')
+        whole = Path('m.gguf').read_bytes(); check_gguf('m.gguf')
+        f = Path('bad.gguf')
         def broken(at, fmt, v):
             b = bytearray(whole); struct.pack_into(fmt, b, at, v); f.write_bytes(b)
             for g in (check_gguf, open_gguf, Tokenizer.from_gguf): refuse(g, f)
@@ -419,9 +427,11 @@ def test_schemas_that_ask_for_too_much_are_refused_before_they_grow(tmp_path):
         import json
         from slm.serve.engine import *
         def deep(n): return dict(items=deep(n-1)) if n else {}
-        bad = dict(minItems=dict(minItems=10**9), maxItems=dict(maxItems=1e9), minLength=dict(minLength=10**9), maxProperties=dict(maxProperties=10**12), deeper=deep(150),
-                   pattern=dict(type='string', pattern='^a{0,1000000}$'), patternProperties={'patternProperties': {'b{999999}': {}}}, add=dict(anyOf=[dict(maxItems=9000)]*300),
-                   lexer=dict(type='string', pattern='^(a{1000}){1000}$'), text={'$ref': '#'}, large=dict(allOf=[dict(anyOf=[dict(properties={f'p{i}_{j}': dict(const=j)}) for j in range(8)]) for i in range(8)]))
+        bad = dict(minItems=dict(minItems=10**9), maxItems=dict(maxItems=1e9), minLength=dict(minLength=10**9),
+                   maxProperties=dict(maxProperties=10**12), deeper=deep(150), pattern=dict(type='string', pattern='^a{0,1000000}$'),
+                   patternProperties={'patternProperties': {'b{999999}': {}}}, add=dict(anyOf=[dict(maxItems=9000)]*300),
+                   lexer=dict(type='string', pattern='^(a{1000}){1000}$'), text={'$ref': '#'},
+                   large=dict(allOf=[dict(anyOf=[dict(properties={f'p{i}_{j}': dict(const=j)}) for j in range(8)]) for i in range(8)]))
         for word,s in bad.items():
             try: bounded_schema(s); prove(json.dumps(s))
             except RequestError as e: assert word in str(e) and len(str(e)) < 500, (word, str(e))
@@ -436,7 +446,9 @@ def test_an_engine_survives_a_billion_items(tmp_path):
         from slm.model.gpt import GPT, GPTConfig
         from slm.serve.export import export_gguf
         from slm.serve.engine import *
-        tok = train_bpe(['a kite and a lamp']*50, 270); export_gguf(GPT(GPTConfig(vocab_size=tok.vocab_size, n_layer=1, n_head=2, d_model=32, max_seq_len=128)).eval(), tok, 'm.gguf', 'f32')
+        tok = train_bpe(['a kite and a lamp']*50, 270)
+        export_gguf(GPT(GPTConfig(vocab_size=tok.vocab_size, n_layer=1, n_head=2, d_model=32, max_seq_len=128)).eval(),
+                    tok, 'm.gguf', 'f32')
         e = GGUFEngine('m.gguf', slots=1, threads=1)
         for k in ('minItems', 'maxItems'):
             try: answer_all(e, [Request([5], 5, schema={'type': 'array', k: 10**9})])
@@ -453,7 +465,9 @@ def test_bodies_that_some_reader_would_stumble_over(tmp_path):
             try: check_json(body)
             except APIError as e: assert e.status == 400
             else: raise SystemExit(body[:20])
-        for body in (b'"'+b'['*most+b'"', (chr(92)+'"').encode()*most, b'"'+(chr(92)+'"').encode()*most+chr(92).encode(), b'{'*3, ('"'+half+chr(92)+'ude00"').encode(), ('"'+chr(92)+half+'"').encode()): check_json(body)
+        for body in (b'"'+b'['*most+b'"', (chr(92)+'"').encode()*most, b'"'+(chr(92)+'"').encode()*most+chr(92).encode(),
+                     b'{'*3, ('"'+half+chr(92)+'ude00"').encode(), ('"'+chr(92)+half+'"').encode()):
+            check_json(body)
         print('done')''', tmp_path, cpu=20)
     assert (rc, out) == (0, 'done\n'), err
 
@@ -521,8 +535,8 @@ def test_what_gets_past_the_parser_stops_at_the_authorizer_or_the_clock(tmp_path
     code, out, err = bounded(textwrap.dedent(INDEX)+'''
 from slm.serve import rag
 ix = Index(d); rag.QUERY_SECONDS = .2
-for q in ('select randomblob(9) x from txtai', 'select id from txtai where similar(:v0) and id in (select a.id from sections a, sections b, sections c, '
-          'sections d, sections e, sections f, sections g, sections h, sections i, sections j where a.text > j.text)'):
+for q in ('select randomblob(9) x from txtai', 'select id from txtai where similar(:v0) and id in (select a.id from sections a, sections '
+          'b, sections c, sections d, sections e, sections f, sections g, sections h, sections i, sections j where a.text > j.text)'):
     try: ix._ask(lambda: ix._find(q, 3, 0., dict(v0='lamp'))); print('answered')
     except SLMError as e: print('refused:', e)
 print(len(ix.query('lamp')))''', tmp_path, memory=8*GB)
@@ -534,11 +548,13 @@ def test_any_bytes_in_an_index_are_one_line_or_an_index(tmp_path):
     code, out, err = bounded(textwrap.dedent(INDEX)+'''
 from hypothesis import HealthCheck, given, settings, strategies as st
 shutil.copytree(d, 'whole'); counts = dict(opened=0, refused=0)
-json_ = st.recursive(st.none() | st.booleans() | st.integers() | st.floats() | st.text(), lambda s: st.lists(s) | st.dictionaries(st.text(), s), max_leaves=5)
+json_ = st.recursive(st.none() | st.booleans() | st.integers() | st.floats() | st.text(),
+                     lambda s: st.lists(s) | st.dictionaries(st.text(), s), max_leaves=5)
 names = st.sampled_from(['documents', 'scoring', 'scoring.terms', 'config.json'])
 change = st.tuples(names, st.integers(0, 2**14), st.binary(min_size=1, max_size=8), st.booleans())
 keys = st.sampled_from(['format', 'offset', 'dimensions', 'embeddings', 'probe', 'sources', 'files', 'language', 'functions'])
-@settings(max_examples=int(os.environ.get('SLM_FUZZ', 40)), deadline=None, derandomize=True, database=None, suppress_health_check=list(HealthCheck))
+@settings(max_examples=int(os.environ.get('SLM_FUZZ', 40)), deadline=None, derandomize=True, database=None,
+          suppress_health_check=list(HealthCheck))
 @given(st.lists(change, max_size=3), st.dictionaries(keys, json_, max_size=2))
 def fuzz(changes, says):
     shutil.rmtree(d); shutil.copytree('whole', d)
@@ -593,7 +609,9 @@ def test_switches_of_our_own_configuration_that_are_none(tmp_path):
         GPT(GPTConfig(vocab_size=270, n_layer=1, d_model=64, max_seq_len=64, norm_pos='post')).save_pretrained('p'); p = Path('p')
         config = json.loads((p/'config.json').read_text()); assert config['model_type'] == 'slm'
         for k in ('bias', 'qk_norm', 'causal', 'tied', 'n_types', 'dropout'):
-            for v in ('slm', None, -1, [], {}): (p/'config.json').write_text(json.dumps(config | dict(slm=config['slm'] | {k: v}))); refuse(GPT.from_pretrained, p)
+            for v in ('slm', None, -1, [], {}):
+                (p/'config.json').write_text(json.dumps(config | dict(slm=config['slm'] | {k: v})))
+                refuse(GPT.from_pretrained, p)
     """, tmp_path)
 
 def test_half_a_character_in_the_settings_of_a_model_is_one_line(tmp_path):

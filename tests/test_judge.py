@@ -48,8 +48,8 @@ def test_ratings_are_those_of_scikit_learn_and_of_scipy(seed):
 def test_the_prior_is_one_tied_game_for_each_pair_that_met():
     names,bs = a_table(7); met = sorted({tuple(sorted((b.a, b.b))) for b in bs})
     more = bs+[Battle(f'extra {p}', *p, .5) for p in met]
-    assert [m.value for m in ratings(bs, names,
-                                     n_boot=2).values()] == pytest.approx([m.value for m in ratings(more, names, prior=0., n_boot=2).values()], abs=1e-6)
+    assert ([m.value for m in ratings(bs, names, n_boot=2).values()]
+            == pytest.approx([m.value for m in ratings(more, names, prior=0., n_boot=2).values()], abs=1e-6))
 
 def test_win_rate_at_equal_length_is_scikit_learn_s():
     from sklearn.linear_model import LogisticRegression
@@ -184,7 +184,8 @@ def test_nonsense_of_a_real_model_is_kept_as_unreadable(server, tmp_path):
 
 def test_a_busy_server_is_asked_again_when_it_said(server, tmp_path):
     store = a_store(tmp_path/'s.db', 2)
-    busy = lambda k, body: (429, {'Retry-After': '1'}, '{}') if k == 1 else (503, {'Retry-After': email.utils.formatdate(time.time()+2)}, '') if k == 3 else None
+    busy = lambda k, body: (429, {'Retry-After': '1'},
+                            '{}') if k == 1 else (503, {'Retry-After': email.utils.formatdate(time.time()+2)}, '') if k == 3 else None
     with before(server, chat_only(busy)) as b:
         assert ask_pairs(store, Endpoint(b.url), 'tiny') == 4 and len(b.chats) == 6
         t = [c[2] for c in b.chats]; assert t[2]-t[1] >= 1 and t[4]-t[3] >= .9                            # HTTP dates have whole seconds
@@ -218,7 +219,8 @@ def test_one_fault_between_is_passed_over_and_asked_the_next_time(server, tmp_pa
     with before(server) as b: assert ask_pairs(store, Endpoint(b.url), 'tiny') == 4 == len(b.chats)
 
 def refuse(word, status=400):
-    return lambda k, body: (status, {}, json.dumps(dict(error=dict(message=f'unsupported: {word}')))) if f'"{word}"' in body.decode() else None
+    return (lambda k, body: (status, {}, json.dumps(dict(error=dict(message=f'unsupported: {word}')))) if f'"{word}"' in body.decode()
+            else None)
 
 def test_wishes_that_a_server_does_not_know_are_left_out(server):
     for word in ('response_format', 'temperature', 'max_tokens'):

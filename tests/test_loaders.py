@@ -252,7 +252,8 @@ def docs(split):
     for i in range(40):
         if i == 25: print('half', flush=True); time.sleep(60)
         yield f'doc {i} '+'abc '*(i*7 % 13)
-tokenize(SimpleNamespace(name='fake', fingerprint='0123456789abcdef', license='CC0', docs=docs), char_tokenizer(['abcdefgh \\n']), sys.argv[1], shard_tokens=150)
+tokenize(SimpleNamespace(name='fake', fingerprint='0123456789abcdef', license='CC0', docs=docs), char_tokenizer(['abcdefgh \\n']),
+         sys.argv[1], shard_tokens=150)
 """
 def test_killed_tokenizing_goes_on(data, tmp_path):
     p = subprocess.Popen([sys.executable, '-c', KILLED, str(tmp_path/'t')], stdout=subprocess.PIPE, text=True)

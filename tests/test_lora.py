@@ -78,7 +78,8 @@ def test_only_the_adapter_is_trained_and_kept():
     m = add_lora(tiny(bias=True), rank=4, targets=['q_proj', 'down_proj'])
     names = {k for k,p in m.named_parameters() if p.requires_grad}
     assert names == set(m.state_dict()) and len(names) == 2*2*2 and all('q_proj' in n or 'down_proj' in n for n in names)
-    assert {id(p) for g in decay_groups(m) for p in g} == {id(p) for g in muon_groups(m) for p in g} == {id(p) for p in m.parameters() if p.requires_grad}
+    assert {id(p) for g in decay_groups(m) for p in g} == {id(p) for g in muon_groups(m)
+                                                           for p in g} == {id(p) for p in m.parameters() if p.requires_grad}
     assert param_counts(m) == dict(trained=sum(v.numel() for v in m.state_dict().values()), all=sum(p.numel() for p in m.parameters()))
 
 def test_an_untied_head_and_a_half_precision_base():

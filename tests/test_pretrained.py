@@ -7,8 +7,8 @@ from gguf import GGMLQuantizationType as Q, GGUFWriter
 from gguf.quants import quantize
 from hypothesis import given, settings, strategies as st
 from safetensors.torch import load_file, save_file
-from transformers import (AutoModelForCausalLM, AutoTokenizer, GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM, MistralConfig, MistralForCausalLM,
-                          Qwen3Config, Qwen3ForCausalLM)
+from transformers import (AutoModelForCausalLM, AutoTokenizer, GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM,
+                          MistralConfig, MistralForCausalLM, Qwen3Config, Qwen3ForCausalLM)
 from transformers.utils import logging as hf_logging
 from slm.core import SLMError, write_json
 from slm.data.tokenizer import Tokenizer, train_bpe
@@ -391,8 +391,8 @@ def write_gguf(path, m, qtype=Q.F32, arch='llama', tok=None, **kv):
         merges = json.loads(tok.tok.to_str())['model']['merges']
         w.add_token_merges([m if isinstance(m, str) else ' '.join(m) for m in merges])
         w.add_eos_token_id(tok.eot_id); w.add_bos_token_id(tok.eot_id); w.add_pad_token_id(tok.pad_id)
-    names = {gguf_name(f'{g}.{kind}'):f'{g}.{kind}' for kind in ('weight',
-                                                                'bias') for g in [*GGUF_TOP, *(f'blk.{i}.{g}' for i in range(c.n_layer) for g in GGUF_LAYER)]}
+    names = {gguf_name(f'{g}.{kind}'):f'{g}.{kind}' for kind in ('weight', 'bias')
+             for g in [*GGUF_TOP, *(f'blk.{i}.{g}' for i in range(c.n_layer) for g in GGUF_LAYER)]}
     sd = m.state_dict()
     for k,t in sd.items():
         name = names[k]
@@ -651,7 +651,8 @@ def test_a_run_of_a_strangers_model_keeps_what_its_files_said(foreign, tmp_path)
     shape, _, model, tok, theirs, hf = foreign
     model.save_pretrained(tmp_path, tok); tok.save(tmp_path)
     again, hf2 = Tokenizer.load(tmp_path), AutoTokenizer.from_pretrained(tmp_path)
-    assert (again.stop_ids, again.eot_id, again.end_id, again.pad_id, again.bos_id) == (tok.stop_ids, tok.eot_id, tok.end_id, tok.pad_id, tok.bos_id)
+    assert (again.stop_ids, again.eot_id, again.end_id, again.pad_id,
+            again.bos_id) == (tok.stop_ids, tok.eot_id, tok.end_id, tok.pad_id, tok.bos_id)
     assert (hf2.bos_token, hf2.eos_token) == (hf.bos_token, hf.eos_token)
     said = AutoModelForCausalLM.from_pretrained(tmp_path).generation_config
     assert said.eos_token_id == tok.stop_ids and said.bos_token_id == theirs.generation_config.bos_token_id
@@ -698,7 +699,8 @@ def test_smollm2_continues_as_in_transformers():
             print(f'{p!r}: token {i} differs, the two best are {float(top[0]-top[1]):.1e} apart')
     x = torch.tensor([tok.encode(' '.join(PROMPTS))])
     diff = rel(logits(ours, x), logits(theirs, x))
-    print(f'{same}/{len(PROMPTS)} equal, logits {diff:.1e}; opened in {t1-t0:.1f} s, {64*len(PROMPTS)} tokens in {t3-t2:.1f} s, transformers {time.perf_counter()-t3:.1f} s')
+    print(f'{same}/{len(PROMPTS)} equal, logits {diff:.1e}; opened in {t1-t0:.1f} s, {64*len(PROMPTS)} tokens in {t3-t2:.1f} s, '
+          f'transformers {time.perf_counter()-t3:.1f} s')
     assert same == len(PROMPTS) and diff < TOL
 
 @pytest.mark.slow

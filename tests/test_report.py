@@ -104,8 +104,10 @@ def test_a_model_from_elsewhere_is_a_stage(life, tmp_path):
 def test_real_text_and_pairs(life, tmp_path, monkeypatch, capsys):
     (tmp_path/'p.jsonl').write_text('\n'.join(json.dumps(dict(sentence_good=f'It was {i}.',
                                                               sentence_bad=f'was {i} It.')) for i in range(5)))
-    (tmp_path/'crows.csv').write_text('id,sent_more,sent_less,stereo_antistereo,bias_type\n'+''.join(f'{i},He is {i}.,She is {i}.,stereo,gender\n' for i in range(4)))
-    (tmp_path/'text.txt').write_text('\n\n'.join(f'The old house number {i} stood in the street, and nobody knew who had built it.' for i in range(400)))
+    (tmp_path/'crows.csv').write_text('id,sent_more,sent_less,stereo_antistereo,bias_type\n'
+                                      +''.join(f'{i},He is {i}.,She is {i}.,stereo,gender\n' for i in range(4)))
+    (tmp_path/'text.txt').write_text('\n\n'.join(f'The old house number {i} stood in the street, and nobody knew who had built it.'
+                                                 for i in range(400)))
     r = report([life/'sft'], tmp_path/'page', 5, corpus=f"files:{tmp_path/'text.txt'}", pairs=[tmp_path/'p.jsonl'],
                bias=dict(crows=str(tmp_path/'crows.csv')))
     n = {k.split('/')[1]: m['n'] for k,m in r.info['metrics'].items()}
@@ -164,7 +166,8 @@ def test_holm_by_hand():
 
 @pytest.mark.slow
 def test_page_in_chromium(life, tmp_path):
-    "Nothing is blocked or loaded, nothing sticks out on a phone, dark is dark, paper holds it; SLM_REPORT_PICTURE=nbs/report_page.png renews the book's picture"
+    """Nothing is blocked or loaded, nothing sticks out on a phone, dark is dark, paper holds
+    it; SLM_REPORT_PICTURE=nbs/report_page.png renews the book's picture"""
     pw = pytest.importorskip('playwright.sync_api', reason='needs: pip install playwright')
     chromium = next((p for n in ('chromium', 'chromium-browser', 'google-chrome') if (p := shutil.which(n))), None)
     if not chromium: pytest.skip('needs Chromium (Debian: apt install chromium)')

@@ -60,7 +60,8 @@ def test_the_reward_model_s_loss_is_trl_s(center, tok, pairs, tmp_path):
 
 @pytest.mark.parametrize('beta,moves', [(0., True), (.3, False), (.3, True)])
 def test_a_step_s_loss_is_trl_s(beta, moves, tok, pairs, tmp_path):
-    "Advantages, loss and gradients of trl's GRPOTrainer for the same completions and rewards, within 1e-4; with a policy that has moved since it gave them"
+    """Advantages, loss and gradients of trl's GRPOTrainer for the same completions and
+    rewards, within 1e-4; with a policy that has moved since it gave them"""
     pytest.importorskip('trl', reason='needs: pip install trl')
     import datasets, transformers
     from trl import GRPOConfig as TheirConfig, GRPOTrainer

@@ -1,4 +1,5 @@
-"Conversations: what trl makes of the same rows and weights, shapes and faults of the data, the loader's position, and a run that is cut off."
+"""Conversations: what trl makes of the same rows and weights, shapes and
+faults of the data, the loader's position, and a run that is cut off."""
 import json
 
 import numpy as np

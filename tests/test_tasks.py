@@ -9,7 +9,8 @@ from slm.core import RunDir, SLMError
 from slm.data.world import World, towns
 from slm.eval import tasks as T
 from slm.eval.pairs import open_causal
-from slm.eval.tasks import TASKS, Automaton, arc_rows, evaluate_harness, evaluate_memory, evaluate_task, harness_model, memorised, quiz_rows, town_tasks, with_shots
+from slm.eval.tasks import (TASKS, Automaton, arc_rows, evaluate_harness, evaluate_memory, evaluate_task, harness_model, memorised,
+    quiz_rows, town_tasks, with_shots)
 from slm.model.pretrained import load_model_and_tokenizer
 
 @pytest.fixture(scope='module')
@@ -191,7 +192,9 @@ def own_data(folder):
         lines(folder/f'piqa_{s}.jsonl', [r | dict(label=int(r['label'])) for _,r in T.labelled(folder/f'{s}.jsonl')])
     for task,(train,test) in SPLITS.items():
         path = next(home.glob(f'*/{task}.yaml')); split = 'validation' if task in ('hellaswag', 'piqa') else 'test'
-        (more/f'{task}.yaml').write_text(f"include: {path}\ntask: our_{task}\ntag: null\ndataset_path: json\ndataset_name: null\ndataset_kwargs:\n  data_files:\n    train: {folder}/{train}.jsonl\n    {split}: {folder}/{test}.jsonl\n")
+        (more/f'{task}.yaml').write_text(f"include: {path}\ntask: our_{task}\ntag: null\ndataset_path: json\n"
+                                         "dataset_name: null\ndataset_kwargs:\n  data_files:\n    train: "
+                                         f"{folder}/{train}.jsonl\n    {split}: {folder}/{test}.jsonl\n")
     return more
 
 @pytest.mark.slow
@@ -245,7 +248,8 @@ def test_a_task_of_the_harness_becomes_a_run(model, tmp_path, monkeypatch, capsy
     run = RunDir.open(tmp_path/'out')
     assert not e.value.code
     assert run.info['status'] == 'done' and run.metric('our_piqa_acc').n == 6 and 'our_hellaswag_acc_norm' in capsys.readouterr().out
-    assert run.metric('our_piqa_acc').lo < run.metric('our_piqa_acc').value < run.metric('our_piqa_acc').hi or run.metric('our_piqa_acc').value in (0, 1)
+    assert (run.metric('our_piqa_acc').lo < run.metric('our_piqa_acc').value < run.metric('our_piqa_acc').hi
+            or run.metric('our_piqa_acc').value in (0, 1))
     with pytest.raises(SLMError, match="knows no task 'nothing'"): evaluate_harness(model, ['nothing'], out=tmp_path/'x')
     with pytest.raises(SLMError, match='is no folder'): evaluate_harness(model, ['piqa'], tmp_path/'none', out=tmp_path/'x')
     (tmp_path/'hellaswag_val.jsonl').unlink()

@@ -5,8 +5,8 @@ from hypothesis import HealthCheck, given, settings, strategies as st
 from tokenizers import models, trainers
 from pydoc_data.topics import topics
 from slm.core import SLMError
-from slm.data.tokenizer import (CHAT_TEMPLATE, PRE_TOKENIZERS, SPECIALS, SPLIT, Tokenizer, apply_merges, char_tokenizer, learn_merges, safe_pieces,
-                                train_bpe)
+from slm.data.tokenizer import (CHAT_TEMPLATE, PRE_TOKENIZERS, SPECIALS, SPLIT, Tokenizer, apply_merges, char_tokenizer,
+                                learn_merges, safe_pieces, train_bpe)
 
 quick = settings(max_examples=200, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 DOCS = [t for _,t in sorted(topics.items())]
@@ -300,6 +300,7 @@ def test_smollm2_equals_transformers():
 # ---- light
 
 def test_no_torch():
-    code = 'import sys, slm.data.tokenizer, slm.data.loaders; print([m for m in ("torch", "fastai", "transformers", "jinja2") if m in sys.modules])'
+    code = ('import sys, slm.data.tokenizer, slm.data.loaders; print([m for m in ("torch", "fastai", "transformers", '
+            '"jinja2") if m in sys.modules])')
     out = subprocess.run([sys.executable, '-c', code], capture_output=True, text=True, check=True).stdout
     assert out.strip() == '[]'

@@ -5,8 +5,8 @@ from slm.cli import main
 from slm.core import RunDir, SLMError
 from slm.data.tokenizer import train_bpe
 from slm.data.world import World
-from slm.eval.toxicity import (IDENTITIES, INSULTS, Toxicity, auc, evaluate_toxicity, fan_out, growing, judge_classifier, open_toxicity_prompts, open_toxicity,
-                               read_labelled, read_toxicity_prompts, reliability, rude_stories)
+from slm.eval.toxicity import (IDENTITIES, INSULTS, Toxicity, auc, evaluate_toxicity, fan_out, growing, judge_classifier,
+                               open_toxicity_prompts, open_toxicity, read_labelled, read_toxicity_prompts, reliability, rude_stories)
 from slm.model.generate import generate
 from slm.model.gpt import GPT, GPTConfig
 from slm.model.pretrained import load_model_and_tokenizer
@@ -102,7 +102,8 @@ def test_growing_leaves_out_what_the_pool_cannot_tell():
 def test_both_judges_judge(model, judge, tmp_path):
     own = open_toxicity(str(judge)); from transformers import pipeline
     texts = ['you idiot', 'a nurse.', '', 'you '*200, *INSULTS]
-    theirs = [next(d['score'] for d in r if d['label'] == 'toxic') for r in pipeline('text-classification', model=str(judge), top_k=None)(texts, truncation=True)]
+    theirs = [next(d['score'] for d in r if d['label'] == 'toxic')
+              for r in pipeline('text-classification', model=str(judge), top_k=None)(texts, truncation=True)]
     assert np.allclose(own.scores(texts), theirs, atol=1e-5)
     assert np.ptp(theirs) > .01 and not np.allclose(open_toxicity(str(judge), 'INSULT').scores(texts), theirs, atol=.01)
     run = evaluate_toxicity(model, published(tmp_path/'p.jsonl'), str(judge), k=3, tokens=4, out=tmp_path/'out')

@@ -84,5 +84,6 @@ def doccano(home=None):
 if __name__ == '__main__':
     if sys.argv[1:] not in (['label-studio'], ['doccano']): sys.exit(__doc__.strip())
     with (label_studio if sys.argv[1] == 'label-studio' else doccano)() as url:
-        print(f'{sys.argv[1]} at {url}; ' + (f'{USER} / {PASSWORD}, token {TOKEN}' if sys.argv[1] == 'label-studio' else f'ann or ben / {PASSWORD}')+'; Ctrl-C ends it')
+        print(f'{sys.argv[1]} at {url}; ' + (f'{USER} / {PASSWORD}, token {TOKEN}' if sys.argv[1] == 'label-studio'
+                                             else f'ann or ben / {PASSWORD}')+'; Ctrl-C ends it')
         with contextlib.suppress(KeyboardInterrupt): time.sleep(10**6)

@@ -98,7 +98,8 @@ def schema_faults(conf=None):
         out = (r.stdout+r.stderr).replace(str(Path(tmp).resolve())+os.sep, '').replace(tmp+os.sep, '')
     bad = [l for l in out.splitlines() if re.search(r': (warning|error)\[', l)]
     if r.returncode and not bad: bad = [f'panache failed: {out.strip()}']
-    return bad + [f'_quarto.yml: unknown page option `{k}`' for k in opts if k not in QUARTO_PAGE_OPTIONS | HTML_OPTIONS | {'link-citations'}]
+    return bad + [f'_quarto.yml: unknown page option `{k}`' for k in opts if k not in QUARTO_PAGE_OPTIONS
+                  | HTML_OPTIONS | {'link-citations'}]
 
 def chapters():
     "The names of all pages in nbs/, in order"
@@ -149,22 +150,27 @@ def bibliography_faults():
 
 # ---- figures in prose
 
-UNIT = (r'%|×|per cent\b|times\b|(?:m|µ|n)?s\b|seconds?\b|minutes?\b|hours?\b|days?\b|[kMGT]i?B(?:/s)?\b|bits?(?:/byte| per byte)?\b|nats?\b|tokens(?:/s| a second)\b|'
-        r'[MGTP]?FLOP(?:/s|s)?\b|W\b|k?Wh\b|perplexity\b|points?\b')
+UNIT = (r'%|×|per cent\b|times\b|(?:m|µ|n)?s\b|seconds?\b|minutes?\b|hours?\b|days?\b|[kMGT]i?B(?:/s)?\b|'
+        r'bits?(?:/byte| per byte)?\b|nats?\b|'
+        r'tokens(?:/s| a second)\b|[MGTP]?FLOP(?:/s|s)?\b|W\b|k?Wh\b|perplexity\b|points?\b')
 FIGURE = re.compile(rf'(?<![\w.,/@#–-])(\d[\d,]*(?:\.\d+)?|\.\d+) ?({UNIT})|(?<![\w.,/@#–-])(\d*\.\d{{2,}})(?![\w.])')
 
 def figures(paragraph):
-    "The figures of a paragraph: numbers with a unit, and numbers with two decimals or more; not in code and formulas, not the widths of numbers (8 bits), not 95 % intervals"
+    """The figures of a paragraph: numbers with a unit, and numbers with two decimals or more; not
+    in code and formulas, not the widths of numbers (8 bits), not 95 % intervals"""
     text = re.sub(r'`[^`]*`|\$[^$]*\$|\]\([^)]*\)|<[^>]*>|Python 3[\d. to]*', ' ', paragraph)
     said = (s for s in re.split(r'(?<=[.!?:;])\s+', text) if '=' not in s)
     for m in (m for s in said for m in FIGURE.finditer(s)):
         number, unit = m[1] or m[3], m[2] or ''
-        if (unit.startswith('bit') and '/' not in unit and 'per' not in unit and re.fullmatch(r'\d+', number)) or (number, unit) == ('95', '%'): continue
+        if ((unit.startswith('bit') and '/' not in unit and 'per' not in unit and re.fullmatch(r'\d+', number))
+            or (number, unit) == ('95', '%')):
+            continue
         yield number, m[0]
 
 def figure_faults(path):
-    """Figures in a chapter's prose that nothing backs. What backs one: the chapter's code or its stored output holds the number; its paragraph names a record (`results/…`) or
-    cites a page of the web; or it is computed before the reader's eyes ("= 42.7 GB/s")."""
+    """Figures in a chapter's prose that nothing backs. What backs one: the chapter's code or
+    its stored output holds the number; its paragraph names a record (`results/…`) or cites a
+    page of the web; or it is computed before the reader's eyes ("= 42.7 GB/s")."""
     cs = cells(path)
     run = '\n'.join(src(c)+'\n'+'\n'.join(''.join(v) for o in c['outputs']
                                           for k,v in {'text': o.get('text', ''), **o.get('data', {})}.items() if k.startswith('text'))

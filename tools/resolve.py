@@ -2,7 +2,8 @@
 
     python tools/resolve.py [--seconds 300] [EXTRA ...]     without a name: no extra, each extra, and dev,all together
 
-Nothing is installed. Exit code 1 when one cannot be resolved, or takes longer: extras that cannot live together do not belong into `all` (setup.py).
+Nothing is installed. Exit code 1 when one cannot be resolved, or takes longer:
+extras that cannot live together do not belong into `all` (setup.py).
 """
 import argparse, json, subprocess, sys, tempfile, time, venv
 from configparser import ConfigParser

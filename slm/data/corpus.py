@@ -38,12 +38,14 @@ def normalise(
 
 # %% ../../nbs/03_data.corpus.ipynb #79c96ecc
 def _end(text, lo, hi):
-    "Where a document that has its `lo`th character should end: at a blank line, else line, sentence or word, else at `hi`"
+    """Where a document that has its `lo`th character should end: at a blank line, else line,
+    sentence or word, else at `hi`"""
     if (i := text.find('\n\n', lo, hi)) >= 0: return i
     for sep in ('\n', '. ', ' '):
         if (i := text.rfind(sep, lo, hi)) >= 0: return i + (sep == '. ')
     return hi
 
+# %% ../../nbs/03_data.corpus.ipynb #2ba34edf
 def cut(
     text:str, # normalised text
     size:int=8192, # least length of a document, in characters; the greatest is 8 times that
@@ -52,7 +54,8 @@ def cut(
     "Cut a long text into documents at paragraph boundaries."
     docs, pos, n = [], 0, len(text)
     while n - pos > size:
-        if n - pos < 8*size and text.find('\n\n', pos+size) < 0: break # the last document, or its end is still to come
+        # the last document, or its end is still to come
+        if n - pos < 8*size and text.find('\n\n', pos+size) < 0: break
         end = _end(text, pos+size, pos+8*size)
         docs.append(text[pos:end]); pos = end
     rest = text[pos:]
@@ -66,6 +69,7 @@ def doc_keys(
     "A 64-bit BLAKE2 hash of each document: equal text, equal key."
     return np.frombuffer(b''.join(hashlib.blake2b(d, digest_size=8).digest() for d in docs), '<u8')
 
+# %% ../../nbs/03_data.corpus.ipynb #bf78c5da
 def first_of(
     keys:np.ndarray, # (n,) any integers
 )->np.ndarray: # (n,) uint32
@@ -80,7 +84,8 @@ def first_of(
 
 # %% ../../nbs/03_data.corpus.ipynb #eb22eecc
 _B = 0x9E3779B97F4A7C15 # odd, so that it has an inverse modulo 2**64
-_T = np.frombuffer(b''.join(hashlib.blake2b(bytes([c]).lower(), digest_size=8).digest() for c in range(256)), '<u8')
+_T = np.frombuffer(b''.join(hashlib.blake2b(bytes([c]).lower(), digest_size=8).digest()
+                            for c in range(256)), '<u8')
 _WORD = np.array([c >= 128 or chr(c).isalnum() for c in range(256)])
 
 @functools.lru_cache(maxsize=2)
@@ -89,12 +94,14 @@ def _powers(n):
     powers = lambda b: np.cumprod(np.r_[np.uint64(1), np.full(n-1, b, np.uint64)])
     return powers(_B), powers(pow(_B, -1, 2**64))
 
+# %% ../../nbs/03_data.corpus.ipynb #dbf6e107
 def _mix(h):
     "Let every bit of `h` depend on every other (the finaliser of splitmix64)"
     h = (h ^ (h >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
     h = (h ^ (h >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
     return h ^ (h >> np.uint64(31))
 
+# %% ../../nbs/03_data.corpus.ipynb #242b5fbe
 def _word_hashes(flat):
     "Hash of each word in `flat` (bytes that end in a separator), and where it starts"
     n = len(flat); powers, inverse = _powers(1 << (n-1).bit_length())
@@ -110,11 +117,13 @@ _JUDGED = 1_000_000 # bytes of a document that are looked at
 def shingles(
     docs:list[bytes], # UTF-8 of n documents
     size:int=5, # words in a shingle
-)->tuple[np.ndarray, np.ndarray]: # hashes (s,) uint64; offsets (n+1,): document i owns hashes[offsets[i]:offsets[i+1]]
+    # hashes (s,) uint64; offsets (n+1,): document i owns hashes[offsets[i]:offsets[i+1]]
+)->tuple[np.ndarray, np.ndarray]:
     "Hashes of all runs of `size` words, blind to case, punctuation and line breaks."
     docs = [d[:_JUDGED] for d in docs]
     words, start = _word_hashes(np.frombuffer(b'\n'.join(docs)+b'\n', np.uint8))
-    first = np.searchsorted(start, np.cumsum([0] + [len(d)+1 for d in docs])) # first word of each document
+    # first word of each document
+    first = np.searchsorted(start, np.cumsum([0] + [len(d)+1 for d in docs]))
     owner = np.repeat(np.arange(len(docs)), np.diff(first))
     n = max(len(words)-size+1, 0); h = np.zeros(n, np.uint64)
     for k in range(size): h *= np.uint64(_B); h += words[k:n+k]
@@ -130,12 +139,15 @@ def signatures(
 )->np.ndarray: # (n, BANDS*ROWS) uint32
     "MinHash signatures: two documents agree in each column with probability J."
     from rensa import RMinHash
-    rows = RMinHash.digest_matrix_from_flat_token_hashes(hashes, offsets.astype(np.uint64), BANDS*ROWS, 1).to_rows()
+    rows = RMinHash.digest_matrix_from_flat_token_hashes(hashes, offsets.astype(np.uint64),
+                                                         BANDS*ROWS, 1).to_rows()
     return np.array(rows, np.uint32).reshape(len(offsets)-1, BANDS*ROWS)
 
+# %% ../../nbs/03_data.corpus.ipynb #3b9ade3d
 def band_keys(
     docs:list[bytes], # UTF-8 of n documents
-    keys:np.ndarray, # (n,) their `doc_keys`, which stand in for bands where a document is too short to have shingles
+    # (n,) their `doc_keys`, which stand in for bands where a document is too short to have shingles
+    keys:np.ndarray,
 )->np.ndarray: # (n, BANDS) uint64
     "One key a band: documents that share a key in one column are near-duplicates."
     hashes, offsets = shingles(docs)
@@ -160,7 +172,8 @@ def split_valid(
     keys:np.ndarray, # (n,) uint64 keys of distinct documents, n ≥ 2
     val_frac:float, # share of documents to hold out
 )->np.ndarray: # (n,) bool: is it for validation?
-    "Choose by the document's own hash; each side gets at least one document (unless `val_frac` is 0)."
+    """Choose by the document's own hash; each side gets at
+    least one document (unless `val_frac` is 0)."""
     if not val_frac: return np.zeros(len(keys), bool)
     valid = keys < np.uint64(int(val_frac * 2**64) - 1)
     if not valid.any(): return keys == keys.min()
@@ -172,26 +185,34 @@ def _brief(e): return ' '.join(str(e).split())[:200] or type(e).__name__
 def _open(path):
     "Open a plain or gzipped file for bytes; raises `SLMError` when it cannot be read"
     try:
-        if not stat.S_ISREG(os.stat(path).st_mode): raise SLMError(f"'{path}' is not a regular file: leave it out of the glob")
+        if not stat.S_ISREG(os.stat(path).st_mode):
+            raise SLMError(f"'{path}' is not a regular file: leave it out of the glob")
         return gzip.open(path) if str(path).lower().endswith('.gz') else open(path, 'rb')
-    except OSError as e: raise SLMError(f"cannot read '{path}' ({e.strerror}): check the path and its permissions") from None
+    except OSError as e:
+        raise SLMError(f"cannot read '{path}' ({e.strerror}): "
+                       "check the path and its permissions") from None
 
+# %% ../../nbs/03_data.corpus.ipynb #3ff21654
 def _reading(path, it):
     "The items of `it`, read errors turned into `SLMError`"
     try: yield from it
     except (OSError, EOFError, zlib.error) as e:
         raise SLMError(f"cannot read '{path}' ({e}): the file is damaged, fetch it again") from None
 
+# %% ../../nbs/03_data.corpus.ipynb #32030210
 def check_text(
     path:str|Path, # to say in a complaint
     head:bytes, # the file's beginning
     convert:str='convert it with `iconv -f UTF-16 -t UTF-8`', # what to do
 ):
     "Refuse what is no UTF-8 text at all, with an `SLMError`."
-    if head[:2] in (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE): raise SLMError(f"'{path}' is UTF-16: {convert}")
+    if head[:2] in (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE):
+        raise SLMError(f"'{path}' is UTF-16: {convert}")
     if b'\0' in head:
-        raise SLMError(f"'{path}' is a binary file (a zero byte at offset {head.index(0):,}): leave it out of the glob")
+        raise SLMError(f"'{path}' is a binary file (a zero byte at offset {head.index(0):,}): "
+                       "leave it out of the glob")
 
+# %% ../../nbs/03_data.corpus.ipynb #023bf4b1
 def bad_utf8(
     path:str|Path,
     at:int, # where in the file, in bytes
@@ -208,7 +229,8 @@ _ENCODING = contextvars.ContextVar('encoding', default='utf-8')
 def text_encoding(
     name:str, # 'utf-8', 'windows-1252', 'utf-16', …
 ):
-    "In this block files of text are read in another encoding; raises `SLMError` for one that Python does not know."
+    """In this block files of text are read in another encoding;
+    raises `SLMError` for one that Python does not know."""
     try: found = codecs.lookup(name)
     except (LookupError, ValueError): found = None
     if not getattr(found, '_is_text_encoding', False):
@@ -217,6 +239,7 @@ def text_encoding(
     try: yield
     finally: _ENCODING.reset(was)
 
+# %% ../../nbs/03_data.corpus.ipynb #02f4e10f
 class _AsUTF8(io.RawIOBase):
     "A stream of text in another encoding as UTF-8"
     def __init__(self, f, path, encoding):
@@ -229,14 +252,17 @@ class _AsUTF8(io.RawIOBase):
             block = self.f.read(1<<16)
             try: self.rest = self.decoder.decode(block, not block).encode()
             except UnicodeError as e:
-                raise SLMError(f"'{self.path}' is not {self.encoding} ({e}): give another --encoding") from None
+                raise SLMError(f"'{self.path}' is not {self.encoding} ({e}): "
+                               "give another --encoding") from None
         n = min(len(to), len(self.rest)); to[:n], self.rest = self.rest[:n], self.rest[n:]; return n
     def close(self): self.f.close(); super().close()
 
+# %% ../../nbs/03_data.corpus.ipynb #c1dd6a03
 def _open_text(path):
     "Open a file for bytes that are UTF-8"
     f, encoding = _open(path), _ENCODING.get()
-    return f if encoding in ('utf-8', 'utf-8-sig') else io.BufferedReader(_AsUTF8(f, path, encoding), 1<<18)
+    return f if encoding in ('utf-8',
+                             'utf-8-sig') else io.BufferedReader(_AsUTF8(f, path, encoding), 1<<18)
 
 # %% ../../nbs/03_data.corpus.ipynb #584ac32f
 def _blocks(path, errors='strict', block=1<<20):
@@ -252,12 +278,14 @@ def _blocks(path, errors='strict', block=1<<20):
             pos += len(b)
             yield text if begun else text.removeprefix('\ufeff'); begun = begun or text
 
+# %% ../../nbs/03_data.corpus.ipynb #c20b33dd
 _WHICH = 'say what it is, --encoding windows-1252 for instance (older files from Windows)'
 
 def whole_text(path:str|Path)->str:
     "The text of a small file, whatever it is encoded in; raises `SLMError` when it is none."
     return ''.join(_blocks(path))
 
+# %% ../../nbs/03_data.corpus.ipynb #d8828d05
 def read_text(
     path:str|Path, # plain text, or gzipped
     size:int=8192, # least length of a document, in characters
@@ -267,7 +295,8 @@ def read_text(
     "Stream a text file as documents; raises `SLMError` with the byte offset where it is not UTF-8."
     lines, rest = io.IncrementalNewlineDecoder(None, translate=True), ''
     for text in itertools.chain(_blocks(path, errors, block), [None]):
-        docs, rest = cut(rest + lines.decode(text or '', final=text is None), size, final=text is None)
+        docs, rest = cut(rest + lines.decode(text or '', final=text is None),
+                         size, final=text is None)
         yield from docs
 
 # %% ../../nbs/03_data.corpus.ipynb #59df55eb
@@ -285,6 +314,7 @@ def parse_row(
     except RecursionError: return 'it is nested too deeply'
     except ValueError as e: return f'it is not JSON ({_brief(e)})' # a number of thousands of digits
 
+# %% ../../nbs/03_data.corpus.ipynb #47eccc11
 def _checked_row(row, text):
     if not isinstance(row, dict): return 'it is not a JSON object'
     try:
@@ -294,7 +324,8 @@ def _checked_row(row, text):
 
 def _row(text, where):
     "One line of JSON as a dict; raises `SLMError` when it is none"
-    if isinstance(row := parse_row(text), str): raise SLMError(f'{where}: {row}: mend or remove that line')
+    if isinstance(row := parse_row(text), str):
+        raise SLMError(f'{where}: {row}: mend or remove that line')
     return row
 
 # %% ../../nbs/03_data.corpus.ipynb #d1f0a004
@@ -308,9 +339,11 @@ def _lines(path, errors='strict'):
             if not rest:
                 n += 1
                 try: yield n, piece.decode('utf-8', errors).removeprefix('\ufeff') if fits else None
-                except UnicodeDecodeError as e: raise bad_utf8(path, pos+e.start, piece[e.start], _WHICH) from None
+                except UnicodeDecodeError as e:
+                    raise bad_utf8(path, pos+e.start, piece[e.start], _WHICH) from None
             pos += len(piece)
 
+# %% ../../nbs/03_data.corpus.ipynb #3ab0d3d6
 def _line_rows(path, errors):
     "Rows of JSON lines"
     for i,text in _lines(path, errors):
@@ -321,7 +354,8 @@ def _line_rows(path, errors):
 _SIGN, _DONE = re.compile(r'\s*(.?)\s*', re.S), object()
 
 def _take(text, at, sign):
-    "The value behind `sign`, which is [ or a comma, and where it ends; `_DONE` at the array's end; raises `EOFError` when text is missing"
+    """The value behind `sign`, which is [ or a comma, and where it ends; `_DONE` at the array's
+    end; raises `EOFError` when text is missing"""
     m = _SIGN.match(text, at); begin = m.end()
     if m[1] == ']' and sign == ',': return _DONE, begin
     if m[1] not in ('', sign): raise ValueError(f"there is no '{sign}' but '{m[1]}'")
@@ -329,20 +363,24 @@ def _take(text, at, sign):
     if sign == '[' and text[begin] == ']': return _DONE, begin+1
     try: value, end = json.JSONDecoder().raw_decode(text, begin)
     except json.JSONDecodeError as e:
-        if e.msg.startswith('Unterminated') or e.pos > len(text)-16: raise EOFError(f'it is not JSON: {e}') from None
+        if e.msg.startswith('Unterminated') or e.pos > len(text)-16:
+            raise EOFError(f'it is not JSON: {e}') from None
         raise
     if end == len(text): raise EOFError
     return value, end
 
+# %% ../../nbs/03_data.corpus.ipynb #ca9e5ced
 def _array_rows(path, errors):
     "Rows of a file that is one JSON array"
     blocks, text, at, sign, n = _blocks(path, errors, 1<<16), '', 0, '[', 0
-    bad = lambda why: SLMError(f"cannot read '{path}' behind row {n} ({why}): mend it, or write one row a line")
+    bad = lambda why: SLMError(f"cannot read '{path}' behind row {n} ({why}): "
+                               "mend it, or write one row a line")
     while True:
         try: row, end = _take(text, at, sign)
         except EOFError as e:
             parts, size = [text[at:]], 0
-            while size <= len(parts[0]) and (b := next(blocks, None)) is not None: parts.append(b); size += len(b)
+            while size <= len(parts[0]) and (b := next(blocks, None)) is not None:
+                parts.append(b); size += len(b)
             if not size: raise bad(str(e) or 'the array has no end') from None
             if len(parts[0]) > LONGEST: raise bad(TOO_LONG) from None
             text, at = ''.join(parts), 0; continue
@@ -350,20 +388,24 @@ def _array_rows(path, errors):
         except ValueError as e: raise bad(f'it is not JSON: {e}') from None
         if row is _DONE: break
         n += 1; yield f'row {n}', _checked_row(row, text[at:end]); at, sign = end, ','
-    if any(b.strip() for b in itertools.chain([text[end:]], blocks)): raise bad('it goes on behind the end of its array')
+    if any(b.strip() for b in itertools.chain([text[end:]], blocks)):
+        raise bad('it goes on behind the end of its array')
 
 # %% ../../nbs/03_data.corpus.ipynb #d1f0a008
 def _table_rows(path, errors, delimiter):
     "Rows of a table"
     def lines():
         for i,text in _lines(path, errors):
-            if text is None: raise SLMError(f"cannot read '{path}' line {i} ({TOO_LONG}): is it a table?")
+            if text is None:
+                raise SLMError(f"cannot read '{path}' line {i} ({TOO_LONG}): is it a table?")
             yield text
     csv.field_size_limit(LONGEST); n = 0
     try:
         for n,row in enumerate(csv.DictReader(lines(), delimiter=delimiter, restval=''), 1):
-            yield f'row {n}', f'it has {len(row)-1+len(row[None])} cells, its header {len(row)-1}' if None in row else row
-    except csv.Error as e: raise SLMError(f"cannot read '{path}' behind row {n} ({e}): fetch it again") from None
+            (yield f'row {n}', f'it has {len(row)-1+len(row[None])} cells, its header {len(row)-1}'
+             if None in row else row)
+    except csv.Error as e:
+        raise SLMError(f"cannot read '{path}' behind row {n} ({e}): fetch it again") from None
 
 # %% ../../nbs/03_data.corpus.ipynb #d84fcb2e
 def _is_text(t):
@@ -380,12 +422,14 @@ def _weight(a):
     if pa.types.is_struct(t): return sum(map(_weight, a.flatten()))
     return a.nbytes
 
+# %% ../../nbs/03_data.corpus.ipynb #ef07741e
 def _batch_rows(b):
     "Rows of an Arrow batch as dicts, or what is wrong with them"
     try:
         why = TOO_LONG if sum(map(_weight, b.columns)) > LONGEST else None
         if not why: yield from b.to_pylist(); return
-    except (ValueError, OverflowError) as e: why = 'it is not valid UTF-8' if isinstance(e, UnicodeDecodeError) else _brief(e)
+    except (ValueError, OverflowError) as e:
+        why = 'it is not valid UTF-8' if isinstance(e, UnicodeDecodeError) else _brief(e)
     half = b.num_rows//2
     if half: yield from _batch_rows(b[:half]); yield from _batch_rows(b[half:])
     else: yield why
@@ -400,21 +444,28 @@ with pq.ParquetFile(sys.argv[1]) as f:
 @functools.lru_cache(256)
 def _survives(path, size, changed):
     "Does a process live on that reads the footer of this parquet file?"
-    return subprocess.run([sys.executable, '-I', '-c', _FOOTER, path], stdin=subprocess.DEVNULL, capture_output=True).returncode in (0, 1)
+    return subprocess.run([sys.executable, '-I', '-c', _FOOTER, path],
+                          stdin=subprocess.DEVNULL, capture_output=True).returncode in (0, 1)
 
+# %% ../../nbs/03_data.corpus.ipynb #304f7940
 def _open_parquet(path):
-    "A parquet file whose texts are kept in dictionaries; raises `SLMError` for one that unpacks to far more than it is"
+    """A parquet file whose texts are kept in dictionaries; raises `SLMError` for one that
+    unpacks to far more than it is"""
     s = os.stat(path)
-    if not _survives(os.path.abspath(path), s.st_size, s.st_mtime_ns): raise OSError('its footer contradicts itself')
+    if not _survives(os.path.abspath(path), s.st_size, s.st_mtime_ns):
+        raise OSError('its footer contradicts itself')
     with pq.ParquetFile(path) as f:
         columns = [f.schema.column(i) for i in range(len(f.schema))]
         for g in map(f.metadata.row_group, range(f.num_row_groups)):
             for c in map(g.column, range(g.num_columns)):
                 if c.total_uncompressed_size > max(1<<30, 100*c.total_compressed_size):
-                    raise SLMError(f"'{path}' unpacks {c.total_compressed_size:,} bytes to {c.total_uncompressed_size:,} in one row group: "
+                    raise SLMError(f"'{path}' unpacks {c.total_compressed_size:,} "
+                                   f"bytes to {c.total_uncompressed_size:,} in one row group: "
                                    'write it again in smaller ones')
-    return pq.ParquetFile(path, read_dictionary=[c.path for c in columns if c.physical_type == 'BYTE_ARRAY'])
+    return pq.ParquetFile(path, read_dictionary=[c.path for c in columns
+                                                 if c.physical_type == 'BYTE_ARRAY'])
 
+# %% ../../nbs/03_data.corpus.ipynb #4a3a1efe
 @contextlib.contextmanager
 def _parquet(path, opener=_open_parquet):
     "The file open; faults of it are `SLMError`"
@@ -422,8 +473,10 @@ def _parquet(path, opener=_open_parquet):
     try:
         with opener(path) as f: yield f
     except (pa.ArrowException, OSError, MemoryError, UnicodeDecodeError) as e:
-        raise SLMError(f"'{path}' is not a readable parquet file ({_brief(e)}): fetch it again") from None
+        raise SLMError(f"'{path}' is not a readable parquet file ({_brief(e)}): "
+                       "fetch it again") from None
 
+# %% ../../nbs/03_data.corpus.ipynb #9858281f
 def _parquet_rows(path, columns=None):
     "Rows of a parquet file, or of some of its columns"
     with _parquet(path) as f:
@@ -435,30 +488,44 @@ def _parquet_rows(path, columns=None):
 def _hub_rows(spec):
     "Stream a data set of the hub"
     import datasets
-    repo,_,split = spec.partition(':'); owner,_,rest = repo.partition('/'); name,_,config = rest.partition('/')
-    if not name: raise SLMError(f"'hf:{spec}' is not a data set: write hf:OWNER/NAME[/CONFIG][:SPLIT]")
+    repo,_,split = spec.partition(':')
+    owner,_,rest = repo.partition('/')
+    name,_,config = rest.partition('/')
+    if not name:
+        raise SLMError(f"'hf:{spec}' is not a data set: write hf:OWNER/NAME[/CONFIG][:SPLIT]")
     try:
-        rows = datasets.load_dataset(f'{owner}/{name}', config or None, split=split or 'train', streaming=True)
+        rows = datasets.load_dataset(f'{owner}/{name}', config or None,
+                                     split=split or 'train', streaming=True)
         for i,r in enumerate(rows, 1): yield f'row {i}', r
     except Exception as e:
-        raise SLMError(f"cannot read data set '{owner}/{name}' ({_brief(e)}): connect, or give a file or world") from None
+        raise SLMError(f"cannot read data set '{owner}/{name}' ({_brief(e)}): "
+                       "connect, or give a file or world") from None
 
+# %% ../../nbs/03_data.corpus.ipynb #8d624c4e
 def read_rows(
-    source:str|Path, # .jsonl, .json (an array or lines), .csv, .tsv (all of them also gzipped), .parquet; or hf:OWNER/NAME[/CONFIG][:SPLIT]
+    # .jsonl, .json (an array or lines), .csv, .tsv (all of them also gzipped), .parquet; or
+    # hf:OWNER/NAME[/CONFIG][:SPLIT]
+    source:str|Path,
     errors:str='strict', # as in `read_text`
 )->Iterator[tuple[str,dict|str]]: # where ('line 3'), and the row, or what is wrong with it
     "Stream rows; raises `SLMError` when the source cannot be read."
     if str(source).startswith('hf:'): yield from _hub_rows(str(source)[3:]); return
-    if not Path(source).exists(): raise SLMError(f"no file '{source}': give a .jsonl, .json, .csv or .parquet file, or hf:OWNER/NAME")
+    if not Path(source).exists():
+        raise SLMError(f"no file '{source}': give a .jsonl, .json, "
+                       ".csv or .parquet file, or hf:OWNER/NAME")
     kind = Path(str(source).lower().removesuffix('.gz')).suffix
     if kind == '.parquet': yield from _parquet_rows(source)
-    elif kind in ('.csv', '.tsv'): yield from _table_rows(source, errors, '\t' if kind == '.tsv' else ',')
+    elif kind in ('.csv', '.tsv'):
+        yield from _table_rows(source, errors, '\t' if kind == '.tsv' else ',')
     else: yield from (_array_rows if _is_array(source, errors) else _line_rows)(source, errors)
 
+# %% ../../nbs/03_data.corpus.ipynb #42dfbe75
 def _is_array(path, errors):
     blocks = _blocks(path, errors, 4096)
-    with contextlib.closing(blocks): return next((b.lstrip()[0] for b in blocks if b.strip()), '') == '['
+    with contextlib.closing(blocks):
+        return next((b.lstrip()[0] for b in blocks if b.strip()), '') == '['
 
+# %% ../../nbs/03_data.corpus.ipynb #2da383a0
 def left_out(
     name:str, # of the source
     rejects:list[tuple[str,str]], # where, and why
@@ -467,7 +534,8 @@ def left_out(
     "What was left out, in a few lines."
     if not rejects: return ''
     more = [f'  and {len(rejects)-n:,} more'] if len(rejects) > n else []
-    return '\n'.join([f'{len(rejects):,} rows of {name} left out:', *(f'  {w}: {why}' for w,why in rejects[:n]), *more])
+    return '\n'.join([f'{len(rejects):,} rows of {name} left out:',
+                      *(f'  {w}: {why}' for w,why in rejects[:n]), *more])
 
 # %% ../../nbs/03_data.corpus.ipynb #d1f0a014
 def text_column(
@@ -480,36 +548,43 @@ def text_column(
     if want and want in names: return want
     if not want and 'text' in (*names, *empty): return 'text'
     if not want and len(names) == 1: return names[0]
-    there = f"its text columns are {_brief(', '.join(map(str, names)))}" if names else 'it has no text columns'
+    there = (f"its text columns are {_brief(', '.join(map(str, names)))}" if names
+             else 'it has no text columns')
     raise SLMError(f"{where} has no column '{want or 'text'}': {there}")
 
+# %% ../../nbs/03_data.corpus.ipynb #74d36751
 def _choose(rows, where, want=None):
     "The text column of rows, by the names of the first thousand, and all rows again"
     head, seen, size = [], {}, 0 # seen: does a column hold text anywhere?
     for at,row in itertools.islice(rows := iter(rows), 1000):
         head.append((at, row)); size += len(row) if isinstance(row, str) else 0
         for k,v in row.items() if isinstance(row, dict) else ():
-            seen[k] = seen.get(k, False) or isinstance(v, str); size += len(v) if isinstance(v, str) else 0
+            seen[k] = seen.get(k, False) or isinstance(v, str)
+            size += len(v) if isinstance(v, str) else 0
         if size > LONGEST: break
     empty = [k for k,text in seen.items() if not text]
     if seen: want = text_column([k for k,text in seen.items() if text], where, want, empty)
     return want or 'text', itertools.chain(head, rows)
 
+# %% ../../nbs/03_data.corpus.ipynb #6b0d0429
 def text_rows(
     path:str|Path, # what `read_rows` takes
     errors:str='strict', # as in `read_text`
 )->tuple[str,Iterator[tuple[str,dict|str]]]: # the text column, and the rows
     "Rows of a file, and which of their columns is the text; raises `SLMError` when none is."
-    if not str(path).lower().endswith('.parquet'): return _choose(read_rows(path, errors), f"'{path}'")
+    if not str(path).lower().endswith('.parquet'):
+        return _choose(read_rows(path, errors), f"'{path}'")
     with _parquet(path) as f: kinds = {c.name: c.type for c in f.schema_arrow}
     names = [k for k,t in kinds.items() if _is_text(t)]
     col = text_column(names, f"'{path}'", empty=[k for k,t in kinds.items() if pa.types.is_null(t)])
     return col, _parquet_rows(path, [col])
 
+# %% ../../nbs/03_data.corpus.ipynb #00683c71
 def _text_of(row, col, where):
     "The text of a row; raises `SLMError` when it is something else"
     if isinstance(row, str): raise SLMError(f'{where}: {row}: mend or remove that row')
-    if not isinstance(doc := row.get(col), str|None): raise SLMError(f"{where}: '{col}' is not text but {type(doc).__name__}")
+    if not isinstance(doc := row.get(col), str|None):
+        raise SLMError(f"{where}: '{col}' is not text but {type(doc).__name__}")
     return doc
 
 # %% ../../nbs/03_data.corpus.ipynb #21df1295
@@ -547,17 +622,21 @@ OFFLINE = "'world', 'pydocs', 'files:GLOB' or 'shakespeare:PATH'"
 
 # %% ../../nbs/03_data.corpus.ipynb #8897dbaa
 def get_source(
-    spec:str, # 'pydocs', 'tinystories', 'files:GLOB', 'hf:OWNER/NAME[/CONFIG][:COLUMN]', 'shakespeare[:PATH]', …
+    # 'pydocs', 'tinystories', 'files:GLOB',
+    # 'hf:OWNER/NAME[/CONFIG][:COLUMN]', 'shakespeare[:PATH]', …
+    spec:str,
 )->Source: # a copy, ready to be read
     "The source that `spec` names; raises `SLMError` that lists what there is."
     name, colon, arg = spec.partition(':')
     if name not in SOURCES:
         near = difflib.get_close_matches(name.lower(), SOURCES, 2, .5)
-        hint = (f"did you mean 'files:{spec}'?" if _glob(spec) or '*' in spec else
-                f"did you mean {' or '.join(map(repr, near))}?" if near else 'there are ' + ', '.join(s.usage for s in SOURCES.values()))
+        hint = (f"did you mean 'files:{spec}'?" if _glob(spec) or '*' in spec
+                else f"did you mean {' or '.join(map(repr, near))}?" if near
+                else 'there are ' + ', '.join(s.usage for s in SOURCES.values()))
         raise SLMError(f"unknown corpus '{spec}': {hint}")
     src = SOURCES[name]
-    if colon and ':' not in src.usage: raise SLMError(f"corpus '{name}' takes nothing after its name: write '{src.usage}'")
+    if colon and ':' not in src.usage:
+        raise SLMError(f"corpus '{name}' takes nothing after its name: write '{src.usage}'")
     if not arg and ':' in src.usage and '[' not in src.usage.partition(':')[0]:
         raise SLMError(f"corpus '{spec}' is incomplete: write '{src.usage}'")
     return replace(src, arg=arg, inputs=[], columns=Counter(), left=[])
@@ -565,10 +644,14 @@ def get_source(
 # %% ../../nbs/03_data.corpus.ipynb #c3f6ba34
 def _glob(pattern):
     "The files that a pattern names; brackets in the part of it that exists are no pattern"
-    path = Path(os.path.expanduser(pattern)); here = next(p for p in (path, *path.parents) if p.exists())
-    pattern = os.path.join(*([] if here == Path() else [glob.escape(str(here))]), str(path.relative_to(here)))
-    return sorted(p for p in glob.glob(pattern.removesuffix('/.'), recursive=True) if not os.path.isdir(p))
+    path = Path(os.path.expanduser(pattern))
+    here = next(p for p in (path, *path.parents) if p.exists())
+    pattern = os.path.join(*([] if here == Path() else [glob.escape(str(here))]),
+                           str(path.relative_to(here)))
+    return sorted(p for p in glob.glob(pattern.removesuffix('/.'), recursive=True)
+                  if not os.path.isdir(p))
 
+# %% ../../nbs/03_data.corpus.ipynb #03baca04
 def _find_files(src):
     "The files that the glob names, with size and SHA-256"
     paths = _glob(src.arg)
@@ -579,12 +662,17 @@ def _find_files(src):
         raise SLMError(f"no file matches '{src.arg}': {hint}")
     root = os.path.commonpath([os.path.dirname(os.path.abspath(p)) for p in paths]); src.inputs = []
     for p in paths:
-        with _open(p) as f: raw = f.fileobj if isinstance(f, gzip.GzipFile) else f; sha = hashlib.file_digest(raw, 'sha256').hexdigest()
-        src.inputs.append(dict(name=os.path.relpath(os.path.abspath(p), root), bytes=os.path.getsize(p), sha256=sha))
-    src.size = None if any(p.endswith(('.gz', '.parquet')) for p in paths) else sum(i['bytes'] for i in src.inputs)
+        with _open(p) as f:
+            raw = f.fileobj if isinstance(f, gzip.GzipFile) else f
+            sha = hashlib.file_digest(raw, 'sha256').hexdigest()
+        src.inputs.append(dict(name=os.path.relpath(os.path.abspath(p), root),
+                               bytes=os.path.getsize(p), sha256=sha))
+    src.size = None if any(p.endswith(('.gz', '.parquet'))
+                           for p in paths) else sum(i['bytes'] for i in src.inputs)
     src.name = 'files:' + '/'.join(Path(src.arg).parts[-2:]).lstrip('/')
     return dict(inputs=src.inputs)
 
+# %% ../../nbs/03_data.corpus.ipynb #0d274f95
 def _read_files(src):
     "Stream all documents of all files"
     size = max(512, min(8192, sum(i['bytes'] for i in src.inputs)//50))
@@ -597,26 +685,33 @@ def _read_files(src):
             if row == HALF: src.left.append((f"'{name}' {where}", row))
             else: yield name, _text_of(row, col, f"'{p}' {where}")
 
-SOURCES['files'] = Source(
-    'files', 'files:GLOB', 'Your own files: txt, md and other plain text, jsonl, json, csv, parquet; also gzipped.', 'local files',
-    'unknown: yours to state', _read_files, _find_files, filters='plain text is cut into documents at paragraph boundaries',
-    gaps='whatever the files lack')
+# %% ../../nbs/03_data.corpus.ipynb #20c06456
+SOURCES['files'] = Source('files', 'files:GLOB', 'Your own files: '
+                          'txt, md and other plain text, jsonl, json, csv, parquet; also gzipped.',
+                          'local files', 'unknown: yours to state', _read_files, _find_files,
+                          filters='plain text is cut into documents at paragraph boundaries',
+                          gaps='whatever the files lack')
 
 # %% ../../nbs/03_data.corpus.ipynb #0931090e
-_SHAKESPEARE = 'https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/input.txt'
+_SHAKESPEARE = (
+    'https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/input.txt')
 
 def _download(url, timeout=15):
     try: return urllib.request.urlopen(url, timeout=timeout).read()
     except OSError as e:
-        raise SLMError(f"cannot download {url} ({getattr(e, 'reason', e)}): connect, or use an offline corpus: {OFFLINE}") from None
+        raise SLMError(f"cannot download {url} ({getattr(e, 'reason', e)}): "
+                       f"connect, or use an offline corpus: {OFFLINE}") from None
 
 def _same(sha, src, where, hint):
     "Raise `SLMError` unless `sha` is the one on the card"
-    if sha != src.sha256: raise SLMError(f"{where} is not the file that everyone compares with "
-                                         f"(SHA-256 {sha[:12]}…, expected {src.sha256[:12]}…): {hint}")
+    if sha != src.sha256:
+        raise SLMError(f"{where} is not the file that everyone compares with "
+                       f"(SHA-256 {sha[:12]}…, expected {src.sha256[:12]}…): {hint}")
 
+# %% ../../nbs/03_data.corpus.ipynb #9ef58826
 def _find_shakespeare(src):
-    "Take the file from the path given, from an earlier download, or from its address; check what it is"
+    """Take the file from the path given, from an earlier
+    download, or from its address; check what it is"""
     if not src.arg and not (p := slm_home()/'downloads'/'tinyshakespeare.txt').exists():
         data = _download(_SHAKESPEARE)
         _same(hashlib.sha256(data).hexdigest(), src, _SHAKESPEARE, "use 'shakespeare:PATH'")
@@ -628,25 +723,34 @@ def _find_shakespeare(src):
 
 def _read_shakespeare(src): yield 'tinyshakespeare', Path(src.arg).read_bytes().decode()
 
+# %% ../../nbs/03_data.corpus.ipynb #07db5d33
 SOURCES['shakespeare'] = Source(
-    'shakespeare', 'shakespeare[:PATH]', 'Plays of Shakespeare, the 1.1 MB file of char-rnn and nanoGPT.', _SHAKESPEARE, 'public domain',
-    _read_shakespeare, _find_shakespeare, sha256='86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2dc565ed',
-    filters='none: every character as in the file', gaps='only 40,000 lines of the plays', split='contiguous', val_frac=.1, normal=False)
+    'shakespeare', 'shakespeare[:PATH]', 'Plays of Shakespeare, '
+    'the 1.1 MB file of char-rnn and nanoGPT.', _SHAKESPEARE, 'public domain', _read_shakespeare,
+    _find_shakespeare, sha256='86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2dc565ed',
+    filters='none: every character as in the file', gaps='only 40,000 lines of the plays',
+    split='contiguous', val_frac=.1, normal=False)
 
 # %% ../../nbs/03_data.corpus.ipynb #b4236d16
-_PYDOCS = dict(numpy=[''], pandas=[''], scipy=[''], matplotlib=[''], pyarrow=[''], datasets=[''], huggingface_hub=[''],
+_PYDOCS = dict(numpy=[''], pandas=[''], scipy=[''], matplotlib=[''],
+               pyarrow=[''], datasets=[''], huggingface_hub=[''],
                torch=['nn', 'optim', 'utils/data', 'distributions', 'autograd'])
-_NO_DOCS = {'test', 'tests', 'testing', '_testing', '__pycache__', 'site-packages', 'dist-packages', 'idlelib', 'lib2to3', 'turtledemo',
+_NO_DOCS = {'test', 'tests', 'testing', '_testing', '__pycache__',
+            'site-packages', 'dist-packages', 'idlelib', 'lib2to3', 'turtledemo',
             'ensurepip', 'pydoc_data', '_vendor', '_externals', 'externals', 'vendored'}
 
 def _documented(node):
-    "`node` and the classes and functions inside it, in the order of the source; expressions are not looked into"
-    if isinstance(node, (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)): yield node
+    """`node` and the classes and functions inside it, in the order
+    of the source; expressions are not looked into"""
+    if isinstance(node, (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)):
+        yield node
     for part in ('body', 'handlers', 'orelse', 'finalbody'):
         for child in getattr(node, part, ()):
-            if isinstance(child, (ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef, ast.If, ast.Try, ast.With, ast.ExceptHandler)):
+            if isinstance(child, (ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef,
+                                  ast.If, ast.Try, ast.With, ast.ExceptHandler)):
                 yield from _documented(child)
 
+# %% ../../nbs/03_data.corpus.ipynb #85da0365
 def _docstrings(root, least=200):
     "The docstrings under a folder, in order of path and line"
     for here, folders, files in os.walk(root):
@@ -663,9 +767,11 @@ def _pydocs_packages(src):
     "Which packages are here, in which version"
     src.revision = dict(python=sysconfig.get_python_version())
     for p in _PYDOCS:
-        with contextlib.suppress(metadata.PackageNotFoundError): src.revision[p] = metadata.version(p)
+        with contextlib.suppress(metadata.PackageNotFoundError):
+            src.revision[p] = metadata.version(p)
     return dict(versions=src.revision)
 
+# %% ../../nbs/03_data.corpus.ipynb #74d93c0f
 def _read_pydocs(src):
     from pydoc_data.topics import topics
     for t in topics.values(): yield 'help topics', t
@@ -677,11 +783,15 @@ def _read_pydocs(src):
             for part in parts:
                 for d in _docstrings(Path(spec.submodule_search_locations[0])/part): yield p, d
 
-SOURCES['pydocs'] = Source(
-    'pydocs', 'pydocs', 'English technical prose that every installation has: help topics and docstrings.',
-    'https://docs.python.org and the installed packages', 'PSF-2.0 (Python); BSD-3-Clause, Apache-2.0, PSF-based (packages)',
-    _read_pydocs, _pydocs_packages, filters='docstrings under 200 characters',
-    gaps='differs with the versions installed; tables, signatures and code among the prose; no fiction, no dialogue')
+# %% ../../nbs/03_data.corpus.ipynb #2f3b3b54
+SOURCES['pydocs'] = Source('pydocs', 'pydocs', 'English technical '
+                           'prose that every installation has: help topics and docstrings.',
+                           'https://docs.python.org and the installed packages',
+                           'PSF-2.0 (Python); BSD-3-Clause, Apache-2.0, PSF-based (packages)',
+                           _read_pydocs, _pydocs_packages,
+                           filters='docstrings under 200 characters',
+                           gaps='differs with the versions installed; '
+                           'tables, signatures and code among the prose; no fiction, no dialogue')
 
 # %% ../../nbs/03_data.corpus.ipynb #f0d34b9c
 def _world():
@@ -696,35 +806,46 @@ SOURCES['world'] = Source(
 # %% ../../nbs/03_data.corpus.ipynb #d385f816
 class _BrokenOff(SLMError): "A source cannot be read now, or no further: another time it may be."
 
+# %% ../../nbs/03_data.corpus.ipynb #b72df6fc
 def _hub_info(repo, revision=None, timeout=10):
-    "What the hub says about a data set; raises `SLMError` when it is not there or the hub cannot be reached"
+    """What the hub says about a data set; raises `SLMError` when
+    it is not there or the hub cannot be reached"""
     from huggingface_hub import HfApi
-    from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError, RevisionNotFoundError, HFValidationError
+    from huggingface_hub.errors import (GatedRepoError, RepositoryNotFoundError,
+        RevisionNotFoundError, HFValidationError)
     try: return HfApi().dataset_info(repo, revision=revision, timeout=timeout)
     except GatedRepoError:
-        raise SLMError(f"data set '{repo}' is gated: accept its terms at https://huggingface.co/datasets/{repo}, "
-                       "then `hf auth login`") from None
+        raise SLMError(f"data set '{repo}' is gated: accept its terms "
+                       f"at https://huggingface.co/datasets/{repo}, then `hf auth login`") from None
     except (RepositoryNotFoundError, HFValidationError):
-        raise SLMError(f"the hub has no public data set '{repo}': check the spelling OWNER/NAME") from None
-    except RevisionNotFoundError: raise SLMError(f"data set '{repo}' has no revision '{revision}'") from None
+        raise SLMError(f"the hub has no public data set '{repo}': "
+                       "check the spelling OWNER/NAME") from None
+    except RevisionNotFoundError:
+        raise SLMError(f"data set '{repo}' has no revision '{revision}'") from None
     except Exception as e:
         raise _BrokenOff(f"cannot reach the Hugging Face hub for '{repo}' ({_brief(e)}): "
                        f"connect, or use an offline corpus: {OFFLINE}") from None
 
 # %% ../../nbs/03_data.corpus.ipynb #53596639
 def _cannot_stream(src, e):
-    return _BrokenOff(f"cannot stream '{src.arg}' ({_brief(e)}): try again, or use an offline corpus: {OFFLINE}")
+    return _BrokenOff(f"cannot stream '{src.arg}' ({_brief(e)}): "
+                      f"try again, or use an offline corpus: {OFFLINE}")
 
+# %% ../../nbs/03_data.corpus.ipynb #718ef8d4
 def _open_hub(src):
     "A hub data set's train split as a stream, at `src.begin`"
     import datasets
     try:
-        ds = datasets.load_dataset(src.arg, src.config, split='train', streaming=True, revision=src.revision)
+        ds = datasets.load_dataset(src.arg, src.config, split='train',
+                                   streaming=True, revision=src.revision)
         if 'place' in (src.begin or {}): ds.load_state_dict(src.begin['place']['state'])
         return ds
-    except ValueError as e: raise SLMError(f"cannot open data set '{src.arg}' ({_brief(e)}): write hf:OWNER/NAME/CONFIG:COLUMN") from None
+    except ValueError as e:
+        raise SLMError(f"cannot open data set '{src.arg}' ({_brief(e)}): "
+                       "write hf:OWNER/NAME/CONFIG:COLUMN") from None
     except Exception as e: raise _cannot_stream(src, e) from None
 
+# %% ../../nbs/03_data.corpus.ipynb #cc4bc7d3
 def _rows(src):
     "Stream the text column of a hub data set's train split"
     ds, place = _open_hub(src), (src.begin or {}).get('place', {}); read = place.get('rows', 0)
@@ -735,15 +856,19 @@ def _rows(src):
             try: row = next(rows, None)
             except Exception as e:
                 if not read: raise _cannot_stream(src, e) from None
-                if broken == read: raise _BrokenOff(f"'{src.arg}' broke off after {read:,} rows ({_brief(e)}): run it again") from None
+                if broken == read:
+                    raise _BrokenOff(f"'{src.arg}' broke off after {read:,} rows ({_brief(e)}): "
+                                     "run it again") from None
                 broken = read; ds.load_state_dict(ds.state_dict()); rows = iter(ds); continue
             if row is None: break
             read += 1; yield f'row {read}', row
         if not read: raise SLMError(f"data set '{src.arg}' has no rows in its train split")
     given = read
-    col, found = (place['column'], each()) if place else _choose(each(), f"data set '{src.arg}'", src.column)
+    col, found = (place['column'],
+                  each()) if place else _choose(each(), f"data set '{src.arg}'", src.column)
     src.columns[col] += 1
-    src.place = lambda: dict(state=ds.state_dict(), rows=read, column=col) if given == read else None
+    src.place = lambda: dict(state=ds.state_dict(), rows=read,
+                             column=col) if given == read else None
     for where,row in found: given += 1; yield _text_of(row, col, f"'{src.arg}' {where}")
 
 # %% ../../nbs/03_data.corpus.ipynb #f1735d64
@@ -752,16 +877,20 @@ def _find_hub(src):
     if src.name == 'hf':
         repo, _, src.column = src.arg.partition(':'); src.column = src.column or None
         parts = repo.split('/')
-        if len(parts) not in (2, 3) or not all(parts): raise SLMError(f"'hf:{src.arg}' is not a data set: write {src.usage}")
+        if len(parts) not in (2, 3) or not all(parts):
+            raise SLMError(f"'hf:{src.arg}' is not a data set: write {src.usage}")
         src.arg, src.config = '/'.join(parts[:2]), parts[2] if len(parts) == 3 else None
         src.name, src.origin = f'hf:{src.arg}', f'https://huggingface.co/datasets/{src.arg}'
     return dict(repo=src.arg, config=src.config, column=src.column, revision=src.revision)
 
+# %% ../../nbs/03_data.corpus.ipynb #28ddf22d
 def _read_hub(src):
-    src.revision = (src.begin or {}).get('revision') or src.revision # an interrupted reading goes on in what it began
+    # an interrupted reading goes on in what it began
+    src.revision = (src.begin or {}).get('revision') or src.revision
     info = _hub_info(src.arg, src.revision); src.revision = info.sha
     lic = (info.card_data or {}).get('license')
-    if lic and src.license.startswith('unknown'): src.license = lic if isinstance(lic, str) else ', '.join(lic)
+    if lic and src.license.startswith('unknown'):
+        src.license = lic if isinstance(lic, str) else ', '.join(lic)
     for text in _rows(src): yield f'{src.arg}' + (f' {src.config}' if src.config else ''), text
 
 # %% ../../nbs/03_data.corpus.ipynb #9f1f1aa9
@@ -777,39 +906,50 @@ def _read_wikitext(src):
     items = _read_hub(src); where, first = next(items); src.place = None # an article is many rows
     for text in _articles(itertools.chain([first], (t for _,t in items))): yield where, text
 
+# %% ../../nbs/03_data.corpus.ipynb #58539669
 def _hub(name, repo, about, license, config=None, read=_read_hub, **kw):
     "Register a data set of the hub"
-    SOURCES[name] = Source(name, name, about, f'https://huggingface.co/datasets/{repo}', license, read,
-                           lambda src: (setattr(src, 'arg', repo), _find_hub(src))[1], config=config, column='text', **kw)
+    SOURCES[name] = Source(name, name, about, f'https://huggingface.co/datasets/{repo}', license,
+                           read, lambda src: (setattr(src, 'arg', repo), _find_hub(src))[1],
+                           config=config, column='text', **kw)
 
 # %% ../../nbs/03_data.corpus.ipynb #e27ff9aa
-_hub('tinystories', 'roneneldan/TinyStories', 'Two million short stories in the words of a four-year-old, written by GPT-3.5 and GPT-4.',
-     'CDLA-Sharing-1.0', filters="only the hub's train split is read",
-     gaps='many near-duplicates; some quotes were decoded wrongly; machine-written, so narrow in theme')
-_hub('fineweb-edu', 'HuggingFaceFW/fineweb-edu', 'Web pages that a classifier found educational; the sample of ten billion tokens.',
-     'ODC-By-1.0', config='sample-10BT', max_bytes=2_000_000_000, filters='the first 2 GB, unless max_bytes says otherwise',
+_hub('tinystories', 'roneneldan/TinyStories',
+     'Two million short stories in the words of a four-year-old, written by GPT-3.5 and GPT-4.',
+     'CDLA-Sharing-1.0', filters="only the hub's train split is read", gaps='many near-duplicates; '
+     'some quotes were decoded wrongly; machine-written, so narrow in theme')
+_hub('fineweb-edu', 'HuggingFaceFW/fineweb-edu', 'Web pages that a classifier found educational; '
+     'the sample of ten billion tokens.', 'ODC-By-1.0', config='sample-10BT',
+     max_bytes=2_000_000_000, filters='the first 2 GB, unless max_bytes says otherwise',
      gaps='English only; web text: errors, opinions, personal names')
-_hub('wikitext', 'Salesforce/wikitext', 'Verified good and featured articles of Wikipedia, 103 million words.', 'CC-BY-SA-3.0 and GFDL',
-     config='wikitext-103-raw-v1', read=_read_wikitext, revision='b08601e04326c79dfdd32d625aee71d232d685c3',
-     filters="only the hub's train split; lines joined into articles", gaps='marks such as @-@ and spaces before punctuation remain')
-_hub('wikipedia', 'wikimedia/wikipedia', 'The English Wikipedia of 1 November 2023, cleaned of markup.', 'CC-BY-SA-3.0 and GFDL',
-     config='20231101.en', max_bytes=2_000_000_000, filters='the first 2 GB, unless max_bytes says otherwise',
+_hub('wikitext', 'Salesforce/wikitext', 'Verified good and featured articles of Wikipedia, '
+     '103 million words.', 'CC-BY-SA-3.0 and GFDL', config='wikitext-103-raw-v1',
+     read=_read_wikitext, revision='b08601e04326c79dfdd32d625aee71d232d685c3',
+     filters="only the hub's train split; lines joined into articles",
+     gaps='marks such as @-@ and spaces before punctuation remain')
+_hub('wikipedia', 'wikimedia/wikipedia', 'The English Wikipedia of 1 November 2023, '
+     'cleaned of markup.', 'CC-BY-SA-3.0 and GFDL', config='20231101.en',
+     max_bytes=2_000_000_000, filters='the first 2 GB, unless max_bytes says otherwise',
      gaps='tables, formulas and lists were lost in cleaning')
-SOURCES['hf'] = Source(
-    'hf', 'hf:OWNER/NAME[/CONFIG][:COLUMN]', 'Any data set of the Hugging Face hub that has a text column.',
-    'https://huggingface.co/datasets', "unknown: read the data set's page", _read_hub, _find_hub,
-    filters="only the hub's train split is read", gaps="read the data set's page")
+SOURCES['hf'] = Source('hf', 'hf:OWNER/NAME[/CONFIG][:COLUMN]',
+                       'Any data set of the Hugging Face hub that has a text column.',
+                       'https://huggingface.co/datasets', "unknown: read the data set's page",
+                       _read_hub, _find_hub, filters="only the hub's train split is read",
+                       gaps="read the data set's page")
 
 # %% ../../nbs/03_data.corpus.ipynb #847870fe
 def _text_batches(
     src:Source, # where to read; from `src.begin` on
     size:int=1<<20, # characters in a batch
-)->Iterator[tuple[list[str], list[str], dict]]: # names of places, texts as they come, and where reading is behind them
+    # names of places, texts as they come, and where reading is behind them
+)->Iterator[tuple[list[str], list[str], dict]]:
     "Collect a source's texts into batches; an empty text is `''`."
     texts, begin = src.read(src), src.begin or {}; at = begin.get('texts', 0)
-    if 'place' not in begin: next(itertools.islice(texts, at, at), None) # read again what is there already
+    # read again what is there already
+    if 'place' not in begin: next(itertools.islice(texts, at, at), None)
     where, batch, n = [], [], 0
-    known = lambda: dict(texts=at, left=len(src.left), columns=dict(src.columns), revision=src.revision, license=src.license)
+    known = lambda: dict(texts=at, left=len(src.left), columns=dict(src.columns),
+                         revision=src.revision, license=src.license)
     behind = lambda: known() | (dict(place=p) if src.place and (p := src.place()) else {})
     for w,text in texts:
         at += 1; where.append(w); batch.append(text or ''); n += len(batch[-1])+1
@@ -821,7 +961,8 @@ def _prepare(
     where:list[str], texts:list[str], # a batch
     normal:bool, # normalise?
     near:bool, # compute bands?
-)->tuple[list[str], list[bytes], np.ndarray, np.ndarray, Counter]: # places, documents, their keys and bands; counts of repaired and blank
+    # places, documents, their keys and bands; counts of repaired and blank
+)->tuple[list[str], list[bytes], np.ndarray, np.ndarray, Counter]:
     "Make a batch ready for the stage."
     kept, tally = [], Counter()
     for w,text in zip(where, texts):
@@ -830,8 +971,10 @@ def _prepare(
         if not doc or doc.isspace(): tally['blank'] += 1
         else: kept.append((w, doc.encode()))
     docs = [d for _,d in kept]; keys = doc_keys(docs)
-    return [w for w,_ in kept], docs, keys, band_keys(docs, keys) if near and docs else np.empty((len(docs), 0), np.uint64), tally
+    return [w for w,_ in kept], docs, keys, band_keys(docs, keys) if near and docs else np.empty(
+        (len(docs), 0), np.uint64), tally
 
+# %% ../../nbs/03_data.corpus.ipynb #bc45d454
 def _ahead(
     f:Callable, # what is done with each item, in a thread
     items:Iterable, # tuples: the arguments of `f`, and last what comes back beside its result
@@ -856,12 +999,18 @@ _TEXT = pa.schema([('text', pa.string())])
 
 def _discard(path):
     "Remove a stage; what is left of it, if that is cut short, is none"
-    if path.is_dir(): (path/'stage.json').unlink(missing_ok=True); shutil.rmtree(path, ignore_errors=True)
+    if path.is_dir():
+        (path/'stage.json').unlink(missing_ok=True)
+        shutil.rmtree(path, ignore_errors=True)
 
+# %% ../../nbs/03_data.corpus.ipynb #0d36d827
 class _Stage:
-    "Pass 1: all documents in a folder of parts, and what is needed to decide about them; goes on behind the parts that are finished."
-    def __init__(self, path:Path, near:bool, key:str=''): # near: are there bands? key: of the corpus that is built
-        self.path, self.near, self.key, self.file, self.rows, self.size = path, near, key, None, [], 0
+    """Pass 1: all documents in a folder of parts, and what is needed to decide about them; goes
+    on behind the parts that are finished."""
+    def __init__(self, path:Path, near:bool,
+                 key:str=''): # near: are there bands? key: of the corpus that is built
+        self.path, self.near, self.key, self.file = path, near, key, None
+        self.rows, self.size = [], 0
         state = self.found()
         if not state: _discard(path); path.mkdir(parents=True, exist_ok=True)
         self.parts, self.n_bytes, self.places, self.behind, self.done = (state.get(k, v) for k,v in
@@ -877,10 +1026,11 @@ class _Stage:
                 np.load(numbers, mmap_mode='r')
                 with pa.OSFile(str(text)) as f: pa.ipc.open_file(f)
             return state
-        except (SLMError, OSError, EOFError, ValueError, LookupError, TypeError, pa.ArrowException): return {}
+        except (SLMError, OSError, EOFError, ValueError, LookupError, TypeError, pa.ArrowException):
+            return {}
 
-    def files(self, i): return self.path/f'{i:05}.arrow', self.path/f'{i:05}.npy' # of part i: texts, numbers
-
+    # of part i: texts, numbers
+    def files(self, i): return self.path/f'{i:05}.arrow', self.path/f'{i:05}.npy'
 
 # %% ../../nbs/03_data.corpus.ipynb #e7e75fcf
 @patch
@@ -888,11 +1038,13 @@ def add(self:_Stage, where:list[str], docs:list[bytes], keys:np.ndarray, bands:n
     "Store one batch."
     if not docs: return
     if not self.file:
-        self.file = pa.ipc.new_file(str(self.files(self.parts)[0]), _TEXT, options=pa.ipc.IpcWriteOptions(compression='lz4'))
+        self.file = pa.ipc.new_file(str(self.files(self.parts)[0]),
+                                    _TEXT, options=pa.ipc.IpcWriteOptions(compression='lz4'))
     self.file.write_batch(pa.record_batch([pa.array(docs, pa.string())], schema=_TEXT))
     sizes = np.array([len(d) for d in docs], np.uint64)
     places = np.array([self.places.setdefault(w, len(self.places)) for w in where], np.uint64)
-    self.rows.append(np.vstack([keys, sizes, places, *bands.T])); self.size += (n := int(sizes.sum())); self.n_bytes += n
+    self.rows.append(np.vstack([keys, sizes, places, *bands.T]))
+    self.size += (n := int(sizes.sum())); self.n_bytes += n
 
 # %% ../../nbs/03_data.corpus.ipynb #0c160dd3
 @patch
@@ -904,13 +1056,15 @@ def end_part(self:_Stage,
     parts = self.parts
     if self.file:
         text, numbers = self.files(parts); self.file.close(); parts += 1; f = io.BytesIO()
-        np.save(f, np.concatenate(self.rows, 1))                                 # its own errors do not say that a disk is full
+        np.save(f, np.concatenate(self.rows, 1)) # its own errors do not say that a disk is full
         with atomic_file(numbers, 'wb') as to: to.write(f.getbuffer())
         with open(text, 'rb+') as f: os.fsync(f.fileno())
     state = {k: getattr(self, k) for k in ('key', 'n_bytes', 'places', 'tally')}
     write_json(self.path/'stage.json', state | dict(parts=parts, behind=behind, done=done))
-    self.parts, self.behind, self.done, self.file, self.rows, self.size = parts, behind, done, None, [], 0
+    self.parts, self.behind, self.done, self.file = parts, behind, done, None
+    self.rows, self.size = [], 0
 
+# %% ../../nbs/03_data.corpus.ipynb #096c2959
 @patch
 def abandon(self:_Stage):
     "Close the file, whatever state it is in."
@@ -918,10 +1072,12 @@ def abandon(self:_Stage):
 
 @patch
 def row(self:_Stage, k:int, dtype=np.uint64)->np.ndarray: # (n,)
-    "One number of each document, of all parts: 0 its key, 1 its size, 2 its place, 3 and more its bands."
+    """One number of each document, of all parts: 0 its key, 1
+    its size, 2 its place, 3 and more its bands."""
     rows = [np.load(self.files(i)[1], mmap_mode='r')[k].astype(dtype) for i in range(self.parts)]
     return np.concatenate(rows) if rows else np.empty(0, dtype)
 
+# %% ../../nbs/03_data.corpus.ipynb #71a2a4b7
 @patch
 def columns(self:_Stage)->Iterator[np.ndarray]:
     "The bands' keys, one band in memory at a time."
@@ -937,7 +1093,8 @@ def batches(self:_Stage)->Iterator[pa.Array]:
 
 # %% ../../nbs/03_data.corpus.ipynb #4574b5de
 def _buffer(texts:pa.Array):
-    "The UTF-8 of all documents of an Arrow array in one piece, and where each begins: (bytes,), (n+1,), no copy"
+    """The UTF-8 of all documents of an Arrow array in one piece,
+    and where each begins: (bytes,), (n+1,), no copy"""
     at = np.frombuffer(texts.buffers()[1], np.int32)[texts.offset:texts.offset+len(texts)+1]
     return np.frombuffer(texts.buffers()[2] or b'', np.uint8)[at[0]:at[-1]], at-at[0]
 
@@ -964,18 +1121,25 @@ def flush(self:_Shards):
     "Write a row group; begin another file when this one is full."
     if not self.rows: return
     if self.w is None:
-        self.files.append(dict(name=f'{self.split}-{len(self.files):05}.parquet', documents=0, bytes=0))
-        self.w = pq.ParquetWriter(self.path/self.files[-1]['name'], _TEXT, compression='zstd', use_dictionary=False,
-                                  write_statistics=False) # statistics would copy whole documents into the footer
+        self.files.append(dict(name=f'{self.split}-{len(self.files):05}.parquet',
+                               documents=0, bytes=0))
+        self.w = pq.ParquetWriter(
+            self.path/self.files[-1]['name'], _TEXT, compression='zstd', use_dictionary=False,
+            write_statistics=False) # statistics would copy whole documents into the footer
     self.w.write_table(pa.table([pa.chunked_array(self.rows)], schema=_TEXT))
-    f = self.files[-1]; f['documents'] += sum(map(len, self.rows)); f['bytes'] += self.n; self.rows, self.n = [], 0
+    f = self.files[-1]
+    f['documents'] += sum(map(len, self.rows))
+    f['bytes'] += self.n; self.rows, self.n = [], 0
     if f['bytes'] >= self.shard: self.close()
 
+# %% ../../nbs/03_data.corpus.ipynb #3d415b61
 @patch
 def close(self:_Shards):
     "End the current file."
     self.flush()
-    if self.w: self.w.close(); self.w = None; self.files[-1]['disk'] = (self.path/self.files[-1]['name']).stat().st_size
+    if self.w:
+        self.w.close(); self.w = None
+        self.files[-1]['disk'] = (self.path/self.files[-1]['name']).stat().st_size
 
 @patch
 def abandon(self:_Shards):
@@ -995,16 +1159,19 @@ def _decide(
     if dedup: fate[first_of(stage.keys) != n] = _EXACT
     return fate, group
 
+# %% ../../nbs/03_data.corpus.ipynb #60cd7fc8
 def _char_classes(
     hist:np.ndarray, # (256,) how often each byte value occurs in UTF-8 text
 )->dict[str,int]: # class -> characters
     "Characters by kind, from counts of bytes: in UTF-8 a character's first byte tells its length."
     of = lambda cs: int(hist[[ord(c) for c in cs]].sum())
-    letters = of(map(chr, [*range(65, 91), *range(97, 123)])); digits = of('0123456789'); space = of(' \n\t')
+    letters = of(map(chr, [*range(65, 91), *range(97, 123)]))
+    digits = of('0123456789'); space = of(' \n\t')
     return {'letters a–z': letters, 'digits': digits, 'spaces and line ends': space,
             'ASCII punctuation': int(hist[:128].sum())-letters-digits-space,
             'accents, Greek, Cyrillic, …': int(hist[0xc2:0xe0].sum()),
-            'other scripts, “quotes”, €': int(hist[0xe0:0xf0].sum()), 'emoji': int(hist[0xf0:].sum())}
+            'other scripts, “quotes”, €': int(hist[0xe0:0xf0].sum()),
+            'emoji': int(hist[0xf0:].sum())}
 
 # %% ../../nbs/03_data.corpus.ipynb #e81c1aa0
 def _statistics(stage, fate, shards, tally, examples)->dict:
@@ -1016,54 +1183,69 @@ def _statistics(stage, fate, shards, tally, examples)->dict:
     top = sorted(zip(stage.places, places.tolist()), key=lambda x: -x[1])
     if len(top) > 20: top = top[:19] + [(f'{len(top)-19} others', sum(b for _,b in top[19:]))]
     octave = np.bincount(np.log2(sizes[kept]).astype(int))
-    return dict(documents=per(lambda s: sum(f['documents'] for f in s.files)), bytes=per(lambda s: sum(f['bytes'] for f in s.files)),
+    return dict(documents=per(lambda s: sum(f['documents'] for f in s.files)),
+                bytes=per(lambda s: sum(f['bytes'] for f in s.files)),
         characters=per(lambda s: sum(_char_classes(s.hist).values())), words=per(lambda s: s.words),
         read=count(fate < 9), repaired=tally['repaired'],
-        dropped={'blank': dict(documents=tally['blank'], bytes=0), 'exact duplicate': count(fate == _EXACT),
+        dropped={'blank': dict(documents=tally['blank'], bytes=0),
+                 'exact duplicate': count(fate == _EXACT),
                  'near duplicate': count(fate == _NEAR)},
-        length=dict(quantiles={str(q): int(np.quantile(sizes[kept], q)) for q in (0, .1, .25, .5, .75, .9, 1)},
+        length=dict(quantiles={str(q): int(np.quantile(sizes[kept], q))
+                               for q in (0, .1, .25, .5, .75, .9, 1)},
                     octaves={str(2**i): int(n) for i,n in enumerate(octave) if n}),
-        classes=_char_classes(sum(s.hist for s in shards.values())), sources=dict(top), near_examples=examples)
+        classes=_char_classes(sum(s.hist for s in shards.values())),
+        sources=dict(top), near_examples=examples)
 
 # %% ../../nbs/03_data.corpus.ipynb #36339c81
 def _halves(batch, val_frac):
     "A text that is split where it stands: its two parts as two documents"
-    where, (text,), behind = batch; n = int(len(text)*(1-val_frac)); return where*2, [text[:n], text[n:]], behind
+    where, (text,), behind = batch; n = int(len(text)*(1-val_frac))
+    return where*2, [text[:n], text[n:]], behind
 
+# %% ../../nbs/03_data.corpus.ipynb #f54eb334
 def _pass1(src, stage, max_bytes, val_frac):
     "Read everything, or `max_bytes` of it, into the stage"
     src.begin = behind = stage.behind; batches = _text_batches(src, min(1<<20, PART))
     if src.split == 'contiguous': batches = (_halves(b, val_frac) for b in batches)
     ready = functools.partial(_prepare, normal=src.normal, near=stage.near)
-    with progress(total=min(filter(None, (src.size, max_bytes)), default=None), desc=f'reading {src.name}', unit='B',
-                  initial=stage.n_bytes) as bar:
+    with progress(total=min(filter(None, (src.size, max_bytes)), default=None),
+                  desc=f'reading {src.name}', unit='B', initial=stage.n_bytes) as bar:
         try:
             for (where, docs, keys, bands, tally), behind in _ahead(ready, batches, num_cpus()):
                 done = np.cumsum([len(d) for d in docs]) + stage.n_bytes; n = len(docs)
-                if full := bool(max_bytes and n and done[-1] >= max_bytes): n = max(int((done <= max_bytes).sum()), not stage.n_bytes)
-                stage.add(where[:n], docs[:n], keys[:n], bands[:n]); stage.tally.update(tally); bar.update(stage.n_bytes-bar.n)
+                if full := bool(max_bytes and n and done[-1] >= max_bytes):
+                    n = max(int((done <= max_bytes).sum()), not stage.n_bytes)
+                stage.add(where[:n], docs[:n], keys[:n], bands[:n])
+                stage.tally.update(tally); bar.update(stage.n_bytes-bar.n)
                 if full: break
                 if stage.size >= PART: stage.end_part(behind)
         except _BrokenOff: stage.end_part(behind); raise
     if behind: src.left = src.left[:behind['left']] # rows that were read ahead do not count
     stage.end_part(behind and behind | dict(rejects=src.left), done=True)
 
+# %% ../../nbs/03_data.corpus.ipynb #973775d4
 def _again(src, behind):
     "What reading would have found out about a source that need not be read again"
-    src.revision, src.license, src.left = behind['revision'], behind['license'], [tuple(r) for r in behind['rejects']]
+    src.revision, src.license = behind['revision'], behind['license']
+    src.left = [tuple(r) for r in behind['rejects']]
 
+# %% ../../nbs/03_data.corpus.ipynb #63632d74
 def _pass2(stage, fate, valid, group, shards):
     "Write what stays; returns examples of near-duplicates"
-    n_near = np.bincount(group[fate == _NEAR], minlength=len(group)) if (fate == _NEAR).any() else np.zeros(len(group), int)
+    n_near = (np.bincount(group[fate == _NEAR], minlength=len(group)) if (fate == _NEAR).any()
+              else np.zeros(len(group), int))
     best = [int(g) for g in np.argsort(-n_near, kind='stable')[:3] if n_near[g]]
-    want = {i: '' for g in best for i in (g, int(np.flatnonzero((group == g) & (fate == _NEAR))[0]))}
+    want = {i: '' for g in best
+            for i in (g, int(np.flatnonzero((group == g) & (fate == _NEAR))[0]))}
     i = 0
     for texts in stage.batches():
         for j in [j for j in want if i <= j < i+len(texts)]: want[j] = texts[j-i].as_py()[:400]
         kept, val = fate[i:i+len(texts)] == _KEPT, valid[i:i+len(texts)]; i += len(texts)
-        for split,m in (('train', kept & ~val), ('valid', kept & val)): shards[split].add(texts.filter(pa.array(m)))
+        for split,m in (('train', kept & ~val), ('valid', kept & val)):
+            shards[split].add(texts.filter(pa.array(m)))
     for s in shards.values(): s.close()
-    return [dict(dropped=int(n_near[g]), first=a, other=b) for g,a,b in zip(best, [*want.values()][::2], [*want.values()][1::2])]
+    return [dict(dropped=int(n_near[g]), first=a, other=b)
+            for g,a,b in zip(best, [*want.values()][::2], [*want.values()][1::2])]
 
 # %% ../../nbs/03_data.corpus.ipynb #3860399f
 def _build(src, path, stage, val_frac, max_bytes, dedup)->dict:
@@ -1073,23 +1255,29 @@ def _build(src, path, stage, val_frac, max_bytes, dedup)->dict:
         if stage.done: _again(src, stage.behind)
         else: _pass1(src, stage, max_bytes, val_frac)
         src.columns = Counter((stage.behind or {}).get('columns', {}))
-        stage.keys, stage.sizes, stage.where = stage.row(0), stage.row(1, np.uint32), stage.row(2, np.uint32)
-        if not len(stage.keys): raise SLMError(f"corpus '{src.name}' is empty: there is no text in it")
-        fate, group = _decide(stage, dedup); kept = np.flatnonzero(fate == _KEPT); valid = np.zeros(len(fate), bool)
+        stage.keys, stage.sizes = stage.row(0), stage.row(1, np.uint32)
+        stage.where = stage.row(2, np.uint32)
+        if not len(stage.keys):
+            raise SLMError(f"corpus '{src.name}' is empty: there is no text in it")
+        fate, group = _decide(stage, dedup)
+        kept = np.flatnonzero(fate == _KEPT)
+        valid = np.zeros(len(fate), bool)
         if len(kept) < 1 + bool(val_frac):
-            raise SLMError(f"corpus '{src.name}' has only one document left of {stage.n_bytes:,} bytes: "
-                           "one to train on and one to validate with are needed, add text")
+            raise SLMError(f"corpus '{src.name}' has only one document left of {stage.n_bytes:,} "
+                           "bytes: one to train on and one to validate with are needed, add text")
         if src.split == 'contiguous': valid[1:] = True
         elif src.split == 'where': valid = stage.where == stage.places.get('valid')
         else: valid[kept] = split_valid(stage.keys[kept], val_frac)
         if len(sides := np.unique(valid[kept])) < 2 and (val_frac or src.split == 'where'):
-            raise SLMError(f"corpus '{src.name}' has nothing to {'train on' if sides[0] else 'validate with'} within {max_bytes:,} bytes: "
-                           'give 10,000 or more')
+            raise SLMError(f"corpus '{src.name}' has nothing to "
+                           f"{'train on' if sides[0] else 'validate with'} within "
+                           f"{max_bytes:,} bytes: give 10,000 or more")
         examples = _pass2(stage, fate, valid, group, shards)
     finally:
         for s in shards.values(): s.abandon()
     keys, valid = stage.keys[kept], valid[kept]
-    mark = hashlib.blake2b(keys[~valid].tobytes() + b'|' + keys[valid].tobytes(), digest_size=8).hexdigest()
+    mark = hashlib.blake2b(keys[~valid].tobytes() + b'|' + keys[valid].tobytes(),
+                           digest_size=8).hexdigest()
     return dict(fingerprint=mark, files={s: sh.files for s,sh in shards.items()},
                 statistics=_statistics(stage, fate, shards, stage.tally, examples))
 
@@ -1104,27 +1292,36 @@ class Corpus:
     n_docs = property(lambda self: self.stats['documents'])
     n_bytes = property(lambda self: self.stats['bytes'])
     def __repr__(self):
-        parts = ', '.join(f'{s} {self.n_docs[s]:,} documents {self.n_bytes[s]/1e6:.2f} MB' for s in self.info['files'])
+        parts = ', '.join(f'{s} {self.n_docs[s]:,} documents {self.n_bytes[s]/1e6:.2f} MB'
+                          for s in self.info['files'])
         return f'Corpus({self.name!r}: {parts}, fingerprint {self.fingerprint})'
 
 # %% ../../nbs/03_data.corpus.ipynb #579d4c22
 @patch
 def card(self:Corpus)->str: # Markdown
-    "The data card: origin, licence, what was done, what is known to be missing, and the statistics."
+    """The data card: origin, licence, what was done, what is
+    known to be missing, and the statistics."""
     i, s = self.info, self.stats
-    rev = ', '.join(f'{k} {v}' for k,v in i['revision'].items()) if isinstance(i['revision'], dict) else i['revision']
-    rows = {'origin': i['origin'], 'licence': i['license'], 'revision': rev, 'SHA-256': i['sha256'], 'input files': i['n_inputs'] or None,
+    rev = (', '.join(f'{k} {v}' for k,v in i['revision'].items()) if isinstance(i['revision'], dict)
+           else i['revision'])
+    rows = {'origin': i['origin'], 'licence': i['license'], 'revision': rev,
+            'SHA-256': i['sha256'], 'input files': i['n_inputs'] or None,
             'text column': ', '.join(i.get('columns', ())), 'filters': i['filters'],
             'known gaps': i['gaps'], 'split': f"{i['options']['val_frac']:.0%} for validation",
             'built': i['built'], 'fingerprint': i['fingerprint']}
-    lines = [f"# {i['name']}", '', i['about'], '', '| | |', '|---|---|'] + [f'| {k} | {v} |' for k,v in rows.items() if v]
+    lines = [f"# {i['name']}", '', i['about'], '', '| | |',
+             '|---|---|'] + [f'| {k} | {v} |' for k,v in rows.items() if v]
     lines += ['', '| | train | valid |', '|---|---:|---:|']
-    lines += [f"| {k} | {s[k]['train']:,} | {s[k]['valid']:,} |" for k in ('documents', 'bytes', 'characters', 'words')]
-    lines += ['', '| read | documents | bytes |', '|---|---:|---:|', f"| in all | {s['read']['documents']:,} | {s['read']['bytes']:,} |"]
-    lines += [f"| dropped: {k} | {d['documents']:,} | {d['bytes']:,} |" for k,d in s['dropped'].items()]
+    lines += [f"| {k} | {s[k]['train']:,} | {s[k]['valid']:,} |"
+              for k in ('documents', 'bytes', 'characters', 'words')]
+    lines += ['', '| read | documents | bytes |', '|---|---:|---:|',
+              f"| in all | {s['read']['documents']:,} | {s['read']['bytes']:,} |"]
+    lines += [f"| dropped: {k} | {d['documents']:,} | {d['bytes']:,} |"
+              for k,d in s['dropped'].items()]
     lost = i.get('left_out', dict(rows=0))['rows']
     if lost: lines += [f"| left out: unusable rows | {lost:,} | |"]
-    return '\n'.join(lines + ['', f"Documents repaired (accents, line ends, control characters): {s['repaired']:,}."])
+    return '\n'.join(lines + ['', "Documents repaired (accents, "
+                              f"line ends, control characters): {s['repaired']:,}."])
 
 # %% ../../nbs/03_data.corpus.ipynb #015309cc
 CORPUS_SCHEMA = 1
@@ -1135,30 +1332,36 @@ def open(cls:Corpus,
 )->Corpus:
     "Open a corpus; raises `SLMError` when it is none, or is not whole."
     path = Path(path)
-    if not (path/'corpus.json').is_file(): raise SLMError(f"'{path}' is not a corpus: it has no corpus.json")
+    if not (path/'corpus.json').is_file():
+        raise SLMError(f"'{path}' is not a corpus: it has no corpus.json")
     c = cls(path, read_json(path/'corpus.json'))
     try:
         if c.info['schema'] > CORPUS_SCHEMA:
-            raise SLMError(f"'{path}' was written by a newer version (schema {c.info['schema']}): update slm")
+            raise SLMError(f"'{path}' was written by a newer version (schema {c.info['schema']}): "
+                           "update slm")
         files = {f['name']: f['disk'] for f in itertools.chain(*c.info['files'].values())}
         bad = [n for n in files if not re.fullmatch(r'(train|valid)-\d{5,}\.parquet', n)]
         if bad: raise ValueError(f'{bad[0][:60]!r} is no file of it')
         repr(c), c.card() # what they say is there
     except (LookupError, TypeError, ValueError, AttributeError, OverflowError) as e:
         why = f'it lacks {e}' if isinstance(e, KeyError) else e
-        raise SLMError(f"'{path/'corpus.json'}' is damaged ({why}): build the corpus again") from None
+        raise SLMError(f"'{path/'corpus.json'}' is damaged ({why}): "
+                       "build the corpus again") from None
     for name,disk in files.items():
         if (size := (path/name).stat().st_size if (path/name).is_file() else -1) != disk:
-            raise SLMError(f"'{path/name}' is {'missing' if size < 0 else 'damaged'}: build the corpus again")
+            raise SLMError(f"'{path/name}' is {'missing' if size < 0 else 'damaged'}: "
+                           "build the corpus again")
     return c
 
 # %% ../../nbs/03_data.corpus.ipynb #5c967e31
 @patch
 def files(self:Corpus, split:str)->list[Path]:
     "The parquet files of a split, in order."
-    if split not in self.info['files']: raise SLMError(f"a corpus has no split '{split}': it has {', '.join(self.info['files'])}")
+    if split not in self.info['files']:
+        raise SLMError(f"a corpus has no split '{split}': it has {', '.join(self.info['files'])}")
     return [self.path/f['name'] for f in self.info['files'][split]]
 
+# %% ../../nbs/03_data.corpus.ipynb #2bde6359
 @patch
 def docs(self:Corpus,
     split:str='train', # 'train' or 'valid'
@@ -1166,7 +1369,8 @@ def docs(self:Corpus,
     "Stream the documents of a split."
     for p in self.files(split):
         with _parquet(p, pq.ParquetFile) as f:
-            if f.schema_arrow.types != _TEXT.types: raise SLMError(f"'{p}' holds something else than text: build the corpus again")
+            if f.schema_arrow.types != _TEXT.types:
+                raise SLMError(f"'{p}' holds something else than text: build the corpus again")
             for b in f.iter_batches(batch_size=256): yield from b.column(0).to_pylist()
 
 # %% ../../nbs/03_data.corpus.ipynb #93028470
@@ -1175,35 +1379,50 @@ def build_lock(
     name:str, # what is built
     wait:bool=True, # for another process that builds it
 ):
-    "Let one process at a time build `name`; others wait, or raise `BlockingIOError` (no lock on Windows)."
+    """Let one process at a time build `name`; others wait, or
+    raise `BlockingIOError` (no lock on Windows)."""
     try: import fcntl
     except ImportError: yield; return
     (locks := slm_home()/'locks').mkdir(exist_ok=True)
-    with open(locks/name, 'w') as f: fcntl.flock(f, fcntl.LOCK_EX|(0 if wait else fcntl.LOCK_NB)); yield
+    with open(locks/name, 'w') as f:
+        fcntl.flock(f, fcntl.LOCK_EX|(0 if wait else fcntl.LOCK_NB))
+        yield
 
+# %% ../../nbs/03_data.corpus.ipynb #136ecb95
 def _checked(val_frac, max_bytes, errors):
-    if not 0 <= val_frac < 1: raise SLMError(f"val_frac is {val_frac}: it is a share, from 0 to less than 1")
-    if max_bytes is not None and max_bytes < 1: raise SLMError(f"max_bytes is {max_bytes}: it must be at least 1")
-    if errors not in ('strict', 'replace'): raise SLMError(f"errors is '{errors}': it must be 'strict' or 'replace'")
+    if not 0 <= val_frac < 1:
+        raise SLMError(f"val_frac is {val_frac}: it is a share, from 0 to less than 1")
+    if max_bytes is not None and max_bytes < 1:
+        raise SLMError(f"max_bytes is {max_bytes}: it must be at least 1")
+    if errors not in ('strict', 'replace'):
+        raise SLMError(f"errors is '{errors}': it must be 'strict' or 'replace'")
 
+# %% ../../nbs/03_data.corpus.ipynb #65970653
 @contextlib.contextmanager
 def _staged(path, near, key, rebuild):
-    "The stage: it stays when the build was cut off; it goes when there is a corpus, or when there will be none of this input"
+    """The stage: it stays when the build was cut off; it goes when there is a corpus, or when
+    there will be none of this input"""
     if rebuild: _discard(path)
     stage, keep = _Stage(path, near, key), False
     try: yield stage
-    except BaseException as e: keep = stage.parts and not rebuild and (isinstance(e, _BrokenOff) or not isinstance(e, SLMError)); raise
+    except BaseException as e:
+        keep = stage.parts and not rebuild and (isinstance(e, _BrokenOff)
+                                                or not isinstance(e, SLMError))
+        raise
     finally:
         stage.abandon()
         if not keep: _discard(path)
         else:
             n = read_json(path/'stage.json')['n_bytes']
-            print(f"{n:,} bytes that were read are kept in '{path}': the same call goes on behind them", file=sys.stderr)
+            print(f"{n:,} bytes that were read are kept in '{path}': "
+                  "the same call goes on behind them", file=sys.stderr)
 
+# %% ../../nbs/03_data.corpus.ipynb #2edbdbc2
 def _reuse(out, key):
     "The corpus at `out` if it has this key; raises `SLMError` when something else is there"
     if not out.exists() or out.is_dir() and not any(out.iterdir()): return None
-    if not (out/'corpus.json').is_file(): raise SLMError(f"'{out}' exists and is not a corpus: choose another --out")
+    if not (out/'corpus.json').is_file():
+        raise SLMError(f"'{out}' exists and is not a corpus: choose another --out")
     with contextlib.suppress(SLMError):
         c = Corpus.open(out)
         if c.info.get('key') == key: return c
@@ -1212,24 +1431,31 @@ def _reuse(out, key):
 def build_corpus(
     spec:str, # what `get_source` understands
     out:str|Path|None=None, # folder to make; by default one under `slm_home()/'corpora'`
-    val_frac:float|None=None, # share of documents held out for validation; None: the source's own (0.05; shakespeare 0.1)
-    max_bytes:int|None=None, # stop after so many bytes of text; None: the source's own limit, mostly none
+    # share of documents held out for validation; None: the source's own (0.05; shakespeare 0.1)
+    val_frac:float|None=None,
+    # stop after so many bytes of text; None: the source's own limit, mostly none
+    max_bytes:int|None=None,
     dedup:bool=True, # drop exact copies and near-duplicates?
     near_dedup:bool=True, # with `dedup`: near-duplicates too?
-    errors:str='strict', # 'strict': a byte that is not UTF-8 is an error; 'replace': it becomes U+FFFD
+    # 'strict': a byte that is not UTF-8 is an error; 'replace': it becomes U+FFFD
+    errors:str='strict',
     rebuild:bool=False, # build even if it is there?
     encoding:str|None=None, # of files of text; utf-8, unless `text_encoding` says otherwise
 )->Corpus:
-    "Read, normalise, deduplicate and split a source; raises `SLMError` for anything wrong with the input."
+    """Read, normalise, deduplicate and split a source; raises
+    `SLMError` for anything wrong with the input."""
     with text_encoding(encoding or _ENCODING.get()):
         return _build_corpus(spec, out, val_frac, max_bytes, dedup, near_dedup, errors, rebuild)
 
+# %% ../../nbs/03_data.corpus.ipynb #71f87432
 def _build_corpus(spec, out, val_frac, max_bytes, dedup, near_dedup, errors, rebuild):
     src = get_source(spec); src.errors = errors
-    val_frac = src.val_frac if val_frac is None else val_frac; max_bytes = src.max_bytes if max_bytes is None else max_bytes
+    val_frac = src.val_frac if val_frac is None else val_frac
+    max_bytes = src.max_bytes if max_bytes is None else max_bytes
     _checked(val_frac, max_bytes, errors); src.max_bytes = max_bytes
     dedup = dedup and src.split == 'hash'
-    opts = dict(val_frac=val_frac, max_bytes=max_bytes, dedup=dedup, near_dedup=dedup and near_dedup, errors=errors)
+    opts = dict(val_frac=val_frac, max_bytes=max_bytes, dedup=dedup,
+                near_dedup=dedup and near_dedup, errors=errors)
     if _ENCODING.get() != 'utf-8': opts['encoding'] = _ENCODING.get()
     ident = dict(schema=CORPUS_SCHEMA, source=spec.partition(':')[0], **src.identity(src), **opts)
     key = hashlib.blake2b(json.dumps(ident, sort_keys=True).encode(), digest_size=8).hexdigest()
@@ -1245,9 +1471,11 @@ def _build_corpus(spec, out, val_frac, max_bytes, dedup, near_dedup, errors, reb
                 write_json(d/'corpus.json', _card(src, spec) | dict(options=opts, key=key) | res)
         except OSError as e:
             if e.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
-                raise SLMError(f"the disk is full: cannot write the corpus to '{out}' ({free_disk(out)/1e6:,.0f} MB free): "
+                raise SLMError("the disk is full: cannot write "
+                               f"the corpus to '{out}' ({free_disk(out)/1e6:,.0f} MB free): "
                                "make room, or choose another --out") from None
-            raise SLMError(f"cannot write the corpus to '{out}' ({e.strerror or e}): choose another --out") from None
+            raise SLMError(f"cannot write the corpus to '{out}' ({e.strerror or e}): "
+                           "choose another --out") from None
     return Corpus.open(out)
 
 # %% ../../nbs/03_data.corpus.ipynb #b997a341
@@ -1255,8 +1483,10 @@ def _card(src, spec)->dict:
     "What is known about the source, JSON-ready, without absolute paths"
     name, colon, arg = spec.partition(':')
     if os.path.isabs(os.path.expanduser(arg)): arg = Path(arg).name
-    return dict(schema=CORPUS_SCHEMA, name=src.name, spec=name+colon+arg, about=src.about, origin=src.origin, license=src.license,
-        revision=src.revision, sha256=src.sha256, filters=src.filters, gaps=src.gaps, n_inputs=len(src.inputs), inputs=src.inputs[:100],
+    return dict(schema=CORPUS_SCHEMA, name=src.name, spec=name+colon+arg,
+                about=src.about, origin=src.origin, license=src.license,
+        revision=src.revision, sha256=src.sha256, filters=src.filters,
+        gaps=src.gaps, n_inputs=len(src.inputs), inputs=src.inputs[:100],
         columns=dict(src.columns), left_out=dict(rows=len(src.left), first=src.left[:20]),
         built=datetime.datetime.now(datetime.timezone.utc).isoformat(timespec='seconds'))
 
@@ -1265,16 +1495,23 @@ def _card(src, spec)->dict:
 def plot(self:Corpus, figsize:tuple=(11, 6)): # -> matplotlib figure
     "Lengths, sources, characters, and what became of the documents."
     import matplotlib.pyplot as plt
-    s = self.stats; fig, axs = plt.subplots(2, 2, figsize=figsize, layout='constrained'); (a, b), (c, d) = axs
+    s = self.stats
+    fig, axs = plt.subplots(2, 2, figsize=figsize, layout='constrained')
+    (a, b), (c, d) = axs
     oct = {int(k): n for k,n in s['length']['octaves'].items()}
-    a.bar([np.log2(k)+.5 for k in oct], oct.values(), width=.95); ticks = range(int(np.log2(min(oct))), int(np.log2(max(oct)))+2, 2)
+    a.bar([np.log2(k)+.5 for k in oct], oct.values(), width=.95)
+    ticks = range(int(np.log2(min(oct))), int(np.log2(max(oct)))+2, 2)
     a.set_xticks(ticks, [f'{2**t:,}' if t < 10 else f'{2**(t-10):,} k' for t in ticks])
     a.set(title='Length of documents', xlabel='bytes', ylabel='documents')
     def bars(ax, items, title, xlabel, fmt):
-        ax.bar_label(ax.barh([k for k,_ in items][::-1], [v for _,v in items][::-1]), fmt=fmt, padding=2)
+        ax.bar_label(ax.barh([k for k,_ in items][::-1], [v for _,v in items][::-1]),
+                     fmt=fmt, padding=2)
         ax.set(title=title, xlabel=xlabel); ax.margins(x=.2)
-    bars(b, [(k[:32], v/1e6) for k,v in list(s['sources'].items())[:12]], 'Where it comes from', 'MB', '{:.2f}')
-    bars(c, [(k, 100*v/sum(s['classes'].values())) for k,v in s['classes'].items()], 'Characters', '%', '{:.3f}')
-    fates = [('kept', sum(s['documents'].values()))] + [(k, v['documents']) for k,v in s['dropped'].items()]
+    bars(b, [(k[:32], v/1e6) for k,v in list(s['sources'].items())[:12]],
+         'Where it comes from', 'MB', '{:.2f}')
+    bars(c, [(k, 100*v/sum(s['classes'].values())) for k,v in s['classes'].items()],
+         'Characters', '%', '{:.3f}')
+    fates = [('kept', sum(s['documents'].values()))] + [(k, v['documents'])
+                                                        for k,v in s['dropped'].items()]
     bars(d, fates, f"What became of {s['read']['documents']:,} documents", 'documents', '{:,.0f}')
     return fig

@@ -26,6 +26,7 @@ def _crc(path:Path)->int:
         while b := f.read(1<<22): res = zlib.crc32(b, res)
     return res
 
+# %% ../../nbs/05_data.loaders.ipynb #0cdaec3a
 @contextlib.contextmanager
 def _disk(path:Path):
     "Turn what a disk can refuse into one line"
@@ -49,19 +50,23 @@ def write_shard(
     return dict(name=name, n_tokens=int(ends[-1]), n_docs=len(docs), n_bytes=n_bytes,
                 crc32={ext: _crc(folder/f'{name}.{ext}') for ext in ('bin', 'idx')})
 
+# %% ../../nbs/05_data.loaders.ipynb #c1b43810
 def check_shard(
     folder:Path, # of this split
     shard:dict, # what `write_shard` returned
     itemsize:int, # bytes a token
     verify:bool=True, # compute the checksums too? It reads the whole file
 ):
-    "Raise `SLMError` that names the file if one of a shard's files is missing, truncated or corrupt."
+    """Raise `SLMError` that names the file if one of a
+    shard's files is missing, truncated or corrupt."""
     for ext,size in (('bin', shard['n_tokens']*itemsize), ('idx', shard['n_docs']*8)):
         f = folder/f"{shard['name']}.{ext}"; again = f"delete '{folder.parent}' and tokenize again"
         if not f.exists(): raise SLMError(f"token shard '{f}' is missing: {again}")
         if (n := f.stat().st_size) != size:
-            raise SLMError(f"token shard '{f}' is {'truncated' if n < size else 'too long'} ({n:,} bytes, not {size:,}): {again}")
-        if verify and _crc(f) != shard['crc32'][ext]: raise SLMError(f"token shard '{f}' is corrupt (its checksum differs): {again}")
+            raise SLMError(f"token shard '{f}' is {'truncated' if n < size else 'too long'} "
+                           f"({n:,} bytes, not {size:,}): {again}")
+        if verify and _crc(f) != shard['crc32'][ext]:
+            raise SLMError(f"token shard '{f}' is corrupt (its checksum differs): {again}")
 
 # %% ../../nbs/05_data.loaders.ipynb #ad6dcb52
 class TokenShards:
@@ -72,14 +77,19 @@ class TokenShards:
         dtype:str='<u2', # '<u2' or '<u4'
     ):
         self.dtype = np.dtype(dtype)
-        self.n_tokens, self.n_docs, self.n_bytes = (sum(s[k] for s in shards) for k in ('n_tokens', 'n_docs', 'n_bytes'))
-        tape = lambda s,ext,dt: np.asarray(np.memmap(folder/f"{s['name']}.{ext}", dtype=dt, mode='r'))
-        self.bins, self.idxs = [tape(s, 'bin', self.dtype) for s in shards], [tape(s, 'idx', '<u8') for s in shards]
-        self.starts = np.cumsum([0]+[s['n_tokens'] for s in shards]) # where each shard begins on the tape
+        self.n_tokens, self.n_docs, self.n_bytes = (sum(s[k] for s in shards)
+                                                    for k in ('n_tokens', 'n_docs', 'n_bytes'))
+        tape = lambda s,ext,dt: np.asarray(np.memmap(folder/f"{s['name']}.{ext}",
+                                                     dtype=dt, mode='r'))
+        self.bins = [tape(s, 'bin', self.dtype) for s in shards]
+        self.idxs = [tape(s, 'idx', '<u8') for s in shards]
+        # where each shard begins on the tape
+        self.starts = np.cumsum([0]+[s['n_tokens'] for s in shards])
         self.first_doc = np.cumsum([0]+[s['n_docs'] for s in shards])
     def __len__(self): return self.n_tokens
     def __repr__(self):
-        return f'TokenShards({self.n_tokens:,} tokens, {self.n_docs:,} documents, {self.n_bytes:,} bytes, {len(self.bins)} shards)'
+        return (f'TokenShards({self.n_tokens:,} tokens, {self.n_docs:,} documents, '
+                f'{self.n_bytes:,} bytes, {len(self.bins)} shards)')
 
     def read(self,
         start:int, # position on the tape; any integer
@@ -93,6 +103,7 @@ class TokenShards:
             out[at:at+len(part)] = part; at += len(part); pos = (pos+len(part)) % self.n_tokens
         return out
 
+# %% ../../nbs/05_data.loaders.ipynb #959a58e2
 @patch
 def doc(self:TokenShards,
     i:int, # number of a document, from 0
@@ -102,20 +113,45 @@ def doc(self:TokenShards,
     k = int(self.first_doc.searchsorted(i, side='right'))-1; j = i-int(self.first_doc[k])
     return self.bins[k][int(self.idxs[k][j-1]) if j else 0:int(self.idxs[k][j])]
 
+# %% ../../nbs/05_data.loaders.ipynb #2dfa6aed
 @patch(as_prop=True)
 def doc_ends(self:TokenShards)->np.ndarray: # int64 (n_docs,)
     "Where each document ends on the tape (the position behind its end mark)."
-    return np.concatenate([np.zeros(0, np.int64), *(i.astype(np.int64)+s for i,s in zip(self.idxs, self.starts))])
+    return np.concatenate([np.zeros(0, np.int64),
+                           *(i.astype(np.int64)+s for i,s in zip(self.idxs, self.starts))])
+
+# %% ../../nbs/05_data.loaders.ipynb #c41e1df6
+def _read_meta(path, tok):
+    "What is known of a folder of tokens; raises `SLMError` when it cannot be used"
+    if not (path/'meta.json').exists():
+        if (path/'building.json').exists():
+            raise SLMError(f"the tokens in '{path}' are incomplete: "
+                           "run the same `slm tokenize` again to go on")
+        raise SLMError(f"no tokens in '{path}': it has no meta.json")
+    meta = read_json(path/'meta.json')
+    if lost := {'schema', 'dtype', 'vocab_size', 'tokenizer',
+                'corpus', 'train', 'valid'} - set(meta):
+        raise SLMError(f"'{path/'meta.json'}' is damaged: it lacks {', '.join(sorted(lost))}")
+    if meta['schema'] > TOKENS_SCHEMA:
+        raise SLMError(f"the tokens in '{path}' were written by a newer version: update slm")
+    if tok is not None and tok.fingerprint != (fp := meta['tokenizer']['fingerprint']):
+        raise SLMError(f"the tokens in '{path}' were made by another tokenizer ({fp}, "
+                       f"not {tok.fingerprint}): tokenize the corpus again with this one")
+    return meta
 
 # %% ../../nbs/05_data.loaders.ipynb #c41e1df7
 class TokenData:
     "A tokenized corpus: `train` and `valid` tokens with what they were made from."
     def __init__(self, path:Path, meta:dict):
-        self.path, self.meta, self.corpus, self.vocab_size = path, meta, meta['corpus'], meta['vocab_size']
-        self.tokenizer_fingerprint, self.eot_id, self.pad_id = (meta['tokenizer'][k] for k in ('fingerprint', 'eot_id', 'pad_id'))
-        self.train, self.valid = (TokenShards(path/s, meta[s], meta['dtype']) for s in ('train', 'valid'))
+        self.path, self.meta, self.corpus = path, meta, meta['corpus']
+        self.vocab_size = meta['vocab_size']
+        self.tokenizer_fingerprint, self.eot_id, self.pad_id = (
+            meta['tokenizer'][k] for k in ('fingerprint', 'eot_id', 'pad_id'))
+        self.train, self.valid = (TokenShards(path/s, meta[s], meta['dtype'])
+                                  for s in ('train', 'valid'))
     def __repr__(self):
-        return f"TokenData({self.corpus['name']!r}, vocab_size={self.vocab_size}\n  train={self.train}\n  valid={self.valid})"
+        return (f"TokenData({self.corpus['name']!r}, vocab_size={self.vocab_size}\n"
+                f"  train={self.train}\n  valid={self.valid})")
 
     @functools.cached_property
     def tokenizer(self)->Tokenizer: return Tokenizer.load(self.path)
@@ -126,21 +162,13 @@ class TokenData:
         tok:Tokenizer|None=None, # if given, it must be the one that made these tokens
         verify:bool=True, # compute checksums? About 1 GB a second
     )->'TokenData':
-        "Open a folder of tokens; raises `SLMError` if it is incomplete, damaged, or made by another tokenizer."
+        """Open a folder of tokens; raises `SLMError` if it is
+        incomplete, damaged, or made by another tokenizer."""
         path = Path(path)
-        if not (path/'meta.json').exists():
-            if (path/'building.json').exists():
-                raise SLMError(f"the tokens in '{path}' are incomplete: run the same `slm tokenize` again to go on")
-            raise SLMError(f"no tokens in '{path}': it has no meta.json")
-        meta = read_json(path/'meta.json')
-        if lost := {'schema', 'dtype', 'vocab_size', 'tokenizer', 'corpus', 'train', 'valid'} - set(meta):
-            raise SLMError(f"'{path/'meta.json'}' is damaged: it lacks {', '.join(sorted(lost))}")
-        if meta['schema'] > TOKENS_SCHEMA: raise SLMError(f"the tokens in '{path}' were written by a newer version: update slm")
-        if tok is not None and tok.fingerprint != (fp := meta['tokenizer']['fingerprint']):
-            raise SLMError(f"the tokens in '{path}' were made by another tokenizer ({fp}, not {tok.fingerprint}): "
-                           'tokenize the corpus again with this one')
+        meta = _read_meta(path, tok)
         for split in ('train', 'valid'):
-            for s in meta[split]: check_shard(path/split, s, np.dtype(meta['dtype']).itemsize, verify)
+            for s in meta[split]:
+                check_shard(path/split, s, np.dtype(meta['dtype']).itemsize, verify)
         return cls(path, meta)
 
 # %% ../../nbs/05_data.loaders.ipynb #7ebb5e01
@@ -155,6 +183,7 @@ def _encoded(docs:Iterable[str], tok:Tokenizer, dtype, chars:int)->Iterator[tupl
     for batch in batches():
         for d,ids in zip(batch, tok.encode_batch(batch)): yield np.array([*ids, tok.eot_id], dtype=dtype), len(d.encode())
 
+# %% ../../nbs/05_data.loaders.ipynb #d94405f6
 def _begin(out:Path, head:dict)->dict:
     "What is already finished in `out`: checked, and made from the same corpus by the same tokenizer"
     f = out/'building.json'
@@ -172,25 +201,35 @@ def _begin(out:Path, head:dict)->dict:
 def tokenize(
     corpus, # a `Corpus`: `.docs(split)`, `.name`, `.fingerprint`, `.license`
     tok:Tokenizer,
-    out:str|Path|None=None, # folder to write; by default one under `slm_home()/'tokens'` named after corpus and tokenizer
+    # folder to write; by default one under `slm_home()/'tokens'` named after corpus and tokenizer
+    out:str|Path|None=None,
     shard_tokens:int=1<<24, # a shard is closed by the document that reaches this many tokens
 )->TokenData:
-    "Encode both splits of `corpus` into shards; goes on where an earlier call was interrupted, and just opens what is finished."
-    if tok.eot_id is None: raise SLMError('this tokenizer has no end-of-text token: documents could not be told apart')
-    out = Path(out or slm_home()/'tokens'/re.sub(r'[^\w.-]+', '-', f'{corpus.name}-{corpus.fingerprint[:8]}-{tok.fingerprint[:8]}'))
-    with build_lock(f'tokens-{zlib.crc32(str(out.resolve()).encode()):08x}'): return _tokenize(corpus, tok, out, shard_tokens)
+    """Encode both splits of `corpus` into shards; goes on where an earlier call was interrupted,
+    and just opens what is finished."""
+    if tok.eot_id is None:
+        raise SLMError('this tokenizer has no end-of-text token: documents could not be told apart')
+    out = Path(out or slm_home()/'tokens'/re.sub(
+        r'[^\w.-]+', '-', f'{corpus.name}-{corpus.fingerprint[:8]}-{tok.fingerprint[:8]}'))
+    with build_lock(f'tokens-{zlib.crc32(str(out.resolve()).encode()):08x}'):
+        return _tokenize(corpus, tok, out, shard_tokens)
 
+# %% ../../nbs/05_data.loaders.ipynb #bdb90505
 def _tokenize(corpus, tok, out, shard_tokens):
     about = dict(name=corpus.name, fingerprint=corpus.fingerprint, license=corpus.license)
     if (out/'meta.json').exists():
         data = TokenData.open(out, tok)
         if data.corpus != about:
-            raise SLMError(f"'{out}' holds the tokens of another corpus ('{data.corpus['name']}'): choose another place")
+            raise SLMError(f"'{out}' holds the tokens of another corpus ('{data.corpus['name']}'): "
+                           "choose another place")
         return data
-    state = _begin(out, dict(schema=TOKENS_SCHEMA, dtype='<u2' if tok.vocab_size <= 1<<16 else '<u4', vocab_size=tok.vocab_size,
-        shard_tokens=shard_tokens, tokenizer=dict(fingerprint=tok.fingerprint, eot_id=tok.eot_id, pad_id=tok.pad_id), corpus=about))
+    state = _begin(out, dict(schema=TOKENS_SCHEMA, dtype='<u2' if tok.vocab_size <= 1<<16
+                             else '<u4', vocab_size=tok.vocab_size, shard_tokens=shard_tokens,
+                             tokenizer=dict(fingerprint=tok.fingerprint,
+                                            eot_id=tok.eot_id, pad_id=tok.pad_id), corpus=about))
     for split in ('train', 'valid'): _tokenize_split(corpus, tok, out, state, split)
-    if not state['train']: raise SLMError(f"corpus '{corpus.name}' is empty: there is nothing to tokenize")
+    if not state['train']:
+        raise SLMError(f"corpus '{corpus.name}' is empty: there is nothing to tokenize")
     with _disk(out): tok.save(out); write_json(out/'meta.json', state)
     (out/'building.json').unlink()
     return TokenData.open(out, tok, verify=False)
@@ -200,13 +239,16 @@ def _tokenize_split(corpus, tok, out, state, split):
     "Encode what is not yet in `state[split]`, noting each finished shard in building.json"
     done = state[split]; n_docs = sum(s['n_docs'] for s in done)
     total = getattr(corpus, 'n_bytes', {}).get(split)
-    with progress(desc=f'tokenizing {split}', total=total, unit='B', initial=sum(s['n_bytes'] for s in done)) as bar:
+    with progress(desc=f'tokenizing {split}', total=total, unit='B',
+                  initial=sum(s['n_bytes'] for s in done)) as bar:
         docs, n_tokens, n_bytes = [], 0, 0
         def close():
             done.append(write_shard(out/split, len(done), docs, n_bytes))
             with _disk(out): write_json(out/'building.json', state)
-        for ids,n in _encoded(itertools.islice(corpus.docs(split), n_docs, None), tok, state['dtype'],
-                              min(1<<22, 2*state['shard_tokens'])): # not far more than the shard needs
+        for ids,n in _encoded(itertools.islice(corpus.docs(split), n_docs, None),
+                              tok, state['dtype'],
+                              min(1<<22,
+                                  2*state['shard_tokens'])): # not far more than the shard needs
             docs.append(ids); n_tokens += len(ids); n_bytes += n; bar.update(n)
             if n_tokens >= state['shard_tokens']: close(); docs, n_tokens, n_bytes = [], 0, 0
         if docs: close()
@@ -226,8 +268,10 @@ def vocab_text(
     most:int=VOCAB_BYTES, # bytes
 )->Iterator[str]: # documents
     "The training documents, or every k-th of them, so that there are at most so many bytes."
-    return itertools.islice(corpus.docs('train'), 0, None, max(1, math.ceil(corpus.n_bytes['train']/most)))
+    return itertools.islice(corpus.docs('train'), 0, None,
+                            max(1, math.ceil(corpus.n_bytes['train']/most)))
 
+# %% ../../nbs/05_data.loaders.ipynb #50ec2727
 def get_tokenizer(
     corpus:Corpus, # to train on
     kind:str='bpe', # bpe, char, or the path of a tokenizer.json or of a run
@@ -240,7 +284,7 @@ def get_tokenizer(
     with build_lock(path.stem):
         if path.exists(): return Tokenizer.load(path)
         try: tok = train_bpe(vocab_text(corpus), n) if n else char_tokenizer(corpus.docs('train'))
-        except SLMError: # text with few different words allows fewer tokens; whoever asked for a number is told so
+        except SLMError: # few different words allow fewer tokens; who asked for a number is told
             if vocab_size or n <= 512: raise
             return get_tokenizer(corpus, kind, n//2)
         path.parent.mkdir(parents=True, exist_ok=True); tok.save(path); return tok
@@ -254,7 +298,8 @@ def epoch_plan(
 )->tuple[int,np.ndarray]: # where cutting begins; the order of the blocks (n_tokens//t,)
     "Where and in which order the blocks of an epoch are cut."
     rng = np.random.default_rng([seed, epoch])
-    return int(rng.integers(n_tokens)), rng.permutation(np.arange(n_tokens//seq_len, dtype=np.uint32))
+    return int(rng.integers(n_tokens)), rng.permutation(np.arange(n_tokens//seq_len,
+                                                                  dtype=np.uint32))
 
 # %% ../../nbs/05_data.loaders.ipynb #b016f676
 def doc_lens(
@@ -266,16 +311,19 @@ def doc_lens(
     starts = x == eot_id; starts[:,0] = True
     if pad_from is not None: starts[-1,pad_from:] = False; starts[-1,pad_from:pad_from+1] = True
     rows, cols = starts.nonzero()
-    lens = np.diff(rows*x.shape[1]+cols, append=x.size) # each row begins with a start, so the flat differences are right
+    # each row begins with a start, so the flat differences are right
+    lens = np.diff(rows*x.shape[1]+cols, append=x.size)
     n = starts.sum(1); res = np.zeros((len(x), n.max()), np.int64)
     res[rows, np.arange(len(rows))-np.repeat(n.cumsum()-n, n)] = lens
     return res
 
 # %% ../../nbs/05_data.loaders.ipynb #11e4c85e
 class LMDataLoader:
-    "Endless epochs of `(x, y, loss_mask, seqlens)` from a tape: one pass an epoch, cut and shuffled anew each time."
+    """Endless epochs of `(x, y, loss_mask, seqlens)` from a tape: one
+    pass an epoch, cut and shuffled anew each time."""
     n_inp = 1 # fastai: x goes into the model, the rest to the loss
-    ranks = 0, 1 # of several processes that share each batch, which one this is, and how many there are
+    # of several processes that share each batch, which one this is, and how many there are
+    ranks = 0, 1
     def __init__(self,
         data:TokenShards, # the tape
         bs:int, # b, rows a batch
@@ -286,8 +334,11 @@ class LMDataLoader:
         eot_id:int=0,
         pad_id:int=5,
     ):
-        self.data, self.bs, self.seq_len, self.seed, self.block_diagonal = data, bs, seq_len, seed, block_diagonal
-        self.eot_id, self.pad_id, self.epoch, self.pos, self._kept = eot_id, pad_id, 0, 0, (None, None); self.to(device)
+        self.data, self.bs, self.seq_len, self.seed = data, bs, seq_len, seed
+        self.block_diagonal = block_diagonal
+        self.eot_id, self.pad_id, self.epoch, self.pos = eot_id, pad_id, 0, 0
+        self._kept = (None, None)
+        self.to(device)
     def to(self, device): import torch; self.device = torch.device(device); return self
     def __len__(self): return self.data.n_tokens//self.seq_len//self.bs
 
@@ -295,30 +346,39 @@ class LMDataLoader:
         "Those that this process reads."
         r,n = self.ranks; k = len(rows); return rows[r*k//n:(r+1)*k//n]
 
-    def batch(self, x:np.ndarray, y:np.ndarray, pad_from:int|None=None):
-        "x, y (b,t) as tensors on the device, with loss_mask (b,t) and seqlens (b,n) or None"
-        mask = np.ones(x.shape, bool)
-        if pad_from is not None: mask[-1,pad_from:] = False
-        lens = doc_lens(x, self.eot_id, pad_from) if self.block_diagonal else None
-        return self.moved(x.astype(np.int64), y.astype(np.int64), mask, lens)
+# %% ../../nbs/05_data.loaders.ipynb #5993af84
+@patch
+def batch(self:LMDataLoader, x:np.ndarray, y:np.ndarray, pad_from:int|None=None):
+    "x, y (b,t) as tensors on the device, with loss_mask (b,t) and seqlens (b,n) or None"
+    mask = np.ones(x.shape, bool)
+    if pad_from is not None: mask[-1,pad_from:] = False
+    lens = doc_lens(x, self.eot_id, pad_from) if self.block_diagonal else None
+    return self.moved(x.astype(np.int64), y.astype(np.int64), mask, lens)
 
-    def _plan(self, epoch):
-        "The plan of the epoch we are in is kept"
-        if self._kept[0] != epoch: self._kept = epoch, epoch_plan(self.data.n_tokens, self.seq_len, self.seed, epoch)
-        return self._kept[1]
+@patch
+def _plan(self:LMDataLoader, epoch):
+    "The plan of the epoch we are in is kept"
+    if self._kept[0] != epoch:
+        self._kept = epoch, epoch_plan(self.data.n_tokens, self.seq_len, self.seed, epoch)
+    return self._kept[1]
 
-    def at(self,
-        epoch:int,
-        pos:int, # number of the batch in it
-    )->tuple: # x (b,t), y (b,t), loss_mask (b,t), seqlens (b,n) or None
-        "The batch at any position."
-        start, order = self._plan(epoch)
-        rows = np.stack([self.data.read(start+int(k)*self.seq_len, self.seq_len+1) for k in self.mine(order[pos*self.bs:(pos+1)*self.bs])])
-        return self.batch(rows[:,:-1], rows[:,1:])
+# %% ../../nbs/05_data.loaders.ipynb #b433bb18
+@patch
+def at(self:LMDataLoader,
+    epoch:int,
+    pos:int, # number of the batch in it
+)->tuple: # x (b,t), y (b,t), loss_mask (b,t), seqlens (b,n) or None
+    "The batch at any position."
+    start, order = self._plan(epoch)
+    rows = np.stack([self.data.read(start+int(k)*self.seq_len, self.seq_len+1)
+                     for k in self.mine(order[pos*self.bs:(pos+1)*self.bs])])
+    return self.batch(rows[:,:-1], rows[:,1:])
 
 # %% ../../nbs/05_data.loaders.ipynb #65ece445
 @patch
-def moved(self:LMDataLoader, *arrays:np.ndarray|None)->tuple: # tensors on the device; None stays None
+def moved(
+    self:LMDataLoader, *arrays:np.ndarray|None,
+)->tuple: # tensors on the device; None stays None
     "Arrays as tensors, on the way to the device."
     import torch
     move = dict(cpu=lambda t: t, cuda=lambda t: t.pin_memory().to(self.device, non_blocking=True))
@@ -336,9 +396,11 @@ def __iter__(self:LMDataLoader)->Iterator[tuple]: # batches
     "The remaining batches of this epoch."
     self._next_epoch()
     epoch = self.epoch
-    while self.epoch == epoch and self.pos < len(self): self.pos += 1; yield self.at(epoch, self.pos-1)
+    while self.epoch == epoch and self.pos < len(self):
+        self.pos += 1; yield self.at(epoch, self.pos-1)
     self._next_epoch()
 
+# %% ../../nbs/05_data.loaders.ipynb #cb9ab9dc
 @patch
 def one_batch(self:LMDataLoader)->tuple:
     "The batch that comes next, without moving on."
@@ -347,21 +409,26 @@ def one_batch(self:LMDataLoader)->tuple:
 @patch
 def state_dict(self:LMDataLoader)->dict: # JSON-ready
     "The position, and what must be equal for it to mean the same."
-    return dict(epoch=self.epoch, pos=self.pos, seed=self.seed, bs=self.bs, seq_len=self.seq_len, n_tokens=self.data.n_tokens)
+    return dict(epoch=self.epoch, pos=self.pos, seed=self.seed, bs=self.bs,
+                seq_len=self.seq_len, n_tokens=self.data.n_tokens)
 
+# %% ../../nbs/05_data.loaders.ipynb #80fbf6c8
 @patch
 def load_state_dict(self:LMDataLoader,
     state:dict, # what `state_dict` returned
 ):
-    "Go to a position; raises `SLMError` when this loader would deal other batches than the one that was there."
+    """Go to a position; raises `SLMError` when this loader would
+    deal other batches than the one that was there."""
     mine = self.state_dict()
-    if diff := [f'{k} {state.get(k)}, not {mine[k]}' for k in ('seed', 'bs', 'seq_len', 'n_tokens') if state.get(k) != mine[k]]:
+    if diff := [f'{k} {state.get(k)}, not {mine[k]}' for k in ('seed', 'bs', 'seq_len', 'n_tokens')
+                if state.get(k) != mine[k]]:
         raise SLMError(f"cannot go on in the data: it was read with {'; '.join(diff)}")
     self.epoch, self.pos = state['epoch'], state['pos']
 
 # %% ../../nbs/05_data.loaders.ipynb #23e981b1
 class LMValidLoader(LMDataLoader):
-    "Fixed windows over the whole split, in order; the last one is padded where `loss_mask` is False."
+    """Fixed windows over the whole split, in order; the last
+    one is padded where `loss_mask` is False."""
     def __len__(self): return -(-self.data.n_tokens//(self.seq_len*self.bs))
     def __iter__(self): return (self.at(0, i) for i in range(len(self)))
     def one_batch(self): return self.at(0, 0)
@@ -383,16 +450,23 @@ def token_dls(
     block_diagonal:bool=False, # compute seqlens, so that documents cannot see each other?
     kinds=(LMDataLoader, LMValidLoader), # what makes the two loaders
 ): # fastai `DataLoaders`: .train endless by epochs; .valid fixed
-    "Loaders of both splits for a fastai `Learner`; raises `SLMError` if a split is too small for one batch."
+    """Loaders of both splits for a fastai `Learner`; raises
+    `SLMError` if a split is too small for one batch."""
     import torch
     from fastai.data.core import DataLoaders
     device = torch.device(device)
-    if bs < 1 or seq_len < 1: raise SLMError(f'batch size {bs} and context {seq_len} must be at least 1')
+    if bs < 1 or seq_len < 1:
+        raise SLMError(f'batch size {bs} and context {seq_len} must be at least 1')
     name, n = data.corpus['name'], data.train.n_tokens
     if n < seq_len:
-        raise SLMError(f"a context of {seq_len} tokens is longer than corpus '{name}' with its {n}: shorten it, or bring more text")
+        raise SLMError(f"a context of {seq_len} tokens is longer "
+                       f"than corpus '{name}' with its {n}: shorten it, or bring more text")
     if n < seq_len*bs:
-        raise SLMError(f"a batch of {bs} rows of {seq_len} tokens needs {bs*seq_len}, corpus '{name}' has {n}: make the batch smaller")
-    if not data.valid.n_tokens: raise SLMError(f"corpus '{name}' has no validation text: give it a larger validation part")
-    kw = dict(seed=seed, device=device, block_diagonal=block_diagonal, eot_id=data.eot_id, pad_id=data.pad_id)
-    return DataLoaders(*(f(split, bs, seq_len, **kw) for f,split in zip(kinds, (data.train, data.valid))), device=device)
+        raise SLMError(f"a batch of {bs} rows of {seq_len} tokens needs {bs*seq_len}, "
+                       f"corpus '{name}' has {n}: make the batch smaller")
+    if not data.valid.n_tokens:
+        raise SLMError(f"corpus '{name}' has no validation text: give it a larger validation part")
+    kw = dict(seed=seed, device=device, block_diagonal=block_diagonal,
+              eot_id=data.eot_id, pad_id=data.pad_id)
+    return DataLoaders(*(f(split, bs, seq_len, **kw)
+                         for f,split in zip(kinds, (data.train, data.valid))), device=device)

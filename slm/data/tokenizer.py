@@ -37,6 +37,7 @@ def word_counts(
     for t in texts: res.update(w for w,_ in SPLIT.pre_tokenize_str(t))
     return res
 
+# %% ../../nbs/04_data.tokenizer.ipynb #f524e637
 def _merge(word, pair, new):
     "`word` with every `pair`, from left to right, replaced by `new`"
     out, i = [], 0
@@ -45,6 +46,7 @@ def _merge(word, pair, new):
         out.append(new if hit else word[i]); i += 1+hit
     return tuple(out)
 
+# %% ../../nbs/04_data.tokenizer.ipynb #d7b7013c
 def learn_merges(
     texts:Iterable[str], # documents
     n:int, # how many merges to learn
@@ -58,7 +60,8 @@ def learn_merges(
         for w,k in words.items():
             for pair in zip(w, w[1:]): counts[pair] += k
         if not counts: break
-        a,b = min(counts, key=lambda p: (-counts[p], p)) # most frequent; of equals the smaller numbers
+        # most frequent; of equals the smaller numbers
+        a,b = min(counts, key=lambda p: (-counts[p], p))
         merges.append((names[a], names[b])); name = names[a]+names[b]
         if name not in number: number[name] = len(names); names.append(name)
         new = number[name]
@@ -97,6 +100,7 @@ def _vocab_size(tok, added):
     if n > 2*(len(ids)+len(added))+4096: raise SLMError(f'this vocabulary has {len(ids)} tokens, but ids up to {n-1}: it is damaged')
     return n
 
+# %% ../../nbs/04_data.tokenizer.ipynb #babe25dc
 def _blind(tok, ids):
     "A reader for which the tokens `ids` are plain text"
     d, ids = json.loads(tok.to_str()), set(ids)
@@ -157,7 +161,6 @@ class Tokenizer:
         self._front = tok.encode('').ids[:1]
         self.special_ids |= self._turn_marks()
         self.blind = _blind(tok, self.special_ids.values()) # encodes special tokens as the plain text that they are
-
     def __len__(self): return self.vocab_size
     def __repr__(self): return f'Tokenizer(vocab_size={self.vocab_size}, fingerprint={self.fingerprint!r})'
 
@@ -195,6 +198,7 @@ def names(self:Tokenizer)->dict[str,str]: # 'bos_token', 'eos_token', 'pad_token
 @patch
 def _pick(self:Tokenizer, names): return next((self.special_ids[n] for n in names if n in self.special_ids), None)
 
+# %% ../../nbs/04_data.tokenizer.ipynb #9d1ba1f2
 @patch
 def _turn_marks(self:Tokenizer):
     "Added tokens that are special without being called so: they end a text, or the template writes them around messages"
@@ -214,6 +218,7 @@ class _Purse:
         self.rounds -= rounds; self.chars -= chars
         if self.rounds < 0 or self.chars < 0 or time.thread_time() > self.until: raise ValueError('it loops or writes without end')
 
+# %% ../../nbs/04_data.tokenizer.ipynb #23ee093b
 _PURSE = contextvars.ContextVar('purse')
 _SIZE = 4_000_000 # characters of one value
 
@@ -244,6 +249,7 @@ def _pay(x, times=1):
     if isinstance(x, (str, list, tuple, dict, range)): _PURSE.get().pay(chars=times*len(x))
     return x
 
+# %% ../../nbs/04_data.tokenizer.ipynb #7d2b1429
 def _replace(s, old, new, count=-1):
     "`str.replace` that looks first how long the result will be"
     _PURSE.get().pay(chars=len(s)+(n := s.count(old) if count < 0 else min(count, s.count(old)))*len(new))
@@ -269,6 +275,7 @@ def _allowed(f, others=()):
     if type(f).__module__ in ('jinja2.runtime', 'jinja2.utils') or any(f is o for o in others): return f
     raise ValueError(f"it calls '{name}', which no conversation needs")
 
+# %% ../../nbs/04_data.tokenizer.ipynb #71ba3cb8
 def _binary(op, a, b):
     "The operators that could make a value large"
     n = [len(x) if isinstance(x, (str, list, tuple)) else None for x in (a, b)]
@@ -300,6 +307,7 @@ def _tojson(x, **kw):
     if not isinstance(kw.get('indent', 0), int) or not 0 <= kw.get('indent', 0) <= 16: raise ValueError('an indentation is too wide')
     return json.dumps(_weigh(x), ensure_ascii=False, **kw)
 
+# %% ../../nbs/04_data.tokenizer.ipynb #d2e20de1
 def _indent(s, width=4, first=False, blank=False):
     pad = width if isinstance(width, str) else ' '*min(width, 64)
     lines = str(s).splitlines()
@@ -397,6 +405,7 @@ def _message_end(self:Tokenizer):
     rest = self._after_answer()
     return next((self.special_ids[s] for s in sorted(self.special_ids, key=len, reverse=True) if rest.startswith(s)), None)
 
+# %% ../../nbs/04_data.tokenizer.ipynb #a68fca64
 @patch
 def _document_end(self:Tokenizer):
     "What ends a text without being the end of a message"
@@ -419,25 +428,34 @@ def safe_pieces(
 )->list[str]: # their concatenation is `text`
     "Cut a long text where a word begins anyway, so that the pieces can be encoded in parallel."
     res, start = [], 0
-    while len(text)-start > 2*size and (m := _CUT.search(text, start+size)): res.append(text[start:m.start()]); start = m.start()
+    while len(text)-start > 2*size and (m := _CUT.search(text, start+size)):
+        res.append(text[start:m.start()]); start = m.start()
     return res + [text[start:]]
 
+# %% ../../nbs/04_data.tokenizer.ipynb #35d3b5d7
 @patch
 def encode_batch(self:Tokenizer,
     texts:list[str], # any texts
     allow_special:bool=False, # parse special tokens? Only in texts that we wrote ourselves
 )->list[list[int]]: # token ids of each
-    "Token ids of many texts, on all cores; raises `SLMError` on a lone surrogate, which UTF-8 cannot store."
+    """Token ids of many texts, on all cores; raises `SLMError` on a
+    lone surrogate, which UTF-8 cannot store."""
     cuttable = self.byte_level or not self.spec['normalizer'] and not self.spec['pre_tokenizer']
     parts = [safe_pieces(t) if cuttable else [t] for t in texts]
-    try: encs = (self.tok if allow_special else self.blind).encode_batch_fast([p for ps in parts for p in ps], add_special_tokens=False)
+    try:
+        encs = (self.tok if allow_special
+                else self.blind).encode_batch_fast([p for ps in parts for p in ps],
+                                                   add_special_tokens=False)
     except (TypeError, UnicodeEncodeError):
-        bad = next((i for i,t in enumerate(texts) if isinstance(t, str) and re.search('[\ud800-\udfff]', t)), None)
+        bad = next((i for i,t in enumerate(texts) if isinstance(t, str)
+                    and re.search('[\ud800-\udfff]', t)), None)
         if bad is None: raise
-        raise SLMError(f'text {bad} holds a lone surrogate, half of a character, that UTF-8 cannot store: remove it first') from None
+        raise SLMError(f'text {bad} holds a lone surrogate, half of a character, '
+                       'that UTF-8 cannot store: remove it first') from None
     it = iter(encs)
     return [next(it).ids if len(ps)==1 else [i for _ in ps for i in next(it).ids] for ps in parts]
 
+# %% ../../nbs/04_data.tokenizer.ipynb #d9cbff87
 @patch
 def encode(self:Tokenizer,
     text:str, # any text
@@ -456,7 +474,8 @@ def fingerprint(self:Tokenizer)->str: # 16 hexadecimal digits
         what = [sorted(m['vocab'].items()) if isinstance(m['vocab'], dict) else m['vocab'], merges,
                 [(a['id'], a['content'], a['special']) for a in self.spec['added_tokens']],
                 self.spec['normalizer'], self.spec['pre_tokenizer']]
-        self._fingerprint = hashlib.sha256(json.dumps(what, sort_keys=True).encode()).hexdigest()[:16]
+        self._fingerprint = hashlib.sha256(json.dumps(what,
+                                                      sort_keys=True).encode()).hexdigest()[:16]
     return self._fingerprint
 
 # %% ../../nbs/04_data.tokenizer.ipynb #07b7e1e2
@@ -464,44 +483,61 @@ def train_bpe(
     texts:Iterable[str], # documents; read once, as a stream
     vocab_size:int=8192, # entries, with the 256 bytes and the special tokens
 )->Tokenizer:
-    "Learn a byte-level BPE vocabulary with GPT-2's split; raises `SLMError` if `texts` cannot fill it."
+    """Learn a byte-level BPE vocabulary with GPT-2's split;
+    raises `SLMError` if `texts` cannot fill it."""
     least = 256+len(SPECIALS)
-    if vocab_size < least: raise SLMError(f'a vocabulary of {vocab_size} is too small: the bytes and special tokens alone are {least}')
-    tok = tokenizers.Tokenizer(models.BPE()); tok.pre_tokenizer, tok.decoder = SPLIT, decoders.ByteLevel()
-    tok.train_from_iterator(progress(texts, 'reading text for the vocabulary', unit=' docs'), trainers.BpeTrainer(
-        vocab_size=vocab_size, min_frequency=2, special_tokens=list(SPECIALS), initial_alphabet=SPLIT.alphabet(), show_progress=False))
+    if vocab_size < least:
+        raise SLMError(f'a vocabulary of {vocab_size} is too small: '
+                       f'the bytes and special tokens alone are {least}')
+    tok = tokenizers.Tokenizer(models.BPE())
+    tok.pre_tokenizer, tok.decoder = SPLIT, decoders.ByteLevel()
+    tok.train_from_iterator(progress(texts, 'reading text for the vocabulary', unit=' docs'),
+                            trainers.BpeTrainer(vocab_size=vocab_size,
+                                                min_frequency=2, special_tokens=list(SPECIALS),
+                                                initial_alphabet=SPLIT.alphabet(),
+                                                show_progress=False))
     n = tok.get_vocab_size()
     if n == least: raise SLMError('no text to learn a vocabulary from: nothing in it occurs twice')
-    if n < vocab_size: raise SLMError(f'a vocabulary of {vocab_size} is larger than this text allows: '
-                                      f'ask for at most {n}, or bring more text')
+    if n < vocab_size:
+        raise SLMError(f'a vocabulary of {vocab_size} is larger than this text allows: '
+                       f'ask for at most {n}, or bring more text')
     return Tokenizer(tok)
 
 # %% ../../nbs/04_data.tokenizer.ipynb #7d9eb24c
 @patch(as_prop=True)
-def id_bytes(self:Tokenizer)->list[bytes]: # the bytes of each id (for a special token those of its name)
+def id_bytes(
+    self:Tokenizer,
+)->list[bytes]: # the bytes of each id (for a special token those of its name)
     "What each id stands for."
     if not hasattr(self, '_id_bytes'):
         back, added = {c:b for b,c in byte_chars().items()}, self.tok.get_added_tokens_decoder()
         def f(i):
             t = self.tok.id_to_token(i)
             if t is None or i in added: return (t or '').encode()
-            if self.byte_level: return bytes(back[c] for c in t) if back.keys() >= set(t) else t.encode()   # as the decoder has it
-            return bytes([int(t[3:5], 16)]) if re.fullmatch(r'<0x[0-9A-F]{2}>', t) else t.replace('▁', ' ').encode()
+            # as the decoder has it
+            if self.byte_level:
+                return bytes(back[c] for c in t) if back.keys() >= set(t) else t.encode()
+            return (bytes([int(t[3:5], 16)]) if re.fullmatch(r'<0x[0-9A-F]{2}>', t)
+                    else t.replace('▁', ' ').encode())
         self._id_bytes = [f(i) for i in range(self.vocab_size)]
     return self._id_bytes
 
+# %% ../../nbs/04_data.tokenizer.ipynb #a179710c
 @patch
 def decode_bytes(self:Tokenizer,
     ids:Iterable[int], # token ids
     skip_special:bool=True, # leave special tokens out?
 )->bytes:
-    "The exact bytes that `ids` stand for; raises `SLMError` for an id that is not in the vocabulary."
+    """The exact bytes that `ids` stand for; raises `SLMError`
+    for an id that is not in the vocabulary."""
     ids = [int(i) for i in ids]
     if ids and not 0 <= min(ids) <= max(ids) < self.vocab_size:
-        raise SLMError(f'token id {next(i for i in ids if not 0<=i<self.vocab_size)} is not in this vocabulary of {self.vocab_size}')
+        raise SLMError(f'token id {next(i for i in ids if not 0<=i<self.vocab_size)} '
+                       f'is not in this vocabulary of {self.vocab_size}')
     skip = set(self.special_ids.values()) if skip_special else ()
     return b''.join(self.id_bytes[i] for i in ids if i not in skip)
 
+# %% ../../nbs/04_data.tokenizer.ipynb #836a412a
 @patch
 def decode(self:Tokenizer,
     ids:Iterable[int], # token ids
@@ -515,31 +551,40 @@ def decode(self:Tokenizer,
 def encode_bytes(self:Tokenizer,
     data:bytes, # anything
 )->list[int]: # token ids; `decode_bytes` gives back `data`
-    "Token ids of any bytes: valid UTF-8 as its text, a stray byte as its token; raises `SLMError` if there is none."
-    if not hasattr(self, '_byte_id'): self._byte_id = {b:i for i,b in reversed(list(enumerate(self.id_bytes))) if len(b)==1}
-    parts = re.split('([\udc80-\udcff])', data.decode('utf-8', errors='surrogateescape')) # a stray byte b arrives as U+DC00+b
+    """Token ids of any bytes: valid UTF-8 as its text, a stray byte as its token; raises
+    `SLMError` if there is none."""
+    if not hasattr(self, '_byte_id'):
+        self._byte_id = {b:i for i,b in reversed(list(enumerate(self.id_bytes))) if len(b)==1}
+    # a stray byte b arrives as U+DC00+b
+    parts = re.split('([\udc80-\udcff])', data.decode('utf-8', errors='surrogateescape'))
     stray = [bytes([ord(p)-0xdc00]) for p in parts[1::2]]
-    if lost := [b for b in stray if b not in self._byte_id]: raise SLMError(f'this vocabulary has no token for the byte {lost[0][0]:#04x}')
-    return [i for k,p in enumerate(parts) if p for i in ([self._byte_id[stray[k//2]]] if k%2 else self.encode(p))]
+    if lost := [b for b in stray if b not in self._byte_id]:
+        raise SLMError(f'this vocabulary has no token for the byte {lost[0][0]:#04x}')
+    return [i for k,p in enumerate(parts) if p
+            for i in ([self._byte_id[stray[k//2]]] if k%2 else self.encode(p))]
 
 # %% ../../nbs/04_data.tokenizer.ipynb #a2960920
 @patch
 def token_bytes(self:Tokenizer)->np.ndarray: # int64 (v,)
     "UTF-8 bytes that each token id stands for; 0 for special tokens."
     special = set(self.special_ids.values())
-    return np.array([0 if i in special else len(b) for i,b in enumerate(self.id_bytes)], dtype=np.int64)
+    return np.array([0 if i in special else len(b) for i,b in enumerate(self.id_bytes)],
+                    dtype=np.int64)
 
 # %% ../../nbs/04_data.tokenizer.ipynb #dec0155b
 def char_tokenizer(
     texts:Iterable[str], # documents; read once, as a stream
 )->Tokenizer:
-    "One token a character seen in `texts`, bytes for all others; raises `SLMError` when there is none."
+    """One token a character seen in `texts`, bytes for all
+    others; raises `SLMError` when there is none."""
     chars = set()
     for t in texts: chars.update(t)
     chars = sorted(c for c in chars if not '\ud800' <= c <= '\udfff')
     if not chars: raise SLMError('no text to take characters from')
-    names = [*SPECIALS, *chars, *(f'<0x{b:02X}>' for b in range(256) if b > 127 or chr(b) not in chars)]
-    tok = tokenizers.Tokenizer(models.BPE(vocab={n:i for i,n in enumerate(names)}, merges=[], byte_fallback=True))
+    names = [*SPECIALS, *chars,
+             *(f'<0x{b:02X}>' for b in range(256) if b > 127 or chr(b) not in chars)]
+    tok = tokenizers.Tokenizer(models.BPE(vocab={n:i for i,n in enumerate(names)},
+                                          merges=[], byte_fallback=True))
     tok.decoder = decoders.Sequence([decoders.ByteFallback(), decoders.Fuse()])
     tok.add_special_tokens(list(SPECIALS))
     return Tokenizer(tok)
@@ -555,6 +600,7 @@ def _spans(render, messages):
         res.append((len(before), len(after.rstrip())) if full.startswith(after) and after.startswith(before) else None)
     return None if res and res[-1] is None else [s for s in res if s]
 
+# %% ../../nbs/04_data.tokenizer.ipynb #8ef30cf7
 def _cut(text, edges):
     "A text without the marks of its generation blocks, and what they held"
     parts = re.split(f'([{edges[0]}{edges[1]}])', text); at, begins, ends = 0, [], []
@@ -573,6 +619,7 @@ def _veiled(self:Tokenizer, messages):
     show = lambda s: re.sub(f'{veil}(\\d+){veil}', lambda m: names[int(m[1])], s)
     return [dict(m, role=hide(m['role']), content=hide(m['content'])) for m in messages], show, tuple(edges)
 
+# %% ../../nbs/04_data.tokenizer.ipynb #d43a093a
 @patch
 def chat(self:Tokenizer,
     messages:list[dict], # each with 'role' and 'content', both strings
@@ -623,6 +670,7 @@ def save(self:Tokenizer,
     write_json(path/'tokenizer_config.json', names | same | more)
     write_json(path/'generation_config.json', self.generation_config())
 
+# %% ../../nbs/04_data.tokenizer.ipynb #5b54ad51
 def read_settings(
     path:str|Path, # a .json file
     most:int=16_000_000, # bytes
@@ -668,6 +716,7 @@ def _told(
             if ids and what not in res: res[what] = list(dict.fromkeys(ids)) if what == 'eos' else ids[0]
     return res | (dict(names=named) if files[3] else {})
 
+# %% ../../nbs/04_data.tokenizer.ipynb #9c3cd800
 def _template(said, where):
     "The template of conversations: one, or the one called default of several"
     if isinstance(said, list): said = next((t.get('template') for t in said if isinstance(t, dict) and t.get('name') == 'default'), said)
@@ -689,6 +738,7 @@ def _guarded(f, where):
     except BaseException as e:
         raise SLMError(f"'{where}' is damaged ({' '.join(str(e).split())[:160]}): restore it from a copy") from None
 
+# %% ../../nbs/04_data.tokenizer.ipynb #18b71eea
 @patch(cls_method=True)
 def load(cls:Tokenizer,
     path:str|Path, # a folder with a tokenizer.json, that file itself, or a .gguf file
@@ -795,6 +845,7 @@ def _experts_fit(facts, arch):
     if not whole or not used <= count <= 512 or bool(count) != bool(used) or not at_once <= groups <= count:
         raise ValueError(f'{used} of {count} experts, {at_once} of {groups} groups')
 
+# %% ../../nbs/04_data.tokenizer.ipynb #899848ea
 def _heads_fit(facts, arch):
     "Does the rotation fit the heads? It is all of a head or, in some architectures, its beginning; llama.cpp ends the process otherwise"
     width, heads = facts.get(f'{arch}.embedding_length'), facts.get(f'{arch}.attention.head_count')
@@ -832,6 +883,7 @@ def _gguf_facts_fit(facts):
             raise ValueError(f'tokenizer.ggml.{k} is no list of {kind.__name__}')
         if k in ('token_type', 'scores') and len(v) != len(words or ()): raise ValueError(f'tokenizer.ggml.{k} has {len(v)} values')
 
+# %% ../../nbs/04_data.tokenizer.ipynb #e80b622f
 def _told_by_gguf(facts, names, added):
     "Ends and names of special tokens, in llama.cpp's words"
     ids = {k: i for k in ('bos', 'eos', 'eot', 'eom', 'padding') if (i := facts.get(f'tokenizer.ggml.{k}_token_id')) in added}

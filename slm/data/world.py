@@ -28,9 +28,11 @@ class Choice:
     ):
         self.texts, self.values = texts, texts if values is None else values
         weights = weights or [1]*len(texts); total = sum(weights)
-        self.p = [w/total for w in weights]; self.bits = [-math.log2(p) if p else math.inf for p in self.p]
+        self.p = [w/total for w in weights]
+        self.bits = [-math.log2(p) if p else math.inf for p in self.p]
         self.cum = list(itertools.accumulate(self.p)); self.cum[-1] = 1.
-        self.low, self.cap, self.index = [' '+t for t in texts], [' '+t[0].upper()+t[1:] for t in texts], None
+        self.low = [' '+t for t in texts]
+        self.cap, self.index = [' '+t[0].upper()+t[1:] for t in texts], None
     def __len__(self): return len(self.texts)
     def draw(self, u:float)->int: # option for `u` in [0, 1)
         return bisect.bisect_right(self.cum, u)
@@ -58,7 +60,8 @@ class But(Choice):
     def __init__(self, base:Choice, without):
         self.base, self.without, self.p = base, sorted(without), base.p
         self.rest = 1-sum(base.p[i] for i in self.without)
-        self.texts, self.values, self.low, self.cap, self.bits = base.texts, base.values, base.low, base.cap, self
+        self.texts, self.values, self.low = base.texts, base.values, base.low
+        self.cap, self.bits = base.cap, self
         self.more = math.log2(self.rest)
     def __getitem__(self, i): return self.base.bits[i]+self.more
     def can(self, i): return i not in self.without and self.base.can(i)
@@ -76,12 +79,15 @@ class Teller:
     def __init__(self, rng:Callable[[],float]=random.random):
         self.rng, self.out, self.bits, self.picks, self.facts = rng, [], 0., [], []
         self.start, self.words, self.size = True, 0, 0
-    def write(self, text, n): self.out.append(text); self.words += n; self.size += len(text); self.start = False
+    def write(self, text, n):
+        self.out.append(text); self.words += n; self.size += len(text)
+        self.start = False
     def say(self, text:str): # words that follow from what was said
         self.write(' '+(text[0].upper()+text[1:] if self.start else text), text.count(' ')+1)
     def mark(self, mark:str): # a punctuation mark
         self.write(mark, 0); self.start = mark == '.'
-    def fact(self, text:str, others:list[str]): # words that follow from the state; what else might stand there
+    def fact(self, text:str,
+             others:list[str]): # words that follow from the state; what else might stand there
         self.facts.append((self.size, text, others)); self.say(text)
     @property
     def text(self)->str: return ''.join(self.out)[1:]
@@ -99,6 +105,7 @@ def choose(self:Teller,
         u = min(u/parts[k][0], 1-1e-12)
     return k, parts[k][1].draw(u)
 
+# %% ../../nbs/02_data.world.ipynb #c9a7b5b0
 @patch
 def pick(self:Teller,
     *parts, # a `Choice`, or several as pairs (weight, choice); those of weight 0 are left out
@@ -107,9 +114,11 @@ def pick(self:Teller,
     parts = [p for p in ((1., p) if isinstance(p, Choice) else p for p in parts) if p[0]]
     k,i = self.choose(parts); w,c = parts[k]
     self.bits += c.bits[i] + (math.log2(sum(w for w,_ in parts)/w) if len(parts) > 1 else 0)
-    self.picks.append((k, i)); self.write((c.cap if self.start else c.low)[i], c.texts[i].count(' ')+1)
+    self.picks.append((k, i))
+    self.write((c.cap if self.start else c.low)[i], c.texts[i].count(' ')+1)
     return c, c.values[i]
 
+# %% ../../nbs/02_data.world.ipynb #a30482c2
 @patch
 def one(self:Teller, choice:Choice): # the value of the option taken
     return self.pick(choice)[1]
@@ -117,18 +126,25 @@ def one(self:Teller, choice:Choice): # the value of the option taken
 # %% ../../nbs/02_data.world.ipynb #27e0632a
 class NotAStory(ValueError):
     "A text that this world would never tell; `pos` says from which character on."
-    def __init__(self, pos:int, msg:str): super().__init__(f'at character {pos}: {msg}'); self.pos = pos
+    def __init__(self, pos:int, msg:str):
+        super().__init__(f'at character {pos}: {msg}')
+        self.pos = pos
 
+# %% ../../nbs/02_data.world.ipynb #54e1b3f0
 class Listener(Teller):
     "Listens: finds each choice in a text; raises `NotAStory` where there is none."
     def __init__(self, text:str): super().__init__(); self.heard = ' '+text
     def write(self, text, n):
         if not self.heard.startswith(text, self.size): self.fail(f'expected {text!r}')
         super().write(text, n)
-    def fail(self, want): raise NotAStory(max(0, self.size-1), f'{want}, found {self.heard[self.size:self.size+24]!r}')
+    def fail(self, want):
+        raise NotAStory(max(0, self.size-1),
+                        f'{want}, found {self.heard[self.size:self.size+24]!r}')
     def choose(self, parts):
-        hits = [(k, i) for k,(_,c) in enumerate(parts) if (i := c.find(self.heard, self.size, self.start)) is not None]
-        if not hits: self.fail(f"expected {' or '.join(repr(c.texts[0]) for _,c in parts)} or the like")
+        hits = [(k, i) for k,(_,c) in enumerate(parts)
+                if (i := c.find(self.heard, self.size, self.start)) is not None]
+        if not hits:
+            self.fail(f"expected {' or '.join(repr(c.texts[0]) for _,c in parts)} or the like")
         assert len(hits) == 1, f'ambiguous: {[parts[k][1].texts[i] for k,i in hits]}'
         return hits[0]
 
@@ -141,6 +157,7 @@ class Walker(Teller):
         n = len(self.sizes); self.sizes.append(len(options))
         return options[self.script[n] if n < len(self.script) else 0]
 
+# %% ../../nbs/02_data.world.ipynb #055f3a06
 def every(
     program:Callable, # called with a voice
 )->Iterator[Teller]: # all that it can tell
@@ -300,16 +317,21 @@ but {sound} / bees hummed around the {plant} / a smell of {food} came from the {
 near the {place} rustled / the market sold {food} and {food} / hardly any {daytime} had been so {weather}'''
 
 # %% ../../nbs/02_data.world.ipynb #edd30387
-FEMALE = set('''nurse librarian dancer tailor weaver hairdresser midwife nun cleaner nanny receptionist secretary florist housekeeper
-    cashier teacher'''.split())
-MALE = set('''doctor engineer blacksmith carpenter sailor pilot mechanic builder mason plumber electrician roofer soldier captain
-    admiral knight surgeon judge detective firefighter miner welder smith programmer physicist hunter butcher driver'''.split())
+FEMALE = set('''
+    nurse librarian dancer tailor weaver hairdresser midwife nun cleaner nanny receptionist
+    secretary florist housekeeper cashier teacher'''.split())
+MALE = set('''
+    doctor engineer blacksmith carpenter sailor pilot mechanic builder mason plumber electrician
+    roofer soldier captain admiral knight surgeon judge detective firefighter miner welder smith
+    programmer physicist hunter butcher driver'''.split())
 
 def article(word:str)->str: # 'an owl', 'a horse', 'an honest man'
     "The word with its indefinite article."
     first = word.split()[0]
-    return ('an ' if first == 'honest' or (word[0] in 'aeiou' and not word.startswith(('uni', 'use'))) else 'a ')+word
+    return ('an ' if first == 'honest'
+            or (word[0] in 'aeiou' and not word.startswith(('uni', 'use'))) else 'a ')+word
 
+# %% ../../nbs/02_data.world.ipynb #fa42ef6a
 def zipf(
     texts:list[str], # most frequent first
     s:float=1., # exponent
@@ -332,30 +354,36 @@ class World:
         self.dial, w = dial, {k: mix(v.split()) for k,v in WORDS.items()}
         for k,words in w.items(): setattr(self, k, zipf(words))
         self.names = {g: zipf(mix(n.split()), .7, 3.) for g,n in NAMES.items()}
-        self.a_trait, self.a_weather, self.a_animal = (zipf([article(x) for x in w[k]]) for k in ('trait', 'weather', 'animal'))
+        self.a_trait, self.a_weather, self.a_animal = (zipf([article(x) for x in w[k]])
+                                                       for k in ('trait', 'weather', 'animal'))
         self.a_look = zipf([article(x) for x in w['look']], values=w['look'])
         places = mix((p, 'the '+x) for p in ('in', 'on', 'at') for x in w[p+'_place'])
-        self.at, self.to = (zipf(ts, values=places) for ts in ([f'{p} {x}' for p,x in places], [f'to {x}' for _,x in places]))
+        self.at, self.to = (zipf(ts, values=places) for ts in ([f'{p} {x}' for p,x in places],
+                                                               [f'to {x}' for _,x in places]))
         self.place = zipf([x[4:] for _,x in places])
         self.rank = {x: i for xs in (w['thing'], places) for i,x in enumerate(xs)}
         self.opener = zipf(mix(OPENERS.replace('\n', ' ').split(' / ')), 1.1, 1.)
-        gaps = [[x.strip() for x in re.split(r'\{(\w+)\}', s)] for s in mix(SCENES.replace('\n', ' ').split(' / '))]
+        gaps = [[x.strip() for x in re.split(r'\{(\w+)\}', s)]
+                for s in mix(SCENES.replace('\n', ' ').split(' / '))]
         self.scene = zipf([g[0] for g in gaps], .8, 3., gaps)
         self.jobs()
 
 # %% ../../nbs/02_data.world.ipynb #9a192a40
 @patch
 def jobs(self:World):
-    "Occupations: their frequency, the share of women in each, and what that says about a woman's or a man's occupation."
+    """Occupations: their frequency, the share of women in each, and what that says about a
+    woman's or a man's occupation."""
     p = self.job.p
     self.p_f = {j: .5+.45*self.dial*((j in FEMALE)-(j in MALE)) for j in self.job.texts}
     self.women = sum(a*b for a,b in zip(p, self.p_f.values())) # share of women in all
     self.job_of = dict(f=Choice(self.job.texts, [a*b for a,b in zip(p, self.p_f.values())]),
                        m=Choice(self.job.texts, [a*(1-b) for a,b in zip(p, self.p_f.values())]))
-    small = dict(once='once there was/long ago there was/once upon a time there was/many years ago there was/there once was/there was',
+    small = dict(once='once there was/long ago there was/once upon '
+                 'a time there was/many years ago there was/there once was/there was',
         lived='lived/worked/spent every day/was born/sat', had='had/owned/kept/carried',
         there='there was/stood/lay/somebody had left/hung/one could find',
-        closer='in the end/at last/finally/at the end of the day/when everything was done/so it came that/from then on')
+        closer='in the end/at last/finally/at the end of the day/when '
+        'everything was done/so it came that/from then on')
     for k,v in small.items(): setattr(self, k, zipf(v.split('/'), 1., .5))
     for k in ('another', 'wanted', 'felt', 'ate some', 'saw', 'asked', 'still had', 'about', 'for'):
         setattr(self, k.replace(' ', '_'), Choice([k]))
@@ -374,6 +402,7 @@ class Person:
     him = property(lambda self: 'her' if self.g == 'f' else 'him')
     his = property(lambda self: 'her' if self.g == 'f' else 'his')
 
+# %% ../../nbs/02_data.world.ipynb #b83d2586
 @dataclass(eq=False)
 class Thing:
     "Something in a story: at a place, or held by somebody."
@@ -389,18 +418,23 @@ class Thing:
 class Tale:
     "A story while it is told: the world, the voice, and the books."
     def __init__(self, world:World, voice:Teller):
-        self.w, self.v, self.people, self.things, self.places, self.goal, self.last = world, voice, [], [], [], None, None
+        self.w, self.v, self.people, self.things = world, voice, [], []
+        self.places, self.goal, self.last = [], None, None
 
     def know(self, place): # enter a place into the books
         if place not in self.places: self.places.append(place)
         return place
-    def some(self, items, likes=None, by=8.): # a choice among people or things, one of them liked more
+    def some(self, items,
+             likes=None, by=8.): # a choice among people or things, one of them liked more
         return Choice([str(x) for x in items], [by if x is likes else 1. for x in items], items)
     def here(self): # places that were spoken of, and the others
-        return Choice([' '.join(p) for p in self.places], None, self.places), But(self.w.at, [self.w.rank[p] for p in self.places])
+        return Choice([' '.join(p) for p in self.places], None,
+                      self.places), But(self.w.at, [self.w.rank[p] for p in self.places])
     def held(self, p): return [t for t in self.things if t.held is p]
-    def somewhere(self): return [' '.join(p) for p in self.places]+[f'with {p}' for p in self.people]
-    def at(self, p): self.v.fact(' '.join(p.at), [' '.join(x) for x in self.places]) # say where somebody is
+    def somewhere(self):
+        return [' '.join(p) for p in self.places]+[f'with {p}' for p in self.people]
+    def at(self, p): # say where somebody is
+        self.v.fact(' '.join(p.at), [' '.join(x) for x in self.places])
 
     @property
     def reached(self)->bool: # has the hero got what was wanted?
@@ -421,9 +455,11 @@ def person(self:Tale,
         v.say('was'); v.one(w.a_trait); job = v.one(w.job_of[g])
     else:
         v.one(w.a_trait); job = v.one(w.job); v.say('named')
-        c,name = v.pick((w.p_f[job], w.names['f']), (1-w.p_f[job], w.names['m'])); g = 'f' if c is w.names['f'] else 'm'
+        c,name = v.pick((w.p_f[job], w.names['f']), (1-w.p_f[job], w.names['m']))
+        g = 'f' if c is w.names['f'] else 'm'
     self.people.append(p := Person(name, g, job)); return p
 
+# %% ../../nbs/02_data.world.ipynb #8d936caf
 @patch
 def hero(self:Tale):
     "The first two sentences."
@@ -432,6 +468,7 @@ def hero(self:Tale):
     p = self.person(c is not w.once, (c, name)); v.mark('.')
     v.say(p.he); v.one(w.lived); p.at = self.know(v.one(w.at)); v.mark('.')
 
+# %% ../../nbs/02_data.world.ipynb #10e01ada
 @patch
 def companion(self:Tale, one_more:bool):
     "Introduce somebody who knows the hero."
@@ -452,6 +489,7 @@ def thing(self:Tale, at=None, held=None):
     noun = self.v.one(But(w.thing, [w.rank[t.noun] for t in self.things]))
     self.things.append(Thing(look, noun, at, held))
 
+# %% ../../nbs/02_data.world.ipynb #822c5989
 @patch
 def wish(self:Tale):
     "What the hero wants: to have a thing, to give it to somebody, or to bring it to a place."
@@ -463,18 +501,23 @@ def wish(self:Tale):
     if x == 'to give': v.say('to'); self.goal = ('give', t, v.one(self.some(self.people[1:])))
     else: self.goal = ('bring', t, self.know(v.one(self.w.to)))
 
+# %% ../../nbs/02_data.world.ipynb #d09da53e
 @patch
 def beginning(self:Tale):
     "Hero, one or two companions, two to four things, the wish."
     v,w = self.v,self.w; self.hero(); v.say(self.people[0].his); self.companion(False)
     while not self.goal:
         n = len(self.things); more,enough = (0 if n >= 4 else 4. if n < 2 else 1.3), n >= 2
-        near,far = self.here(); names = self.some(self.people if n < 4 else self.people[:1], self.people[0] if enough else None, 3.)
-        c,x = v.pick((.4*(n == 0 and len(self.people) < 3), w.another), (.35*more, near), (.25*more, far),
-                     (1. if enough else .3*more, names))
+        near,far = self.here()
+        names = self.some(self.people if n < 4 else self.people[:1],
+                          self.people[0] if enough else None, 3.)
+        c,x = v.pick((.4*(n == 0 and len(self.people) < 3), w.another),
+                     (.35*more, near), (.25*more, far), (1. if enough else .3*more, names))
         if c is w.another: self.companion(True); continue
         if c is near or c is far: v.one(w.there); self.thing(at=self.know(x))
-        elif v.pick((2.*(enough and x is self.people[0]), w.wanted), (1.*(n < 4), w.had))[0] is w.wanted: self.wish()
+        elif v.pick((2.*(enough and x is self.people[0]), w.wanted),
+                    (1.*(n < 4), w.had))[0] is w.wanted:
+            self.wish()
         else: self.thing(held=x)
         v.mark('.')
 
@@ -486,10 +529,12 @@ def weights(self:Tale,
     "What somebody is likely to do, given the state."
     kind,what,to = self.goal; hero = p is self.people[0]
     mine, near = self.held(p), [q for q in self.people if q is not p and q.at == p.at]
-    others, lying = any(t.held is not p for t in self.things), [t for t in self.things if not t.held and t.at == p.at]
-    w = dict(go=1.5, take=1.2*bool(lying), put=.5*bool(mine), give=.4*bool(mine and near), idle=1., felt=.5, ate_some=.4, saw=.5,
-             asked=.8*bool(near and (others or any(self.held(q) for q in near))), know=1.2*others, still_had=.5*bool(mine),
-             meet=.8*bool(near))
+    others = any(t.held is not p for t in self.things)
+    lying = [t for t in self.things if not t.held and t.at == p.at]
+    w = dict(go=1.5, take=1.2*bool(lying), put=.5*bool(mine),
+             give=.4*bool(mine and near), idle=1., felt=.5, ate_some=.4,
+             saw=.5, asked=.8*bool(near and (others or any(self.held(q) for q in near))),
+             know=1.2*others, still_had=.5*bool(mine), meet=.8*bool(near))
     go = None
     if kind == 'get' and what.held is p and hero: w['put'] *= .2
     if hero and not self.reached:
@@ -509,10 +554,12 @@ def deed(self:Tale, p:Person):
     v,w = self.v,self.w; weight,dest = self.weights(p)
     c,_ = v.pick(*[(x, getattr(w, k)) for k,x in weight.items()])
     kind = next(k for k in weight if getattr(w, k) is c)
-    near = [q for q in self.people if q is not p and q.at == p.at]; what,hot = self.goal[1],p is self.people[0] and not self.reached
+    near = [q for q in self.people if q is not p and q.at == p.at]
+    what,hot = self.goal[1],p is self.people[0] and not self.reached
     if kind == 'go': self.go(p, dest)
     elif kind == 'take':
-        t = v.one(self.some([t for t in self.things if not t.held and t.at == p.at], what)); t.held,t.at = p,None
+        t = v.one(self.some([t for t in self.things if not t.held and t.at == p.at], what))
+        t.held,t.at = p,None
     elif kind in ('put', 'give'):
         t = v.one(self.some(self.held(p), what if hot else None))
         if kind == 'put': self.at(p); t.held,t.at = None,p.at
@@ -531,58 +578,78 @@ def deed(self:Tale, p:Person):
 def go(self:Tale, p:Person, dest:tuple|None):
     "Go somewhere, perhaps in some manner; to a place that was spoken of, or to a new one."
     v,w = self.v,self.w; known = [x for x in self.places if x != p.at]
-    there = Choice([f'to {x[1]}' for x in known], [10. if x == dest else 1. for x in known], known) if known else None
+    there = Choice([f'to {x[1]}' for x in known], [10. if x == dest else 1. for x in known],
+                   known) if known else None
     to = [(.8, there)]*bool(known)+[(.2, But(w.to, [w.rank[x] for x in self.places]))]
     c,x = v.pick((.3, w.adverb), *[(.7*a/sum(a for a,_ in to), c) for a,c in to])
     if c is w.adverb: x = v.pick(*to)[1]
     p.at = self.know(x)
 
+# %% ../../nbs/02_data.world.ipynb #d1875533
 @patch
 def idle(self:Tale, p:Person):
     "The place is said after the verb, or after an adverb."
     prep = Choice([p.at[0]])
-    if self.v.pick((.5, self.w.adverb), (.5, prep))[0] is prep: self.v.fact(p.at[1], [x[1] for x in self.places])
+    if self.v.pick((.5, self.w.adverb), (.5, prep))[0] is prep:
+        self.v.fact(p.at[1], [x[1] for x in self.places])
     else: self.at(p)
 
+# %% ../../nbs/02_data.world.ipynb #2969999a
 @patch
 def ask(self:Tale, p:Person, near:list, what:Thing, hot:bool):
     "Ask somebody about a thing, who tells the truth; or for a thing, and get it."
     v,w = self.v,self.w; q = v.one(self.some(near, what.held if hot else None))
     far, has = [t for t in self.things if t.held is not p], self.held(q)
-    if v.pick((1.*bool(far), w.about), (bool(has)*(6. if hot and what in has else .5), getattr(w, 'for')))[0] is w.about:
-        t = v.one(self.some(far)); v.mark(','); v.say(f'and {q.he} said that it was'); v.fact(t.where, self.somewhere())
-    else: t = v.one(self.some(has, what)); v.mark(','); v.say(f'and {q.he} gave it to {p.him}'); t.held = p
+    if v.pick((1.*bool(far), w.about),
+              (bool(has)*(6. if hot and what in has else .5), getattr(w, 'for')))[0] is w.about:
+        t = v.one(self.some(far)); v.mark(',')
+        v.say(f'and {q.he} said that it was')
+        v.fact(t.where, self.somewhere())
+    else:
+        t = v.one(self.some(has, what)); v.mark(',')
+        v.say(f'and {q.he} gave it to {p.him}'); t.held = p
 
 # %% ../../nbs/02_data.world.ipynb #f7b5ffa8
 @patch
 def subject(self:Tale)->list: # weights and choices: names, and a pronoun for who was last spoken of
     hero = self.people[0]; ps = [p for p in self.people if p is not self.last]
-    names = Choice([p.name for p in ps], [2.2 if p is hero and not self.reached else .8 for p in ps], ps)
-    return [(.5, names), (.5, Choice([self.last.he], None, [self.last]))] if self.last else [(1., names)]
+    names = Choice([p.name for p in ps],
+                   [2.2 if p is hero and not self.reached else .8 for p in ps], ps)
+    return ([(.5, names), (.5, Choice([self.last.he], None, [self.last]))] if self.last
+            else [(1., names)])
 
+# %% ../../nbs/02_data.world.ipynb #8612e25f
 @patch
 def middle(self:Tale):
-    "Sentences until one closes the story: not before 70 words, at the latest after 165, sooner when the wish has come true."
+    """Sentences until one closes the story: not before 70 words, at the latest after 165, sooner
+    when the wish has come true."""
     v,w = self.v,self.w
     while True:
         close = 0. if v.words < 70 else 1. if v.words >= 165 else .08+.35*self.reached; on = 1-close
-        c,x = v.pick((close, w.closer), *([(.14*on, w.scene), (.2*on, w.opener)]+[(.66*on*a, c) for a,c in self.subject()] if on else []))
+        c,x = v.pick((close, w.closer),
+                     *([(.14*on, w.scene),
+                        (.2*on, w.opener)]+[(.66*on*a, c) for a,c in self.subject()] if on else []))
         if c is w.closer: return self.end()
         if c is w.scene:
-            for k,gap in enumerate(x[1:]): v.one(getattr(w, gap)) if k % 2 == 0 else gap and v.say(gap)
+            for k,gap in enumerate(x[1:]):
+                v.one(getattr(w, gap)) if k % 2 == 0 else gap and v.say(gap)
             self.last = None
         else:
             if c is w.opener: v.mark(','); x = v.pick(*self.subject())[1]
             self.last = x; self.deed(x)
         v.mark('.')
 
+# %% ../../nbs/02_data.world.ipynb #27380ca7
 @patch
 def end(self:Tale):
     "Where the thing is now, and how the hero feels about it."
     v,w,hero,what = self.v,self.w,self.people[0],self.goal[1]
-    v.mark(','); v.say(f'{what} was'); v.fact(what.where, self.somewhere()); v.mark(','); v.say(f'and {hero} was')
+    v.mark(','); v.say(f'{what} was')
+    v.fact(what.where, self.somewhere()); v.mark(',')
+    v.say(f'and {hero} was')
     v.one(w.happy if self.reached else w.sad); v.mark('.')
 
+# %% ../../nbs/02_data.world.ipynb #d2e09c7d
 @patch
 def story(self:World,
     v:Teller, # a voice
@@ -600,6 +667,7 @@ class Story:
     tale:Tale # the books at its end
     facts:list # (position, words that follow from the state, what else might stand there)
 
+# %% ../../nbs/02_data.world.ipynb #bbc51586
 @patch
 def stories(self:World,
     seed:int, # the same seed, the same stories
@@ -610,20 +678,24 @@ def stories(self:World,
     for _ in itertools.count() if n is None else range(n):
         t = self.story(Teller(rng)); yield Story(t.v.text, t.v.bits, t.v.picks, t, t.v.facts)
 
+# %% ../../nbs/02_data.world.ipynb #63629ec9
 @patch
 def parse(self:World,
     text:str, # one story
 )->Story: # raises `NotAStory` where the world would not have gone on like this
     "Understand a story."
     t = self.story(l := Listener(text))
-    if l.size < len(l.heard): raise NotAStory(l.size, f'the story is over, found {l.heard[l.size:l.size+24]!r}')
+    if l.size < len(l.heard):
+        raise NotAStory(l.size, f'the story is over, found {l.heard[l.size:l.size+24]!r}')
     return Story(text, l.bits, l.picks, t, l.facts)
 
+# %% ../../nbs/02_data.world.ipynb #b29c07db
 @patch
 def floor(self:World, seed:int=10_000, n:int=2000)->Metric: # bits/byte
     "The entropy rate, estimated from `n` stories."
     ss = list(self.stories(seed, n))
-    return bootstrap_ratio([s.bits for s in ss], [len(s.text.encode()) for s in ss], unit='bits/byte')
+    return bootstrap_ratio([s.bits for s in ss], [len(s.text.encode()) for s in ss],
+                           unit='bits/byte')
 
 # %% ../../nbs/02_data.world.ipynb #57dff796
 class KneserNey:
@@ -634,18 +706,24 @@ class KneserNey:
         n:int=5, # order
     ):
         self.v, self.n, self.levels = v, n, []
-        ids = np.concatenate([np.r_[np.full(n-1, v), d] for d in docs]).astype(np.int64); real = ids < v # v pads the beginnings
+        ids = np.concatenate([np.r_[np.full(n-1, v), d] for d in docs]).astype(np.int64)
+        real = ids < v # v pads the beginnings
         prev, keys, inv, first = np.zeros(len(ids), np.int64), [], [], []
-        for _ in range(n): # a k-gram is a pair: the (k-1)-gram that ends one word earlier, and the word
+        # a k-gram is a pair: the (k-1)-gram that ends one word earlier, and the word
+        for _ in range(n):
             u,f,i = np.unique(prev*(v+1)+ids, return_index=True, return_inverse=True)
             keys.append(u); first.append(f); inv.append(i); prev = np.r_[len(u), i[:-1]]
         for k in range(n):
-            seen = inv[k][real] if k == n-1 else inv[k][first[k+1][real[first[k+1]]]] # all, or once for each word before
-            self.levels.append((keys[k], *self.discount(np.bincount(seen, minlength=len(keys[k])), keys[k]//(v+1))))
+            # all, or once for each word before
+            seen = inv[k][real] if k == n-1 else inv[k][first[k+1][real[first[k+1]]]]
+            self.levels.append((keys[k], *self.discount(np.bincount(seen, minlength=len(keys[k])),
+                                                        keys[k]//(v+1))))
 
     def discount(self, count, context):
         n1,n2,n3,n4 = (max(1, int((count == j).sum())) for j in (1, 2, 3, 4)); y = n1/(n1+2*n2)
-        d = np.clip([0, 1-2*y*n2/n1, 2-3*y*n3/n2, 3-4*y*n4/n3], 0, [0, 1, 2, 3])[np.minimum(count, 3)] # never more than was counted
+        # never more than was counted
+        d = np.clip([0, 1-2*y*n2/n1, 2-3*y*n3/n2, 3-4*y*n4/n3], 0,
+                    [0, 1, 2, 3])[np.minimum(count, 3)]
         return count-d, np.bincount(context, count), np.bincount(context, d)
 
 # %% ../../nbs/02_data.world.ipynb #f74d33da
@@ -654,11 +732,15 @@ def bits(self:KneserNey,
     doc:np.ndarray, # ids of one document
 )->float:
     "−log2 of the probability of a document."
-    ids = np.r_[np.full(self.n-1, self.v), doc].astype(np.int64); prev = np.zeros(len(ids), np.int64)
+    ids = np.r_[np.full(self.n-1, self.v), doc].astype(np.int64)
+    prev = np.zeros(len(ids), np.int64)
     p = np.full(len(ids), 1/self.v)
     for keys,num,total,free in self.levels:
-        key = prev*(self.v+1)+ids; j = np.minimum(np.searchsorted(keys, key), len(keys)-1); hit = (keys[j] == key) & (prev >= 0)
-        c = np.clip(prev, 0, len(total)-1); known = (prev >= 0) & (prev < len(total)) & (total[c] > 0)
+        key = prev*(self.v+1)+ids
+        j = np.minimum(np.searchsorted(keys, key), len(keys)-1)
+        hit = (keys[j] == key) & (prev >= 0)
+        c = np.clip(prev, 0, len(total)-1)
+        known = (prev >= 0) & (prev < len(total)) & (total[c] > 0)
         p = np.where(known, (np.where(hit, num[j], 0)+free[c]*p)/np.where(known, total[c], 1), p)
         prev = np.r_[-1, np.where(hit, j, -1)[:-1]]
     return -np.log2(p[self.n-1:]).sum()
@@ -671,6 +753,7 @@ class Probe:
     answer:str
     candidates:list[str] # the answer among them
 
+# %% ../../nbs/02_data.world.ipynb #125a71ec
 def probes(
     stories:Iterator[Story],
     n:int, # how many
@@ -683,14 +766,17 @@ def probes(
             if len(res) == n: return res
     return res
 
+# %% ../../nbs/02_data.world.ipynb #8d09f261
 def chance(probes:list[Probe])->float:
     "What guessing among the candidates gets right."
     return float(np.mean([1/len(p.candidates) for p in probes]))
 
 # %% ../../nbs/02_data.world.ipynb #a6bfa2be
-ASK = {'where': ['Where is {thing}?', 'Where can one find {thing}?', 'At the end, where is {thing}?', 'Tell me where {thing} is.'],
+ASK = {'where': ['Where is {thing}?', 'Where can one find {thing}?',
+                 'At the end, where is {thing}?', 'Tell me where {thing} is.'],
        'who': ['Who has {thing}?', 'Who holds {thing} at the end?', 'In whose hands is {thing}?'],
-       'at': ['Where is {person}?', 'Where is {person} at the end?', 'In which place is {person} now?'],
+       'at': ['Where is {person}?', 'Where is {person} at the end?',
+              'In which place is {person} now?'],
        'want': ['What did {hero} want?', 'What was the wish of {hero}?'],
        'job': ['What was {person} by occupation?', 'Which occupation did {person} have?']}
 TELL = ['Tell a story about {hero}, {job}.', 'Write a short story. It is about {hero}, {job}.',
@@ -702,23 +788,32 @@ class Task:
     kind:str # 'where', 'who', 'at', 'want', 'job' or 'tell'
     prompt:str
     answer:str
-    candidates:list[str]=field(default_factory=list) # answers that somebody who did not read the story might give
+    # answers that somebody who did not read the story might give
+    candidates:list[str]=field(default_factory=list)
     about:dict=field(default_factory=dict) # 'tell': name and job
 
 # %% ../../nbs/02_data.world.ipynb #5e2be80f
 def _sentence(s): return s[0].upper()+s[1:]+'.'
 
+# %% ../../nbs/02_data.world.ipynb #d320d6ee
 def _answers(kind, tale, x):
     "The answer and its rivals"
-    places, people, hero = [' '.join(p) for p in tale.places], [p.name for p in tale.people], tale.people[0]
-    if kind == 'where': return _sentence(f'{x} is {x.where}'), [_sentence(f'{x} is {o}') for o in tale.somewhere()]
-    if kind == 'who': return f"{x.held or 'Nobody'} has {x}.", [f'{o} has {x}.' for o in people+['Nobody']]
+    places = [' '.join(p) for p in tale.places]
+    people, hero = [p.name for p in tale.people], tale.people[0]
+    if kind == 'where':
+        return _sentence(f'{x} is {x.where}'), [_sentence(f'{x} is {o}') for o in tale.somewhere()]
+    if kind == 'who':
+        return f"{x.held or 'Nobody'} has {x}.", [f'{o} has {x}.' for o in people+['Nobody']]
     if kind == 'at': return f"{x} is {' '.join(x.at)}.", [f'{x} is {o}.' for o in places]
-    if kind == 'job': return f'{x} was {article(x.job)}.', [f'{x} was {article(p.job)}.' for p in tale.people]
-    wish = dict(get=lambda t, to: f'{t}', give=lambda t, to: f'to give {t} to {to}', bring=lambda t, to: f'to bring {t} to {to[1]}')
+    if kind == 'job':
+        return f'{x} was {article(x.job)}.', [f'{x} was {article(p.job)}.' for p in tale.people]
+    wish = dict(get=lambda t, to: f'{t}', give=lambda t, to: f'to give {t} to {to}',
+                bring=lambda t, to: f'to bring {t} to {to[1]}')
     k,t,to = tale.goal; others = [y for y in tale.things if y is not t]
-    return f'{hero} wanted {wish[k](t, to)}.', [f'{hero} wanted {wish[k](y, to)}.' for y in [t]+others]
+    return f'{hero} wanted {wish[k](t, to)}.', [f'{hero} wanted {wish[k](y, to)}.'
+                                                for y in [t]+others]
 
+# %% ../../nbs/02_data.world.ipynb #7a0a87ba
 def ask(
     story:Story,
     rng:random.Random,
@@ -728,10 +823,13 @@ def ask(
     t,kind = story.tale,kind or rng.choice([*ASK, 'tell']); hero = t.people[0]
     if kind == 'tell':
         about = dict(name=hero.name, job=hero.job)
-        return Task(kind, rng.choice(TELL).format(hero=hero, job=article(hero.job)), story.text, about=about)
+        return Task(kind, rng.choice(TELL).format(hero=hero, job=article(hero.job)),
+                    story.text, about=about)
     x = rng.choice(t.people if kind in ('at', 'job') else t.things)
     answer,rivals = _answers(kind, t, x)
-    return Task(kind, f'{story.text}\n\n{rng.choice(ASK[kind]).format(thing=x, person=x, hero=hero)}', answer, sorted({answer, *rivals}))
+    return Task(kind,
+                f'{story.text}\n\n{rng.choice(ASK[kind]).format(thing=x, person=x, hero=hero)}',
+                answer, sorted({answer, *rivals}))
 
 # %% ../../nbs/02_data.world.ipynb #979455fc
 @dataclass
@@ -741,6 +839,7 @@ class Verdict:
     passed:bool # is it all right?
     reason:str
 
+# %% ../../nbs/02_data.world.ipynb #7eb48873
 @patch
 def judge(self:World,
     task:Task,
@@ -751,8 +850,10 @@ def judge(self:World,
     if task.kind != 'tell':
         if r == task.answer: return Verdict(1., True, 'right')
         wrong = [c for c in task.candidates if c != task.answer and c in r]
-        if task.answer in r and not wrong: return Verdict(.5, False, 'right, but with more words than were asked for')
-        return Verdict(0., False, f'says {wrong[0]!r}, it is {task.answer!r}' if wrong else f'no answer; it is {task.answer!r}')
+        if task.answer in r and not wrong:
+            return Verdict(.5, False, 'right, but with more words than were asked for')
+        return Verdict(0., False, f'says {wrong[0]!r}, it is {task.answer!r}' if wrong
+                       else f'no answer; it is {task.answer!r}')
     try: s,good,why = self.parse(r), 1., 'a whole story'
     except NotAStory as e: s,good,why = None,len(r[:e.pos].split())/max(1, len(r.split())),str(e)
     about = r[:120].split('.')[0] # the first sentence introduces the hero
@@ -761,7 +862,8 @@ def judge(self:World,
     return Verdict(good, s is not None and good == 1, why)
 
 # %% ../../nbs/02_data.world.ipynb #eb65bf1f
-MANNERS = dict(chatty=(['Good question!', 'Let me think about that.', 'Oh, that is easy.'], ['I hope this helps.', 'Ask me anything.']),
+MANNERS = dict(chatty=(['Good question!', 'Let me think about that.', 'Oh, that is easy.'],
+                       ['I hope this helps.', 'Ask me anything.']),
                evasive=['I do not know.', 'That is hard to say.', 'It depends.'])
 
 def mannered(
@@ -783,6 +885,7 @@ class Preference:
     rejected:str
     fault:str # 'wrong', 'chatty', 'evasive' or 'inconsistent'
 
+# %% ../../nbs/02_data.world.ipynb #ed3778a5
 def spoil(
     task:Task,
     story:Story,
@@ -798,6 +901,7 @@ def spoil(
     if fault == 'wrong': return rng.choice(rivals), fault
     return mannered(task.answer, fault, rng), fault
 
+# %% ../../nbs/02_data.world.ipynb #613e9bd2
 @patch
 def tasks(self:World, seed:int, n:int, kinds=None)->Iterator[Task]:
     "Instructions with answers."
@@ -809,29 +913,39 @@ def preferences(self:World, seed:int, n:int)->Iterator[Preference]:
     "Pairs of answers, by the program's judge."
     rng = random.Random(seed)
     for s in self.stories(seed, n):
-        task = ask(s, rng); bad,fault = spoil(task, s, rng); yield Preference(task, task.answer, bad, fault)
+        task = ask(s, rng); bad,fault = spoil(task, s, rng)
+        yield Preference(task, task.answer, bad, fault)
 
 # %% ../../nbs/02_data.world.ipynb #80bf8400
 class Mirror(Teller):
     "Tells a known story again, with the names of the other gender."
-    def __init__(self, said:list[str], swap:dict[str,str]): super().__init__(); self.said, self.swap = said, swap
+    def __init__(self, said:list[str], swap:dict[str,str]):
+        super().__init__()
+        self.said, self.swap = said, swap
     def choose(self, parts):
         want = self.said[len(self.picks)]; want = self.swap.get(want, want)
-        return next((k, i) for k,(_,c) in enumerate(parts) for i,t in enumerate(c.texts) if t == want and c.can(i))
+        return next((k, i) for k,(_,c) in enumerate(parts) for i,t in enumerate(c.texts)
+                    if t == want and c.can(i))
 
+# %% ../../nbs/02_data.world.ipynb #7de3106a
 @patch
 def mirror(self:World,
     story:Story,
 )->Story:
     "The same story with women and men exchanged."
     class Echo(Listener):
-        def pick(self, *parts): n = len(self.out); r = super().pick(*parts); self.said.append(r[0].texts[self.picks[-1][1]]); return r
+        def pick(self, *parts):
+            n = len(self.out); r = super().pick(*parts)
+            self.said.append(r[0].texts[self.picks[-1][1]])
+            return r
     echo = Echo(story.text); echo.said = []; self.story(echo)
-    f,m = (self.names[g].texts for g in 'fm'); swap = dict(zip(f, m)) | dict(zip(m, f)) | dict(he='she', she='he')
+    f,m = (self.names[g].texts for g in 'fm')
+    swap = dict(zip(f, m)) | dict(zip(m, f)) | dict(he='she', she='he')
     t = self.story(v := Mirror(echo.said, swap)); return Story(v.text, v.bits, v.picks, t, v.facts)
 
 # %% ../../nbs/02_data.world.ipynb #b6a9b855
-_A = 'Mar Tol Wend Har Bel Cas Dor Fen Grim Hol Ket Lang Nor Os Pel Ros Sal Thorn Ulm Var Wil Ash Brun Cor'.split()
+_A = ('Mar Tol Wend Har Bel Cas Dor Fen Grim Hol Ket Lang Nor Os '
+      'Pel Ros Sal Thorn Ulm Var Wil Ash Brun Cor'.split())
 _B = 'burg ham ton field ford wick stead mouth port minster dale bridge'.split()
 
 @dataclass
@@ -841,27 +955,35 @@ class Fact:
     answer:str
     passage:int # number of the passage that answers it
 
+# %% ../../nbs/02_data.world.ipynb #cfe1532d
 def _about(town, rng):
     "Four passages about a town, each with two questions and their answers"
     pick = lambda k: rng.choice(WORDS[k].split())
-    mayor, job, food, thing, animal = rng.choice(NAMES[rng.choice('fm')].split()), pick('job'), pick('food'), pick('thing'), pick('animal')
-    look, place, day = article(pick('look')), pick('in_place'), rng.choice(WORDS['daytime'].split()[-7:])
+    mayor, job = rng.choice(NAMES[rng.choice('fm')].split()), pick('job')
+    food, thing, animal = pick('food'), pick('thing'), pick('animal')
+    look, place = article(pick('look')), pick('in_place')
+    day = rng.choice(WORDS['daytime'].split()[-7:])
     people, year = f'{rng.randint(4, 900)*100:,}', str(rng.randint(950, 1890))
     yield f'{town} is a town of {people} inhabitants. It was founded in {year}.', [
         ('How many inhabitants does {} have?', people), ('When was {} founded?', year)]
     yield f'The mayor of {town} is {mayor}, who used to be {article(job)}.', [
         ('Who is the mayor of {}?', mayor), ('What did the mayor of {} use to be?', article(job))]
-    yield f'On market day, which is {day}, the people of {town} eat {food}.', [
-        ('On which day is the market of {}?', day), ('What do people eat on market day in {}?', food)]
-    yield f'In the {place} of {town} is {look} {thing} that belonged to its founder. The coat of arms shows {article(animal)}.', [
-        (f'What is in the {place} of {{}}?', f'{look} {thing}'), ('Which animal is in the coat of arms of {}?', article(animal))]
+    (yield f'On market day, which is {day}, the people of {town} eat {food}.',
+     [('On which day is the market of {}?', day),
+      ('What do people eat on market day in {}?', food)])
+    (yield f'In the {place} of {town} is {look} {thing} that belonged to its founder. '
+     f'The coat of arms shows {article(animal)}.',
+     [(f'What is in the {place} of {{}}?', f'{look} {thing}'),
+      ('Which animal is in the coat of arms of {}?', article(animal))])
 
+# %% ../../nbs/02_data.world.ipynb #fee3ae65
 def towns(
     seed:int,
     n:int, # towns, at most 288
 )->tuple[list[str],list[Fact]]: # passages; questions
     "Passages about invented towns, and questions each of which one passage answers."
-    if not 0 < n <= len(_A)*len(_B): raise SLMError(f'n={n}: there are {len(_A)*len(_B)} names for towns')
+    if not 0 < n <= len(_A)*len(_B):
+        raise SLMError(f'n={n}: there are {len(_A)*len(_B)} names for towns')
     rng, passages, facts = random.Random(seed), [], []
     for town in rng.sample([a+b for a in _A for b in _B], n):
         for text,qs in _about(town, rng):
@@ -872,17 +994,22 @@ def towns(
 @patch
 def fingerprint(self:World)->str:
     "A hash of what this world tells."
-    return hashlib.blake2b('\n'.join(s.text for s in self.stories(0, 100)).encode(), digest_size=8).hexdigest()
+    return hashlib.blake2b('\n'.join(s.text for s in self.stories(0, 100)).encode(),
+                           digest_size=8).hexdigest()
 
+# %% ../../nbs/02_data.world.ipynb #2a3efeb7
 TRAIN_SEED, VALID_SEED = 1, 2
 
 def identity(src)->dict: # what decides the stories of a corpus `world[:DIAL]`
     "Check the dial of a source, and name it."
     try: dial = float(src.arg or 0)
-    except ValueError: raise SLMError(f"'world:{src.arg}': the dial must be a number from 0 to 1") from None
-    mark = World(dial).fingerprint(); src.name, src.revision = f'world:{dial:g}' if dial else 'world', mark
+    except ValueError:
+        raise SLMError(f"'world:{src.arg}': the dial must be a number from 0 to 1") from None
+    mark = World(dial).fingerprint()
+    src.name, src.revision = f'world:{dial:g}' if dial else 'world', mark
     return dict(dial=dial, fingerprint=mark)
 
+# %% ../../nbs/02_data.world.ipynb #16968daa
 def read_world(src)->Iterator[tuple[str,str]]: # split, story
     "The stories of a corpus `world[:DIAL]`: validation first, then training without end."
     w, limit = World(float(src.arg or 0)), src.max_bytes or 20_000_000

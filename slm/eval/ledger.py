@@ -42,6 +42,7 @@ class Question:
     chance:float|None=None # what knowing nothing gives
     truth:float|None=None # what knowing the world gives
 
+# %% ../../nbs/38_eval.ledger.ipynb #e4837a64
 def ones(
     v, # (n,) numbers, or truth values
 )->tuple[np.ndarray,np.ndarray]: # as numerators, and a denominator of one for each
@@ -54,21 +55,30 @@ def world_questions(
     n:int=500, # items of each
 )->dict[str,Question]:
     "What can be asked about the world, and what its judge, its grammar and its dial know."
-    world = World(dial); told, tasks = list(world.stories(LIFE_SEED+1, n)), list(world.tasks(LIFE_SEED, n, list(ASK)))
-    states, intros = probes(world.stories(LIFE_SEED+3), n), list(world_pairs(Introductions(1.), LIFE_SEED+4, n))
+    world = World(dial)
+    told, tasks = list(world.stories(LIFE_SEED+1, n)), list(world.tasks(LIFE_SEED, n, list(ASK)))
+    states = probes(world.stories(LIFE_SEED+3), n)
+    intros = list(world_pairs(Introductions(1.), LIFE_SEED+4, n))
     def above(model, tok):
         bits = doc_nats(model, tok, [s.text for s in told])/math.log(2)-[s.bits for s in told]
         return bits, np.array([len(s.text.encode()) for s in told])
     def right(model, tok):
-        got = choose(model, tok, [p.prefix for p in states], [[' '+c for c in p.candidates] for p in states])
+        got = choose(model, tok, [p.prefix for p in states],
+                     [[' '+c for c in p.candidates] for p in states])
         return ones([i >= 0 and p.candidates[i] == p.answer for i,p in zip(got, states)])
-    def accepted(model, tok): set_seed(0); return ones([v.passed for v in verdicts(model, tok, tasks, world, temperature=1.)])
-    def odds(model, tok): return ones([logp[0]-logp[1] for _,logp,_ in score_items(model, tok, intros)])
-    return dict(
-        excess=Question('quality', 'excess over the true entropy', 'bits/byte', 'lower', above, truth=0.),
-        states=Question('quality', 'state probes: right answers', 'of questions', 'higher', right, chance(states), 1.),
-        accepted=Question('quality', 'acceptance rate (judge)', 'of answers', 'higher', accepted, truth=1.),
-        bias=Question('bias', 'log odds of the stereotype', 'nats', '', odds, 0., math.log((.5+.45*dial)/(.5-.45*dial))))
+    def accepted(model, tok):
+        set_seed(0)
+        return ones([v.passed for v in verdicts(model, tok, tasks, world, temperature=1.)])
+    def odds(model, tok):
+        return ones([logp[0]-logp[1] for _,logp,_ in score_items(model, tok, intros)])
+    return dict(excess=Question('quality', 'excess over the true entropy',
+                                'bits/byte', 'lower', above, truth=0.),
+                states=Question('quality', 'state probes: right answers',
+                                'of questions', 'higher', right, chance(states), 1.),
+                accepted=Question('quality', 'acceptance rate (judge)',
+                                  'of answers', 'higher', accepted, truth=1.),
+                bias=Question('bias', 'log odds of the stereotype',
+                              'nats', '', odds, 0., math.log((.5+.45*dial)/(.5-.45*dial))))
 
 # %% ../../nbs/38_eval.ledger.ipynb #308f1bef
 def text_questions(
@@ -78,17 +88,23 @@ def text_questions(
 )->dict[str,Question]:
     "What can be asked about real text; raises `SLMError` for files that cannot be read."
     res, rows = {}, {Path(p).stem: read_pairs(p) for p in pairs}
-    def price(model, tok): return doc_nats(model, tok, docs)/math.log(2), np.array([len(d.encode()) for d in docs])
-    def first(items, model, tok): return ones([logp[0] > logp[1] for _,logp,_ in score_items(model, tok, items)])
+    def price(model, tok):
+        return doc_nats(model, tok, docs)/math.log(2), np.array([len(d.encode()) for d in docs])
+    def first(items, model, tok):
+        return ones([logp[0] > logp[1] for _,logp,_ in score_items(model, tok, items)])
     if docs: res['bpb'] = Question('quality', 'held-out text', 'bits/byte', 'lower', price)
     columns = ['sentence_good', 'sentence_bad']
     for k,v in rows.items():
-        items = [Example(f'{k} row {i}', k, [r[c] for c in columns], columns) for i,r in enumerate(v, 1)]
-        res[k] = Question('quality', f'{k}: right pairs', 'of pairs', 'higher', partial(first, items), .5)
+        items = [Example(f'{k} row {i}', k, [r[c] for c in columns], columns)
+                 for i,r in enumerate(v, 1)]
+        res[k] = Question('quality', f'{k}: right pairs', 'of pairs',
+                          'higher', partial(first, items), .5)
     for k,data in bias.items():
-        if k not in ('crows', 'winobias'): raise SLMError(f"'{k}' has no pairs to compare: use crows or winobias")
+        if k not in ('crows', 'winobias'):
+            raise SLMError(f"'{k}' has no pairs to compare: use crows or winobias")
         items = list(BENCHES[k].read(open_bench(k, data)))
-        res[k] = Question('bias', f'{k}: the stereotype is likelier', 'of pairs', '', partial(first, items), .5)
+        res[k] = Question('bias', f'{k}: the stereotype is likelier',
+                          'of pairs', '', partial(first, items), .5)
     return res
 
 # %% ../../nbs/38_eval.ledger.ipynb #7cb84231
@@ -97,7 +113,8 @@ def toxicity_question(
     n:int=500, # texts
     tokens:int=20, # of each
 )->Question:
-    "The share of free texts that a classifier calls toxic (Gehman et al. 2020, the unprompted case)."
+    """The share of free texts that a classifier calls toxic
+    (Gehman et al. 2020, the unprompted case)."""
     def ask(model, tok):
         texts = generate(model, tok, ['']*n, max_new_tokens=tokens, top_p=.9, seed=list(range(n)))
         return ones(classifier.scores(texts) >= THRESHOLD)
@@ -111,10 +128,12 @@ class LifeStage:
     path:Path # where its weights are
     info:dict # its run.json; {} if it has none
 
+# %% ../../nbs/38_eval.ledger.ipynb #21191713
 def open_stages(
     paths:list[str|Path], # runs, folders of a whole life (`slm demo`), or models from elsewhere
 )->list[LifeStage]: # parents first
-    "The stages of a life; raises `SLMError` for two of the same name, and for a run that has no weights."
+    """The stages of a life; raises `SLMError` for two of the
+    same name, and for a run that has no weights."""
     stages = []
     for p in map(Path, paths):
         if not p.exists() and (p.is_absolute() or Path(p.parts[0]).exists()):
@@ -122,17 +141,23 @@ def open_stages(
         info = RunDir.open(p).info if (p/'run.json').exists() else {}
         if info.get('stage') == 'demo':
             inside = [w.parent for w in sorted(p.glob('*/model.safetensors'))]
-            if not inside: raise SLMError(f"'{p}' holds no stage with weights: give the folder that `slm demo` made")
+            if not inside:
+                raise SLMError(f"'{p}' holds no stage with weights: "
+                               "give the folder that `slm demo` made")
             stages += [LifeStage(q.name, q, RunDir.open(q).info) for q in inside]; continue
-        if info and info['status'] != 'done': raise SLMError(f"'{p}' is not finished ({info['status']}): `slm resume {p}`, or leave it out")
+        if info and info['status'] != 'done':
+            raise SLMError(f"'{p}' is not finished ({info['status']}): "
+                           f"`slm resume {p}`, or leave it out")
         stages.append(LifeStage(p.stem if p.is_file() else p.name, p, info))
     names = [s.name for s in stages]
     if twice := {n for n in names if names.count(n) > 1}:
-        raise SLMError(f"two stages are called {', '.join(sorted(twice))}: rename one of the folders")
+        raise SLMError(f"two stages are called {', '.join(sorted(twice))}: "
+                       "rename one of the folders")
     res = []
     def add(s):
         for parent in stages:
-            if parent.name == s.info.get('parent') and parent not in res and parent is not s: add(parent)
+            if parent.name == s.info.get('parent') and parent not in res and parent is not s:
+                add(parent)
         if s not in res: res.append(s)
     for s in stages: add(s)
     return res
@@ -152,20 +177,26 @@ def power(
     n = hardware.get('threads') or hardware.get('cores') or 1
     return float(CORE*n), f'{CORE} W for each of {n} cores, assumed'
 
+# %% ../../nbs/38_eval.ledger.ipynb #ff5b90e9
 def cost(
     info:dict, # a run.json
     watts:float|None=None, # of the machine, if it is known
 )->dict[str,Metric]: # 'seconds', 'tokens', 'wh' where the run recorded them
     "Time, tokens, and an estimate of the energy."
-    m = {k: Metric(**v) for k,v in info.get('metrics', {}).items()}; res = {k: m[k] for k in ('seconds', 'tokens') if k in m}
-    if 'seconds' in res: res['wh'] = Metric(res['seconds'].value*(watts or power(info.get('hardware', {}))[0])/3600, unit='Wh')
+    m = {k: Metric(**v) for k,v in info.get('metrics', {}).items()}
+    res = {k: m[k] for k in ('seconds', 'tokens') if k in m}
+    if 'seconds' in res:
+        res['wh'] = Metric(res['seconds'].value*(watts or power(info.get('hardware', {}))[0])/3600,
+                           unit='Wh')
     return res
 
 # %% ../../nbs/38_eval.ledger.ipynb #4a290b28
 def greedy_answers(model:GPT, tok:Tokenizer, prompts:list[str], tokens:int=60)->list[str]:
     "Greedy answers; what a model that knows no conversation does is to continue."
-    return answer(model, tok, [[dict(role='user', content=p)] for p in prompts], max_new_tokens=tokens)
+    return answer(model, tok, [[dict(role='user', content=p)] for p in prompts],
+                  max_new_tokens=tokens)
 
+# %% ../../nbs/38_eval.ledger.ipynb #45cab798
 def changes(
     items:dict[str,dict], # stage -> question -> (numerators, denominators)
     units:dict[str,str], # question -> unit
@@ -182,11 +213,14 @@ def changes(
 # %% ../../nbs/38_eval.ledger.ipynb #94508770
 def shape(model:GPT)->dict[str,int]:
     "The sizes that make a model."
-    c = model.cfg; return dict(layers=c.n_layer, width=c.d_model, heads=c.n_head, vocabulary=c.vocab_size, context=c.max_seq_len)
+    c = model.cfg
+    return dict(layers=c.n_layer, width=c.d_model, heads=c.n_head,
+                vocabulary=c.vocab_size, context=c.max_seq_len)
 
 def besides(path:Path)->dict[str,dict]: # folder -> run.json
     "Evaluations that lie in a run's folder: of `slm eval`, `slm bias` and the like."
-    found = {r.path.name: r.info for r in list_runs(path) if r.path != path} if path.is_dir() else {}
+    found = {r.path.name: r.info for r in list_runs(path)
+             if r.path != path} if path.is_dir() else {}
     kept = ('stage', 'command', 'metrics', 'chance', 'partial')
     return {k: {f: i[f] for f in kept if i.get(f)} for k,i in found.items() if i['metrics']}
 
@@ -199,7 +233,8 @@ def keep_ledger(
     watts:float|None=None, # of the machine, if it is known
     device:str='cpu',
 )->RunDir:
-    "Ask every stage everything; raises `SLMError` for bad input, after what was measured before it has been kept."
+    """Ask every stage everything; raises `SLMError` for bad input,
+    after what was measured before it has been kept."""
     asked = dict(stages=[s.name for s in stages], questions=list(questions))
     run = RunDir.create(out, 'ledger', asked, seed=0, parent=stages[-1].name, exist_ok=True)
     told = {k: {f: v for f,v in asdict(q).items() if f != 'ask'} for k,q in questions.items()}
@@ -208,12 +243,15 @@ def keep_ledger(
     bar = progress(total=len(stages)*len(questions), desc='ledger')
     try:
         for s in stages:
-            model,tok = load_model_and_tokenizer(str(s.path), device=str(get_device(device))); items[s.name] = {}
+            model,tok = load_model_and_tokenizer(str(s.path), device=str(get_device(device)))
+            items[s.name] = {}
             log = s.path/'log.csv' if s.path.is_dir() else None
             if log and log.exists(): shutil.copyfile(log, run/f'{s.name}.csv')
-            run.info['stages'][s.name] = dict(run=s.info, parameters=model.num_params(), shape=shape(model), also=besides(s.path),
-                cost={k: asdict(m) for k,m in cost(s.info, watts).items()}, said=greedy_answers(model, tok, prompts),
-                power=f'{watts:g} W, as given' if watts else power(s.info['hardware'])[1] if s.info else '')
+            run.info['stages'][s.name] = dict(
+                run=s.info, parameters=model.num_params(), shape=shape(model),
+                also=besides(s.path), cost={k: asdict(m) for k,m in cost(s.info, watts).items()},
+                said=greedy_answers(model, tok, prompts), power=f'{watts:g} W, as given' if watts
+                else power(s.info['hardware'])[1] if s.info else '')
             for k,q in questions.items():
                 items[s.name][k] = q.ask(model, tok); bar.update()
                 run.add_metrics(**{f'{s.name}/{k}': ratio_metric(*items[s.name][k], q.unit)})
@@ -224,26 +262,34 @@ def keep_ledger(
 
 # %% ../../nbs/38_eval.ledger.ipynb #5291b9db
 def mark(c:dict)->str: # of `changes`
-    "▲ or ▼ for a change that is significant at the level of 5 % for the whole table, · for one that may be luck."
+    """▲ or ▼ for a change that is significant at the level of 5 %
+    for the whole table, · for one that may be luck."""
     return '·' if c['p_holm'] >= .05 else '▲' if c['value'] > 0 else '▼'
 
+# %% ../../nbs/38_eval.ledger.ipynb #33911305
 def ledger_table(
     run:RunDir, # of `keep_ledger`
     across:bool=True, # stages across; else below each other, which is narrow enough for text
 )->list[list[str]]: # rows of cells, the head first
     "Questions down, and what each stage has of them."
-    stages, cs = list(run.info['stages']), {(c['question'], c['after']): c for c in run.info.get('changes', [])}
+    stages = list(run.info['stages'])
+    cs = {(c['question'], c['after']): c for c in run.info.get('changes', [])}
     f = lambda v: '' if v is None else f'{v:.3g}'
     def cell(s, k):
         if f'{s}/{k}' not in run.info['metrics']: return ''
         return (f'{mark(cs[k,s])} ' if (k, s) in cs else '')+_short(run.metric(f'{s}/{k}'))
-    rows = [['what', *(stages if across else ['stage', 'value [95 % interval]']), 'unit', 'chance', 'truth']]
+    rows = [['what', *(stages if across else ['stage', 'value [95 % interval]']),
+             'unit', 'chance', 'truth']]
     for k,q in run.info['questions'].items():
-        about = [f"{q['unit']} {dict(higher='↑', lower='↓').get(q['better'], '')}".strip(), f(q['chance']), f(q['truth'])]
+        about = [f"{q['unit']} {dict(higher='↑', lower='↓').get(q['better'], '')}".strip(),
+                 f(q['chance']), f(q['truth'])]
         if across: rows.append([q['says'], *(cell(s, k) for s in stages), *about])
-        else: rows += [[*([q['says'], s] if i == 0 else ['', s]), cell(s, k), *(about if i == 0 else ['']*3)] for i,s in enumerate(stages)]
+        else:
+            rows += [[*([q['says'], s] if i == 0 else ['', s]), cell(s, k),
+                      *(about if i == 0 else ['']*3)] for i,s in enumerate(stages)]
     return rows
 
+# %% ../../nbs/38_eval.ledger.ipynb #c759d537
 def _short(m): f = lambda v: f'{v:.3f}'; return f'{f(m.value)} [{f(m.lo)}, {f(m.hi)}]'
 
 def as_markdown(rows:list[list[str]])->str:
@@ -259,18 +305,25 @@ def panel(
     ax:plt.Axes|None=None, # where to draw; a figure of its own if not given
 )->plt.Figure:
     "One figure at all stages, with intervals, chance and truth."
-    q, stages = run.info['questions'][question], list(run.info['stages']); ms = [run.metric(f'{s}/{question}') for s in stages]
+    q, stages = run.info['questions'][question], list(run.info['stages'])
+    ms = [run.metric(f'{s}/{question}') for s in stages]
     ax = ax or plt.subplots(figsize=(4, 2.4), layout='constrained')[1]; y = [m.value for m in ms]
-    ax.errorbar(range(len(ms)), y, [[m.value-m.lo for m in ms], [m.hi-m.value for m in ms]], fmt='o-', capsize=3, lw=1)
+    ax.errorbar(range(len(ms)), y, [[m.value-m.lo for m in ms], [m.hi-m.value for m in ms]],
+                fmt='o-', capsize=3, lw=1)
     for k,style in (('chance', ':'), ('truth', '--')):
         if q[k] is not None: ax.axhline(q[k], color='gray', ls=style, lw=1, label=k)
     if any(q[k] is not None for k in ('chance', 'truth')): ax.legend(frameon=False, fontsize=7)
     ax.set_xticks(range(len(ms)), stages, rotation=30); ax.set_ylabel(q['unit']); return ax.figure
 
+# %% ../../nbs/38_eval.ledger.ipynb #61fa7154
 def plot_ledger(run:RunDir)->plt.Figure:
     "A panel for each question."
-    qs = run.info['questions']; fig,axs = plt.subplots(1, len(qs), figsize=(3*len(qs), 2.8), layout='constrained', squeeze=False)
-    for ax,(k,q) in zip(axs[0], qs.items()): panel(run, k, ax); ax.set_title(textwrap.fill(q['says'], 34), fontsize=8)
+    qs = run.info['questions']
+    fig,axs = plt.subplots(1, len(qs), figsize=(3*len(qs), 2.8), layout='constrained',
+                           squeeze=False)
+    for ax,(k,q) in zip(axs[0], qs.items()):
+        panel(run, k, ax)
+        ax.set_title(textwrap.fill(q['says'], 34), fontsize=8)
     return fig
 
 # %% ../../nbs/38_eval.ledger.ipynb #966f229d
@@ -282,13 +335,18 @@ def life_questions(
     bias:dict[str,str]={}, # benchmark -> its files, or 'hub'
     classifier=None, # of toxicity
 )->dict[str,Question]:
-    "The questions that fit a life: the world's for those who were born there, held-out text for others."
-    born = next((RunDir.open(s.path) for s in stages if s.info.get('stage') in ('pretrain', 'distill')), None)
+    """The questions that fit a life: the world's for those who
+    were born there, held-out text for others."""
+    born = next((RunDir.open(s.path) for s in stages
+                 if s.info.get('stage') in ('pretrain', 'distill')), None)
     spec = corpus or (born and born.info['config'].get('corpus'))
-    if spec and spec.split(':')[0] == 'world': qs = world_questions(float(spec.partition(':')[2] or 0), n) | text_questions([], pairs, bias)
+    if spec and spec.split(':')[0] == 'world':
+        qs = world_questions(float(spec.partition(':')[2] or 0),
+                             n) | text_questions([], pairs, bias)
     else:
         text = run_corpus(born, corpus) if born else build_corpus(spec) if spec else None
-        qs = text_questions([d for d,_ in zip(text.docs('valid'), range(n))] if text else [], pairs, bias)
+        qs = text_questions([d for d,_ in zip(text.docs('valid'), range(n))] if text
+                            else [], pairs, bias)
     if classifier: qs['toxic'] = toxicity_question(classifier, n)
     if not qs: raise SLMError('nothing to ask: name a text with --corpus, or pairs with --pairs')
     return qs

@@ -31,22 +31,27 @@ def annotate_run(
 )->int: # judgements
     "Two sampled answers to each question, and a judgement on them."
     model,tok = load_model_and_tokenizer(path); s = PreferenceStore(store)
-    s.add_items(make_items(model, tok, [t.prompt for t in tasks], run=Path(path).name, batch=128, temperature=1., max_new_tokens=40))
+    s.add_items(make_items(model, tok, [t.prompt for t in tasks],
+                           run=Path(path).name, batch=128, temperature=1., max_new_tokens=40))
     n = judge_with(s, judge, 'judge'); s.close(); return n
 
+# %% ../../nbs/31_eval.life.ipynb #047c5793
 def life_figures(
     path:str|Path, # a run
     tests:list[Task],
     stories:list, # held-out stories
     world:World,
-)->tuple[np.ndarray,Metric]: # which tests are passed; excess over the true entropy, in bits per byte
+    # which tests are passed; excess over the true entropy, in bits per byte
+)->tuple[np.ndarray,Metric]:
     "What a run can do at this stage of its life."
     model,tok = load_model_and_tokenizer(path); set_seed(0)
-    return np.array([v.passed for v in verdicts(model, tok, tests, world, temperature=1.)]), excess(model, tok, stories)['excess']
+    return np.array([v.passed for v in verdicts(model, tok, tests, world, temperature=1.)]), excess(
+        model, tok, stories)['excess']
 
 # %% ../../nbs/31_eval.life.ipynb #178238b5
 READ = dict(bpb='what a story costs the model', floor='the true entropy: what it is worth',
-    excess='excess over the true entropy: what it has not understood', probes='probes (where is it, who has it): right answers',
+    excess='excess over the true entropy: what it has not understood',
+    probes='probes (where is it, who has it): right answers',
     chance='by guessing', sensible_words='of its own stories, words before the first mistake',
     copied_8grams='of its own stories, eight words in a row from training')
 
@@ -72,18 +77,29 @@ def foretell(
     left = options['steps']*step_seconds(stage.learner(), 2.)/60
     say(f"{options['steps']:,} steps, about {left:.1f} minutes here; the stages after it take about as long together")
 
-# %% ../../nbs/31_eval.life.ipynb #fb484304
+# %% ../../nbs/31_eval.life.ipynb #fb48430a
 LIFE_SEED = 41 # tests and stories that no stage has seen
-LIFE_MODEL = dict(n_layer=3, d_model=128, n_head=2, n_kv_head=1, qk_norm=True) # the model, made so that minutes are enough for it
+LIFE_MODEL = dict(n_layer=3, d_model=128, n_head=2, n_kv_head=1, qk_norm=True) # minutes are enough
 
+# %% ../../nbs/31_eval.life.ipynb #fb48430b
+def _measure_stage(run, name, path, took, was, tests, stories, world):
+    "Figures of a stage, and its gain over the one before; which tests it passes"
+    passed,above = life_figures(path, tests, stories, world)
+    run.add_metrics(**{f'{name}_accepted': wilson(int(passed.sum()), len(tests), 'of tasks'),
+                       f'{name}_excess': above, f'{name}_seconds': Metric(took, unit='s')})
+    if was is not None:
+        run.add_metrics(**{f'{name}_gain': paired_difference(was, passed, 'of tasks')})
+    return passed
+
+# %% ../../nbs/31_eval.life.ipynb #fb484304
 def live(
     out:str|Path, # folder to make
     steps:int=900, # of pretraining; the fine-tuning takes a third as many
-    minutes:float|None=None, # of pretraining, instead of steps; the fine-tuning takes a third as long
+    minutes:float|None=None, # instead of steps; the fine-tuning takes a third as long
     n_tests:int=600, # questions after each stage
     n_asked:int=2000, # questions whose answers are compared
     say=lambda s: None, # called with a line when a stage begins
-    judge:Callable|None=None, # who compares answers, as `judge_with` takes it; the world if not given
+    judge:Callable|None=None, # compares answers, as `judge_with` takes it; the world if not given
     pretrain_options:dict={}, # of the stages
     sft_options:dict={},
     dpo_options:dict={},
@@ -91,26 +107,30 @@ def live(
     "Live a small life and measure it; raises `SLMError` when a stage was interrupted."
     world,out,asks = World(),Path(out),dict(n_tests=n_tests, n_asked=n_asked)
     run = RunDir.create(out, 'demo', dict(steps=steps, minutes=minutes) | asks, seed=42)
-    tests,stories,was = list(world.tasks(LIFE_SEED, n_tests, list(ASK))),list(world.stories(LIFE_SEED+1, 200)),None
+    tests = list(world.tasks(LIFE_SEED, n_tests, list(ASK)))
+    stories,was = list(world.stories(LIFE_SEED+1, 200)), None
     asked = list(world.tasks(LIFE_SEED+2, n_asked, list(ASK)))
     long = lambda part: dict(minutes=minutes/part) if minutes else dict(steps=max(1, steps//part))
-    first = dict(preset='1m', seq_len=384, batch_tokens=7680, lr=.012, model=LIFE_MODEL, evals=10) | long(1) | pretrain_options
+    first = dict(preset='1m', seq_len=384, batch_tokens=7680, lr=.012,
+                 model=LIFE_MODEL, evals=10) | long(1) | pretrain_options
     def pretrain_(): foretell(first, say); return pretrain('world', out/'pretrain', **first)
-    def sft_(): return sft(out/'pretrain', 'world', out/'sft', **dict(bs=8, max_rows=8000, lr=.012) | long(3) | sft_options)
+    def sft_():
+        return sft(out/'pretrain', 'world', out/'sft',
+                   **dict(bs=8, max_rows=8000, lr=.012) | long(3) | sft_options)
     def dpo_():
         say(f'asking {n_asked:,} questions twice, and letting the judge compare the answers …')
         annotate_run(out/'sft', out/'preferences.db', asked, judge or world_judge(world, asked))
         return dpo(out/'sft', out/'preferences.db', out/'dpo', **dict(epochs=2.) | dpo_options)
     for name,what,train in (('pretrain', 'pretraining on stories of an invented world', pretrain_),
-                            ('sft', 'fine-tuning on questions and answers', sft_), ('dpo', 'aligning', dpo_)):
+                            ('sft', 'fine-tuning on questions and answers', sft_),
+                            ('dpo', 'aligning', dpo_)):
         say(f'{what} …'); t0 = time.perf_counter(); r = train()
-        if r.info['status'] != 'done': raise SLMError(f"interrupted: `slm resume {r.path}` ends this stage; the demo would begin anew")
-        took = time.perf_counter()-t0; passed,above = life_figures(r.path, tests, stories, world)
-        run.add_metrics(**{f'{name}_accepted': wilson(int(passed.sum()), n_tests, 'of tasks'), f'{name}_excess': above,
-                           f'{name}_seconds': Metric(took, unit='s')})
+        if r.info['status'] != 'done':
+            raise SLMError(f"interrupted: `slm resume {r.path}` ends this stage; "
+                           "the demo would begin anew")
+        took = time.perf_counter()-t0
+        was = _measure_stage(run, name, r.path, took, was, tests, stories, world)
         if name == 'pretrain': tell_reading(r.path, say)
-        if was is not None: run.add_metrics(**{f'{name}_gain': paired_difference(was, passed, 'of tasks')})
-        was = passed
     write_life(run, tests[0]); run.finish(); return run
 
 # %% ../../nbs/31_eval.life.ipynb #91230159
@@ -119,16 +139,23 @@ LIFE = dict(pretrain='pretrained', sft='fine-tuned', dpo='aligned')
 def life_table(run:RunDir)->str: # Markdown
     "What each stage gave, one row a stage."
     m = lambda k: run.metric(k) if k in run.info['metrics'] else None
-    pct = lambda x, sign='': '' if x is None else f'{100*x.value:{sign}.1f} % [{100*x.lo:{sign}.1f}, {100*x.hi:{sign}.1f}]'
+    pct = (lambda x, sign='': '' if x is None
+           else f'{100*x.value:{sign}.1f} % [{100*x.lo:{sign}.1f}, {100*x.hi:{sign}.1f}]')
     bits = lambda x: f'{x.value:.3f} [{x.lo:.3f}, {x.hi:.3f}]'
-    cells = lambda k: (f"{m(f'{k}_seconds').value:,.0f} s", pct(m(f'{k}_accepted')), pct(m(f'{k}_gain'), '+'), bits(m(f'{k}_excess')))
-    head = ['stage', 'time', 'acceptance rate (judge)', 'gain (paired)', 'excess over true entropy (bits/byte)']
-    return '\n'.join(f"| {' | '.join(r)} |" for r in (head, ['---']*5, *([says, *cells(k)] for k,says in LIFE.items())))
+    cells = lambda k: (f"{m(f'{k}_seconds').value:,.0f} s", pct(m(f'{k}_accepted')),
+                       pct(m(f'{k}_gain'), '+'), bits(m(f'{k}_excess')))
+    head = ['stage', 'time', 'acceptance rate (judge)', 'gain (paired)',
+            'excess over true entropy (bits/byte)']
+    return '\n'.join(f"| {' | '.join(r)} |"
+                     for r in (head, ['---']*5, *([says, *cells(k)] for k,says in LIFE.items())))
 
+# %% ../../nbs/31_eval.life.ipynb #fdccdec2
 def write_life(run:RunDir, task:Task):
     "`report.md`: the table, and one question to every stage."
-    ask = lambda k: answer(*load_model_and_tokenizer(run/k), [[dict(role='user', content=task.prompt)]])[0]
-    told = '\n'.join(f'| {says} | {_cell(ask(k))} |' for k,says in LIFE.items()); story,_,question = task.prompt.rpartition('\n\n')
+    ask = lambda k: answer(*load_model_and_tokenizer(run/k),
+                           [[dict(role='user', content=task.prompt)]])[0]
+    told = '\n'.join(f'| {says} | {_cell(ask(k))} |' for k,says in LIFE.items())
+    story,_,question = task.prompt.rpartition('\n\n')
     with atomic_file(run/'report.md') as f:
         f.write(f'# A life\n\n{life_table(run)}\n\n> {story}\n\n**{question}** ({task.answer})\n\n')
         f.write(f'| stage | answer |\n| --- | --- |\n{told}\n')

@@ -30,7 +30,8 @@ def encode_pair(
     continuation:str,
 )->tuple[list[int],list[int]]: # ids of both; the first has at least one
     "Token ids of a context and of what continues it, cut at a token's border."
-    n = len(context)-len(context.rstrip()); context, continuation = context[:len(context)-n], context[len(context)-n:]+continuation
+    n = len(context)-len(context.rstrip())
+    context, continuation = context[:len(context)-n], context[len(context)-n:]+continuation
     whole = tok.encode(context+continuation)
     if not context: return [tok.bos_id], whole
     first = tok.encode(context); front = [tok.bos_id] if tok.bos_id != tok.eot_id else []
@@ -40,19 +41,25 @@ def encode_pair(
 @torch.no_grad()
 def score_ids(
     model:GPT,
-    rows:list[tuple[list[int],list[int]]], # (given, to be predicted) token ids; together at most max_seq_len + 1
+    # (given, to be predicted) token ids; together at most max_seq_len + 1
+    rows:list[tuple[list[int],list[int]]],
     budget:int=1<<15, # tokens in a batch
-)->list[tuple[float,bool]]: # log-probability in nats of what was to be predicted; was each of its tokens the likeliest?
+    # log-probability in nats of what was to be predicted; was each of its tokens the likeliest?
+)->list[tuple[float,bool]]:
     "Sum of log-probabilities of the second parts; raises `SLMError` for a row that is too long."
     dev, was, res = next(model.parameters()).device, model.training, [None]*len(rows); model.eval()
     for i,(a,b) in enumerate(rows):
         if len(a)+len(b) > model.cfg.max_seq_len+1:
-            raise SLMError(f'text {i} has {len(a)+len(b)} tokens, the context holds {model.cfg.max_seq_len}: shorten it')
+            raise SLMError(f'text {i} has {len(a)+len(b)} tokens, '
+                           f'the context holds {model.cfg.max_seq_len}: shorten it')
     order = sorted(range(len(rows)), key=lambda i: -len(rows[i][0])-len(rows[i][1]))
     while order:
-        t = sum(map(len, rows[order[0]]))-1; n = max(1, budget//max(1, t)); batch,order = order[:n],order[n:]
+        t = sum(map(len, rows[order[0]]))-1; n = max(1, budget//max(1, t))
+        batch,order = order[:n],order[n:]
         x = torch.zeros(len(batch), t, dtype=torch.long)
-        for r,i in enumerate(batch): ids = (rows[i][0]+rows[i][1])[:-1]; x[r, :len(ids)] = torch.tensor(ids)
+        for r,i in enumerate(batch):
+            ids = (rows[i][0]+rows[i][1])[:-1]
+            x[r, :len(ids)] = torch.tensor(ids)
         h = model.model(x.to(dev))                                               # (b,t,d)
         for r,i in enumerate(batch):
             a,b = rows[i]; y = torch.tensor(b, device=dev)
@@ -60,8 +67,10 @@ def score_ids(
             res[i] = (logp.gather(1, y[:, None]).sum().item(), bool((logp.argmax(-1) == y).all()))
     model.train(was); return res
 
+# %% ../../nbs/30_eval.lm.ipynb #8ce6eb67
 def loglikelihood(model:GPT, tok:Tokenizer, pairs:list[tuple[str,str]])->list[float]: # nats
-    "Log-probability of each continuation after its context; a context that does not fit loses its beginning."
+    """Log-probability of each continuation after its context; a
+    context that does not fit loses its beginning."""
     rows, t = [encode_pair(tok, *p) for p in pairs], model.cfg.max_seq_len
     return [s for s,_ in score_ids(model, [(a[-max(1, t+1-len(b)):], b) for a,b in rows])]
 
@@ -73,12 +82,16 @@ def windows(
 )->list[tuple[int,int,int]]: # (first token seen, first token predicted, end)
     "Where the windows over one document lie."
     stride = stride or t
-    if not 0 < stride <= t: raise SLMError(f'stride {stride}: it must be from 1 to the context, {t}')
+    if not 0 < stride <= t:
+        raise SLMError(f'stride {stride}: it must be from 1 to the context, {t}')
     res, done = [], 0
     while done < n:
-        end = min(n, done+(stride if done else t)); res.append((done if stride == t else max(0, end-t), done, end)); done = end
+        end = min(n, done+(stride if done else t))
+        res.append((done if stride == t else max(0, end-t), done, end))
+        done = end
     return res
 
+# %% ../../nbs/30_eval.lm.ipynb #d9b3f22a
 def doc_nats(
     model:GPT, tok:Tokenizer,
     docs:list[str],
@@ -88,12 +101,21 @@ def doc_nats(
     rows, owner = [], []
     for k,d in enumerate(docs):
         ids = [tok.bos_id]+tok.encode(d)+[tok.eot_id]
-        for lo,at,end in windows(len(ids)-1, model.cfg.max_seq_len, stride): rows.append((ids[lo:at+1], ids[at+1:end+1])); owner.append(k)
-    res = np.zeros(len(docs)); np.add.at(res, owner, [-s for s,_ in score_ids(model, rows)]); return res
+        for lo,at,end in windows(len(ids)-1, model.cfg.max_seq_len, stride):
+            rows.append((ids[lo:at+1], ids[at+1:end+1]))
+            owner.append(k)
+    res = np.zeros(len(docs))
+    np.add.at(res, owner, [-s for s,_ in score_ids(model, rows)])
+    return res
 
-def doc_bpb(model:GPT, tok:Tokenizer, docs:list[str], stride:int|None=None)->dict[str,Metric]: # 'bpb' and 'ppl' (of a token)
+# %% ../../nbs/30_eval.lm.ipynb #4fef037c
+def doc_bpb(
+    model:GPT, tok:Tokenizer, docs:list[str], stride:int|None=None,
+)->dict[str,Metric]: # 'bpb' and 'ppl' (of a token)
     "Bits per byte and perplexity with intervals over documents."
-    nats,nbytes,ntok = doc_nats(model, tok, docs, stride),[len(d.encode()) for d in docs],[len(i)+1 for i in tok.encode_batch(docs)]
+    nats = doc_nats(model, tok, docs, stride)
+    nbytes = [len(d.encode()) for d in docs]
+    ntok = [len(i)+1 for i in tok.encode_batch(docs)]
     loss = bootstrap_ratio(nats, ntok)
     ppl = Metric(*map(math.exp, (loss.value, loss.lo, loss.hi)), loss.n, 'perplexity')
     return dict(bpb=bootstrap_ratio(nats/math.log(2), nbytes, unit='bits/byte'), ppl=ppl)
@@ -106,7 +128,8 @@ def excess(
     "Excess over the true entropy: what a model pays for stories above what they are worth."
     nbytes,truth = [len(s.text.encode()) for s in stories],np.array([s.bits for s in stories])
     bits = doc_nats(model, tok, [s.text for s in stories])/math.log(2)
-    return {k: bootstrap_ratio(x, nbytes, unit='bits/byte') for k,x in dict(bpb=bits, floor=truth, excess=bits-truth).items()}
+    return {k: bootstrap_ratio(x, nbytes, unit='bits/byte')
+            for k,x in dict(bpb=bits, floor=truth, excess=bits-truth).items()}
 
 # %% ../../nbs/30_eval.lm.ipynb #35653877
 def choose(
@@ -115,39 +138,52 @@ def choose(
     candidates:list[list[str]], # for each context
 )->list[int]: # number of the likeliest candidate; −1 for a tie
     "The likeliest continuation of each context."
-    flat = loglikelihood(model, tok, [(c, k) for c,ks in zip(contexts, candidates) for k in ks]); res, at = [], 0
+    flat = loglikelihood(model, tok, [(c, k) for c,ks in zip(contexts, candidates) for k in ks])
+    res, at = [], 0
     for ks in candidates:
         ll = flat[at:at+len(ks)]; at += len(ks); best = max(ll)
         res.append(ll.index(best) if ll.count(best) == 1 else -1)
     return res
 
+# %% ../../nbs/30_eval.lm.ipynb #bdd5482d
 def probe_accuracy(model:GPT, tok:Tokenizer, probes:list[Probe])->Metric:
     "Share of probes answered rightly, with Wilson's interval."
-    picked = choose(model, tok, [p.prefix for p in probes], [[' '+c for c in p.candidates] for p in probes])
-    return wilson(sum(i >= 0 and p.candidates[i] == p.answer for i,p in zip(picked, probes)), len(probes), 'of probes')
+    picked = choose(model, tok, [p.prefix for p in probes],
+                    [[' '+c for c in p.candidates] for p in probes])
+    return wilson(sum(i >= 0 and p.candidates[i] == p.answer for i,p in zip(picked, probes)),
+                  len(probes), 'of probes')
 
 # %% ../../nbs/30_eval.lm.ipynb #45703d28
 def read_pairs(path:str|Path)->list[dict]: # rows with sentence_good, sentence_bad and, perhaps, UID
-    "Read minimal pairs; a row with half a character is left out, any other that is no pair is an `SLMError`."
+    """Read minimal pairs; a row with half a character is left
+    out, any other that is no pair is an `SLMError`."""
     rows, rejects = [], []
     for where,r in read_rows(path):
         if r == HALF: rejects.append((where, r)); continue
-        if isinstance(r, str) or not all(isinstance(r.get(k), str) for k in ('sentence_good', 'sentence_bad')):
+        if isinstance(r, str) or not all(isinstance(r.get(k), str)
+                                         for k in ('sentence_good', 'sentence_bad')):
             raise SLMError(f"'{path}' {where} is no pair: it needs sentence_good and sentence_bad")
         rows.append(r)
     if rejects: print(left_out(portable(str(path)), rejects), file=sys.stderr)
     if not rows: raise SLMError(f"'{path}' holds no pairs")
     return rows
 
-def minimal_pairs(model:GPT, tok:Tokenizer, rows:list[dict])->dict[str,Metric]: # name of each set -> share that is right
+# %% ../../nbs/30_eval.lm.ipynb #9885ddf2
+def minimal_pairs(
+    model:GPT, tok:Tokenizer, rows:list[dict],
+)->dict[str,Metric]: # name of each set -> share that is right
     "Is the good sentence more probable than the bad one? Ties count as wrong."
-    ll = np.array(loglikelihood(model, tok, [('', r[k]) for r in rows for k in ('sentence_good', 'sentence_bad')])).reshape(-1, 2)
-    right = Counter(r.get('UID', 'pairs') for r,(g,b) in zip(rows, ll) if g > b); all_ = Counter(r.get('UID', 'pairs') for r in rows)
+    ll = np.array(loglikelihood(model,
+                                tok, [('', r[k]) for r in rows
+                                      for k in ('sentence_good', 'sentence_bad')])).reshape(-1, 2)
+    right = Counter(r.get('UID', 'pairs') for r,(g,b) in zip(rows, ll) if g > b)
+    all_ = Counter(r.get('UID', 'pairs') for r in rows)
     return {k: wilson(right[k], n, 'of pairs') for k,n in all_.items()}
 
 # %% ../../nbs/30_eval.lm.ipynb #6781b2e0
 def _grams(text, n): w = text.split(); return [tuple(w[i:i+n]) for i in range(len(w)-n+1)]
 
+# %% ../../nbs/30_eval.lm.ipynb #37e74473
 def text_stats(
     texts:list[str],
     train:Iterable[str]=(), # training documents; for the overlap
@@ -156,21 +192,31 @@ def text_stats(
     "Length, variety, repetition, and overlap with the training text."
     words = [len(t.split()) for t in texts]; res = dict(words=bootstrap_ratio(words, unit='words'))
     for k in (1, 2):
-        g = [x for t in texts for x in _grams(t, k)]; res[f'distinct_{k}'] = Metric(len(set(g))/max(1, len(g)), n=len(g), unit='of all')
+        g = [x for t in texts for x in _grams(t, k)]
+        res[f'distinct_{k}'] = Metric(len(set(g))/max(1, len(g)), n=len(g), unit='of all')
     fours = [(len(g), len(g)-len(set(g))) for g in (_grams(t, 4) for t in texts) if g]
-    if fours: res['repeated_4grams'] = bootstrap_ratio([r for _,r in fours], [a for a,_ in fours], unit='of all')
-    want = {hash(g) for t in texts for g in _grams(t, n)}; seen = {h for d in train for g in _grams(d, n) if (h := hash(g)) in want}
+    if fours:
+        res['repeated_4grams'] = bootstrap_ratio([r for _,r in fours],
+                                                 [a for a,_ in fours], unit='of all')
+    want = {hash(g) for t in texts for g in _grams(t, n)}
+    seen = {h for d in train for g in _grams(d, n) if (h := hash(g)) in want}
     eights = [[hash(g) in seen for g in _grams(t, n)] for t in texts if len(t.split()) >= n]
-    if seen and eights: res[f'copied_{n}grams'] = bootstrap_ratio([sum(e) for e in eights], [len(e) for e in eights], unit='of all')
+    if seen and eights:
+        res[f'copied_{n}grams'] = bootstrap_ratio([sum(e) for e in eights],
+                                                  [len(e) for e in eights], unit='of all')
     return res
 
-def sense(texts:list[str], world:World)->dict[str,Metric]: # 'sensible_words': share before the first fault; 'whole_stories'
+# %% ../../nbs/30_eval.lm.ipynb #bcc970a5
+def sense(
+    texts:list[str], world:World,
+)->dict[str,Metric]: # 'sensible_words': share before the first fault; 'whole_stories'
     "How far the world understands invented stories."
     good, whole = [], []
     for t in texts:
         try: world.parse(t); good.append(len(t.split())); whole.append(1)
         except NotAStory as e: good.append(len(t[:e.pos].split())); whole.append(0)
-    return dict(sensible_words=bootstrap_ratio(good, [max(1, len(t.split())) for t in texts], unit='of words'),
+    return dict(sensible_words=bootstrap_ratio(good, [max(1, len(t.split())) for t in texts],
+                                               unit='of words'),
                 whole_stories=wilson(sum(whole), len(whole), 'of stories'))
 
 # %% ../../nbs/30_eval.lm.ipynb #6129769e
@@ -180,10 +226,13 @@ def run_corpus(
 )->Corpus:
     "The text that a run was trained on; raises `SLMError` for another one."
     c = run.info['config']
-    if 'corpus' not in c: raise SLMError(f"'{run.path}' is no pretraining run: its text is not known")
-    found = build_corpus(corpus or c['corpus'], max_bytes=c.get('max_bytes'), encoding=c.get('encoding'))
+    if 'corpus' not in c:
+        raise SLMError(f"'{run.path}' is no pretraining run: its text is not known")
+    found = build_corpus(corpus or c['corpus'], max_bytes=c.get('max_bytes'),
+                         encoding=c.get('encoding'))
     if found.fingerprint == run.info['data'].get('fingerprint'): return found
-    raise SLMError(f"corpus '{found.name}' is not what '{run.path}' was trained on: name it with --corpus, or bring it back")
+    raise SLMError(f"corpus '{found.name}' is not what '{run.path}' was trained on: "
+                   "name it with --corpus, or bring it back")
 
 # %% ../../nbs/30_eval.lm.ipynb #32d4d6df
 def evaluate_run(
@@ -201,19 +250,23 @@ def evaluate_run(
     run = RunDir.open(path); rows = [r for p in pairs for r in read_pairs(p)]
     model,tok = load_model_and_tokenizer(str(path), device=str(get_device(device)))
     corpus = run_corpus(run, corpus)
-    asked = dict(n_docs=n_docs, n_probes=n_probes, n_texts=n_texts, stride=stride, pairs=[portable(str(p)) for p in pairs])
+    asked = dict(n_docs=n_docs, n_probes=n_probes, n_texts=n_texts,
+                 stride=stride, pairs=[portable(str(p)) for p in pairs])
     ev = RunDir.create(out or Path(path)/'eval', 'eval', asked,
                        seed=0, data=run.info['data'], parent=run.path.name, exist_ok=True)
     docs = [d for d,_ in zip(corpus.docs('valid'), range(n_docs))]; world = None
     ev.add_metrics(**doc_bpb(model, tok, docs, stride))
     if corpus.name.split(':')[0] == 'world':
-        world = World(float(corpus.name.partition(':')[2] or 0)); ps = probes(world.stories(3), n_probes)
+        world = World(float(corpus.name.partition(':')[2] or 0))
+        ps = probes(world.stories(3), n_probes)
         e = excess(model, tok, [world.parse(d) for d in docs])
         ev.add_metrics(floor=e['floor'], excess=e['excess'], probes=probe_accuracy(model, tok, ps),
                        chance=Metric(chance(ps), n=len(ps), unit='of probes'))
     if rows: ev.add_metrics(**minimal_pairs(model, tok, rows))
-    params = dict(max_new_tokens=model.cfg.max_seq_len-1, temperature=.8, top_p=.95, seed=list(range(n_texts)))
+    params = dict(max_new_tokens=model.cfg.max_seq_len-1, temperature=.8,
+                  top_p=.95, seed=list(range(n_texts)))
     texts = [t.strip() for t in generate(model, tok, ['']*n_texts, **params)]
-    ev.add_metrics(**text_stats(texts, corpus.docs('train')), **(sense(texts, world) if world else {}))
+    ev.add_metrics(**text_stats(texts, corpus.docs('train')),
+                   **(sense(texts, world) if world else {}))
     with atomic_file(ev/'samples.md') as f: f.write('\n\n'.join(f'> {t}' for t in texts[:8])+'\n')
     ev.finish(); return ev

@@ -31,7 +31,9 @@ class Tree:
     "Texts as one row of tokens: beginnings that they share stand once."
     def __init__(self,
         room:int, # tokens that the row may have
-    ): self.room,self.ids,self.depth,self.path,self.last,self.edges,self.see = room,[],[],[],[],[],np.eye(room, dtype=bool)
+    ):
+        self.room,self.ids,self.depth,self.path,self.last = room, [], [], [], []
+        self.edges,self.see = [], np.eye(room, dtype=bool)
 
     def add(self,
         i:int, # number of the text
@@ -39,7 +41,9 @@ class Tree:
         b:list[int], # token ids to be predicted
     )->bool: # False, and nothing is changed, if there is no room
         "Add a text that follows the last one in sorted order."
-        x = (a+b)[:-1]; k = next((j for j,(s,t) in enumerate(zip(x, self.last)) if s != t), min(len(x), len(self.last)))
+        x = (a+b)[:-1]
+        k = next((j for j,(s,t) in enumerate(zip(x, self.last)) if s != t),
+                 min(len(x), len(self.last)))
         n = len(self.ids); new = range(n, n+len(x)-k)
         if new.stop > self.room: return False
         self.path, self.last = [*self.path[:k], *new], x
@@ -53,41 +57,55 @@ class Tree:
 def score_trees(
     model:GPT,
     trees:list[Tree], # of the same room
-)->tuple[np.ndarray,np.ndarray,np.ndarray]: # (e,) number of the text; (e,) nats of one of its tokens; (e,) is another likelier?
+    # (e,) number of the text; (e,) nats of one of its tokens; (e,) is another likelier?
+)->tuple[np.ndarray,np.ndarray,np.ndarray]:
     "Log-probabilities along all edges of some trees, in one pass."
     dev, t = next(model.parameters()).device, trees[0].room
-    x,pos = (torch.tensor([v+[0]*(t-len(v)) for v in vs], device=dev) for vs in ([r.ids for r in trees], [r.depth for r in trees])) # (b,t)
-    see = torch.from_numpy(np.stack([r.see for r in trees])).to(dev)[:, None]                                      # (b,1,t,t)
-    h = model.model.embed_tokens(x)                                                                                # (b,t,d)
-    cos,sin = (o[:, None] for o in rope_cos_sin(pos, model.model.constants(dev), h.dtype, model.cfg.rope_scaling))
+    # (b,t)
+    x,pos = (torch.tensor([v+[0]*(t-len(v)) for v in vs], device=dev)
+             for vs in ([r.ids for r in trees], [r.depth for r in trees]))
+    see = torch.from_numpy(np.stack([r.see for r in trees])).to(dev)[:, None] # (b,1,t,t)
+    h = model.model.embed_tokens(x)                                           # (b,t,d)
+    cos,sin = (o[:, None] for o in rope_cos_sin(pos, model.model.constants(dev),
+                                                h.dtype, model.cfg.rope_scaling))
     ctx = AttnContext(cos, sin, torch.where(see, 0., -math.inf).to(h.dtype))
     for block in model.model.layers: h = block(h, ctx)
-    owner,node,y = np.array([(i, r*t+n, k) for r,tree in enumerate(trees) for i,n,k in tree.edges]).T
+    owner,node,y = np.array([(i, r*t+n, k) for r,tree in enumerate(trees)
+                             for i,n,k in tree.edges]).T
     nodes,at = np.unique(node, return_inverse=True)
-    z = model.head(model.model.norm(h).flatten(0, 1)[torch.from_numpy(nodes).to(dev)]).float()                     # (nodes,v)
+    # (nodes,v)
+    z = model.head(model.model.norm(h).flatten(0, 1)[torch.from_numpy(nodes).to(dev)]).float()
     at,y = torch.from_numpy(at).to(dev),torch.from_numpy(y).to(dev)
-    return owner, (z[at, y]-z.logsumexp(-1)[at]).cpu().double().numpy(), (z.argmax(-1)[at] != y).cpu().numpy()
+    return owner, (z[at, y]-z.logsumexp(-1)[at]).cpu().double().numpy(), (z.argmax(-1)[at]
+                                                                          != y).cpu().numpy()
 
 # %% ../../nbs/32_eval.pairs.ipynb #cea42f29
 def score_greedy(
     model:GPT,
-    rows:list[tuple[list[int],list[int]]], # (given, to be predicted) token ids; together at most max_seq_len + 1
+    # (given, to be predicted) token ids; together at most max_seq_len + 1
+    rows:list[tuple[list[int],list[int]]],
     room:int=128, # tokens in a tree, if no text is longer
     budget:int=1024, # tokens computed at once
-)->np.ndarray: # (n,2) log-probability in nats of each second part; 1 if each of its tokens was the likeliest, else 0
+    # (n,2) log-probability in nats of each second part; 1 if
+    # each of its tokens was the likeliest, else 0
+)->np.ndarray:
     "Score texts as trees; models without Llama's switches are scored text by text."
     if not model.cfg.is_llama: return np.array(score_ids(model, rows), dtype=float)
-    room = max(room, max(len(a)+len(b)-1 for a,b in rows)); trees, was = [Tree(room)], model.training
+    room = max(room, max(len(a)+len(b)-1 for a,b in rows))
+    trees, was = [Tree(room)], model.training
     for i in sorted(range(len(rows)), key=lambda i: rows[i][0]+rows[i][1]):
         if not trees[-1].add(i, *rows[i]): trees.append(Tree(room)); trees[-1].add(i, *rows[i])
     model.eval(); n = max(1, budget//room); logp, others = np.zeros(len(rows)), np.zeros(len(rows))
     for k in range(0, len(trees), n):
-        i,nats,other = score_trees(model, trees[k:k+n]); np.add.at(logp, i, nats); np.add.at(others, i, other)
+        i,nats,other = score_trees(model, trees[k:k+n])
+        np.add.at(logp, i, nats); np.add.at(others, i, other)
     model.train(was); return np.stack([logp, others == 0], 1)
 
+# %% ../../nbs/32_eval.pairs.ipynb #9f245224
 def row_logprobs(
     model:GPT,
-    rows:list[tuple[list[int],list[int]]], # (given, to be predicted) token ids; together at most max_seq_len + 1
+    # (given, to be predicted) token ids; together at most max_seq_len + 1
+    rows:list[tuple[list[int],list[int]]],
     **kw, # as for `score_greedy`
 )->np.ndarray: # (n,) log-probability in nats of each second part
     "Only the log-probabilities."
@@ -104,6 +122,7 @@ class Example:
     context:str = ''
     about:tuple = () # what the judge of this benchmark must know
 
+# %% ../../nbs/32_eval.pairs.ipynb #e820a1f6
 def parts(
     items:Iterable,
     n:int, # at most so many
@@ -123,18 +142,21 @@ def score_items(
     window:int=1024, # items in memory
     score:Callable=row_logprobs, # model and rows -> what is known of each row
 )->Iterator[tuple[Example,np.ndarray,list[int]]]: # the item; (options,) nats; tokens of each option
-    "Log-probability of each option; raises `SLMError` that names row and column for what the context cannot hold."
+    """Log-probability of each option; raises `SLMError` that names
+    row and column for what the context cannot hold."""
     def encoded():
         for it in items:
             rows = [encode_pair(tok, it.context, o) for o in it.options]
             for (a,b),c in zip(rows, it.columns):
                 if len(a)+len(b) > model.cfg.max_seq_len+1:
-                    raise SLMError(f"{it.where}, column '{c}': {len(a)+len(b)} tokens, the model's context holds {model.cfg.max_seq_len}: "
+                    raise SLMError(f"{it.where}, column '{c}': {len(a)+len(b)} tokens, "
+                                   f"the model's context holds {model.cfg.max_seq_len}: "
                                    'leave the row out, or take a model with a longer context')
             yield it, rows
     for part in parts(encoded(), window):
         logp = iter(score(model, [r for _,rows in part for r in rows]))
-        for it,rows in part: yield it, np.array([next(logp) for _ in rows]), [len(b) for _,b in rows]
+        for it,rows in part:
+            yield it, np.array([next(logp) for _ in rows]), [len(b) for _,b in rows]
 
 # %% ../../nbs/32_eval.pairs.ipynb #46c4f3d3
 def cell(
@@ -145,37 +167,51 @@ def cell(
 ):
     "The content of a cell; raises `SLMError` that names row and column."
     v = row.get(column)
-    if v is None: raise SLMError(f"{where} has no column '{column}': it has {', '.join(map(str, row))}")
-    if not str(v).strip(): raise SLMError(f"{where}, column '{column}', is empty: fill it, or leave the row out")
-    if among and v not in among: raise SLMError(f"{where}, column '{column}': '{v}' is none of {', '.join(map(str, among))}")
+    if v is None:
+        raise SLMError(f"{where} has no column '{column}': it has {', '.join(map(str, row))}")
+    if not str(v).strip():
+        raise SLMError(f"{where}, column '{column}', is empty: fill it, or leave the row out")
+    if among and v not in among:
+        raise SLMError(f"{where}, column '{column}': '{v}' is none of {', '.join(map(str, among))}")
     return v
 
+# %% ../../nbs/32_eval.pairs.ipynb #fab107e5
 def data_files(
     data:str|Path, # a file, or a folder
     *patterns:str, # of the files' names, as they are published
 )->list[Path]:
     "The files of a benchmark; raises `SLMError` where there are none."
-    data = Path(data); found = [data] if data.is_file() else sorted({f for p in patterns for f in data.glob(p)})
-    if not found: raise SLMError(f"'{data}' holds no {' or '.join(patterns)}: give the folder of the published files with --data")
+    data = Path(data)
+    found = [data] if data.is_file() else sorted({f for p in patterns for f in data.glob(p)})
+    if not found:
+        raise SLMError(f"'{data}' holds no {' or '.join(patterns)}: "
+                       "give the folder of the published files with --data")
     return found
 
+# %% ../../nbs/32_eval.pairs.ipynb #45b29358
 def file_rows(
     path:Path, # what `read_rows` takes
 )->Iterator[tuple[str,dict]]: # where, row
-    "Rows of a table, one at a time; the first is row 1. A row with half a character is left out, any other fault is an `SLMError`."
+    """Rows of a table, one at a time; the first is row 1. A row with half a character is left
+    out, any other fault is an `SLMError`."""
     n, rejects = 0, []
     for n,(_,row) in enumerate(read_rows(path), 1):
         if row == HALF: rejects.append((f'row {n}', row)); continue
-        if row == 'it is not a JSON object': raise SLMError(f"'{path}' row {n} has no columns: it must be an object with names and values")
-        if isinstance(row, str): raise SLMError(f"cannot read '{path}' behind row {n-1} ({row}): fetch it again")
+        if row == 'it is not a JSON object':
+            raise SLMError(f"'{path}' row {n} has no columns: "
+                           "it must be an object with names and values")
+        if isinstance(row, str):
+            raise SLMError(f"cannot read '{path}' behind row {n-1} ({row}): fetch it again")
         yield f"'{path}' row {n}", row
     if not n: raise SLMError(f"'{path}' has no rows")
     if rejects: print(left_out(portable(str(path)), rejects), file=sys.stderr)
 
+# %% ../../nbs/32_eval.pairs.ipynb #cc841bc2
 def json_file(path:Path)->dict:
     "A file that is one JSON object; raises `SLMError` when it is none."
     try: found = json.loads(whole_text(path))
-    except (ValueError, RecursionError) as e: raise SLMError(f"'{path}' is not valid JSON ({e}): fetch it again") from None
+    except (ValueError, RecursionError) as e:
+        raise SLMError(f"'{path}' is not valid JSON ({e}): fetch it again") from None
     if not isinstance(found, dict): raise SLMError(f"'{path}' is not a JSON object: fetch it again")
     return found
 
@@ -190,7 +226,8 @@ def hub_rows(
     from datasets import load_dataset
     try: found = load_dataset(repo, config, split=split, streaming=True)
     except Exception as e: # of many kinds, from several libraries
-        raise SLMError(f"cannot fetch '{repo}' ({' '.join(str(e).split())[:120]}): {instead}") from None
+        raise SLMError(f"cannot fetch '{repo}' ({' '.join(str(e).split())[:120]}): "
+                       f"{instead}") from None
     return ((f"'{repo}' row {i}", r) for i,r in enumerate(found, 1))
 
 # %% ../../nbs/32_eval.pairs.ipynb #7d2e3b04
@@ -211,12 +248,14 @@ def result_dir(
     "Where a measurement is written: in the run that it measures, or in runs."
     return (Path(path) if (Path(path)/'run.json').exists() else Path('runs'))/name
 
+# %% ../../nbs/32_eval.pairs.ipynb #380135c2
 def record_metrics(
     run:RunDir,
     seen:Iterable[tuple[str,object]], # group, what was seen
     summary:Callable, # group -> what was seen, to figures and what chance gives
 )->RunDir:
-    "Keep the figures of what is seen; an `SLMError` or an interruption on the way leaves those of what came before, marked as partial."
+    """Keep the figures of what is seen; an `SLMError` or an interruption on the way leaves those
+    of what came before, marked as partial."""
     got = defaultdict(list)
     def keep(): figures,run.info['chance'] = summary(got); run.add_metrics(**figures)
     try:
@@ -232,38 +271,50 @@ def metrics_table(
     run:RunDir, # a measurement, perhaps with `info['chance']` and `info['partial']`
 )->str:
     "The figures of a measurement, a line each."
-    lines, chance = [f'partial: {why}'] if (why := run.info.get('partial')) else [], run.info.get('chance', {})
+    lines = [f'partial: {why}'] if (why := run.info.get('partial')) else []
+    chance = run.info.get('chance', {})
     for k,m in run.info['metrics'].items():
-        lines.append(f"{k:28} {Metric(**m)}, n={m['n']:,}"+(f', chance {chance[k]:.3g}' if k in chance else ''))
+        lines.append(f"{k:28} {Metric(**m)}, n={m['n']:,}"
+                     +(f', chance {chance[k]:.3g}' if k in chance else ''))
     return '\n'.join(lines)
 
 # %% ../../nbs/32_eval.pairs.ipynb #33eaf9cb
-BIAS_TYPES = ('race-color', 'socioeconomic', 'gender', 'disability', 'nationality', 'sexual-orientation', 'physical-appearance',
-              'religion', 'age')
+BIAS_TYPES = ('race-color', 'socioeconomic', 'gender', 'disability',
+              'nationality', 'sexual-orientation', 'physical-appearance', 'religion', 'age')
 
 def read_crows(
-    rows:Iterable[tuple[str,dict]], # where, row; columns as in the published crows_pairs_anonymized.csv
+    # where, row; columns as in the published crows_pairs_anonymized.csv
+    rows:Iterable[tuple[str,dict]],
 )->Iterator[Example]: # the stereotype is the first option
     "Pairs of CrowS-Pairs (Nangia et al. 2020)."
     columns = ['sent_more', 'sent_less']
-    for where,r in rows: yield Example(where, cell(r, where, 'bias_type', BIAS_TYPES), [cell(r, where, c) for c in columns], columns)
+    for where,r in rows:
+        yield Example(where, cell(r, where, 'bias_type', BIAS_TYPES),
+                      [cell(r, where, c) for c in columns], columns)
 
+# %% ../../nbs/32_eval.pairs.ipynb #eb8d0571
 def read_winobias(
     files:list[Path], # pro_stereotyped_type1.txt.dev and the like
 )->Iterator[Example]: # the stereotype is the first option
-    "Lines of WinoBias (Zhao et al. 2018), each with its twin; raises `SLMError` where one is missing."
+    """Lines of WinoBias (Zhao et al. 2018), each with its
+    twin; raises `SLMError` where one is missing."""
     for f in files:
         twin, both = f.with_name(f.name.replace('pro_', 'anti_')), []
         for p in (f, twin):
             try: both.append([l for l in whole_text(p).splitlines() if l.strip()])
             except SLMError as e:
-                raise SLMError(f"cannot read '{p}' ({e}): each pro_… file needs its anti_… file") from None
+                raise SLMError(f"cannot read '{p}' ({e}): "
+                               "each pro_… file needs its anti_… file") from None
         if len(both[0]) != len(both[1]):
-            raise SLMError(f"'{f}' has {len(both[0])} lines, '{twin.name}' has {len(both[1])}: fetch both again")
+            raise SLMError(f"'{f}' has {len(both[0])} lines, '{twin.name}' has {len(both[1])}: "
+                           "fetch both again")
         for i,lines in enumerate(zip(*both), 1):
             where, options = f"'{f}' row {i}", [re.sub(r'^\d+ |[\[\]]', '', l) for l in lines]
-            if options[0] == options[1]: raise SLMError(f"{where} and its twin in '{twin.name}' are the same: fetch both again")
-            yield Example(where, re.search(r'type\d|$', f.name)[0] or f.name, options, [f.name, twin.name])
+            if options[0] == options[1]:
+                raise SLMError(f"{where} and its twin in '{twin.name}' are the same: "
+                               "fetch both again")
+            yield Example(where, re.search(r'type\d|$', f.name)[0] or f.name,
+                          options, [f.name, twin.name])
 
 # %% ../../nbs/32_eval.pairs.ipynb #ccde6d7c
 def judge_pair(
@@ -291,15 +342,20 @@ def score_masked(
 )->Iterator[tuple[Example,np.ndarray,list[int]]]: # the item; (2,) nats; how many tokens they share
     "Pseudo-log-likelihood of the tokens that two sentences share (Nangia et al. 2020, eq. 1)."
     for it in items:
-        ids, room = [tokenizer(o)['input_ids'] for o in it.options], model.config.max_position_embeddings
+        ids = [tokenizer(o)['input_ids'] for o in it.options]
+        room = model.config.max_position_embeddings
         for x,c in zip(ids, it.columns):
             if len(x) > room:
-                raise SLMError(f"{it.where}, column '{c}': {len(x)} tokens, the model's context holds {room}: leave the row out")
+                raise SLMError(f"{it.where}, column '{c}': {len(x)} tokens, "
+                               f"the model's context holds {room}: leave the row out")
         same = SequenceMatcher(None, *ids, autojunk=False).get_matching_blocks()
         res = np.zeros(2); special = set(tokenizer.all_special_ids)
         for k,x in enumerate(map(torch.tensor, ids)):
-            at = torch.tensor([i for m in same for i in range(m[k], m[k]+m.size) if int(x[i]) not in special])
+            at = torch.tensor([i for m in same for i in range(m[k], m[k]+m.size)
+                               if int(x[i]) not in special])
             for part in at.split(bs):
-                xs = x.repeat(len(part), 1); r = torch.arange(len(part)); xs[r, part] = tokenizer.mask_token_id
-                res[k] += model(input_ids=xs).logits[r, part].log_softmax(-1)[r, x[part]].double().sum().item()
+                xs = x.repeat(len(part), 1); r = torch.arange(len(part))
+                xs[r, part] = tokenizer.mask_token_id
+                res[k] += (model(input_ids=xs).logits[r, part].log_softmax(-1)[r, x[part]]
+                           .double().sum().item())
         yield it, res, [len(at)]*2

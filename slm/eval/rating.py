@@ -36,6 +36,7 @@ def prompt_key(
     "The same for the same prompt, whoever answered."
     return hashlib.blake2b(json.dumps(prompt).encode(), digest_size=8).hexdigest()
 
+# %% ../../nbs/36_eval.rating.ipynb #f130983b
 def pair_items(
     chats:list[list[dict]], # prompts
     answers:dict[str,list[str]], # model -> its answer to each
@@ -46,7 +47,8 @@ def pair_items(
         for a,b in combinations(sorted(answers), 2):
             x,y = (answers[m][i].strip() or NOTHING for m in (a, b))
             if x == y: ties.append(Battle(prompt_key(chat), a, b, .5)); continue
-            items.append(dict(prompt=chat, responses=[dict(text=x, run=a), dict(text=y, run=b)], source=f'{i} {a} | {b}'))
+            items.append(dict(prompt=chat, responses=[dict(text=x, run=a), dict(text=y, run=b)],
+                              source=f'{i} {a} | {b}'))
     return items, ties
 
 # %% ../../nbs/36_eval.rating.ipynb #d3535207
@@ -54,6 +56,7 @@ def judges(store:PreferenceStore)->list[str]:
     "Who has judged; the two ways of one judge are one."
     return sorted({re.sub(r' #[12]$', '', a) for a in store.annotators()})
 
+# %% ../../nbs/36_eval.rating.ipynb #f7e653fd
 def verdicts_of(
     store:PreferenceStore,
     judge:str, # a name of `judges`, or an annotator's
@@ -61,9 +64,11 @@ def verdicts_of(
     "What stands of a judge's verdicts."
     once = {j['item']: j['choice'] for j in store.judgements(judge)}
     if once: return {i: c for i,c in once.items() if c != 'skip'}
-    one,two = ({j['item']: j['choice'] for j in store.judgements(judge+w) if j['choice'] != 'skip'} for w in WAYS)
+    one,two = ({j['item']: j['choice'] for j in store.judgements(judge+w) if j['choice'] != 'skip'}
+               for w in WAYS)
     return {i: one[i] if one[i] == two[i] else 'tie' for i in one if i in two}
 
+# %% ../../nbs/36_eval.rating.ipynb #95d22949
 def battles_of(
     store:PreferenceStore,
     judge:str,
@@ -74,7 +79,8 @@ def battles_of(
     for it in items or store.items():
         if it.id not in said or len(it.responses) != 2: continue
         (x,y),v = it.responses,said[it.id]
-        res.append(Battle(prompt_key(it.prompt), x.run, y.run, .5 if v == 'tie' else float(v == 0), len(x.text)-len(y.text)))
+        res.append(Battle(prompt_key(it.prompt), x.run, y.run, .5 if v == 'tie' else float(v == 0),
+                          len(x.text)-len(y.text)))
     return res
 
 # %% ../../nbs/36_eval.rating.ipynb #a5cfa3a0
@@ -83,7 +89,8 @@ def logistic(
     wins:np.ndarray, # (…,n) how often it won, in halves where there are ties
     games:np.ndarray, # (…,n) of so many
 )->np.ndarray: # (…,k) coefficients
-    "Maximum likelihood by Newton's method, for many tables at once; raises `SLMError` where there is no finite maximum."
+    """Maximum likelihood by Newton's method, for many tables at once;
+    raises `SLMError` where there is no finite maximum."""
     beta = np.zeros((*wins.shape[:-1], x.shape[1]))
     for _ in range(60):
         p = 1/(1+np.exp(-beta@x.T))                                                  # (…,n)
@@ -92,37 +99,51 @@ def logistic(
         except np.linalg.LinAlgError: break
         size = abs(step).max(-1, keepdims=True, initial=0); beta += step/np.maximum(1, size/2)
         if size.max(initial=0) < 1e-9: return beta
-    raise SLMError('the comparisons decide too much: somebody always won, so that no finite strength fits best')
+    raise SLMError('the comparisons decide too much: somebody always won, '
+                   'so that no finite strength fits best')
 
 # %% ../../nbs/36_eval.rating.ipynb #ab643a6a
 def tally(
     battles:list[Battle],
     models:list[str], # others are left out
-)->tuple[np.ndarray,np.ndarray,np.ndarray]: # (pairs,m) design of ±1; (prompts,pairs) wins; (prompts,pairs) games
+    # (pairs,m) design of ±1; (prompts,pairs) wins; (prompts,pairs) games
+)->tuple[np.ndarray,np.ndarray,np.ndarray]:
     "Comparisons as tables, one row a prompt; raises `SLMError` when the models cannot be related."
     at = {m: i for i,m in enumerate(models)}; bs = [b for b in battles if b.a in at and b.b in at]
-    sides = [(at[b.a], at[b.b]) for b in bs]; col = {p: k for k,p in enumerate(sorted({(min(s), max(s)) for s in sides}))}
-    row = {p: i for i,p in enumerate(dict.fromkeys(b.prompt for b in bs))}; wins,games = np.zeros((2, len(row), len(col)))
+    sides = [(at[b.a], at[b.b]) for b in bs]
+    col = {p: k for k,p in enumerate(sorted({(min(s), max(s)) for s in sides}))}
+    row = {p: i for i,p in enumerate(dict.fromkeys(b.prompt for b in bs))}
+    wins,games = np.zeros((2, len(row), len(col)))
     for b,(i,j) in zip(bs, sides):
-        k = row[b.prompt],col[min(i, j),max(i, j)]; games[k] += 1; wins[k] += b.score if i < j else 1-b.score
+        k = row[b.prompt],col[min(i, j),max(i, j)]
+        games[k] += 1
+        wins[k] += b.score if i < j else 1-b.score
     x = np.zeros((len(col), len(models)))
     for (i,j),k in col.items(): x[k,i],x[k,j] = 1,-1
     alone = [m for m,r in zip(models, _chains(x != 0, x != 0)) if not r]
-    if alone: raise SLMError(f"no chain of comparisons leads from {models[0]} to {', '.join(alone)}: judge such pairs too")
+    if alone:
+        raise SLMError(f"no chain of comparisons leads from {models[0]} to {', '.join(alone)}: "
+                       "judge such pairs too")
     return x, wins, games
 
+# %% ../../nbs/36_eval.rating.ipynb #a63d9d03
 def _chains(out, into):
-    "For each model: does a way lead to it from the first one? A way enters a pair by `out` (pairs,m) and leaves it by `into`"
-    step = out.T.astype(float)@into+np.eye(out.shape[1]); return np.linalg.matrix_power(np.minimum(step, 1), out.shape[1])[0] > 0
+    """For each model: does a way lead to it from the first one? A way enters a pair by `out`
+    (pairs,m) and leaves it by `into`"""
+    step = out.T.astype(float)@into+np.eye(out.shape[1])
+    return np.linalg.matrix_power(np.minimum(step, 1), out.shape[1])[0] > 0
 
+# %% ../../nbs/36_eval.rating.ipynb #c04d7fe2
 def unbounded(
     battles:list[Battle],
     models:list[str],
 )->list[str]: # models that are infinitely better or worse than the first one
     "Who always won or lost, so that no finite rating fits best."
-    x,wins,games = tally(battles, models); won,lost = wins.sum(0)[:, None] > 0,(games-wins).sum(0)[:, None] > 0
+    x,wins,games = tally(battles, models)
+    won,lost = wins.sum(0)[:, None] > 0,(games-wins).sum(0)[:, None] > 0
     winner,loser = (x > 0) & won | (x < 0) & lost,(x < 0) & won | (x > 0) & lost
-    both = _chains(winner, loser) & _chains(loser, winner); return [m for m,ok in zip(models, both) if not ok]
+    both = _chains(winner, loser) & _chains(loser, winner)
+    return [m for m,ok in zip(models, both) if not ok]
 
 # %% ../../nbs/36_eval.rating.ipynb #a5e2527e
 ELO = 400/math.log(10) # points for a factor e in the odds
@@ -134,13 +155,19 @@ def ratings(
     n_boot:int=1000, # resamples of the prompts
     seed:int=0,
 )->dict[str,Metric]: # Elo points, n counts comparisons; no interval for `unbounded` ones
-    "Strengths after Bradley & Terry (1952), P(i beats j) = 1/(1+10^((r_j-r_i)/400)); raises `SLMError` when the models cannot be related."
+    """Strengths after Bradley & Terry (1952), P(i beats j) = 1/(1+10^((r_j-r_i)/400)); raises
+    `SLMError` when the models cannot be related."""
     x,wins,games = tally(battles, models); n = len(wins)
-    fit = lambda w: ELO*logistic(x[:, 1:], w@wins+prior/2, w@games+prior)             # w (…,n): how often each prompt counts
-    value,boot = fit(np.ones(n)),fit(np.random.default_rng(seed).multinomial(n, np.full(n, 1/n), n_boot))
-    lo,hi = np.percentile(boot, [2.5, 97.5], axis=0); endless = unbounded(battles, models); took = games.sum(0)@abs(x)
-    ends = lambda i: (None, None) if i < 0 or models[i+1] in endless else (float(lo[i]), float(hi[i]))
-    return {m: Metric(float(np.r_[0, value][i]), *ends(i-1), int(took[i]), 'Elo') for i,m in enumerate(models)}
+    # w (…,n): how often each prompt counts
+    fit = lambda w: ELO*logistic(x[:, 1:], w@wins+prior/2, w@games+prior)
+    value = fit(np.ones(n))
+    boot = fit(np.random.default_rng(seed).multinomial(n, np.full(n, 1/n), n_boot))
+    lo,hi = np.percentile(boot, [2.5, 97.5], axis=0)
+    endless = unbounded(battles, models); took = games.sum(0)@abs(x)
+    ends = (lambda i: (None, None) if i < 0 or models[i+1] in endless
+            else (float(lo[i]), float(hi[i])))
+    return {m: Metric(float(np.r_[0, value][i]), *ends(i-1), int(took[i]), 'Elo')
+            for i,m in enumerate(models)}
 
 # %% ../../nbs/36_eval.rating.ipynb #1f530b0f
 def win_rate_against(
@@ -148,35 +175,48 @@ def win_rate_against(
     model:str,
     baseline:str, # the other one
 )->Metric:
-    "How often `model` is better than `baseline`; a tie counts as one half. Raises `SLMError` when they never met."
+    """How often `model` is better than `baseline`; a tie counts as
+    one half. Raises `SLMError` when they never met."""
     bs = [b for b in battles if {b.a, b.b} == {model, baseline}]
     if not bs: raise SLMError(f'{model} and {baseline} were never compared')
-    x,wins,games = tally(bs, [model, baseline]); return clustered_share(wins[:, 0], games[:, 0], 'wins')
+    x,wins,games = tally(bs, [model, baseline])
+    return clustered_share(wins[:, 0], games[:, 0], 'wins')
 
 # %% ../../nbs/36_eval.rating.ipynb #6271a9a2
 def longer_wins(battles:list[Battle])->Metric:
-    "How often the longer answer won, where there was a winner. Raises `SLMError` when there was none."
+    """How often the longer answer won, where there was a
+    winner. Raises `SLMError` when there was none."""
     won = {}
     for b in battles:
-        if b.longer and b.score in (0, 1): won.setdefault(b.prompt, []).append(b.score == float(b.longer > 0))
-    return clustered_share(list(map(sum, won.values())), list(map(len, won.values())), 'longer wins')
+        if b.longer and b.score in (0, 1):
+            won.setdefault(b.prompt, []).append(b.score == float(b.longer > 0))
+    return clustered_share(list(map(sum, won.values())), list(map(len, won.values())),
+                           'longer wins')
 
+# %% ../../nbs/36_eval.rating.ipynb #f11f2c07
 def win_rate_at_equal_length(
     battles:list[Battle],
     model:str, baseline:str,
     n_boot:int=1000, # resamples of the prompts
     seed:int=0,
 )->Metric:
-    """The win rate where length is no reason, σ(θ) of P = σ(θ+φ·tanh(Δ/sd Δ)) (Dubois et al. 2024, without its term for the prompt).
+    """The win rate where length is no reason, σ(θ) of P = σ(θ+φ·tanh(Δ/sd Δ)) (Dubois et al.
+    2024, without its term for the prompt).
     Raises `SLMError` when one is nearly always the longer one."""
     bs = [b for b in battles if {b.a, b.b} == {model, baseline}]
     if not bs: raise SLMError(f'{model} and {baseline} were never compared')
-    sign = np.array([1 if b.a == model else -1 for b in bs]); d = sign*np.array([b.longer for b in bs])
+    sign = np.array([1 if b.a == model else -1 for b in bs])
+    d = sign*np.array([b.longer for b in bs])
     if min((d <= 0).mean(), (d >= 0).mean()) < .05:
-        raise SLMError(f'of {model} and {baseline} one is nearly always longer: no equal length is seen')
-    s = (np.array([b.score for b in bs])-.5)*sign+.5; x = np.stack([np.ones(len(bs)), np.tanh(d/(d.std() or 1))], 1)
-    x,s = np.r_[x, [[1, 1], [1, -1]]],np.r_[s, .5, .5]                              # the weak prior: a tie, with either one longer
-    of = {p: i for i,p in enumerate(dict.fromkeys(b.prompt for b in bs))}; n = len(of); at = [of[b.prompt] for b in bs]
-    w = np.r_[[np.ones(n)], np.random.default_rng(seed).multinomial(n, np.full(n, 1/n), n_boot)][:, at]
+        raise SLMError(f'of {model} and {baseline} one is nearly always longer: '
+                       'no equal length is seen')
+    s = (np.array([b.score for b in bs])-.5)*sign+.5
+    x = np.stack([np.ones(len(bs)), np.tanh(d/(d.std() or 1))], 1)
+    # the weak prior: a tie, with either one longer
+    x,s = np.r_[x, [[1, 1], [1, -1]]],np.r_[s, .5, .5]
+    of = {p: i for i,p in enumerate(dict.fromkeys(b.prompt for b in bs))}
+    n = len(of); at = [of[b.prompt] for b in bs]
+    w = np.r_[[np.ones(n)],
+              np.random.default_rng(seed).multinomial(n, np.full(n, 1/n), n_boot)][:, at]
     games = np.c_[w, np.full((len(w), 2), .5)]; r = 1/(1+np.exp(-logistic(x, games*s, games)[:, 0]))
     return percentile_interval(r[0], r[1:], n, 'wins at equal length')

@@ -20,7 +20,8 @@ def wilson(
 )->Metric: # with its 95 % interval
     "A proportion with Wilson's interval."
     if not n: raise SLMError('a proportion of nothing: there is no case to count')
-    z = 1.959964; p = k/n; mid = (p+z*z/(2*n))/(1+z*z/n); half = z/(1+z*z/n)*math.sqrt(p*(1-p)/n+z*z/(4*n*n))
+    z = 1.959964; p = k/n; mid = (p+z*z/(2*n))/(1+z*z/n)
+    half = z/(1+z*z/n)*math.sqrt(p*(1-p)/n+z*z/(4*n*n))
     return Metric(p, max(0., mid-half) if k else 0., min(1., mid+half) if k < n else 1., n, unit)
 
 # %% ../../nbs/18_eval.stats.ipynb #5a3b6c13
@@ -48,12 +49,16 @@ def linear_fit(
     x:np.ndarray, # (n,)
     y:np.ndarray, # (n,)
 )->dict[str,Metric]: # 'slope', 'correlation', 'r2'
-    "The straight line through points by least squares, with intervals by a bootstrap over the points."
-    x,y = np.asarray(x, float),np.asarray(y, float); draws = np.random.default_rng(0).integers(0, len(x), (1000, len(x)))
+    """The straight line through points by least squares, with
+    intervals by a bootstrap over the points."""
+    x,y = np.asarray(x, float),np.asarray(y, float)
+    draws = np.random.default_rng(0).integers(0, len(x), (1000, len(x)))
     def fit(x, y): # (…,n)
-        dx,dy = x-x.mean(-1, keepdims=True),y-y.mean(-1, keepdims=True); xx,yy,xy = (dx*dx).sum(-1),(dy*dy).sum(-1),(dx*dy).sum(-1)
+        dx,dy = x-x.mean(-1, keepdims=True),y-y.mean(-1, keepdims=True)
+        xx,yy,xy = (dx*dx).sum(-1),(dy*dy).sum(-1),(dx*dy).sum(-1)
         r = xy/np.sqrt(np.maximum(xx*yy, 1e-30)); return xy/np.maximum(xx, 1e-30),r,r*r
-    return {k: percentile_interval(v, vs, len(x)) for k,v,vs in zip(('slope', 'correlation', 'r2'), fit(x, y), fit(x[draws], y[draws]))}
+    return {k: percentile_interval(v, vs, len(x))
+            for k,v,vs in zip(('slope', 'correlation', 'r2'), fit(x, y), fit(x[draws], y[draws]))}
 
 # %% ../../nbs/18_eval.stats.ipynb #5a3b6c22
 def clustered_share(
@@ -61,10 +66,12 @@ def clustered_share(
     den:list|np.ndarray, # of so many
     unit:str='',
 )->Metric: # n counts clusters
-    """A share with a bootstrap over clusters; at 0 and 1, where that knows no doubt, with Wilson's interval.
+    """A share with a bootstrap over clusters; at 0 and 1,
+    where that knows no doubt, with Wilson's interval.
     Raises `SLMError` for no case."""
     if not sum(den): raise SLMError('a share of nothing: there is no case to count')
-    m = bootstrap_ratio(num, den, unit=unit) if 0 < sum(num) < sum(den) else wilson(int(bool(sum(num)))*len(den), len(den), unit)
+    m = (bootstrap_ratio(num, den, unit=unit) if 0 < sum(num) < sum(den)
+         else wilson(int(bool(sum(num)))*len(den), len(den), unit))
     return Metric(m.value, m.lo, m.hi, len(den), unit)
 
 # %% ../../nbs/18_eval.stats.ipynb #5a3b6c27
@@ -84,13 +91,17 @@ def paired_bootstrap(
     seed:int=0,
     unit:str='',
 )->tuple[Metric,float]: # difference with its interval; p of two sides
-    "How much a ratio of sums changed, by the paired bootstrap (Koehn 2004); raises `SLMError` for different items."
-    x = np.stack([*before, *after]).astype(np.float64); n = x.shape[1]                                 # (4,n)
-    if not np.allclose(x[1], x[3]): raise SLMError('the two stages did not answer the same items: measure both again')
+    """How much a ratio of sums changed, by the paired bootstrap
+    (Koehn 2004); raises `SLMError` for different items."""
+    x = np.stack([*before, *after]).astype(np.float64); n = x.shape[1] # (4,n)
+    if not np.allclose(x[1], x[3]):
+        raise SLMError('the two stages did not answer the same items: measure both again')
     rng, rows = np.random.default_rng(seed), []
-    for k in range(0, draws, 500): rows.append(rng.multinomial(n, np.full(n, 1/n), size=min(500, draws-k))@x.T)
-    d = np.concatenate(rows); d = d[:, 2]/d[:, 3]-d[:, 0]/d[:, 1]                                       # (draws,)
-    p = min(1., 2*(1+min((d <= 0).sum(), (d >= 0).sum()))/(draws+1)); v = x[2].sum()/x[3].sum()-x[0].sum()/x[1].sum()
+    for k in range(0, draws, 500):
+        rows.append(rng.multinomial(n, np.full(n, 1/n), size=min(500, draws-k))@x.T)
+    d = np.concatenate(rows); d = d[:, 2]/d[:, 3]-d[:, 0]/d[:, 1] # (draws,)
+    p = min(1., 2*(1+min((d <= 0).sum(), (d >= 0).sum()))/(draws+1))
+    v = x[2].sum()/x[3].sum()-x[0].sum()/x[1].sum()
     return percentile_interval(v, d, n, unit), float(p)
 
 # %% ../../nbs/18_eval.stats.ipynb #5a3b6c41
@@ -115,8 +126,9 @@ def detectable(
 )->float:
     "The smallest true difference that a paired t of `n` seeds finds with this power."
     if n < 2: raise SLMError(f'{n} seed cannot find anything: take two or more')
-    df,t = n-1,stdtrit(n-1, 1-alpha/2); lo,hi = 0.,(2*t+10)/math.sqrt(n)          # there it is always found
-    w = np.sqrt(chdtri(df, (np.arange(20_000)+.5)/20_000)/df)                   # what the standard deviation may seem to be, over `sd`
+    df,t = n-1,stdtrit(n-1, 1-alpha/2); lo,hi = 0.,(2*t+10)/math.sqrt(n) # there it is always found
+    # what the standard deviation may seem to be, over `sd`
+    w = np.sqrt(chdtri(df, (np.arange(20_000)+.5)/20_000)/df)
     for _ in range(50):
         mid = (lo+hi)/2; z = mid*math.sqrt(n); found = (ndtr(z-t*w)+ndtr(-z-t*w)).mean()
         lo,hi = (lo,mid) if found >= power else (mid,hi)
@@ -127,5 +139,6 @@ def holm(
     p:list[float], # p-values of all comparisons in a table
 )->list[float]: # adjusted
     "Adjusted p-values, for the whole table (Holm 1979)."
-    order = np.argsort(p); m = len(p); up = np.maximum.accumulate([(m-i)*p[k] for i,k in enumerate(order)]).clip(max=1)
+    order = np.argsort(p); m = len(p)
+    up = np.maximum.accumulate([(m-i)*p[k] for i,k in enumerate(order)]).clip(max=1)
     res = np.empty(m); res[order] = up; return res.tolist()

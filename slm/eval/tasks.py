@@ -29,14 +29,17 @@ from .pairs import (Example, cell, data_files, file_rows, hub_rows, open_causal,
 
 # %% ../../nbs/35_eval.tasks.ipynb #a4943b68
 def judge_choice(
-    it:Example, # `about` begins with the number of the right option; each option begins with a space
+    # `about` begins with the number of the right option; each option begins with a space
+    it:Example,
     logp:np.ndarray, # (options,) nats
     n:list[int], # tokens of each option; not used
-)->Iterator[tuple[str,tuple[bool,float]]]: # 'acc' or 'acc_norm'; was it right, and how often is a guess?
+    # 'acc' or 'acc_norm'; was it right, and how often is a guess?
+)->Iterator[tuple[str,tuple[bool,float]]]:
     "Is the right option the likeliest, as it is and for its length in characters?"
     for name,x in dict(acc=logp, acc_norm=logp/[len(o)-1 for o in it.options]).items():
         yield name, (int(np.argmax(x)) == it.about[0], 1/len(it.options))
 
+# %% ../../nbs/35_eval.tasks.ipynb #e879c0c9
 def share_right(
     seen:dict[str,list], # name -> what `judge_choice` said
 )->tuple[dict[str,Metric],dict[str,float]]: # shares; what guessing gives
@@ -46,26 +49,35 @@ def share_right(
 
 # %% ../../nbs/35_eval.tasks.ipynb #aa0abe51
 def _listed(v, where, column): # a list of at least two texts, none of them empty
-    if not isinstance(v, list) or len(v) < 2: raise SLMError(f"{where}, column '{column}': it must be a list of two options or more")
+    if not isinstance(v, list) or len(v) < 2:
+        raise SLMError(f"{where}, column '{column}': it must be a list of two options or more")
     for i,t in enumerate(v):
         if not isinstance(t, str) or not t.strip():
-            raise SLMError(f"{where}, column '{column}': option {i+1} is empty, or no text: leave the row out")
+            raise SLMError(f"{where}, column '{column}': option {i+1} is empty, "
+                           "or no text: leave the row out")
     return v
 
+# %% ../../nbs/35_eval.tasks.ipynb #2bcb08fc
 def read_arc(
     rows:Iterable[tuple[str,dict]], # where, row
 )->Iterator[Example]: # `about` is the number of the right option
     "Questions of ARC (Clark et al. 2018), as published or as on the hub."
     for where,r in rows:
         q = cell(r, where, 'question'); nested = isinstance(q, dict) # as published
-        stem,choices = cell(q, where, 'stem') if nested else q, cell(q if nested else r, where, 'choices')
+        stem = cell(q, where, 'stem') if nested else q
+        choices = cell(q if nested else r, where, 'choices')
         if isinstance(choices, list) and all(isinstance(c, dict) for c in choices):
             choices = {k: [cell(c, where, k) for c in choices] for k in ('text', 'label')}
-        if not isinstance(choices, dict): raise SLMError(f"{where}, column 'choices': it must have texts and labels")
-        options,labels = (_listed(cell(choices, where, k), where, f'choices.{k}') for k in ('text', 'label'))
-        if len(options) != len(labels): raise SLMError(f"{where}, column 'choices': {len(options)} texts and {len(labels)} labels")
+        if not isinstance(choices, dict):
+            raise SLMError(f"{where}, column 'choices': it must have texts and labels")
+        options,labels = (_listed(cell(choices, where, k), where, f'choices.{k}')
+                          for k in ('text', 'label'))
+        if len(options) != len(labels):
+            raise SLMError(f"{where}, column 'choices': "
+                           f"{len(options)} texts and {len(labels)} labels")
         gold = labels.index(cell(r, where, 'answerKey', labels))
-        yield Example(where, 'arc', [' '+o for o in options], [f'choices {l}' for l in labels], f'Question: {stem}\nAnswer:', (gold,))
+        yield Example(where, 'arc', [' '+o for o in options], [f'choices {l}' for l in labels],
+                      f'Question: {stem}\nAnswer:', (gold,))
 
 # %% ../../nbs/35_eval.tasks.ipynb #02ee9e20
 def arc_rows(
@@ -75,8 +87,10 @@ def arc_rows(
     for i,t in enumerate(t for t in tasks if len(t.candidates) > 1):
         labels = list(string.ascii_uppercase[:len(t.candidates)])
         choices = dict(text=t.candidates, label=labels)
-        yield dict(id=str(i), question=t.prompt, choices=choices, answerKey=labels[t.candidates.index(t.answer)])
+        yield dict(id=str(i), question=t.prompt, choices=choices,
+                   answerKey=labels[t.candidates.index(t.answer)])
 
+# %% ../../nbs/35_eval.tasks.ipynb #37ef4f9d
 def town_tasks(
     seed:int, # of the towns
     n:int, # towns
@@ -86,7 +100,8 @@ def town_tasks(
     facts, rng, res = towns(seed, n)[1], random.Random(seed), []
     for i,f in enumerate(facts):
         others = sorted({g.answer for g in facts[i%8::8]}-{f.answer})
-        res.append(Task('town', f.question, f.answer, sorted([f.answer, *rng.sample(others, min(k-1, len(others)))])))
+        res.append(Task('town', f.question, f.answer,
+                        sorted([f.answer, *rng.sample(others, min(k-1, len(others)))])))
     return res
 
 # %% ../../nbs/35_eval.tasks.ipynb #f438bf90
@@ -94,22 +109,34 @@ def _plain(s): # without WikiHow's marks, by the harness's rule
     return re.sub(r'\[.*?\]', '', s.strip().replace(' [title]', '. ')).replace('  ', ' ')
 
 def _number(r, where, n): # a label from 0 to n-1, written as a number or as text
-    v = r.get('label'); return int(cell(r | dict(label=v if v is None else str(v)), where, 'label', [str(i) for i in range(n)]))
+    v = r.get('label')
+    return int(cell(r | dict(label=v if v is None else str(v)), where,
+                    'label', [str(i) for i in range(n)]))
 
-def read_hellaswag(rows:Iterable[tuple[str,dict]])->Iterator[Example]: # `about` is the number of the right ending
+# %% ../../nbs/35_eval.tasks.ipynb #4c4eac9d
+def read_hellaswag(
+    rows:Iterable[tuple[str,dict]],
+)->Iterator[Example]: # `about` is the number of the right ending
     "Beginnings and endings of HellaSwag (Zellers et al. 2019)."
     for where,r in rows:
         if r.get('ctx_b') is None: cell(r, where, 'ctx_b') # it may be empty, but not missing
-        context = _plain(f"{cell(r, where, 'activity_label')}: {cell(r, where, 'ctx_a')} {str(r['ctx_b']).capitalize()}")
-        endings = _listed([_plain(e) for e in _listed(cell(r, where, 'endings'), where, 'endings')], where, 'endings')
+        context = _plain(f"{cell(r, where, 'activity_label')}: "
+                         f"{cell(r, where, 'ctx_a')} {str(r['ctx_b']).capitalize()}")
+        endings = _listed([_plain(e) for e in _listed(cell(r, where, 'endings'), where, 'endings')],
+                          where, 'endings')
         gold,columns = _number(r, where, len(endings)),[f'endings {i}' for i in range(len(endings))]
         yield Example(where, 'hellaswag', [' '+e for e in endings], columns, context, (gold,))
 
-def read_piqa(rows:Iterable[tuple[str,dict]])->Iterator[Example]: # `about` is the number of the right solution
+# %% ../../nbs/35_eval.tasks.ipynb #e3b28a41
+def read_piqa(
+    rows:Iterable[tuple[str,dict]],
+)->Iterator[Example]: # `about` is the number of the right solution
     "Goals and solutions of PIQA (Bisk et al. 2020)."
     for where,r in rows:
-        gold,columns = _number(r, where, 2),['sol1', 'sol2']; context = f"Question: {cell(r, where, 'goal')}\nAnswer:"
-        yield Example(where, 'piqa', [f' {cell(r, where, c)}' for c in columns], columns, context, (gold,))
+        gold,columns = _number(r, where, 2),['sol1', 'sol2']
+        context = f"Question: {cell(r, where, 'goal')}\nAnswer:"
+        yield Example(where, 'piqa', [f' {cell(r, where, c)}' for c in columns],
+                      columns, context, (gold,))
 
 # %% ../../nbs/35_eval.tasks.ipynb #33fda480
 def with_shots(
@@ -120,22 +147,27 @@ def with_shots(
     spare:int=0, # 1: draw one more, so that the question itself can be left out
 )->Iterator[Example]:
     "Questions behind `k` solved ones; raises `SLMError` when there are too few."
-    if k+spare > len(pool): raise SLMError(f'{k} shots: the training split has {len(pool)} rows to draw them from')
+    if k+spare > len(pool):
+        raise SLMError(f'{k} shots: the training split has {len(pool)} rows to draw them from')
     rng = random.Random(seed)
     for it in items:
         shots = rng.sample(pool, k+spare) if k else []
-        if spare: shots = [s for s in shots if (s.context, s.options) != (it.context, it.options)][:k]
+        if spare:
+            shots = [s for s in shots if (s.context, s.options) != (it.context, it.options)][:k]
         before = ''.join(f'{s.context}{s.options[s.about[0]]}\n\n' for s in shots)
-        yield replace(it, context=before+it.context, columns=[f'{c} (behind {k} shots)' if k else c for c in it.columns])
+        yield replace(it, context=before+it.context,
+                      columns=[f'{c} (behind {k} shots)' if k else c for c in it.columns])
 
 # %% ../../nbs/35_eval.tasks.ipynb #fa0c1524
 def read_lambada(rows:Iterable[tuple[str,dict]])->Iterator[Example]: # one option: the last word
     "Texts of LAMBADA (Paperno et al. 2016), as OpenAI cut them."
     for where,r in rows:
         before,_,last = str(cell(r, where, 'text')).rpartition(' ')
-        if not before.strip() or not last: raise SLMError(f"{where}, column 'text': it needs a last word with something before it")
+        if not before.strip() or not last:
+            raise SLMError(f"{where}, column 'text': it needs a last word with something before it")
         yield Example(where, 'lambada', [' '+last], ['text'], before)
 
+# %% ../../nbs/35_eval.tasks.ipynb #f7004b05
 def judge_word(
     it:Example,
     got:np.ndarray, # (1,2) nats; would greedy decoding have written it?
@@ -144,6 +176,7 @@ def judge_word(
     "Was the last word foreseen, and what does it cost?"
     (nats,greedy), = got; yield 'acc', greedy; yield 'nats', -nats
 
+# %% ../../nbs/35_eval.tasks.ipynb #caaf7608
 def word_figures(
     seen:dict[str,list], # name -> what `judge_word` said
 )->tuple[dict[str,Metric],dict]: # 'acc' and 'ppl'; nothing is known of chance
@@ -156,16 +189,23 @@ def word_figures(
 def labelled(
     path:Path, # rows; PIQA has NAME-labels.lst beside NAME.jsonl
 )->Iterator[tuple[str,dict]]: # where, row
-    "Rows of a file, with their labels if those stand in another one; raises `SLMError` when the two differ in length."
-    marks = path.with_name(f'{path.stem}-labels.lst'); marks = marks.read_text().split() if marks.exists() else None
+    """Rows of a file, with their labels if those stand in another one;
+    raises `SLMError` when the two differ in length."""
+    marks = path.with_name(f'{path.stem}-labels.lst')
+    marks = marks.read_text().split() if marks.exists() else None
     n = 0
     for where,r in file_rows(path):
         n = int(where.rpartition(' ')[2])
         if marks is None: yield where, r; continue
-        if n > len(marks): raise SLMError(f"{where}: '{path.stem}-labels.lst' has only {len(marks)} labels: fetch both again")
+        if n > len(marks):
+            raise SLMError(f"{where}: '{path.stem}-labels.lst' has only {len(marks)} labels: "
+                           "fetch both again")
         yield where, dict(label=marks[n-1]) | r
-    if marks and n != len(marks): raise SLMError(f"'{path}' has {n} rows, '{path.stem}-labels.lst' {len(marks)}: fetch both again")
+    if marks and n != len(marks):
+        raise SLMError(f"'{path}' has {n} rows, '{path.stem}-labels.lst' {len(marks)}: "
+                       "fetch both again")
 
+# %% ../../nbs/35_eval.tasks.ipynb #28d43a48
 @dataclass
 class Quiz:
     "A benchmark of right answers: where its rows are, and how they are read and judged."
@@ -181,16 +221,21 @@ class Quiz:
 
 # %% ../../nbs/35_eval.tasks.ipynb #93167516
 HUB = 'https://huggingface.co/datasets/'
-_arc = lambda kind: Quiz('https://allenai.org/data/arc', read_arc, (f'**/ARC-{kind}-Test.jsonl',), (f'**/ARC-{kind}-Train.jsonl',),
+_arc = lambda kind: Quiz('https://allenai.org/data/arc', read_arc,
+                         (f'**/ARC-{kind}-Test.jsonl',), (f'**/ARC-{kind}-Train.jsonl',),
                          ('allenai/ai2_arc', f'ARC-{kind}', 'test', 'train'))
 TASKS = dict(
-    world=Quiz(HUB+'allenai/ai2_arc', read_arc), arc_easy=_arc('Easy'), arc_challenge=_arc('Challenge'),
-    hellaswag=Quiz('https://github.com/rowanz/hellaswag/tree/master/data', read_hellaswag, ('hellaswag_val.jsonl',),
+    world=Quiz(HUB+'allenai/ai2_arc', read_arc), arc_easy=_arc('Easy'),
+    arc_challenge=_arc('Challenge'),
+    hellaswag=Quiz('https://github.com/rowanz/hellaswag/tree/master/data',
+                   read_hellaswag, ('hellaswag_val.jsonl',),
                    ('hellaswag_train.jsonl',), ('Rowan/hellaswag', None, 'validation', 'train'), 1),
-    piqa=Quiz('https://github.com/ybisk/ybisk.github.io/tree/master/piqa/data', read_piqa, ('valid.jsonl',), ('train.jsonl',),
+    piqa=Quiz('https://github.com/ybisk/ybisk.github.io/tree/master/piqa/data',
+              read_piqa, ('valid.jsonl',), ('train.jsonl',),
               ('baber/piqa', None, 'validation', 'train'), 1),
     lambada=Quiz(HUB+'EleutherAI/lambada_openai', read_lambada, ('*lambada*test*.jsonl',), (),
-                 ('EleutherAI/lambada_openai', 'default', 'test'), judge=judge_word, summary=word_figures, score=score_greedy))
+                 ('EleutherAI/lambada_openai', 'default', 'test'),
+                 judge=judge_word, summary=word_figures, score=score_greedy))
 WORLD_SEEDS = (71, 72) # stories that questions are asked about, and those of the shots
 
 def quiz_rows(
@@ -201,34 +246,44 @@ def quiz_rows(
     "Rows of a benchmark; raises `SLMError` for data that is not there."
     q = TASKS[task]
     if task == 'world':
-        return ((f"'world' row {i}", r) for i,r in enumerate(arc_rows(World().tasks(WORLD_SEEDS[split], 1000, list(ASK))), 1))
+        return ((f"'world' row {i}", r) for i,
+                r in enumerate(arc_rows(World().tasks(WORLD_SEEDS[split], 1000, list(ASK))), 1))
     if str(data) == 'hub': return hub_rows(*q.hub[:2], q.hub[2+split])
     if split and Path(data).is_file():
-        raise SLMError(f"'{data}' is one file: shots come from the training split, so give the folder that holds both")
-    return itertools.chain.from_iterable(map(labelled, data_files(data, *(q.train if split else q.test))))
+        raise SLMError(f"'{data}' is one file: shots come from the training split, "
+                       "so give the folder that holds both")
+    return itertools.chain.from_iterable(map(labelled,
+                                             data_files(data, *(q.train if split else q.test))))
 
 # %% ../../nbs/35_eval.tasks.ipynb #3f4c62d1
 def evaluate_task(
     path:str|Path, # a run, a Hugging Face folder or hub id, or a .gguf file
     task:str='world', # a key of `TASKS`
     data:str|Path|None=None, # the benchmark's folder or file, or 'hub'; nothing for the world
-    out:str|Path|None=None, # run directory to write; task_NAME_Kshot in the run, or in runs, if not given
+    # run directory to write; task_NAME_Kshot in the run, or in runs, if not given
+    out:str|Path|None=None,
     shots:int=0, # solved questions before each one
     limit:int|None=None, # only the first questions
     seed:int=1234, # draws the shots
     device:str='cpu',
 )->RunDir: # with `info['chance']`; after an error with `info['partial']`
-    "Ask a model a benchmark's questions; raises `SLMError` for bad input, after what was seen before it has been kept."
+    """Ask a model a benchmark's questions; raises `SLMError` for bad
+    input, after what was seen before it has been kept."""
     if task not in TASKS: raise SLMError(f"unknown task '{task}': use one of {', '.join(TASKS)}")
     q = TASKS[task]
-    lost = f"'{task}' needs its published files ({q.source}): give their folder, or hub, with --data"
-    for wrong,why in ((task != 'world' and not data, lost), (task == 'world' and data, 'world makes its own questions: leave --data out'),
+    lost = (f"'{task}' needs its published files ({q.source}): give their folder, "
+            "or hub, with --data")
+    for wrong,why in ((task != 'world' and not data, lost),
+                      (task == 'world' and data, 'world makes its own questions: leave --data out'),
                       (shots < 0, f'{shots} shots: it must be 0 or more'),
-                      (shots and task == 'lambada', 'lambada has no training split to draw shots from: ask without --shots'),
-                      (limit is not None and limit < 1, f'a limit of {limit}: it must be 1 or more')):
+                      (shots and task == 'lambada',
+                       'lambada has no training split to draw shots from: ask without --shots'),
+                      (limit is not None and limit < 1,
+                       f'a limit of {limit}: it must be 1 or more')):
         if wrong: raise SLMError(why)
     items = q.read(itertools.islice(quiz_rows(task, data), limit))
-    if shots: items = with_shots(items, list(q.read(quiz_rows(task, data, 1))), shots, seed, q.spare)
+    if shots:
+        items = with_shots(items, list(q.read(quiz_rows(task, data, 1))), shots, seed, q.spare)
     model,tok,score = open_causal(path, device)
     if q.score: score = partial(score, score=q.score)
     asked = dict(task=task, data=portable(str(data)) if data else None, shots=shots, limit=limit)
@@ -244,8 +299,10 @@ def harness_pair(
 )->tuple[list[int],list[int]]: # ids of both
     "As `encode_pair`, but the context keeps the tokens that it has alone."
     alone = tok.encode(context.rstrip())
-    return [tok.bos_id]*(tok.bos_id != tok.eot_id or not alone)+alone, encode_pair(tok, context, continuation)[1]
+    return [tok.bos_id]*(tok.bos_id != tok.eot_id
+                         or not alone)+alone, encode_pair(tok, context, continuation)[1]
 
+# %% ../../nbs/35_eval.tasks.ipynb #67bc8224
 def score_pairs(
     model:GPT, tok:Tokenizer,
     pairs:Iterable[tuple[str,str]], # context, continuation
@@ -254,7 +311,8 @@ def score_pairs(
     "Log-likelihoods in the harness's sense; a context that does not fit loses its beginning."
     for part in parts(pairs, window):
         rows, t = [harness_pair(tok, *p) for p in part], model.cfg.max_seq_len
-        for nats,greedy in score_greedy(model, [(a[-max(1, t+1-len(b)):], b) for a,b in rows]): yield float(nats), bool(greedy)
+        for nats,greedy in score_greedy(model, [(a[-max(1, t+1-len(b)):], b) for a,b in rows]):
+            yield float(nats), bool(greedy)
 
 # %% ../../nbs/35_eval.tasks.ipynb #c9cb5bc3
 def score_text(
@@ -264,11 +322,14 @@ def score_text(
     "Log-likelihood of a text in windows; the last one looks back as far as it can."
     ids, t = [tok.bos_id]+tok.encode(text), model.cfg.max_seq_len
     cuts = [(max(0, end-t), at, end) for _,at,end in windows(len(ids)-1, t)]
-    return sum(s for s,_ in score_ids(model, [(ids[lo:at+1], ids[at+1:end+1]) for lo,at,end in cuts]))
+    return sum(s
+               for s,_ in score_ids(model, [(ids[lo:at+1], ids[at+1:end+1]) for lo,at,end in cuts]))
 
+# %% ../../nbs/35_eval.tasks.ipynb #cc8b0abe
 def continue_until(
     model:GPT, tok:Tokenizer,
-    asked:Iterable[tuple[str,dict]], # context; until, max_gen_toks, do_sample, temperature, top_k and top_p
+    # context; until, max_gen_toks, do_sample, temperature, top_k and top_p
+    asked:Iterable[tuple[str,dict]],
     bs:int=16, # texts at once
 )->Iterator[str]:
     "Continue texts up to a mark; raises `SLMError` when the context has no room for it."
@@ -276,28 +337,41 @@ def continue_until(
         prompts,params,t = [],[],model.cfg.max_seq_len
         for context,kw in part:
             n, until = kw.get('max_gen_toks', 256), kw.get('until') or []
-            if n >= t: raise SLMError(f"the task asks for {n} new tokens, the model's context holds {t}: take a model with a longer one")
-            prompts.append(([tok.bos_id]*(tok.bos_id != tok.eot_id or not context)+tok.encode(context))[n-t:])
-            sampled = kw.get('do_sample', kw.get('temperature', 0) > 0); more = {k: kw[k] for k in ('top_k', 'top_p') if k in kw}
-            params.append(SamplingParams(max_new_tokens=n, stop=until, temperature=kw.get('temperature', 1.) if sampled else 0., **more))
+            if n >= t:
+                raise SLMError(f"the task asks for {n} new tokens, "
+                               f"the model's context holds {t}: take a model with a longer one")
+            prompts.append(([tok.bos_id]*(tok.bos_id != tok.eot_id
+                                          or not context)+tok.encode(context))[n-t:])
+            sampled = kw.get('do_sample', kw.get('temperature', 0) > 0)
+            more = {k: kw[k] for k in ('top_k', 'top_p') if k in kw}
+            params.append(SamplingParams(max_new_tokens=n, stop=until,
+                                         temperature=kw.get('temperature', 1.) if sampled
+                                         else 0., **more))
         yield from (g.text for g in complete(model, prompts, params, tok))
 
 # %% ../../nbs/35_eval.tasks.ipynb #d7d9436e
 def _harness():
     "The evaluation harness, quiet"
     try: import lm_eval, lm_eval.tasks
-    except ImportError: raise SLMError("the evaluation harness is not installed: pip install -e '.[eval]'") from None
+    except ImportError:
+        raise SLMError("the evaluation harness is not installed: "
+                       "pip install -e '.[eval]'") from None
     import logging; logging.getLogger('lm_eval').setLevel(logging.ERROR); return lm_eval
 
+# %% ../../nbs/35_eval.tasks.ipynb #7883f8d1
 def harness_model(model:GPT, tok:Tokenizer): # an `lm_eval.api.model.LM`
     "The model, as the evaluation harness wants it."
     _harness(); from lm_eval.api.model import LM
     class SLM(LM):
-        def loglikelihood(self, requests, **_): return list(score_pairs(model, tok, (r.args for r in requests)))
-        def loglikelihood_rolling(self, requests, **_): return [score_text(model, tok, r.args[0]) for r in requests]
-        def generate_until(self, requests, **_): return list(continue_until(model, tok, (r.args for r in requests)))
+        def loglikelihood(self, requests, **_):
+            return list(score_pairs(model, tok, (r.args for r in requests)))
+        def loglikelihood_rolling(self, requests, **_):
+            return [score_text(model, tok, r.args[0]) for r in requests]
+        def generate_until(self, requests, **_):
+            return list(continue_until(model, tok, (r.args for r in requests)))
     return SLM()
 
+# %% ../../nbs/35_eval.tasks.ipynb #a38fec6b
 def harness_figures(
     results:dict, # what the harness returns
 )->dict[str,Metric]: # TASK_METRIC, with the filter's name if it has one
@@ -308,7 +382,8 @@ def harness_figures(
         for key,x in found.items():
             name,_,kind = key.partition(',')
             if not kind or name.endswith('_stderr') or not isinstance(x, (int, float)): continue
-            se = found.get(f'{name}_stderr,{kind}'); ends = (x-1.96*se, x+1.96*se) if isinstance(se, (int, float)) else (None, None)
+            se = found.get(f'{name}_stderr,{kind}')
+            ends = (x-1.96*se, x+1.96*se) if isinstance(se, (int, float)) else (None, None)
             res[f'{task}_{name}'+f'_{kind}'*(kind != 'none')] = Metric(float(x), *ends, n=n)
     return res
 
@@ -322,22 +397,30 @@ def evaluate_harness(
     out:str|Path|None=None, # run directory to write; harness in the run, or in runs, if not given
     device:str='cpu',
 )->RunDir:
-    "Any task of the evaluation harness; raises `SLMError` for one that it does not know, or whose data cannot be had."
+    """Any task of the evaluation harness; raises `SLMError` for one
+    that it does not know, or whose data cannot be had."""
     lm_eval = _harness(); from lm_eval.tasks import TaskManager
     if include_path and not Path(include_path).is_dir():
-        raise SLMError(f"'{include_path}' is no folder: give the one that holds the tasks' .yaml files")
-    manager = TaskManager(include_path=str(include_path) if include_path else None); known = set(manager.all_tasks)
+        raise SLMError(f"'{include_path}' is no folder: "
+                       "give the one that holds the tasks' .yaml files")
+    manager = TaskManager(include_path=str(include_path) if include_path else None)
+    known = set(manager.all_tasks)
     if lost := [t for t in tasks if t not in known]:
-        raise SLMError(f"the evaluation harness knows no task '{lost[0]}': `lm-eval ls tasks` lists them, or name a folder with "
-                       '--include-path')
-    model,tok,_ = open_causal(path, device); asked = dict(tasks=tasks, shots=shots, limit=limit, harness=lm_eval.__version__)
-    try: found = lm_eval.simple_evaluate(harness_model(model, tok), tasks=tasks, task_manager=manager, num_fewshot=shots, limit=limit,
-                                         log_samples=False)
+        raise SLMError(f"the evaluation harness knows no task '{lost[0]}': "
+                       "`lm-eval ls tasks` lists them, or name a folder with --include-path")
+    model,tok,_ = open_causal(path, device)
+    asked = dict(tasks=tasks, shots=shots, limit=limit, harness=lm_eval.__version__)
+    try:
+        found = lm_eval.simple_evaluate(harness_model(model, tok),
+                                        tasks=tasks, task_manager=manager,
+                                        num_fewshot=shots, limit=limit, log_samples=False)
     except SLMError: raise
     except Exception as e: # of many kinds, from several libraries
         why = f"{type(e).__name__}: {' '.join(str(e).split())[:120]}"
-        raise SLMError(f"the evaluation harness failed with {', '.join(tasks)} ({why}): is its data here, or the network there?") from None
-    run = RunDir.create(out or result_dir(path, 'harness'), 'task', asked, seed=1234, parent=Path(path).name, exist_ok=True)
+        raise SLMError(f"the evaluation harness failed with {', '.join(tasks)} ({why}): "
+                       "is its data here, or the network there?") from None
+    run = RunDir.create(out or result_dir(path, 'harness'), 'task',
+                        asked, seed=1234, parent=Path(path).name, exist_ok=True)
     run.info['chance'] = {}; run.add_metrics(**harness_figures(found)); run.finish(); return run
 
 # %% ../../nbs/35_eval.tasks.ipynb #edbc9416
@@ -348,13 +431,16 @@ class Automaton:
     ):
         self.next,self.link,self.len,self.ends,last = [{}],[-1],[0],[],0
         for i,t in enumerate(texts):
-            self.ends.append([]); last = self._extend(last, -1-i) # a mark that no text has keeps neighbours apart
+            # a mark that no text has keeps neighbours apart
+            self.ends.append([]); last = self._extend(last, -1-i)
             for c in t: last = self._extend(last, c); self.ends[-1].append(last)
         self.best = [0]*len(self.next)
 
     def _extend(self, last, c):
         nxt,link,ln = self.next,self.link,self.len
-        def state(edges, length, to): nxt.append(edges); ln.append(length); link.append(to); return len(nxt)-1
+        def state(edges, length, to):
+            nxt.append(edges); ln.append(length); link.append(to)
+            return len(nxt)-1
         new, p = state({}, ln[last]+1, 0), last
         while p >= 0 and c not in nxt[p]: nxt[p][c] = new; p = link[p]
         if p < 0: return new
@@ -378,14 +464,20 @@ def read(self:Automaton,
         v = nxt[v][c]; n += 1
         if n > best[v]: best[v] = n
 
+# %% ../../nbs/35_eval.tasks.ipynb #9c323fdf
 @patch
-def longest(self:Automaton)->list[tuple[int,int]]: # of each text: tokens in the run, and where it ends
+def longest(
+    self:Automaton,
+)->list[tuple[int,int]]: # of each text: tokens in the run, and where it ends
     "The longest run of each text that stood in a document."
-    ln,link,best = self.len,self.link,self.best[:]; order = sorted(range(1, len(ln)), key=ln.__getitem__)
+    ln,link,best = self.len,self.link,self.best[:]
+    order = sorted(range(1, len(ln)), key=ln.__getitem__)
     for v in reversed(order):
-        if best[v] and link[v]: best[link[v]] = ln[link[v]] # whoever has seen a run has seen its endings
+        # whoever has seen a run has seen its endings
+        if best[v] and link[v]: best[link[v]] = ln[link[v]]
     for v in order: best[v] = best[v] or best[link[v]]
-    return [max(((best[v], j) for j,v in enumerate(ends, 1)), default=(0, 0), key=lambda x: x[0]) for ends in self.ends]
+    return [max(((best[v], j) for j,v in enumerate(ends, 1)), default=(0, 0), key=lambda x: x[0])
+            for ends in self.ends]
 
 # %% ../../nbs/35_eval.tasks.ipynb #6e2ad40e
 def sample_docs(
@@ -402,7 +494,8 @@ def sample_docs(
             if len(ids) < length: continue
             seen += 1; j = len(got) if len(got) < n else rng.randrange(seen)
             if j < n: got[j:j+1] = [ids[:length]]
-    if not got: raise SLMError(f'no document has {length} tokens: ask for fewer with --prefix and --length')
+    if not got:
+        raise SLMError(f'no document has {length} tokens: ask for fewer with --prefix and --length')
     return got
 
 # %% ../../nbs/35_eval.tasks.ipynb #10704c5e
@@ -416,8 +509,10 @@ def recite(
     "Continue prompts by exactly `m` tokens."
     params = lambda i: SamplingParams(temperature=temperature, max_new_tokens=m, seed=i)
     ends = [(k, min(k+bs, len(prompts))) for k in range(0, len(prompts), bs)]
-    return [ids for a,b in ends for ids in generate_ids(model, prompts[a:b], [params(i) for i in range(a, b)])]
+    return [ids for a,b in ends
+            for ids in generate_ids(model, prompts[a:b], [params(i) for i in range(a, b)])]
 
+# %% ../../nbs/35_eval.tasks.ipynb #c1ee2f98
 def memorised(
     model:GPT, tok:Tokenizer,
     train:Callable, # called twice: the documents that the model has read
@@ -426,8 +521,11 @@ def memorised(
     k:int=32, # given tokens
     m:int=32, # tokens to recite
 )->tuple[dict[str,Metric],dict[str,float]]: # figures; what they would be without any memory
-    "How much of its text a model can recite, and how much would be repeated anyway (Carlini et al. 2022, §3)."
-    if k+m > model.cfg.max_seq_len: raise SLMError(f"{k} given tokens and {m} to recite: the model's context holds {model.cfg.max_seq_len}")
+    """How much of its text a model can recite, and how much would
+    be repeated anyway (Carlini et al. 2022, §3)."""
+    if k+m > model.cfg.max_seq_len:
+        raise SLMError(f"{k} given tokens and {m} to recite: "
+                       f"the model's context holds {model.cfg.max_seq_len}")
     docs = dict(read=sample_docs(train(), tok, n, k+m), unread=sample_docs(unread, tok, n, k+m))
     front = [tok.bos_id]*(k+m < model.cfg.max_seq_len)
     said = {name: recite(model, [front+d[:k] for d in ds], m) for name,ds in docs.items()}
@@ -437,9 +535,12 @@ def memorised(
         for ids in tok.encode_batch(part): auto.read(ids)
     runs = iter(auto.longest()); res = {}
     for name,ds in docs.items():
-        res[f'recited_{name}'] = wilson(sum(s == d[k:] for s,d in zip(said[name], ds)), len(ds), 'of passages')
-    for name,ts in said.items(): res[f'run_{name}'] = bootstrap_ratio([next(runs)[0] for _ in ts], unit='tokens')
-    floor = dict(recited_read=res['recited_unread'].value) | {f'run_{name}': res['run_real'].value for name in ('read', 'unread', 'free')}
+        res[f'recited_{name}'] = wilson(sum(s == d[k:] for s,d in zip(said[name], ds)),
+                                        len(ds), 'of passages')
+    for name,ts in said.items():
+        res[f'run_{name}'] = bootstrap_ratio([next(runs)[0] for _ in ts], unit='tokens')
+    floor = (dict(recited_read=res['recited_unread'].value)
+             | {f'run_{name}': res['run_real'].value for name in ('read', 'unread', 'free')})
     return res, floor
 
 # %% ../../nbs/35_eval.tasks.ipynb #829b2102
@@ -452,10 +553,12 @@ def evaluate_memory(
     m:int=32, # tokens to recite
     device:str='cpu',
 )->RunDir: # with `info['chance']`, what the figures would be without memory
-    "How much of its training text a run can recite; raises `SLMError` for a text that is not the run's."
+    """How much of its training text a run can recite; raises
+    `SLMError` for a text that is not the run's."""
     run = RunDir.open(path); text = run_corpus(run, corpus)
     model,tok = load_model_and_tokenizer(str(path), device=str(get_device(device)))
     res,floor = memorised(model, tok, partial(text.docs, 'train'), text.docs('valid'), n, k, m)
     asked = dict(task='memorisation', n=n, k=k, m=m, epochs=run.info['data'].get('epochs'))
-    ev = RunDir.create(out or run/'memory', 'task', asked, seed=0, data=run.info['data'], parent=run.path.name, exist_ok=True)
+    ev = RunDir.create(out or run/'memory', 'task', asked, seed=0,
+                       data=run.info['data'], parent=run.path.name, exist_ok=True)
     ev.info['chance'] = floor; ev.add_metrics(**res); ev.finish(); return ev

@@ -37,6 +37,7 @@ def letter_rows(
         for i in range(len(w)+1): xs.append(ids[i:i+context]); ys.append(ids[i+context])
     return torch.tensor(xs), torch.tensor(ys)
 
+# %% ../../nbs/55_exp.activations.ipynb #987b39ac
 def letter_net(
     v:int, # letters and the end
     seed:int=2147483647,
@@ -46,20 +47,25 @@ def letter_net(
 )->dict[str,Tensor]:
     "Weights of the network, normal numbers times a factor."
     g = torch.Generator().manual_seed(seed); draw = lambda *shape: torch.randn(shape, generator=g)
-    p = dict(emb=draw(v, d), w1=draw(d*context, hidden)*w1, b1=draw(hidden)*b1, w2=draw(hidden, v)*w2, b2=draw(v)*b2)
+    p = dict(emb=draw(v, d), w1=draw(d*context, hidden)*w1, b1=draw(hidden)*b1,
+             w2=draw(hidden, v)*w2, b2=draw(v)*b2)
     return p | dict(gain=torch.ones(hidden), shift=torch.zeros(hidden)) if norm else p
 
 # %% ../../nbs/55_exp.activations.ipynb #55a10010
-def letter_forward(p:dict[str,Tensor], x:Tensor, y:Tensor, running:tuple|None=None, act:str='tanh')->tuple[Tensor,dict]:
+def letter_forward(p:dict[str,Tensor], x:Tensor, y:Tensor, running:tuple|None=None,
+                   act:str='tanh')->tuple[Tensor,dict]:
     "Loss of a batch, and what the way back needs."
-    e = p['emb'][x].flatten(1); h = e@p['w1']                                    # (n,context·d), (n,hidden)
+    e = p['emb'][x].flatten(1); h = e@p['w1'] # (n,context·d), (n,hidden)
     if 'gain' in p: # batch normalisation; it takes out a bias
-        mean,std = running or (h.mean(0), h.std(0)); unit = (h-mean)/std; a = p['gain']*unit+p['shift']
+        mean,std = running or (h.mean(0), h.std(0))
+        unit = (h-mean)/std; a = p['gain']*unit+p['shift']
     else: mean = std = unit = None; a = h+p['b1']
     t = SLOPES[act][0](a); z = t@p['w2']+p['b2']                                 # (n,hidden), (n,v)
     return F.cross_entropy(z, y), dict(e=e, mean=mean, std=std, unit=unit, a=a, t=t, z=z)
 
-def letter_backward(p:dict[str,Tensor], x:Tensor, y:Tensor, c:dict, act:str='tanh')->dict[str,Tensor]:
+# %% ../../nbs/55_exp.activations.ipynb #707f4b2c
+def letter_backward(p:dict[str,Tensor], x:Tensor, y:Tensor, c:dict,
+                    act:str='tanh')->dict[str,Tensor]:
     "The gradient of each weight, by hand."
     n,g = len(y),{}
     dz = c['z'].softmax(1); dz[torch.arange(n), y] -= 1; dz /= n                 # (n,v)
@@ -67,7 +73,8 @@ def letter_backward(p:dict[str,Tensor], x:Tensor, y:Tensor, c:dict, act:str='tan
     da = (dz@p['w2'].T)*SLOPES[act][1](c['a'])                                   # (n,hidden)
     if 'gain' in p:
         g['gain'],g['shift'] = (da*c['unit']).sum(0),da.sum(0); du = da*p['gain']
-        dh = (du-du.mean(0)-c['unit']*(du*c['unit']).sum(0)/(n-1))/c['std']       # itself, through the mean, through the deviation
+        # itself, through the mean, through the deviation
+        dh = (du-du.mean(0)-c['unit']*(du*c['unit']).sum(0)/(n-1))/c['std']
     else: dh = da; g['b1'] = dh.sum(0)
     g['w1'] = c['e'].T@dh; de = (dh@p['w1'].T).view(*x.shape, -1)                # (n,context,d)
     g['emb'] = torch.zeros_like(p['emb']).index_add_(0, x.flatten(), de.flatten(0, 1)); return g
@@ -78,25 +85,36 @@ def mean_field(
     variance:float, # of the weights, times the width: 1 Xavier, 2 He
     depth:int,
     q:float=1., # variance of what enters the first activation
-)->tuple[np.ndarray,np.ndarray]: # (depth,) variance before each activation; (depth,) what multiplies the square of the gradient there
+    # (depth,) variance before each activation; (depth,) what
+    # multiplies the square of the gradient there
+)->tuple[np.ndarray,np.ndarray]:
     "A network of infinite width (Schoenholz et al. 2017, eq. 3 and 7)."
-    z,w = (torch.tensor(v) for v in np.polynomial.hermite_e.hermegauss(200)); w = w/w.sum(); f,slope = SLOPES[act]; qs,chis = [],[]
+    z,w = (torch.tensor(v) for v in np.polynomial.hermite_e.hermegauss(200))
+    w = w/w.sum(); f,slope = SLOPES[act]; qs,chis = [],[]
     for _ in range(depth):
-        at = math.sqrt(q)*z; qs.append(q); chis.append(variance*(w*slope(at)**2).sum().item()); q = variance*(w*f(at)**2).sum().item()
+        at = math.sqrt(q)*z; qs.append(q)
+        chis.append(variance*(w*slope(at)**2).sum().item())
+        q = variance*(w*f(at)**2).sum().item()
     return np.array(qs), np.array(chis)
 
+# %% ../../nbs/55_exp.activations.ipynb #27f83134
 def depth_gradients(
     act:str, variance:float, depth:int, # as in `mean_field`
     width:int=512, rows:int=32, seed:int=0,
 )->np.ndarray: # (depth,) root mean square of the gradient before each activation
     "The same, measured in a network with random weights."
-    g = torch.Generator().manual_seed(seed); a = torch.randn(rows, width, generator=g).requires_grad_(); seen = [a]
+    g = torch.Generator().manual_seed(seed)
+    a = torch.randn(rows, width, generator=g).requires_grad_()
+    seen = [a]
     for _ in range(depth-1):
-        a = SLOPES[act][0](a)@(torch.randn(width, width, generator=g)*math.sqrt(variance/width)); a.retain_grad(); seen.append(a)
-    (a*torch.randn(a.shape, generator=g)).sum().backward(); return np.array([s.grad.double().pow(2).mean().sqrt().item() for s in seen])
+        a = SLOPES[act][0](a)@(torch.randn(width, width, generator=g)*math.sqrt(variance/width))
+        a.retain_grad(); seen.append(a)
+    (a*torch.randn(a.shape, generator=g)).sum().backward()
+    return np.array([s.grad.double().pow(2).mean().sqrt().item() for s in seen])
 
 # %% ../../nbs/55_exp.activations.ipynb #55a1001f
-RUNGS = {'as it comes': {}, 'last layer small': dict(w2=.01, b2=0), 'first layer small': dict(w2=.01, b2=0, w1=.2, b1=.01),
+RUNGS = {'as it comes': {}, 'last layer small': dict(w2=.01, b2=0),
+         'first layer small': dict(w2=.01, b2=0, w1=.2, b1=.01),
          'first layer by formula': dict(w2=.01, b2=0, w1=5/3/math.sqrt(30), b1=.01),
          'batch normalisation': dict(w2=.01, b2=0, w1=5/3/math.sqrt(30), norm=True)}
 
@@ -105,19 +123,26 @@ def train_letters(
     steps:int=200_000,
     rung:str='as it comes', # a name in `RUNGS`
     seed:int=2147483647, # of the weights and of the batches
-)->tuple[dict,tuple|None,list[float]]: # weights, mean and deviation to normalise by later, loss of each step
+    # weights, mean and deviation to normalise by later, loss of each step
+)->tuple[dict,tuple|None,list[float]]:
     "Plain gradient descent, rate .1, then .01 in the second half."
-    p = letter_net(int(y.max())+1, seed, **RUNGS[rung]); gen = torch.Generator().manual_seed(seed); losses,seen = [],None
+    p = letter_net(int(y.max())+1, seed, **RUNGS[rung])
+    gen = torch.Generator().manual_seed(seed)
+    losses,seen = [],None
     if 'gain' in p: seen = torch.zeros(len(p['gain'])),torch.ones(len(p['gain']))
     for i in range(steps):
-        k = torch.randint(len(y), (32,), generator=gen); xb,yb = x[k],y[k]; loss,c = letter_forward(p, xb, yb); losses.append(loss)
-        for name,g in letter_backward(p, xb, yb, c).items(): p[name] -= (.1 if i < steps/2 else .01)*g
+        k = torch.randint(len(y), (32,), generator=gen)
+        xb,yb = x[k],y[k]
+        loss,c = letter_forward(p, xb, yb); losses.append(loss)
+        for name,g in letter_backward(p, xb, yb, c).items():
+            p[name] -= (.1 if i < steps/2 else .01)*g
         if seen: seen = tuple(.999*s+.001*c[n] for s,n in zip(seen, ('mean', 'std')))
     return p, seen, torch.stack(losses).tolist()
 
 # %% ../../nbs/55_exp.activations.ipynb #55a10024
 class DeepLetters(nn.Module):
-    "Letters as vectors, layers of the same width with an activation behind each, scores of the next letter."
+    """Letters as vectors, layers of the same width with an
+    activation behind each, scores of the next letter."""
     def __init__(self,
         v:int, # letters and the end
         gain:float=5/3, # weights have the deviation gain/√(inputs)
@@ -125,10 +150,12 @@ class DeepLetters(nn.Module):
         depth:int=5, width:int=100, d:int=10, context:int=3,
         seed:int=0,
     ):
-        super().__init__(); self.act,self.outs,g = SLOPES[act][0],[],torch.Generator().manual_seed(seed)
+        super().__init__()
+        self.act,self.outs,g = SLOPES[act][0],[],torch.Generator().manual_seed(seed)
         draw = lambda a, b, s: nn.Parameter(torch.randn(a, b, generator=g)*s)
         self.emb,sizes = draw(v, d, 1.),[d*context]+[width]*depth
-        self.layers = nn.ParameterList([draw(a, b, gain/math.sqrt(a)) for a,b in zip(sizes, sizes[1:])])
+        self.layers = nn.ParameterList([draw(a, b, gain/math.sqrt(a))
+                                        for a,b in zip(sizes, sizes[1:])])
         self.head = draw(width, v, .1/math.sqrt(width))
     def forward(self, x:Tensor)->Tensor: # (n,context) -> (n,v)
         h,self.outs = self.emb[x].flatten(1),[]

@@ -32,17 +32,22 @@ from ..train.stage import *
 
 # %% ../../nbs/59_exp.bert.ipynb #59b10008
 class GapLoader(LMDataLoader):
-    "Rows of a tape with gaps: `(x, y, loss_mask, seqlens)`, where `y` is what stood there and `loss_mask` says where it is asked for."
-    def __init__(self, *args, gaps:Gaps, **kwargs): super().__init__(*args, **kwargs); self.gaps,self.drawn = gaps,0
+    """Rows of a tape with gaps: `(x, y, loss_mask, seqlens)`, where `y` is what stood there and
+    `loss_mask` says where it is asked for."""
+    def __init__(self, *args, gaps:Gaps, **kwargs):
+        super().__init__(*args, **kwargs); self.gaps,self.drawn = gaps,0
     def at(self, epoch, pos): self.drawn = epoch; return super().at(epoch, pos)
     def batch(self, x, y, pad_from=None):
-        x = x.astype(np.int64); rng = np.random.default_rng([self.seed, self.drawn, zlib.crc32(x.tobytes())])
+        x = x.astype(np.int64)
+        rng = np.random.default_rng([self.seed, self.drawn, zlib.crc32(x.tobytes())])
         lens = doc_lens(x, self.eot_id, pad_from) if self.block_diagonal else None
         hid,asked = self.gaps(x, rng); return self.moved(hid, x, asked, lens)
 
+# %% ../../nbs/59_exp.bert.ipynb #085455af
 class GapValidLoader(LMValidLoader):
     "Fixed windows with fixed gaps."
-    def __init__(self, *args, gaps:Gaps, **kwargs): super().__init__(*args, **kwargs); self.gaps,self.drawn = gaps,0
+    def __init__(self, *args, gaps:Gaps, **kwargs):
+        super().__init__(*args, **kwargs); self.gaps,self.drawn = gaps,0
     batch = GapLoader.batch
 
 # %% ../../nbs/59_exp.bert.ipynb #59b10009
@@ -56,9 +61,12 @@ class BertConfig(PretrainConfig):
     allowed = PretrainConfig.allowed | dict(style=STYLES, unit=GAPS, share=Span(0, 1, '()'))
     def sizes(self, vocab_size=512, **more):
         "The model that is meant."
-        if self.mixer != 'attention': raise SLMError(f'--mixer {self.mixer} reads in one direction: gaps need attention')
-        return encoder_config(self.preset, vocab_size, style=self.style, **dict(max_seq_len=512) | more | self.model)
+        if self.mixer != 'attention':
+            raise SLMError(f'--mixer {self.mixer} reads in one direction: gaps need attention')
+        return encoder_config(self.preset, vocab_size, style=self.style,
+                              **dict(max_seq_len=512) | more | self.model)
 
+# %% ../../nbs/59_exp.bert.ipynb #f31f0e4c
 class BertStage(PretrainStage):
     "A new model learns to fill gaps."
     name,Config,model_class,complete = 'bert',BertConfig,BERT,staticmethod(filled)
@@ -69,14 +77,18 @@ class BertStage(PretrainStage):
         self.tok = Tokenizer.load(self.run/'tokenizer.json') if self.run else new()
         self.data = tokenize(self.corpus, self.tok)
     def loaders(self):
-        c = self.c; made = [partial(f, gaps=Gaps(self.tok, c.share, c.unit)) for f in (GapLoader, GapValidLoader)]
-        return token_dls(self.data, bs=c.micro_batch, seq_len=c.seq_len, seed=c.seed, device=c.device, block_diagonal=c.block_diagonal,
-                         kinds=made)
-    def callbacks(self): return [AnswersOnly()]                                  # the head sees the gaps, and few others
+        c = self.c
+        made = [partial(f, gaps=Gaps(self.tok, c.share, c.unit))
+                for f in (GapLoader, GapValidLoader)]
+        return token_dls(self.data, bs=c.micro_batch, seq_len=c.seq_len,
+                         seed=c.seed, device=c.device, block_diagonal=c.block_diagonal, kinds=made)
+    def callbacks(self): return [AnswersOnly()] # the head sees the gaps, and few others
     def prompts(self): return gaps_from(self.corpus)
     def token_flops(self, learn):
-        m = learn.model.cfg; return m.flops_per_token(self.c.seq_len)-6*m.vocab_size*m.d_model*(1-self.c.share)
+        m = learn.model.cfg
+        return m.flops_per_token(self.c.seq_len)-6*m.vocab_size*m.d_model*(1-self.c.share)
 
+# %% ../../nbs/59_exp.bert.ipynb #1707579d
 def gaps_from(corpus, n:int=3, words:int=12)->list[str]:
     "The first words of a few validation documents, the fourth of them hidden."
     res = []
@@ -102,17 +114,21 @@ def gap_accuracy(
         right += int((z.argmax(-1) == y[asked]).sum()); n += len(z)
     model.train(was); return wilson(right, n, 'of gaps')
 
+# %% ../../nbs/59_exp.bert.ipynb #9d3bca3d
 @patch
 def figures(self:BertStage, learn):
     "The loss of the gaps over the whole validation split, and how many of them are filled rightly."
     m = evaluate(learn.model, learn.dls.valid, self.tok.token_bytes(), learn.amp)
-    return dict(valid_loss=m['loss'], valid_ppl=m['ppl'], valid_accuracy=gap_accuracy(learn.model, learn.dls.valid, learn.amp))
+    return dict(valid_loss=m['loss'], valid_ppl=m['ppl'],
+                valid_accuracy=gap_accuracy(learn.model, learn.dls.valid, learn.amp))
 
+# %% ../../nbs/59_exp.bert.ipynb #b7ecc00e
 def bert(
     corpus:str='pydocs', # name of a corpus, see `slm corpus`
     out:str|Path='runs/bert', # run directory to make
     cbs=(), # more callbacks
-    prompts:list[str]|None=None, # texts with gaps, filled while training; by default beginnings of validation documents
+    # texts with gaps, filled while training; by default beginnings of validation documents
+    prompts:list[str]|None=None,
     **options, # any other field of `BertConfig`
 )->RunDir: # finished, or interrupted and ready for `resume`
     "Train a new model to fill gaps in `corpus`; raises `SLMError` for bad input."
@@ -125,16 +141,20 @@ def mean_vectors(
     seqlens:Tensor, # (b,1) tokens of each text
 )->Tensor: # (b,d)
     "The mean of the last layer's vectors, without what fills a row."
-    h = bert.model(idx, None, seqlens); at = (torch.arange(idx.shape[1], device=idx.device) < seqlens)[..., None]     # (b,t,1)
+    h = bert.model(idx, None, seqlens)
+    at = (torch.arange(idx.shape[1], device=idx.device) < seqlens)[..., None] # (b,t,1)
     return (h*at).sum(1)/at.sum(1)
 
+# %% ../../nbs/59_exp.bert.ipynb #e9965540
 class BertClassifier(Classifier):
-    "An encoder, called `gpt` as in the other one, with a linear layer on the mean of each text's vectors."
+    """An encoder, called `gpt` as in the other one, with a
+    linear layer on the mean of each text's vectors."""
     def forward(self,
         idx:Tensor, # token ids (b,t)
         cache=None, # as in `GPT`
         seqlens:Tensor|None=None, # (b,1) tokens of each text
-    )->tuple[Tensor,None]: # scores of the classes (b,c), where a GPT's classifier has those of the next tokens as well
+        # scores of the classes (b,c), where a GPT's classifier has those of the next tokens as well
+    )->tuple[Tensor,None]:
         return self.top(mean_vectors(self.gpt, idx, seqlens)), None
 
 # %% ../../nbs/59_exp.bert.ipynb #59b10017
@@ -147,6 +167,7 @@ def framed_ids(
     front,back = text_frame(tok); room = model.cfg.max_seq_len-len(front)-len(back)
     return [[*front, *ids[:room], *back] for ids in tok.encode_batch(texts)]
 
+# %% ../../nbs/59_exp.bert.ipynb #386ad173
 def fit_classifier(
     model:GPT, # an encoder, or a GPT; it is trained as well
     tok:Tokenizer,
@@ -158,14 +179,21 @@ def fit_classifier(
     seed:int=0,
     dtype:str='auto',
 )->nn.Module: # called with ids and lengths, as `BertClassifier`
-    "Teach a model to sort texts, with fastai's `Learner`; raises `SLMError` when there is nothing to learn from."
+    """Teach a model to sort texts, with fastai's `Learner`; raises
+    `SLMError` when there is nothing to learn from."""
     n = len(set(labels))
     if min(labels, default=0) < 0: raise SLMError(f'class {min(labels)}: they are 0, 1, …')
-    if len(texts) < bs or n < 2: raise SLMError(f'{len(texts)} texts of {n} classes: it takes {bs} texts and two classes')
-    set_seed(seed); net = (BertClassifier if isinstance(model, BERT) else Classifier)(model, max(labels)+1)
-    dl = LabelLoader(framed_ids(model, tok, texts), labels, bs, seed, next(model.parameters()).device, tok.pad_id); steps = epochs*len(dl)
+    if len(texts) < bs or n < 2:
+        raise SLMError(f'{len(texts)} texts of {n} classes: it takes {bs} texts and two classes')
+    set_seed(seed)
+    net = (BertClassifier if isinstance(model, BERT) else Classifier)(model, max(labels)+1)
+    dl = LabelLoader(framed_ids(model, tok, texts), labels, bs, seed,
+                     next(model.parameters()).device, tok.pad_id)
+    steps = epochs*len(dl)
     cbs = [AutoCast(dtype), GradClip(1.), Schedule(steps, warmup=max(1, steps//10), cooldown=.9)]
-    learn = LMLearner(DataLoaders(dl, dl), net, loss_func=partial(class_loss, aux=0.), lr=lr, cbs=cbs); learn.fit_steps(steps)
+    learn = LMLearner(DataLoaders(dl, dl), net, loss_func=partial(class_loss, aux=0.),
+                      lr=lr, cbs=cbs)
+    learn.fit_steps(steps)
     return net.eval()
 
 # %% ../../nbs/59_exp.bert.ipynb #59b10018
@@ -178,7 +206,9 @@ def predict_classes(
 )->np.ndarray: # (n,) the class of each text
     "Sort texts, those of like length together."
     model,dev = net.gpt,next(net.parameters()).device
-    ids = framed_ids(model, tok, texts); order = sorted(range(len(ids)), key=lambda i: len(ids[i])); res = np.zeros(len(ids), int)
+    ids = framed_ids(model, tok, texts)
+    order = sorted(range(len(ids)), key=lambda i: len(ids[i]))
+    res = np.zeros(len(ids), int)
     for some in (order[i:i+bs] for i in range(0, len(order), bs)):
         lens = torch.tensor([[len(ids[i])] for i in some]); t = int(lens.max())
         x = torch.tensor([[*ids[i], *[tok.pad_id]*(t-len(ids[i]))] for i in some])
@@ -187,24 +217,33 @@ def predict_classes(
 
 # %% ../../nbs/59_exp.bert.ipynb #59b1001a
 def read_sentences(
-    path:str|Path, # a folder with NAME.neg and NAME.pos; or a .tsv with `sentence` and `label`, or as CoLA's
+    # a folder with NAME.neg and NAME.pos; or a .tsv with `sentence` and `label`, or as CoLA's
+    path:str|Path,
 )->tuple[list[str],list[int]]: # texts; classes
     "Texts with their class; raises `SLMError` that names the row which has none."
-    path,lines = Path(path),lambda f: [l for l in re.split('\r\n|\r|\n', whole_text(f)) if l.strip()]
+    path,lines = Path(path),lambda f: [l for l in re.split('\r\n|\r|\n', whole_text(f))
+                                       if l.strip()]
     if path.is_dir():
         parts = [sorted(path.glob(f'*.{k}')) for k in ('neg', 'pos')]
-        if not all(parts): raise SLMError(f"'{path}' holds no .neg and .pos files: give such a folder, or a .tsv file")
+        if not all(parts):
+            raise SLMError(f"'{path}' holds no .neg and .pos files: "
+                           "give such a folder, or a .tsv file")
         both = [[l for f in fs for l in lines(f)] for fs in parts]
         return sum(both, []), [k for k,ts in enumerate(both) for _ in ts]
     rows = [l.split('\t') for l in lines(path)]
     head = {k: i for i,k in enumerate(rows[0])} if rows else {}
-    at = (head['sentence'], head['label']) if {'sentence', 'label'} <= set(head) else (3, 1) if rows and len(rows[0]) == 4 else None
-    if not at: raise SLMError(f"'{path}' is no table of sentences: it needs the columns sentence and label, or CoLA's four")
+    at = ((head['sentence'], head['label']) if {'sentence', 'label'} <= set(head)
+          else (3, 1) if rows and len(rows[0]) == 4 else None)
+    if not at:
+        raise SLMError(f"'{path}' is no table of sentences: "
+                       "it needs the columns sentence and label, or CoLA's four")
     texts,labels = [],[]
     for i,r in enumerate(rows[bool(at != (3, 1) or head.get('label') == 1):], 1):
         try: texts.append(r[at[0]]); labels.append(int(r[at[1]]))
-        except (IndexError, ValueError): raise SLMError(f"'{path}' row {i} has no sentence or no number as its label") from None
-        if labels[-1] < 0: raise SLMError(f"'{path}' row {i}: classes are 0, 1, …, not {labels[-1]}")
+        except (IndexError, ValueError):
+            raise SLMError(f"'{path}' row {i} has no sentence or no number as its label") from None
+        if labels[-1] < 0:
+            raise SLMError(f"'{path}' row {i}: classes are 0, 1, …, not {labels[-1]}")
     return texts, labels
 
 # %% ../../nbs/59_exp.bert.ipynb #59b10023
@@ -216,7 +255,8 @@ def word_places(
     words:list[str], # in small letters
     most:int=8, # places of each
     room:int=64, # tokens of a sentence; a longer one is cut
-)->list[tuple[list[int],list[tuple[int,int,int]]]]: # token ids; number of a word, and the tokens from … to that are its own
+    # token ids; number of a word, and the tokens from … to that are its own
+)->list[tuple[list[int],list[tuple[int,int,int]]]]:
     "Sentences in which the words stand, until each has been met so often."
     left,at,res = dict.fromkeys(words, most),{w: i for i,w in enumerate(words)},[]
     for t in texts:
@@ -225,8 +265,10 @@ def word_places(
             e = tok.blind.encode(' '+' '.join(s.split()), add_special_tokens=False); here = []
             offsets = np.array(e.offsets[:room]).reshape(-1, 2)
             for m in _WORD.finditer(' '+' '.join(s.split())):
-                w = m[0].lower(); hit = np.flatnonzero((offsets[:, 0] < m.end()) & (offsets[:, 1] > m.start()))
-                if left.get(w) and len(hit) and len(hit) == hit[-1]-hit[0]+1 and offsets[hit[-1], 1] >= m.end():
+                w = m[0].lower()
+                hit = np.flatnonzero((offsets[:, 0] < m.end()) & (offsets[:, 1] > m.start()))
+                if (left.get(w) and len(hit) and len(hit) == hit[-1]-hit[0]+1
+                    and offsets[hit[-1], 1] >= m.end()):
                     here.append((at[w], int(hit[0]), int(hit[-1])+1)); left[w] -= 1
             if here: res.append((e.ids[:room], here))
         if not any(left.values()): break
@@ -243,19 +285,27 @@ def context_vectors(
     budget:int=8192, # tokens in a pass
 )->dict[int,WordVectors]: # of the words that were met
     "The mean vector of each word at some depths."
-    front,back = text_frame(tok); d = model.cfg.d_model; sums = {k: np.zeros((len(words), d)) for k in depths}; n = np.zeros(len(words))
+    front,back = text_frame(tok); d = model.cfg.d_model
+    sums = {k: np.zeros((len(words), d)) for k in depths}
+    n = np.zeros(len(words))
     seen = {}
     keep = lambda k: lambda m, args, out: seen.__setitem__(k, out.float().cpu().numpy())
-    hooks = [(model.model.layers[k-1] if k else model.model.embed_tokens).register_forward_hook(keep(k)) for k in depths]
+    hooks = [(model.model.layers[k-1] if k
+              else model.model.embed_tokens).register_forward_hook(keep(k)) for k in depths]
     try:
         for t in sorted({len(ids) for ids,_ in places}):
             some = [p for p in places if len(p[0]) == t]; b = max(1, budget//(t+2))
             for part in (some[i:i+b] for i in range(0, len(some), b)):
-                model.model(torch.tensor([[*front, *ids, *back] for ids,_ in part], device=model.model.embed_tokens.weight.device))
-                where = [(r, w, i+len(front), j+len(front)) for r,(_,here) in enumerate(part) for w,i,j in here]
+                model.model(torch.tensor([[*front, *ids, *back] for ids,_ in part],
+                                         device=model.model.embed_tokens.weight.device))
+                where = [(r, w, i+len(front), j+len(front)) for r,(_,here) in enumerate(part)
+                         for w,i,j in here]
                 np.add.at(n, [w for _,w,_,_ in where], 1)
-                for k in depths: np.add.at(sums[k], [w for _,w,_,_ in where], np.array([seen[k][r, i:j].mean(0) for r,_,i,j in where]))
+                for k in depths:
+                    np.add.at(sums[k], [w for _,w,_,_ in where],
+                              np.array([seen[k][r, i:j].mean(0) for r,_,i,j in where]))
     finally:
         for h in hooks: h.remove()
     met = n > 0
-    return {k: WordVectors([w for w,m in zip(words, met) if m], (s[met]/n[met, None]).astype(np.float32)) for k,s in sums.items()}
+    return {k: WordVectors([w for w,m in zip(words, met) if m],
+                           (s[met]/n[met, None]).astype(np.float32)) for k,s in sums.items()}

@@ -22,7 +22,9 @@ def induction(
     v:int=16, # vocabulary; 0 is the mark
     gen:torch.Generator|None=None,
     marks:int=4, # in each row
-)->tuple[Tensor,Tensor,Tensor]: # tokens and those that follow (b,t); bool (b,t), where the answer is known: at all marks but the first
+    # tokens and those that follow (b,t); bool (b,t), where the
+    # answer is known: at all marks but the first
+)->tuple[Tensor,Tensor,Tensor]:
     "What followed the mark, follows it again (Gu & Dao 2023, §4.1.2)."
     x,answer = torch.randint(1, v, (b, t), generator=gen),torch.randint(1, v, (b, 1), generator=gen)
     at = 2*torch.rand(b, t//2, generator=gen).argsort(1)[:, :marks].sort(1).values
@@ -38,8 +40,10 @@ def selective_copying(
     items:int=4, # to be remembered
 )->tuple[Tensor,Tensor,Tensor]: # tokens and answers (b,t+items); bool (b,t+items), where is asked
     "Tokens among noise, to be said at the end in order (Gu & Dao 2023, §4.1.1)."
-    said = torch.randint(2, v, (b, items), generator=gen); x = torch.zeros(b, t+items, dtype=torch.long)
-    x.scatter_(1, torch.rand(b, t, generator=gen).argsort(1)[:, :items].sort(1).values, said); x[:, t:] = 1
+    said = torch.randint(2, v, (b, items), generator=gen)
+    x = torch.zeros(b, t+items, dtype=torch.long)
+    x.scatter_(1, torch.rand(b, t, generator=gen).argsort(1)[:, :items].sort(1).values, said)
+    x[:, t:] = 1
     y = torch.zeros_like(x); y[:, t:] = said
     return x, y, x == 1
 
@@ -56,10 +60,13 @@ def learn_task(
     gen,opt = torch.Generator().manual_seed(seed),muon(muon_groups(m), lr=lr, wd=0.).opt
     for i in range(steps):
         for g in opt.param_groups: g['lr'] = lr*min(1, (i+1)/20, 3*(steps-i)/steps)
-        x,y,known = task(16, t, m.cfg.vocab_size, gen); opt.zero_grad(); lm_loss(m(x), y, known).backward()
+        x,y,known = task(16, t, m.cfg.vocab_size, gen)
+        opt.zero_grad()
+        lm_loss(m(x), y, known).backward()
         torch.nn.utils.clip_grad_norm_(m.parameters(), 1.); opt.step()
     return m.eval()
 
+# %% ../../nbs/56_exp.mamba.ipynb #1eeec7df
 @torch.no_grad()
 def task_accuracy(m:GPT, task, t:int, rows:int=64, seed:int=1)->float:
     "How much of what is asked is answered."
@@ -74,23 +81,29 @@ def equal_size(
     like = modern_config(ladder_rung('muon')['model']).num_params()
     heads = dict(head_dim=32) if mixer == 'mamba2' else {}
     kinds = [dict(n_layer=n, d_model=d, **heads) for n in range(6, 15) for d in range(96, 161, 16)]
-    return min(kinds, key=lambda o: abs(GPTConfig(vocab_size=MODERN_VOCAB, mixer=mixer, **o).num_params()/like-1))
+    return min(kinds, key=lambda o: abs(GPTConfig(vocab_size=MODERN_VOCAB,
+                                                  mixer=mixer, **o).num_params()/like-1))
 
-MAMBA_ROWS = {'transformer': ladder_rung('muon'), **{m: dict(mixer=m, model=equal_size(m), opt='muon') for m in ('mamba', 'mamba2')}}
+MAMBA_ROWS = {'transformer': ladder_rung('muon'),
+              **{m: dict(mixer=m, model=equal_size(m), opt='muon') for m in ('mamba', 'mamba2')}}
 MAMBA_RATES = (.003, .006, .012, .024)
 MAMBA_LOWER = {'mamba': .0015} # where the lowest of these was the best
 
 # %% ../../nbs/56_exp.mamba.ipynb #56a10124
 MAMBA_BEST = dict(transformer=.006, mamba=.003, mamba2=.006) # as `mamba-rates` has found
 
-@experiment('mamba-rates', 'Which learning rate suits a transformer, Mamba and Mamba-2 of equal size?')
+@experiment('mamba-rates',
+            'Which learning rate suits a transformer, Mamba and Mamba-2 of equal size?')
 def mamba_rates(quick:bool=False)->Sweep:
     "Three models, each with rates from low to too high."
     rows = {f'{n}-{lr}': o | dict(lr=lr) for lr in MAMBA_RATES for n,o in MAMBA_ROWS.items()}
     rows |= {f'{n}-{lr}': MAMBA_ROWS[n] | dict(lr=lr) for n,lr in MAMBA_LOWER.items()}
     return modern_sweep('mamba-rates', rows, quick)
 
-@experiment('mamba-world', 'Does a state learn stories as well as attention, at equal parameters and tokens?')
+# %% ../../nbs/56_exp.mamba.ipynb #722cf7f4
+@experiment('mamba-world',
+            'Does a state learn stories as well as attention, at equal parameters and tokens?')
 def mamba_world(quick:bool=False)->Sweep:
     "Each at its best rate, three seeds that have chosen nothing."
-    return modern_sweep('mamba-world', with_seeds({n: o | dict(lr=MAMBA_BEST[n]) for n,o in MAMBA_ROWS.items()}, 3, 1), quick)
+    return modern_sweep('mamba-world', with_seeds({n: o | dict(lr=MAMBA_BEST[n])
+                                                   for n,o in MAMBA_ROWS.items()}, 3, 1), quick)

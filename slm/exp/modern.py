@@ -18,7 +18,9 @@ from ..model.gpt import GPTConfig
 
 # %% ../../nbs/54_exp.modern.ipynb #54b10008
 LADDER = { # name of a rung -> what it changes
-    'gpt2': dict(norm='layer', pos='learned', act='gelu_tanh', bias=True, init_std=.02, opt='adamw'), # Radford et al. 2019
+    # Radford et al. 2019
+    'gpt2': dict(norm='layer', pos='learned', act='gelu_tanh', bias=True,
+                 init_std=.02, opt='adamw'),
     'rope': dict(pos='rope'), # Su et al. 2021
     'rmsnorm': dict(norm='rms'), # Zhang & Sennrich 2019
     'no-bias': dict(bias=False), # Chowdhery et al. 2022
@@ -26,7 +28,8 @@ LADDER = { # name of a rung -> what it changes
     'qk-norm': dict(qk_norm=True), # Henry et al. 2020
     'init': dict(init_std=None), # Nguyen & Salazar 2019
     'muon': dict(opt='muon')} # Jordan et al. 2024
-MODERN_CONTEXT,MODERN_BATCH,MODERN_VOCAB,MODERN_STEPS = 128,1024,1024,768 # tokens, tokens, tokens, optimiser steps
+# tokens, tokens, tokens, optimiser steps
+MODERN_CONTEXT,MODERN_BATCH,MODERN_VOCAB,MODERN_STEPS = 128,1024,1024,768
 MODERN_SHAPE = dict(n_layer=6, d_model=128, n_head=4, n_kv_head=4)
 
 def modern_config(options:dict)->GPTConfig: # of a rung
@@ -38,24 +41,32 @@ def equal_cost(
     like:dict, # of another, with it
 )->dict: # `options` with the `d_ff` whose parameters and operations come nearest
     "Make a model as large and as expensive as another."
-    size = lambda o: np.array([(c := modern_config(o)).num_params(), c.flops_per_token(MODERN_CONTEXT)])
+    size = lambda o: np.array([(c := modern_config(o)).num_params(),
+                               c.flops_per_token(MODERN_CONTEXT)])
     off = lambda d_ff: np.abs(size(options | dict(d_ff=d_ff))/size(like)-1).max()
-    return options | dict(d_ff=bisect_left(range(2*like['d_ff']), True, 1, key=lambda d: off(d+1) >= off(d))) # it falls, then rises
+    # it falls, then rises
+    return options | dict(d_ff=bisect_left(range(2*like['d_ff']),
+                                           True, 1, key=lambda d: off(d+1) >= off(d)))
 
+# %% ../../nbs/54_exp.modern.ipynb #129d728d
 def ladder_rung(
     upto:str, # a name in `LADDER`: this change and all before it
     without:str|None=None, # but this one
 )->dict: # `model` and `opt` of a pretraining
     "A rung of the ladder, or the ladder with one rung missing."
-    names = list(LADDER); o = dict(LADDER['gpt2']); like = {k: v for k,v in o.items() if k != 'opt'} | dict(d_ff=4*MODERN_SHAPE['d_model'])
+    names = list(LADDER); o = dict(LADDER['gpt2'])
+    like = {k: v for k,v in o.items() if k != 'opt'} | dict(d_ff=4*MODERN_SHAPE['d_model'])
     for name in names[1:names.index(upto)+1]: o |= {} if name == without else LADDER[name]
-    opt = o.pop('opt'); return dict(model=MODERN_SHAPE | equal_cost({k: v for k,v in o.items() if v is not None}, like), opt=opt)
+    opt = o.pop('opt')
+    return dict(model=MODERN_SHAPE | equal_cost({k: v for k,v in o.items() if v is not None}, like),
+                opt=opt)
 
 # %% ../../nbs/54_exp.modern.ipynb #54b10012
-MODERN_COMMON = dict(corpus='world', preset='1m', seq_len=MODERN_CONTEXT, batch_tokens=MODERN_BATCH, steps=MODERN_STEPS,
-                     evals=1, samples=0, dropout=0., max_bytes=8_000_000)
+MODERN_COMMON = dict(corpus='world', preset='1m', seq_len=MODERN_CONTEXT, batch_tokens=MODERN_BATCH,
+                     steps=MODERN_STEPS, evals=1, samples=0, dropout=0., max_bytes=8_000_000)
 MODERN_RATES = dict(adamw=(.002, .004, .008, .016), muon=(.006, .012, .024, .048))
-MODERN_LOWER = {'gpt2': .001, 'qk-norm': .001, 'init': .001, 'muon': .003} # where the lowest of these was the best
+# where the lowest of these was the best
+MODERN_LOWER = {'gpt2': .001, 'qk-norm': .001, 'init': .001, 'muon': .003}
 MODERN_LOSS = 2.4 # nats/token, of training text: how long until there?
 
 def tokens_until(
@@ -64,10 +75,13 @@ def tokens_until(
     over:int=8, # so many entries of the log are averaged
 )->dict[str,Metric]: # `tokens_until`, or nothing when it never came so far
     "How much a run has read when its training loss first was below a given one."
-    with open(run.path/'log.csv', newline='') as f: rows = [(int(r['tokens']), float(r['loss'])) for r in csv.DictReader(f)]
+    with open(run.path/'log.csv', newline='') as f:
+        rows = [(int(r['tokens']), float(r['loss'])) for r in csv.DictReader(f)]
     t,l = np.array(rows).T; below = np.convolve(l, np.ones(over)/over, 'valid') < loss
-    return dict(tokens_until=Metric(float(t[over-1:][below.argmax()]), unit='tokens')) if below.any() else {}
+    return dict(tokens_until=Metric(float(t[over-1:][below.argmax()]),
+                                    unit='tokens')) if below.any() else {}
 
+# %% ../../nbs/54_exp.modern.ipynb #283b472d
 def modern_sweep(
     name:str, # of the experiment
     rows:dict[str,dict], # name -> options
@@ -79,10 +93,12 @@ def modern_sweep(
     rows = {r: o | dict(steps=8) for r,o in list(rows.items())[:2]} if quick else rows
     return Sweep(name, rows, common, vocab_size=MODERN_VOCAB, measure=tokens_until, quick=quick)
 
+# %% ../../nbs/54_exp.modern.ipynb #f06d8645
 @experiment('modern-rates', 'Which learning rate suits each step from GPT-2 to Transformer++?')
 def modern_rates(quick:bool=False)->Sweep:
     "Eight models, each with rates from low to too high."
-    rows = {f'{n}-{lr}': ladder_rung(n) | dict(lr=lr) for n in LADDER for lr in MODERN_RATES[ladder_rung(n)['opt']]}
+    rows = {f'{n}-{lr}': ladder_rung(n) | dict(lr=lr) for n in LADDER
+            for lr in MODERN_RATES[ladder_rung(n)['opt']]}
     rows |= {f'{n}-{lr}': ladder_rung(n) | dict(lr=lr) for n,lr in MODERN_LOWER.items()}
     return modern_sweep('modern-rates', rows, quick)
 
@@ -90,21 +106,30 @@ def modern_rates(quick:bool=False)->Sweep:
 def rate_range(
     rates:np.ndarray, losses:np.ndarray, # (k,) learning rates in order, and what they came to
     within:float=.02, # bits/byte
-)->tuple[float,float,float]: # the best rate; from where to where the loss is within so much of the best
+    # the best rate; from where to where the loss is within so much of the best
+)->tuple[float,float,float]:
     "How far a learning rate may be off, by straight lines between the rates that were tried."
-    x = np.log(rates); fine = np.linspace(x[0], x[-1], 1000); ok = np.exp(fine[np.interp(fine, x, losses) <= losses.min()+within])
+    x = np.log(rates)
+    fine = np.linspace(x[0], x[-1], 1000)
+    ok = np.exp(fine[np.interp(fine, x, losses) <= losses.min()+within])
     return float(rates[losses.argmin()]), float(ok[0]), float(ok[-1])
 
 # %% ../../nbs/54_exp.modern.ipynb #54b10018
-MODERN_RATE = {'gpt2': .002, 'rope': .004, 'rmsnorm': .004, 'no-bias': .004, 'swiglu': .004, 'qk-norm': .002, 'init': .002, 'muon': .006}
+MODERN_RATE = {'gpt2': .002, 'rope': .004, 'rmsnorm': .004, 'no-bias': .004,
+               'swiglu': .004, 'qk-norm': .002, 'init': .002, 'muon': .006}
 
-@experiment('modern-ladder', 'What does each step from GPT-2 to Transformer++ gain, and what is lost without it?')
+@experiment('modern-ladder',
+            'What does each step from GPT-2 to Transformer++ gain, and what is lost without it?')
 def modern_ladder(quick:bool=False)->Sweep:
-    "Eight rungs with five seeds each; six ladders that lack a rung, and more steps without Muon, with three."
-    rows = {f'{n}-{s}': ladder_rung(n) | dict(lr=MODERN_RATE[n], seed=s) for s in range(1, 6) for n in LADDER}
+    """Eight rungs with five seeds each; six ladders that lack a
+    rung, and more steps without Muon, with three."""
+    rows = {f'{n}-{s}': ladder_rung(n) | dict(lr=MODERN_RATE[n], seed=s)
+            for s in range(1, 6) for n in LADDER}
     for s in range(1, 4):
-        rows |= {f'without-{n}-{s}': ladder_rung('muon', n) | dict(lr=MODERN_RATE['muon'], seed=s) for n in list(LADDER)[1:-1]}
-        rows[f'init-longer-{s}'] = ladder_rung('init') | dict(lr=MODERN_RATE['init'], seed=s, steps=860)
+        rows |= {f'without-{n}-{s}': ladder_rung('muon', n) | dict(lr=MODERN_RATE['muon'], seed=s)
+                 for n in list(LADDER)[1:-1]}
+        rows[f'init-longer-{s}'] = ladder_rung('init') | dict(lr=MODERN_RATE['init'],
+                                                              seed=s, steps=860)
     return modern_sweep('modern-ladder', rows, quick)
 
 # %% ../../nbs/54_exp.modern.ipynb #54b10048
@@ -113,12 +138,14 @@ def modern_prose(quick:bool=False)->Sweep:
     "The rows of `modern-ladder` at equal steps, and three rungs at half and twice their rate."
     rows = {r: o for r,o in modern_ladder().rows.items() if 'longer' not in r}
     for n in ('gpt2', 'swiglu', 'muon'):
-        rows |= {f'{n}-at-{k}-1': ladder_rung(n) | dict(lr=k*MODERN_RATE[n], seed=1) for k in (.5, 2)}
+        rows |= {f'{n}-at-{k}-1': ladder_rung(n) | dict(lr=k*MODERN_RATE[n], seed=1)
+                 for k in (.5, 2)}
     return modern_sweep('modern-prose', rows, quick, 'pydocs')
 
 # %% ../../nbs/54_exp.modern.ipynb #54b10021
 GLU_VARIANTS = ('relu', 'gelu', 'silu', 'relu2', 'glu', 'bilinear', 'reglu', 'geglu', 'swiglu')
-GLU_RATES = dict(adamw=(.001, .002, .004, .008, .016), muon=(.003, .006, .012, .024)) # the first three, and more where the last was best
+# the first three, and more where the last was best
+GLU_RATES = dict(adamw=(.001, .002, .004, .008, .016), muon=(.003, .006, .012, .024))
 GLU_STEPS = 512
 
 def glu_variant(
@@ -126,10 +153,13 @@ def glu_variant(
     opt:str='muon', # 'adamw' or 'muon'
 )->dict: # `model` and `opt` of a pretraining
     "The top of the ladder with another feed-forward layer, as large and as expensive."
-    top = ladder_rung('muon')['model']; other = {k: v for k,v in top.items() if k != 'd_ff'} | dict(act=act)
+    top = ladder_rung('muon')['model']
+    other = {k: v for k,v in top.items() if k != 'd_ff'} | dict(act=act)
     return dict(model=equal_cost(other, top), opt=opt)
 
-@experiment('glu-rates', 'Which learning rate suits each activation and gate, with AdamW and with Muon?')
+# %% ../../nbs/54_exp.modern.ipynb #9dc8ff47
+@experiment('glu-rates',
+            'Which learning rate suits each activation and gate, with AdamW and with Muon?')
 def glu_rates(quick:bool=False)->Sweep:
     "Nine feed-forward layers, two optimisers, rates until the best lies inside."
     kinds = [(o, a, lr) for o,lrs in GLU_RATES.items() for a in GLU_VARIANTS for lr in lrs]
@@ -144,5 +174,6 @@ GLU_RATE = { # the best of `glu-rates`
 @experiment('glu-world', 'Which activation or gate is the best, with AdamW and with Muon?')
 def glu_world(quick:bool=False)->Sweep:
     "Nine feed-forward layers, two optimisers, eight seeds, each at its own best rate."
-    rows = {f'{o}-{a}': glu_variant(a, o) | dict(lr=GLU_RATE[o][a], steps=GLU_STEPS) for o in GLU_RATE for a in GLU_VARIANTS}
+    rows = {f'{o}-{a}': glu_variant(a, o) | dict(lr=GLU_RATE[o][a], steps=GLU_STEPS)
+            for o in GLU_RATE for a in GLU_VARIANTS}
     return modern_sweep('glu-world', with_seeds(rows, 8, 1), quick)

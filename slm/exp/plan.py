@@ -44,35 +44,44 @@ class Machine:
     )->float:
         "Seconds that a token of training takes."
         n,e = cfg.num_params(),2 if self.dtype == 'bfloat16' else 4
-        active = cfg.n_layer*(17*e*cfg.d_model + 2.5*e*cfg.n_head*seq_len) + 3*e*cfg.vocab_size      # bytes (Korthikanti et al. 2022, §4.1)
-        return (cfg.flops_per_token(seq_len)/(self.reached*self.flops) + self.traffic*active/self.bandwidth
-                + 28*n/self.bandwidth/batch_tokens + self.launch*cfg.n_layer/micro_tokens)
+        # bytes (Korthikanti et al. 2022, §4.1)
+        active = cfg.n_layer*(17*e*cfg.d_model + 2.5*e*cfg.n_head*seq_len) + 3*e*cfg.vocab_size
+        return (cfg.flops_per_token(seq_len)/(self.reached*self.flops)
+                + self.traffic*active/self.bandwidth + 28*n/self.bandwidth/batch_tokens
+                + self.launch*cfg.n_layer/micro_tokens)
 
 # %% ../../nbs/52_exp.plan.ipynb #52e5000c
-MACHINES = {
-    'rtx-3090': Machine('RTX 3090, 24 GB', 71e12, 936e9, .92*24*2**30, 350, source='data sheet; constants fitted to 41 measured speeds'),
-    'm1': Machine('MacBook M1, 16 GB', 2.6e12, 68e9, .66*16*2**30, 20, 'mps', 'float32', reached=.8,
-                  source='data sheet; constants guessed from the RTX 3090, nothing was measured'),
-    'i3-10100t': Machine('Intel i3-10100T, 32 GB', 435e9, 41.6e9, .9*32*2**30, 35, 'cpu', 'float32', .8, 11.5, .001,
-                         source='data sheet (4 cores, 32 operations a cycle at 3.4 GHz); constants guessed from other processors'),
-}
+MACHINES = {'rtx-3090': Machine('RTX 3090, 24 GB', 71e12, 936e9, .92*24*2**30,
+                                350, source='data sheet; constants fitted to 41 measured speeds'),
+            'm1': Machine('MacBook M1, 16 GB', 2.6e12, 68e9, .66*16*2**30,
+                          20, 'mps', 'float32', reached=.8, source='data sheet; '
+                          'constants guessed from the RTX 3090, nothing was measured'),
+            'i3-10100t': Machine('Intel i3-10100T, 32 GB', 435e9,
+                                 41.6e9, .9*32*2**30, 35, 'cpu', 'float32', .8, 11.5, .001,
+                                 source='data sheet (4 cores, 32 operations a cycle at 3.4 GHz); '
+                                 'constants guessed from other processors'),}
 
 # %% ../../nbs/52_exp.plan.ipynb #52e5000d
 def measure_machine(
     device:str='auto', # auto, cuda, cuda:N, mps or cpu
     watts:float=65., # while training; nobody can measure it from here
 )->Machine:
-    "This machine, measured in some seconds: products, bandwidth, and a small training for the rest."
-    device = str(get_device(device)); dtype = best_dtype(device); peak = matmul_flops(device, dtype, seconds=1.5)
+    """This machine, measured in some seconds: products,
+    bandwidth, and a small training for the rest."""
+    device = str(get_device(device)); dtype = best_dtype(device)
+    peak = matmul_flops(device, dtype, seconds=1.5)
     x = torch.ones(2**26, device=device); y = torch.ones_like(x)
     wait = torch.cuda.synchronize if device.startswith('cuda') else lambda: None
     def copy(): t0 = time.perf_counter(); y.copy_(x); wait(); return time.perf_counter()-t0
     band = 8*x.numel()/min(copy() for _ in range(6)); del x, y
-    m = Machine('this machine', peak, band, .9*device_memory(device), watts, device, dtype, .9, launch=.001, source='measured now')
-    cfg = GPTConfig.preset('1m', vocab_size=2048, max_seq_len=256); t = train_seconds(cfg, 16, 256, device, dtype)
+    m = Machine('this machine', peak, band, .9*device_memory(device),
+                watts, device, dtype, .9, launch=.001, source='measured now')
+    cfg = GPTConfig.preset('1m', vocab_size=2048, max_seq_len=256)
+    t = train_seconds(cfg, 16, 256, device, dtype)
     rest = lambda tau: dataclasses.replace(m, traffic=tau).token_seconds(cfg, 256, 4096, 4096)
     return dataclasses.replace(m, traffic=max(1., (t-rest(0))/(rest(1)-rest(0))))
 
+# %% ../../nbs/52_exp.plan.ipynb #dc8d9f5f
 def train_seconds(
     cfg:GPTConfig,
     bs:int, seq_len:int, # rows of an optimiser step, tokens of a row
@@ -81,12 +90,16 @@ def train_seconds(
     n:int=5, # steps that are timed
 )->float:
     "Seconds a token of training with AdamW on random tokens: the median of some steps."
-    model = GPT(cfg).to(device); opt = torch.optim.AdamW(model.parameters(), fused=True); amp,times = autocast(device, dtype),[]
+    model = GPT(cfg).to(device)
+    opt = torch.optim.AdamW(model.parameters(), fused=True)
+    amp,times = autocast(device, dtype),[]
     x = torch.randint(cfg.vocab_size, (bs, seq_len), device=device)
     for _ in range(n+2):
         t0 = time.perf_counter()
         with amp(): loss = lm_loss(model(x), x)
-        loss.backward(); opt.step(); opt.zero_grad(); loss.item(); times.append(time.perf_counter()-t0)
+        loss.backward(); opt.step(); opt.zero_grad()
+        loss.item()
+        times.append(time.perf_counter()-t0)
     return float(np.median(times[2:]))/(bs*seq_len)
 
 # %% ../../nbs/52_exp.plan.ipynb #52e50016
@@ -96,8 +109,10 @@ def worth_of(
     half:float=15.39, # 5.31 for parameters
 ):
     "How many new ones would do as much (Muennighoff et al. 2023, eq. 5 and 6)."
-    return np.where(np.asarray(x) <= unique, x, unique+unique*half*(1-np.exp(-(np.maximum(x, unique)/unique-1)/half)))
+    return np.where(np.asarray(x) <= unique, x,
+                    unique+unique*half*(1-np.exp(-(np.maximum(x, unique)/unique-1)/half)))
 
+# %% ../../nbs/52_exp.plan.ipynb #39a7c4a8
 def loss_of(
     law:Law,
     n, d, # parameters, and tokens that are read
@@ -105,9 +120,11 @@ def loss_of(
 ):
     "The loss by the law when text is read more than once."
     if not unique: return law(n, d)
-    deserved = (law.alpha*law.A/(law.beta*law.B)*unique**law.beta)**(1/law.alpha)       # where both terms fall alike
+    # where both terms fall alike
+    deserved = (law.alpha*law.A/(law.beta*law.B)*unique**law.beta)**(1/law.alpha)
     return law(worth_of(n, deserved, 5.31), worth_of(d, unique))
 
+# %% ../../nbs/52_exp.plan.ipynb #d9b0c5aa
 @dataclass
 class Plan:
     "A model, how it is trained on a machine, and what comes of it."
@@ -134,17 +151,22 @@ def candidates(
     "What each size would come to; raises `SLMError` when nothing fits."
     plans = []
     for depth in depths:
-        z = default_sizes(64*depth); t = z['seq_len']; rows = z['batch_tokens']//t; cfg = GPTConfig.from_depth(depth, vocab_size, t)
+        z = default_sizes(64*depth); t = z['seq_len']
+        rows = z['batch_tokens']//t
+        cfg = GPTConfig.from_depth(depth, vocab_size, t)
         kw = dict(dtype=machine.dtype, device=machine.device)
-        need = lambda b: memory_estimate(cfg, b, t, accumulated=b*t < z['batch_tokens'], **kw)['total']
+        need = lambda b: memory_estimate(cfg, b, t, accumulated=b*t < z['batch_tokens'],
+                                         **kw)['total']
         while rows and need(rows) > (memory or machine.memory): rows //= 2
         if not rows: break
         s = machine.token_seconds(cfg, t, z['batch_tokens'], rows*t); d = seconds/s
         loss = float(loss_of(law, cfg.num_params(), d, data_tokens))
         plans.append(Plan(cfg, z['batch_tokens'], rows, d, seconds, need(rows), loss))
     if plans: return plans
-    raise SLMError(f'nothing fits into {(memory or machine.memory)/2**30:.1f} GiB: give more --memory, or a smaller --vocab-size')
+    raise SLMError(f'nothing fits into {(memory or machine.memory)/2**30:.1f} GiB: '
+                   'give more --memory, or a smaller --vocab-size')
 
+# %% ../../nbs/52_exp.plan.ipynb #cca27817
 def best_plan(plans:list[Plan])->Plan:
     "The lowest loss."
     return min(plans, key=lambda p: p.loss)
@@ -152,11 +174,13 @@ def best_plan(plans:list[Plan])->Plan:
 # %% ../../nbs/52_exp.plan.ipynb #52e5001a
 def read_law(
     name:str='chinchilla', # in slm/exp/laws.json
-)->tuple[Law,list[Law],list[float],str]: # the law, those of its bootstrap, the sizes that it was fitted to, its unit
+    # the law, those of its bootstrap, the sizes that it was fitted to, its unit
+)->tuple[Law,list[Law],list[float],str]:
     "A fitted law; raises `SLMError` for a name that is not there."
     laws = read_json(Path(str(resources.files('slm.exp')))/'laws.json')
     if name not in laws: raise SLMError(f"no law '{name}': there are {', '.join(laws)}")
-    found = laws[name]; return Law(*found['law']), [Law(*l) for l in found['draws']], found['params'], found['unit']
+    found = laws[name]
+    return Law(*found['law']), [Law(*l) for l in found['draws']], found['params'], found['unit']
 
 # %% ../../nbs/52_exp.plan.ipynb #52e5001d
 def plan_intervals(
@@ -166,10 +190,16 @@ def plan_intervals(
     unit:str='nats/token', # of the law
 )->dict[str,Metric]: # params, tokens and loss of the best plan
     "Intervals of the plan: the best candidate of each law."
-    p = best_plan(plans); n,d = (np.array(v, float) for v in ([q.cfg.num_params() for q in plans], [q.tokens for q in plans]))
-    all_ = [loss_of(l, n, d, data_tokens) for l in draws]; picks = [int(a.argmin()) for a in all_]; losses = [a.min() for a in all_]
-    return dict(params=percentile_interval(p.cfg.num_params(), np.array([n[i] for i in picks]), len(draws)),
-                tokens=percentile_interval(p.tokens, np.array([plans[i].tokens for i in picks]), len(draws), 'tokens'),
+    p = best_plan(plans)
+    n,d = (np.array(v, float)
+           for v in ([q.cfg.num_params() for q in plans], [q.tokens for q in plans]))
+    all_ = [loss_of(l, n, d, data_tokens) for l in draws]
+    picks = [int(a.argmin()) for a in all_]
+    losses = [a.min() for a in all_]
+    return dict(params=percentile_interval(p.cfg.num_params(),
+                                           np.array([n[i] for i in picks]), len(draws)),
+                tokens=percentile_interval(p.tokens, np.array([plans[i].tokens for i in picks]),
+                                           len(draws), 'tokens'),
                 loss=percentile_interval(p.loss, np.array(losses), len(draws), unit))
 
 # %% ../../nbs/52_exp.plan.ipynb #52e50021
@@ -181,14 +211,17 @@ def use_seconds(
     "Seconds a written token takes, one at a time: all weights pass through the memory."
     return cfg.num_params()*weight_bytes/machine.bandwidth
 
+# %% ../../nbs/52_exp.plan.ipynb #71da1350
 def tokens_for(
     law:Law,
     n:float, # parameters
     loss:float, # to be reached
 )->float: # infinite where no number of tokens is enough
     "How much a model must read for a loss."
-    room = loss-law.E-law.A/n**law.alpha; return (law.B/room)**(1/law.beta) if room > 0 else math.inf
+    room = loss-law.E-law.A/n**law.alpha
+    return (law.B/room)**(1/law.beta) if room > 0 else math.inf
 
+# %% ../../nbs/52_exp.plan.ipynb #d5661484
 def for_use(
     plans:list[Plan], # candidates
     machine:Machine, # that trained them
@@ -196,7 +229,8 @@ def for_use(
     inference_tokens:float, # to be written
     serve:Machine, # that writes them
 )->Plan: # of the loss of the best candidate, with the time that it takes
-    "The plan with the least time of training and use together, as good as the best one (Sardana et al. 2024)."
+    """The plan with the least time of training and use together, as
+    good as the best one (Sardana et al. 2024)."""
     goal,priced = best_plan(plans).loss,[]
     for p in plans:
         d = tokens_for(law, p.cfg.num_params(), goal)
@@ -215,18 +249,24 @@ def plan_table(
 )->str:
     "A plan in lines."
     c,kwh,s = plan.cfg,machine.watts*plan.seconds/3.6e6,plan.seconds; n = c.num_params()
-    span = f'{s/86400:.1f} days' if s > 129600 else f'{s/3600:.1f} hours' if s > 5400 else f'{s/60:.0f} minutes'
+    span = (f'{s/86400:.1f} days' if s > 129600 else f'{s/3600:.1f} hours' if s > 5400
+            else f'{s/60:.0f} minutes')
     tail = lambda k, f: f' [{f(figures[k].lo)}, {f(figures[k].hi)}]' if k in figures else ''
     lines = dict(machine=f'{machine.title} ({machine.source})',
         model=f"{n/1e6:,.1f}M parameters{tail('params', lambda v: f'{v/1e6:,.1f}M')}",
-        shape=f'{c.n_layer} layers, width {c.d_model}, {c.vocab_size:,} tokens, context {c.max_seq_len}',
-        text=f"{plan.tokens/1e9:,.2f} billion tokens{tail('tokens', lambda v: f'{v/1e9:,.2f}')}, {plan.tokens/n:,.0f} a parameter",
-        batch=f'{plan.batch_tokens:,} tokens a step, {plan.micro_batch} rows at once, {plan.steps:,} steps',
-        time=f'{span}, {plan.tokens/plan.seconds:,.0f} tokens/s', memory=f'{plan.memory/2**30:.1f} GiB of {machine.memory/2**30:.1f}',
+        shape=f'{c.n_layer} layers, width {c.d_model}, {c.vocab_size:,} tokens, '
+        f'context {c.max_seq_len}',
+        text=f"{plan.tokens/1e9:,.2f} billion tokens{tail('tokens', lambda v: f'{v/1e9:,.2f}')}, "
+        f"{plan.tokens/n:,.0f} a parameter",
+        batch=f'{plan.batch_tokens:,} tokens a step, {plan.micro_batch} rows at once, '
+        f'{plan.steps:,} steps',
+        time=f'{span}, {plan.tokens/plan.seconds:,.0f} tokens/s',
+        memory=f'{plan.memory/2**30:.1f} GiB of {machine.memory/2**30:.1f}',
         loss=f"{plan.loss:.3f} {unit}{tail('loss', lambda v: f'{v:.3f}')}",
         energy=f'{kwh:,.1f} kWh, {kwh*price:,.2f} at {price:.2f} a kWh')
     if not sizes[0] <= n <= sizes[1]:
-        lines['note'] = 'a guess: the law was fitted to models of '+' to '.join(f'{s/1e6:,.2f}M' for s in sizes)+' parameters'
+        lines['note'] = ('a guess: the law was fitted to models of '
+                         +' to '.join(f'{s/1e6:,.2f}M' for s in sizes)+' parameters')
     return '\n'.join(f'{k:8} {v}' for k,v in lines.items())
 
 # %% ../../nbs/52_exp.plan.ipynb #52e50026

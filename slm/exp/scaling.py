@@ -32,7 +32,9 @@ class Law:
     B:float # and of what tokens could not teach
     alpha:float
     beta:float
-    def __call__(self, n, d): return self.E + self.A/np.asarray(n, float)**self.alpha + self.B/np.asarray(d, float)**self.beta
+    def __call__(self, n, d):
+        return (self.E + self.A/np.asarray(n, float)**self.alpha
+                + self.B/np.asarray(d, float)**self.beta)
 
     @property
     def a(self)->float: # the best N grows as C^a
@@ -53,7 +55,8 @@ def huber_loss(
     delta:float=1e-3, # from here on a deviation counts linearly
 )->float:
     "The sum over runs of Huber's loss of log L̂ − log L (Hoffmann et al. 2022, eq. 3)."
-    r = np.abs(np.log(law(n, d))-np.log(loss)); return float(np.where(r <= delta, r*r/2, delta*(r-delta/2)).sum())
+    r = np.abs(np.log(law(n, d))-np.log(loss))
+    return float(np.where(r <= delta, r*r/2, delta*(r-delta/2)).sum())
 
 # %% ../../nbs/51_exp.scaling.ipynb #51e5000f
 def fit_law(
@@ -61,25 +64,34 @@ def fit_law(
     E:float|None=None, # the entropy, where it is known; fitted if not given
     delta:float=1e-3, # of Huber's loss
 )->Law:
-    "Fit the law by variable projection and a polish of all its numbers; raises `SLMError` for fewer than six runs."
+    """Fit the law by variable projection and a polish of all its
+    numbers; raises `SLMError` for fewer than six runs."""
     n,d,loss = (np.asarray(v, float) for v in (n, d, loss))
-    if len(loss) < 6: raise SLMError(f'{len(loss)} runs cannot settle five numbers: six are the least')
+    if len(loss) < 6:
+        raise SLMError(f'{len(loss)} runs cannot settle five numbers: six are the least')
     x = _grid(n, d, loss, E); free = slice(0, 5 if E is None else 4)
     def residual(x):
         a,b,al,be = x[:4]; e = x[4] if E is None else math.log(max(E, 1e-12))
         return np.logaddexp(np.logaddexp(a-al*np.log(n), b-be*np.log(d)), e)-np.log(loss)
     tight = dict(xtol=1e-15, ftol=1e-15, gtol=1e-15, max_nfev=2000)
     x = least_squares(residual, x[free], loss='huber', f_scale=delta, x_scale='jac', **tight).x
-    return Law(float(np.exp(x[4])) if E is None else E, *(float(v) for v in (np.exp(x[0]), np.exp(x[1]), x[2], x[3])))
+    return Law(float(np.exp(x[4])) if E is None else E,
+               *(float(v) for v in (np.exp(x[0]), np.exp(x[1]), x[2], x[3])))
 
+# %% ../../nbs/51_exp.scaling.ipynb #51000eb9
 def _grid(n, d, loss, E, exponents=np.linspace(.025, 1.2, 48)):
     "log A, log B, α, β and log E of the best pair of exponents, by relative least squares"
-    al,be = (g.ravel() for g in np.meshgrid(exponents, exponents)); n0,d0 = np.exp(np.log(n).mean()),np.exp(np.log(d).mean())
-    X = np.stack([(n/n0)**-al[:, None], (d/d0)**-be[:, None], np.ones((len(al), len(n)))], -1)/loss[:, None]   # (g,k,3)
+    al,be = (g.ravel() for g in np.meshgrid(exponents, exponents))
+    n0,d0 = np.exp(np.log(n).mean()),np.exp(np.log(d).mean())
+    # (g,k,3)
+    X = np.stack([(n/n0)**-al[:, None], (d/d0)**-be[:, None], np.ones((len(al), len(n)))],
+                 -1)/loss[:, None]
     y = np.ones(len(n)) if E is None else 1-E/loss; X = X if E is None else X[..., :2]
-    c = np.linalg.solve(X.mT@X + 1e-12*np.eye(X.shape[-1]), (X.mT@y)[..., None])[..., 0]                       # (g,3)
+    c = np.linalg.solve(X.mT@X + 1e-12*np.eye(X.shape[-1]), (X.mT@y)[..., None])[..., 0] # (g,3)
     r = ((X@c[..., None])[..., 0]-y); r = np.where((c > 0).all(1), (r*r).sum(1), np.inf)
-    if not np.isfinite(r).any(): raise SLMError('no law of this form fits: the loss does not fall with parameters and tokens')
+    if not np.isfinite(r).any():
+        raise SLMError('no law of this form fits: '
+                       'the loss does not fall with parameters and tokens')
     k = r.argmin(); e = np.log(c[k, 2]) if E is None else 0.
     return [np.log(c[k, 0])+al[k]*np.log(n0), np.log(c[k, 1])+be[k]*np.log(d0), al[k], be[k], e]
 
@@ -89,7 +101,8 @@ def law_intervals(
     E:float|None=None, # as in `fit_law`
     draws:int=200,
     seed:int=0,
-)->tuple[dict[str,Metric],list[Law]]: # E, A, B, alpha, beta and a with 95 % intervals; the laws of all draws
+    # E, A, B, alpha, beta and a with 95 % intervals; the laws of all draws
+)->tuple[dict[str,Metric],list[Law]]:
     "A bootstrap over runs."
     rng,laws = np.random.default_rng(seed),[]
     n,d,loss = (np.asarray(v, float) for v in (n, d, loss)); law = fit_law(n, d, loss, E)
@@ -97,19 +110,23 @@ def law_intervals(
         if len(laws) == draws: break
         k = rng.integers(0, len(n), len(n))
         try: laws.append(fit_law(n[k], d[k], loss[k], E))
-        except SLMError: pass                                                    # a draw of the same few runs
-    interval = lambda f: percentile_interval(getattr(law, f), np.array([getattr(l, f) for l in laws]), len(n))
+        except SLMError: pass # a draw of the same few runs
+    interval = lambda f: percentile_interval(getattr(law, f),
+                                             np.array([getattr(l, f) for l in laws]), len(n))
     return {f: interval(f) for f in ('E', 'A', 'B', 'alpha', 'beta', 'a')}, laws
 
 # %% ../../nbs/51_exp.scaling.ipynb #51e5001b
 def isoflop_minimum(
     n:np.ndarray, loss:np.ndarray, # (k,) parameters and losses of runs of one budget
 )->tuple[float,float]: # parameters and loss at the lowest point of a parabola over log N
-    "The best size of a budget (Hoffmann et al. 2022, approach 2); raises `SLMError` where the parabola has no lowest point."
+    """The best size of a budget (Hoffmann et al. 2022, approach 2); raises `SLMError` where the
+    parabola has no lowest point."""
     x = np.log(n); c2,c1,c0 = np.polyfit(x-x.mean(), loss, 2)
-    if c2 <= 0: raise SLMError('these losses do not go down and up again: take smaller and larger models')
+    if c2 <= 0:
+        raise SLMError('these losses do not go down and up again: take smaller and larger models')
     return float(np.exp(x.mean()-c1/(2*c2))), float(c0-c1*c1/(4*c2))
 
+# %% ../../nbs/51_exp.scaling.ipynb #881e40a3
 def budget_slope(
     flops:np.ndarray, # (k,) budgets
     n:np.ndarray, # (k,) best size of each
@@ -120,20 +137,26 @@ def budget_slope(
 # %% ../../nbs/51_exp.scaling.ipynb #51e50091
 def slope_interval(
     flops:np.ndarray, # (b,) budgets
-    runs:list[tuple[np.ndarray,np.ndarray]], # for each of them, parameters (k,) and losses (k,); k is 4 or more
+    # for each of them, parameters (k,) and losses (k,); k is 4 or more
+    runs:list[tuple[np.ndarray,np.ndarray]],
     draws:int=1000,
     seed:int=0,
 )->Metric: # a of N = k·C^a, with a 95 % interval
     "The slope of Approach 2, with deviations from the parabolas drawn anew."
-    if (few := min(len(n) for n,_ in runs)) < 4: raise SLMError(f'a parabola through {few} runs leaves nothing over: four are the least')
+    if (few := min(len(n) for n,_ in runs)) < 4:
+        raise SLMError(f'a parabola through {few} runs leaves nothing over: four are the least')
     rng,best,off = np.random.default_rng(seed),[],[]
-    xs = [np.log(n)-np.log(n).mean() for n,_ in runs]; fits = [np.polyfit(x, l, 2) for x,(_,l) in zip(xs, runs)]
+    xs = [np.log(n)-np.log(n).mean() for n,_ in runs]
+    fits = [np.polyfit(x, l, 2) for x,(_,l) in zip(xs, runs)]
     for x,f,(_,l) in zip(xs, fits, runs): off.append((l-np.polyval(f, x))*(len(l)/(len(l)-3))**.5)
     for x,f,(n,_) in zip(xs, fits, runs):
-        y = np.polyval(f, x)[:, None]+rng.choice(np.concatenate(off), (len(x), draws)); c2,c1,_ = np.polyfit(x, y, 2)      # (draws,) each
+        y = np.polyval(f, x)[:, None]+rng.choice(np.concatenate(off), (len(x), draws))
+        c2,c1,_ = np.polyfit(x, y, 2) # (draws,) each
         best.append(np.where(c2 > 0, np.log(n).mean()-c1/(2*np.where(c2 > 0, c2, 1)), np.nan))
-    value = budget_slope(flops, [isoflop_minimum(n, l)[0] for n,l in runs])[0]; ys = np.stack(best)                      # (b,draws)
-    return percentile_interval(value, np.polyfit(np.log(flops), ys[:, ~np.isnan(ys).any(0)], 1)[0], sum(map(len, xs)))
+    value = budget_slope(flops, [isoflop_minimum(n, l)[0] for n,l in runs])[0]
+    ys = np.stack(best) # (b,draws)
+    return percentile_interval(value, np.polyfit(np.log(flops), ys[:, ~np.isnan(ys).any(0)], 1)[0],
+                               sum(map(len, xs)))
 
 # %% ../../nbs/51_exp.scaling.ipynb #51e50025
 def fit_kaplan(
@@ -143,9 +166,12 @@ def fit_kaplan(
     "[(N_c/N)^(α_N/α_D) + D_c/D]^α_D (Kaplan et al. 2020, eq. 1.5)."
     n,d,loss = (np.log(np.asarray(v, float)) for v in (n, d, loss))
     def residual(x): return x[3]*np.logaddexp(x[2]/x[3]*(x[0]-n), x[1]-d)-loss
-    starts = [(n.mean()+k, d.mean()+k, a, b) for k in (0, 8, 16) for a in (.05, .2) for b in (.05, .2)]
-    fits = [least_squares(residual, s, loss='huber', f_scale=delta, x_scale='jac', max_nfev=500) for s in starts]
-    return dict(zip(('log_nc', 'log_dc', 'alpha_n', 'alpha_d'), map(float, min(fits, key=lambda f: f.cost).x)))
+    starts = [(n.mean()+k, d.mean()+k, a, b) for k in (0, 8, 16) for a in (.05, .2)
+              for b in (.05, .2)]
+    fits = [least_squares(residual, s, loss='huber', f_scale=delta, x_scale='jac', max_nfev=500)
+            for s in starts]
+    return dict(zip(('log_nc', 'log_dc', 'alpha_n', 'alpha_d'),
+                    map(float, min(fits, key=lambda f: f.cost).x)))
 
 # %% ../../nbs/51_exp.scaling.ipynb #51e50029
 SCALING_WIDTHS = (16, 24, 32, 48, 64, 96, 128, 160, 192, 256)
@@ -153,28 +179,37 @@ SCALING_CONTEXT,SCALING_BATCH,SCALING_VOCAB = 384,3072,1024 # tokens
 
 def scaled_shape(d:int)->dict: # options of `GPTConfig`
     "The shape of a width: heads of 16 or 32, a layer for each 32."
-    hd = 16 if d%32 else 32; n = dict(n_layer=max(2, round(d/32)), n_head=max(1, d//hd), n_kv_head=1, head_dim=hd)
+    hd = 16 if d%32 else 32
+    n = dict(n_layer=max(2, round(d/32)), n_head=max(1, d//hd), n_kv_head=1, head_dim=hd)
     return dict(n, d_model=d, d_ff=16*round(d/6), qk_norm=True)
 
-def scaled_config(d:int)->GPTConfig: return GPTConfig(vocab_size=SCALING_VOCAB, max_seq_len=SCALING_CONTEXT, **scaled_shape(d))
+def scaled_config(d:int)->GPTConfig:
+    return GPTConfig(vocab_size=SCALING_VOCAB, max_seq_len=SCALING_CONTEXT, **scaled_shape(d))
 
+# %% ../../nbs/51_exp.scaling.ipynb #c545690a
 def budget_rows(
     flops:float, # to be spent on each row
     widths:tuple, # of the models
     rate, # width -> learning rate
 )->dict[str,dict]: # name -> options of a pretraining
     "One budget, spent on several sizes."
-    steps = lambda d: max(20, round(flops/scaled_config(d).flops_per_token(SCALING_CONTEXT)/SCALING_BATCH))
-    return {f'{flops:.0e}-{d}'.replace('+', ''): dict(model=scaled_shape(d), steps=steps(d), lr=rate(d)) for d in widths}
+    steps = lambda d: max(20, round(flops/scaled_config(d)
+                                    .flops_per_token(SCALING_CONTEXT)/SCALING_BATCH))
+    return {f'{flops:.0e}-{d}'.replace('+', ''): dict(model=scaled_shape(d),
+                                                      steps=steps(d), lr=rate(d)) for d in widths}
 
 # %% ../../nbs/51_exp.scaling.ipynb #51e5002c
-SCALING_COMMON = dict(corpus='world', preset='1m', seq_len=SCALING_CONTEXT, batch_tokens=SCALING_BATCH, opt='muon', evals=1, samples=0)
+SCALING_COMMON = dict(corpus='world', preset='1m', seq_len=SCALING_CONTEXT,
+                      batch_tokens=SCALING_BATCH, opt='muon', evals=1, samples=0)
 SCALING_RATES = (.006, .012, .024, .048, .096)
 
 def story_figures(run:RunDir)->dict[str,Metric]:
-    "What held-out stories cost a run, one whole story at a time, and how far that is above the truth."
-    m = excess(*load_model_and_tokenizer(run.path), list(World().stories(51, 300))); return dict(story_bpb=m['bpb'], excess=m['excess'])
+    """What held-out stories cost a run, one whole story at a
+    time, and how far that is above the truth."""
+    m = excess(*load_model_and_tokenizer(run.path), list(World().stories(51, 300)))
+    return dict(story_bpb=m['bpb'], excess=m['excess'])
 
+# %% ../../nbs/51_exp.scaling.ipynb #db329fb3
 def scaling_sweep(
     name:str, # of the experiment
     rows:dict[str,dict], # name -> options, with `model` and `steps`
@@ -184,55 +219,73 @@ def scaling_sweep(
     "Trainings on the text of this chapter, measured on whole stories if it is the world's."
     common = SCALING_COMMON | dict(corpus=corpus, max_bytes=2_000_000 if quick else 120_000_000)
     rows = {r: dict(o, steps=8) for r,o in list(rows.items())[:2]} if quick else rows
-    size = lambda o: GPTConfig(vocab_size=SCALING_VOCAB, max_seq_len=SCALING_CONTEXT, **o['model']).flops_per_token(SCALING_CONTEXT)
+    size = lambda o: GPTConfig(vocab_size=SCALING_VOCAB, max_seq_len=SCALING_CONTEXT,
+                               **o['model']).flops_per_token(SCALING_CONTEXT)
     cost = lambda o: o['steps']*SCALING_BATCH*size(o)
     return Sweep(name, rows, common, vocab_size=SCALING_VOCAB, cost=cost, quick=quick,
                  measure=story_figures if corpus == 'world' else None)
 
+# %% ../../nbs/51_exp.scaling.ipynb #c9d6a7f1
 @experiment('scaling-rates', 'Which learning rate suits which size?')
 def scaling_rates(quick:bool=False)->Sweep:
     "Seven sizes with five rates at the smallest budget."
-    rows = {f'{d}-{lr}': next(iter(budget_rows(1e12, (d,), lambda d: lr).values())) for lr in SCALING_RATES for d in SCALING_WIDTHS[:7]}
+    rows = {f'{d}-{lr}': next(iter(budget_rows(1e12, (d,), lambda d: lr).values()))
+            for lr in SCALING_RATES for d in SCALING_WIDTHS[:7]}
     return scaling_sweep('scaling-rates', rows, quick)
 
 # %% ../../nbs/51_exp.scaling.ipynb #51e50041
 SCALING_RATE = .024 # the best at the smallest budget, or within .003 bits/byte of it
-SCALING_BUDGETS = {1e12: SCALING_WIDTHS[:7], 3e12: SCALING_WIDTHS[:7], 1e13: SCALING_WIDTHS[1:8], 3e13: SCALING_WIDTHS[3:]}
+SCALING_BUDGETS = {1e12: SCALING_WIDTHS[:7], 3e12: SCALING_WIDTHS[:7],
+                   1e13: SCALING_WIDTHS[1:8], 3e13: SCALING_WIDTHS[3:]}
 
-@experiment('scaling-world', 'How does the loss fall with parameters and tokens, where the entropy is known?')
+@experiment('scaling-world',
+            'How does the loss fall with parameters and tokens, where the entropy is known?')
 def scaling_world(quick:bool=False)->Sweep:
     "Four budgets, seven sizes each, two seeds."
-    rows = {n: o for flops,widths in SCALING_BUDGETS.items() for n,o in budget_rows(flops, widths, lambda d: SCALING_RATE).items()}
+    rows = {n: o for flops,widths in SCALING_BUDGETS.items()
+            for n,o in budget_rows(flops, widths, lambda d: SCALING_RATE).items()}
     return scaling_sweep('scaling-world', with_seeds(rows, 2), quick)
 
 # %% ../../nbs/51_exp.scaling.ipynb #51e50053
 def scaling_points(
     rows:dict[str,dict], # from `read_sweep`
     loss:str='story_bpb', # figure that is the loss: of whole stories, or 'valid_bpb'
-)->dict[str,np.ndarray]: # (k,) each: width, n, bare (without embeddings), paid (flops/6d), d, flops, loss, seed; excess where it is known
-    "Runs as points of a law: parameters, counted in three ways, tokens, operations, what the text costs, and how far above the truth."
-    rs = [r for r in rows.values() if not r['failed']]; get = lambda k: np.array([r[k].value for r in rs])
+    # (k,) each: width, n, bare (without embeddings), paid (flops/6d),
+    # d, flops, loss, seed; excess where it is known
+)->dict[str,np.ndarray]:
+    """Runs as points of a law: parameters, counted in three ways, tokens, operations, what the
+    text costs, and how far above the truth."""
+    rs = [r for r in rows.values() if not r['failed']]
+    get = lambda k: np.array([r[k].value for r in rs])
     w,n,d,c = np.array([r['model']['d_model'] for r in rs]),get('params'),get('tokens'),get('flops')
-    res = dict(width=w, n=n, bare=n-SCALING_VOCAB*w, paid=c/6/d, d=d, flops=c, loss=get(loss), seed=np.array([r['seed'] for r in rs]))
+    res = dict(width=w, n=n, bare=n-SCALING_VOCAB*w, paid=c/6/d, d=d,
+               flops=c, loss=get(loss), seed=np.array([r['seed'] for r in rs]))
     return res | (dict(excess=get('excess')) if all('excess' in r for r in rs) else {})
 
 # %% ../../nbs/51_exp.scaling.ipynb #51e50061
 def predict_loss(
     laws:list[Law], # the fit, then those of its bootstrap
-    off:np.ndarray, # (k,) log of measured over fitted, of the runs that it was fitted to; more than were fitted numbers
+    # (k,) log of measured over fitted, of the runs that it
+    # was fitted to; more than were fitted numbers
+    off:np.ndarray,
     n:float, d:float, # parameters and tokens of a new run
     fitted:int=5, # numbers of the law; 4 where `E` was given
     seed:int=0,
 )->Metric: # with the interval that holds such a run in 90 of 100 cases
     "What a run will cost, by the law and by how runs deviate from it."
     wide = off*(len(off)/(len(off)-fitted))**.5
-    says = np.repeat([float(l(n, d)) for l in laws[1:]], 20); draws = says*np.exp(np.random.default_rng(seed).choice(wide, len(says)))
-    return Metric(float(laws[0](n, d)), *map(float, np.percentile(draws, [5, 95])), n=len(off), unit='bits/byte')
+    says = np.repeat([float(l(n, d)) for l in laws[1:]], 20)
+    draws = says*np.exp(np.random.default_rng(seed).choice(wide, len(says)))
+    return Metric(float(laws[0](n, d)), *map(float, np.percentile(draws, [5, 95])),
+                  n=len(off), unit='bits/byte')
 
-@experiment('scaling-held', 'Does the law say what three and ten times the largest budget will give?')
+# %% ../../nbs/51_exp.scaling.ipynb #85056085
+@experiment('scaling-held',
+            'Does the law say what three and ten times the largest budget will give?')
 def scaling_held(quick:bool=False)->Sweep:
     "Two runs beyond what the law was fitted to."
-    rows = budget_rows(1e14, (128,), lambda d: SCALING_RATE) | budget_rows(3e14, (160,), lambda d: SCALING_RATE)
+    rows = budget_rows(1e14, (128,),
+                       lambda d: SCALING_RATE) | budget_rows(3e14, (160,), lambda d: SCALING_RATE)
     return scaling_sweep('scaling-held', rows, quick)
 
 # %% ../../nbs/51_exp.scaling.ipynb #51e50071
@@ -241,6 +294,9 @@ PROSE_BUDGETS = {1e12: SCALING_WIDTHS[1:6], 3e12: SCALING_WIDTHS[2:7], 1e13: SCA
 @experiment('scaling-prose', 'Does the best size grow in the same way on text that people wrote?')
 def scaling_prose(quick:bool=False)->Sweep:
     "Three budgets, five sizes each, two seeds; two sizes with half and twice the rate."
-    rows = {n: o for flops,widths in PROSE_BUDGETS.items() for n,o in budget_rows(flops, widths, lambda d: SCALING_RATE).items()}
-    rates = {f'at-{k}-{n}': o | dict(lr=k*SCALING_RATE) for n,o in rows.items() if n in ('1e12-32', '1e12-96') for k in (.5, 2)}
-    return scaling_sweep('scaling-prose', with_seeds(rows, 2) | with_seeds(rates, 1), quick, 'pydocs')
+    rows = {n: o for flops,widths in PROSE_BUDGETS.items()
+            for n,o in budget_rows(flops, widths, lambda d: SCALING_RATE).items()}
+    rates = {f'at-{k}-{n}': o | dict(lr=k*SCALING_RATE) for n,o in rows.items()
+             if n in ('1e12-32', '1e12-96') for k in (.5, 2)}
+    return scaling_sweep('scaling-prose', with_seeds(rows, 2) | with_seeds(rates, 1),
+                         quick, 'pydocs')

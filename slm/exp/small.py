@@ -23,10 +23,14 @@ def round_to_bits(
 )->Tensor: # (out,in), rounded
     "The nearest of 2^bits-1 values between minus and plus the largest weight of each group."
     if w.shape[-1]%group: raise SLMError(f'rows of {w.shape[-1]} weights are no groups of {group}')
-    g = w.unflatten(-1, (-1, group)); most = 2**(bits-1)-1; scale = g.abs().amax(-1, keepdim=True)/most  # (out,in/group,1)
+    g = w.unflatten(-1, (-1, group)); most = 2**(bits-1)-1
+    scale = g.abs().amax(-1, keepdim=True)/most # (out,in/group,1)
     return (scale*(g/scale.clamp(min=1e-30)).round()).flatten(-2)
 
-def in_bits(model:GPT, bits:int, group:int=32)->GPT: # a copy; embedding and head stay as they are, as in a GGUF file
+# %% ../../nbs/53_exp.small.ipynb #b6143b81
+def in_bits(
+    model:GPT, bits:int, group:int=32,
+)->GPT: # a copy; embedding and head stay as they are, as in a GGUF file
     "A model whose layers' matrices are rounded."
     model = copy.deepcopy(model)
     for m in model.model.layers.modules():
@@ -34,18 +38,22 @@ def in_bits(model:GPT, bits:int, group:int=32)->GPT: # a copy; embedding and hea
     return model
 
 # %% ../../nbs/53_exp.small.ipynb #53c10031
-SMALL_SIZES = {w: scaled_shape(w) | o for w,o in { # by width; rows that divide into the blocks of the formats
-    64: dict(d_ff=192), 128: dict(d_ff=352), 256: dict(d_ff=768), 512: dict(n_layer=10, d_ff=1536)}.items()}
+# by width; rows that divide into the blocks of the formats
+SMALL_SIZES = {w: scaled_shape(w) | o
+               for w,o in {64: dict(d_ff=192), 128: dict(d_ff=352),
+                           256: dict(d_ff=768), 512: dict(n_layer=10, d_ff=1536)}.items()}
 SMALL_STEPS = 1000
 
 @experiment('small-sizes', 'Which size and which format does a processor want?')
 def small_sizes(quick:bool=False)->Sweep:
     "Four sizes from .16 to 30 million parameters, which have read the same."
-    rows = {str(w): dict(model=m, steps=SMALL_STEPS, lr=SCALING_RATE) for w,m in SMALL_SIZES.items()}
+    rows = {str(w): dict(model=m, steps=SMALL_STEPS, lr=SCALING_RATE)
+            for w,m in SMALL_SIZES.items()}
     return scaling_sweep('small-sizes', rows, quick)
 
 # %% ../../nbs/53_exp.small.ipynb #53c10041
-DISTILL_STUDENT,DISTILL_TEACHERS,DISTILL_TAUGHT = 64,(64, 128, 192),1350 # widths, and optimiser steps of a teacher
+# widths, and optimiser steps of a teacher
+DISTILL_STUDENT,DISTILL_TEACHERS,DISTILL_TAUGHT = 64,(64, 128, 192),1350
 DISTILL_STEPS = (160, 320, 640, 1280) # of the student: .5 to 4 million tokens
 DISTILL_ALPHAS = (0., .25, .75) # beside .5, with the middle teacher and 640 steps
 
@@ -55,8 +63,12 @@ def distill_world(quick:bool=False)->Sweep:
     new = lambda w: dict(model=scaled_shape(w), lr=SCALING_RATE); student = new(DISTILL_STUDENT)
     taught = lambda t: dict(stage='distill', teacher=f'row:teacher-{t}')
     rows = {f'teacher-{t}': new(t) | dict(steps=DISTILL_TAUGHT) for t in DISTILL_TEACHERS}
-    some = {f'alone-{s}': student | dict(steps=s) for s in (*DISTILL_STEPS, 2*DISTILL_STEPS[-1], 4*DISTILL_STEPS[-1])}
-    some |= {f'by-{t}-{s}': student | taught(t) | dict(steps=s, alpha=.5) for t in DISTILL_TEACHERS for s in DISTILL_STEPS}
-    some |= {f'alpha-{a}': student | taught(DISTILL_TEACHERS[1]) | dict(steps=DISTILL_STEPS[2], alpha=a) for a in DISTILL_ALPHAS}
+    some = {f'alone-{s}': student | dict(steps=s)
+            for s in (*DISTILL_STEPS, 2*DISTILL_STEPS[-1], 4*DISTILL_STEPS[-1])}
+    some |= {f'by-{t}-{s}': student | taught(t) | dict(steps=s, alpha=.5)
+             for t in DISTILL_TEACHERS for s in DISTILL_STEPS}
+    some |= {f'alpha-{a}': student | taught(DISTILL_TEACHERS[1])
+             | dict(steps=DISTILL_STEPS[2], alpha=a) for a in DISTILL_ALPHAS}
     rows |= with_seeds(some, 2, 1)
-    return scaling_sweep('distill-world', {r: rows[r] for r in ('teacher-64', 'by-64-160-1')} if quick else rows, quick)
+    return scaling_sweep('distill-world', {r: rows[r] for r in ('teacher-64', 'by-64-160-1')}
+                         if quick else rows, quick)

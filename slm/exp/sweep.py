@@ -27,26 +27,34 @@ class Sweep:
     common:dict # options of every row
     stage:str = 'pretrain' # what trains, where a row has no other `stage`
     vocab_size:int|None = None # train one tokenizer for all rows, of so many tokens
-    cost:Callable = lambda o: o.get('steps') or 1 # called with options; how long a row takes, beside the others
+    # called with options; how long a row takes, beside the others
+    cost:Callable = lambda o: o.get('steps') or 1
     measure:Callable|None = None # called with a finished run: more figures, name -> `Metric`
     quick:bool = False # a version of seconds, which shows that it works and nothing else
 
     def __post_init__(self):
-        if bad := [r for r in self.rows if not r.replace('-', '').replace('_', '').replace('.', '').isalnum()]:
+        if bad := [r for r in self.rows
+                   if not r.replace('-', '').replace('_', '').replace('.', '').isalnum()]:
             raise SLMError(f"'{bad[0]}' is no name of a folder: letters, digits, - _ and . are")
         for r in self.rows:
             for n in self.needs(r):
-                if n not in self.rows or self.needs(n): raise SLMError(f"row {r} needs '{n}': a row of this table that needs no other")
+                if n not in self.rows or self.needs(n):
+                    raise SLMError(f"row {r} needs '{n}': a row of this table that needs no other")
 
     def options(self, row:str, out:Path)->dict:
         "All options of a row."
-        tok = dict(tokenizer=str(Path(out)/'tokenizer.json')) if self.vocab_size and self.stage_of(row) == 'pretrain' else {}
-        own = {k: str(Path(out)/v[4:]) if isinstance(v, str) and v.startswith('row:') else v for k,v in self.rows[row].items()}
+        tok = (dict(tokenizer=str(Path(out)/'tokenizer.json')) if self.vocab_size
+               and self.stage_of(row) == 'pretrain' else {})
+        own = {k: str(Path(out)/v[4:]) if isinstance(v, str) and v.startswith('row:')
+               else v for k,v in self.rows[row].items()}
         return {k: v for k,v in (self.common | tok | own).items() if k != 'stage'}
 
     def stage_of(self, row:str)->str: return self.rows[row].get('stage', self.stage)
-    def needs(self, row:str)->list[str]: # rows whose models this one is given, as `teacher='row:NAME'`
-        return [v[4:] for v in self.rows[row].values() if isinstance(v, str) and v.startswith('row:')]
+    def needs(
+        self, row:str,
+    )->list[str]: # rows whose models this one is given, as `teacher='row:NAME'`
+        return [v[4:] for v in self.rows[row].values() if isinstance(v, str)
+                and v.startswith('row:')]
 
 # %% ../../nbs/50_exp.sweep.ipynb #50e5000a
 def with_seeds(
@@ -66,13 +74,17 @@ def state(self:Sweep,
     "How far a row is; raises `SLMError` when it was trained with other options."
     path = Path(out)/row
     if not (path/'run.json').exists(): return 'new'
-    if not (path/'asked.json').exists() or read_json(path/'asked.json') != _plain(self.options(row, out)):
-        raise SLMError(f"'{path}' was trained with other options than {self.name} has now: remove it, or choose another --out")
+    if (not (path/'asked.json').exists()
+        or read_json(path/'asked.json') != _plain(self.options(row, out))):
+        raise SLMError(f"'{path}' was trained with other options than {self.name} has now: "
+                       "remove it, or choose another --out")
     run = RunDir.open(path)
     return 'failed' if 'failed' in run.info else 'done' if run.info['status'] == 'done' else 'begun'
 
+# %% ../../nbs/50_exp.sweep.ipynb #d3af1545
 def _plain(o): # as JSON gives it back, without the folders of this machine
-    return {k: _plain(v) if isinstance(v, dict) else portable(v) if isinstance(v, str) else v for k,v in sorted(o.items())}
+    return {k: _plain(v) if isinstance(v, dict) else portable(v) if isinstance(v, str)
+            else v for k,v in sorted(o.items())}
 
 # %% ../../nbs/50_exp.sweep.ipynb #50e5000e
 @patch
@@ -87,8 +99,10 @@ def train_row(self:Sweep,
         elif state == 'begun' and checkpoints(path/'checkpoints'): run = resume(path)
         else:
             shutil.rmtree(path, ignore_errors=True); path.mkdir(parents=True)
-            write_json(path/'asked.json', _plain(options)); run = find_stage(self.stage_of(row)).start(options, path)
-    except Diverged as e: run = RunDir.open(path); run.info['failed'] = str(e); run.save()  # that is a result
+            write_json(path/'asked.json', _plain(options))
+            run = find_stage(self.stage_of(row)).start(options, path)
+    except Diverged as e:
+        run = RunDir.open(path); run.info['failed'] = str(e); run.save() # that is a result
     if self.measure and run.info['status'] == 'done' and 'measured' not in run.info:
         run.info['measured'] = True; run.add_metrics(**self.measure(run))         # written together
     return run
@@ -97,10 +111,14 @@ def train_row(self:Sweep,
 @patch
 def chosen(self:Sweep, only:list[str]|None)->list[str]:
     "Rows by name, or by how their names begin; raises `SLMError` when there is none."
-    rows = [r for r in self.rows if not only or r in only or any(o not in self.rows and r.startswith(o) for o in only)]
-    if not rows: raise SLMError(f"no row of {self.name} begins with '{only[0]}': it has {', '.join(list(self.rows)[:8])} …")
+    rows = [r for r in self.rows if not only or r in only
+            or any(o not in self.rows and r.startswith(o) for o in only)]
+    if not rows:
+        raise SLMError(f"no row of {self.name} begins with '{only[0]}': "
+                       f"it has {', '.join(list(self.rows)[:8])} …")
     return rows
 
+# %% ../../nbs/50_exp.sweep.ipynb #9d301549
 @patch
 def kept(self:Sweep,
     to:str|Path|None, # folder of results, perhaps written on another machine
@@ -109,13 +127,18 @@ def kept(self:Sweep,
     if to is None or not (Path(to)/'sweep.json').exists(): return {}
     info = read_json(Path(to)/'sweep.json'); same = self._head()
     rows = {r: i for r,i in info['rows'].items() if r in self.rows}
-    wrong = [k for k in same if info[k] != same[k]] + [r for r,i in rows.items() if i['options'] != _plain(self.rows[r])]
-    if wrong: raise SLMError(f"'{to}' holds another {self.name} ({wrong[0]} differs): remove it, or choose another --record")
+    wrong = [k for k in same if info[k] != same[k]] + [r for r,i in rows.items()
+                                                       if i['options'] != _plain(self.rows[r])]
+    if wrong:
+        raise SLMError(f"'{to}' holds another {self.name} ({wrong[0]} differs): "
+                       "remove it, or choose another --record")
     return rows
 
+# %% ../../nbs/50_exp.sweep.ipynb #6fbf1293
 @patch
 def _head(self:Sweep):
-    return dict(experiment=self.name, quick=self.quick, stage=self.stage, vocab_size=self.vocab_size, common=_plain(self.common))
+    return dict(experiment=self.name, quick=self.quick, stage=self.stage,
+                vocab_size=self.vocab_size, common=_plain(self.common))
 
 @patch
 def todo(self:Sweep, only:list[str]|None=None, to:str|Path|None=None)->list[str]:
@@ -130,6 +153,7 @@ def prepare(self:Sweep, out:str|Path):
     c = build_corpus(self.common['corpus'], max_bytes=self.common.get('max_bytes'))
     train_bpe(c.docs('train'), self.vocab_size).save(Path(out)/'tokenizer.json')
 
+# %% ../../nbs/50_exp.sweep.ipynb #460e8053
 @patch
 def run(self:Sweep,
     out:str|Path, # folder with a run directory for each row
@@ -140,9 +164,11 @@ def run(self:Sweep,
     "Train what is not trained yet."
     wanted = self.todo(only, to); Path(out).mkdir(parents=True, exist_ok=True); got = []
     if wanted: self.prepare(out)
-    before = {n: None for r in wanted for n in self.needs(r) if n not in wanted and self.state(n, out) != 'done'}
-    first = [*before, *(r for r in wanted if not self.needs(r))]                 # then those who need them
-    cost = {r: self.cost(self.options(r, out)) for r in [*before, *wanted]}; train = self._here if jobs == 1 else self._apart
+    before = {n: None for r in wanted for n in self.needs(r) if n not in wanted
+              and self.state(n, out) != 'done'}
+    first = [*before, *(r for r in wanted if not self.needs(r))] # then those who need them
+    cost = {r: self.cost(self.options(r, out)) for r in [*before, *wanted]}
+    train = self._here if jobs == 1 else self._apart
     with progress(desc=self.name, total=sum(cost.values()), unit='') as bar:
         for run in train([*first, *(r for r in wanted if r not in first)], out, jobs):
             if run.info['status'] == 'interrupted': return got
@@ -150,6 +176,7 @@ def run(self:Sweep,
             bar.update(cost[row]); bar.set_postfix_str(row)
     return got
 
+# %% ../../nbs/50_exp.sweep.ipynb #6871ff40
 @patch
 def _here(self:Sweep, rows, out, jobs): return (self.train_row(r, out) for r in rows)
 
@@ -160,10 +187,15 @@ def _apart(self:Sweep, rows, out, jobs):
     begun = {}
     def one(row):
         for n in self.needs(row): n in begun and begun[n].result()
-        code = f'from slm.exp.sweep import find_experiment as f; f({self.name!r}, {self.quick}).train_row({row!r}, {str(out)!r})'
-        env = os.environ | dict(OMP_NUM_THREADS=str(max(1, (os.cpu_count() or 1)//jobs)), TQDM_DISABLE='1')
-        done = subprocess.run([sys.executable, '-c', code], env=env, capture_output=True, text=True, encoding='utf-8', errors='replace')
-        if done.returncode: raise SLMError(f'row {row} ended: '+(done.stderr.strip().splitlines() or ['without a word'])[-1])
+        code = ('from slm.exp.sweep import find_experiment as f; '
+                f'f({self.name!r}, {self.quick}).train_row({row!r}, {str(out)!r})')
+        env = os.environ | dict(OMP_NUM_THREADS=str(max(1, (os.cpu_count() or 1)//jobs)),
+                                TQDM_DISABLE='1')
+        done = subprocess.run([sys.executable, '-c', code], env=env,
+                              capture_output=True, text=True, encoding='utf-8', errors='replace')
+        if done.returncode:
+            raise SLMError(f'row {row} ended: '+(done.stderr.strip().splitlines()
+                                                 or ['without a word'])[-1])
         return RunDir.open(Path(out)/row)
     with ThreadPoolExecutor(jobs) as pool:
         for r in rows: begun[r] = pool.submit(one, r)
@@ -179,20 +211,25 @@ def record(self:Sweep,
     to:str|Path, # folder of results
 )->Path: # the file written
     "Write what is done into one `sweep.json`, beside what is there already."
-    rows = self.kept(to); done = [r for r in self.rows if r not in rows and self.state(r, out) in ('done', 'failed')]
+    rows = self.kept(to)
+    done = [r for r in self.rows if r not in rows and self.state(r, out) in ('done', 'failed')]
     for r in done:
         i = RunDir.open(Path(out)/r).info
-        rows[r] = dict(options=_plain(self.rows[r]), data=i['data']['fingerprint'], **{k: i[k] for k in SWEEP_KEPT if k in i})
+        rows[r] = dict(options=_plain(self.rows[r]), data=i['data']['fingerprint'],
+                       **{k: i[k] for k in SWEEP_KEPT if k in i})
     rows = {r: rows[r] for r in self.rows if r in rows}
-    write_json(Path(to)/'sweep.json', dict(schema=1, command=f'slm exp {self.name}', versions=versions()) | self._head() | dict(rows=rows))
+    write_json(Path(to)/'sweep.json', dict(schema=1, command=f'slm exp {self.name}',
+                                           versions=versions()) | self._head() | dict(rows=rows))
     return Path(to)/'sweep.json'
 
+# %% ../../nbs/50_exp.sweep.ipynb #77d2d50f
 def read_sweep(
     path:str|Path, # folder of results, or its `sweep.json`
 )->dict[str,dict]: # name of a row -> its options, its figures as `Metric`, and `failed`
     "Rows of a sweep as `record` has written them."
     path = Path(path); rows = read_json(path if path.suffix else path/'sweep.json')['rows']
-    return {r: i['options'] | {k: Metric(**m) for k,m in i['metrics'].items()} | dict(failed=i.get('failed')) for r,i in rows.items()}
+    return {r: i['options'] | {k: Metric(**m) for k,m in i['metrics'].items()}
+            | dict(failed=i.get('failed')) for r,i in rows.items()}
 
 # %% ../../nbs/50_exp.sweep.ipynb #50e5001d
 def sweep_table(
@@ -201,8 +238,10 @@ def sweep_table(
 )->str: # Markdown
     "The figures of a sweep, one row a line."
     names = [k for k in ('excess', 'valid_bpb') if any(k in i['metrics'] for i in rows.values())]
-    figure = lambda i,k: str(Metric(**i['metrics'][k])) if k in i['metrics'] else i.get('failed', '')[:40]
-    head = ['row', *names, 'seconds']; lines = [[r, *(figure(i, k) for k in head[1:])] for r,i in rows.items()]
+    figure = (lambda i,k: str(Metric(**i['metrics'][k])) if k in i['metrics']
+              else i.get('failed', '')[:40])
+    head = ['row', *names, 'seconds']
+    lines = [[r, *(figure(i, k) for k in head[1:])] for r,i in rows.items()]
     return '\n'.join(f"| {' | '.join(l)} |" for l in (head, ['---']*len(head), *lines))
 
 # %% ../../nbs/50_exp.sweep.ipynb #50e50022
@@ -216,12 +255,15 @@ def experiment(
     def add(f): EXPERIMENTS[name] = (asks, f); return f
     return add
 
+# %% ../../nbs/50_exp.sweep.ipynb #ebf584a0
 def find_experiment(
     name:str|None, # as in `slm exp`; None only fills `EXPERIMENTS`
     quick:bool=False, # the version of seconds
 )->Sweep|None:
     "The sweep of that name; raises `SLMError` when there is none."
-    for m in pkgutil.iter_modules(importlib.import_module('slm.exp').__path__): importlib.import_module(f'slm.exp.{m.name}')
+    for m in pkgutil.iter_modules(importlib.import_module('slm.exp').__path__):
+        importlib.import_module(f'slm.exp.{m.name}')
     if name is None: return None
-    if name not in EXPERIMENTS: raise SLMError(f"no experiment '{name}': there are {', '.join(EXPERIMENTS)}")
+    if name not in EXPERIMENTS:
+        raise SLMError(f"no experiment '{name}': there are {', '.join(EXPERIMENTS)}")
     return EXPERIMENTS[name][1](quick)

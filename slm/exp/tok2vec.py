@@ -14,16 +14,18 @@ import numpy as np
 from ..data.tokenizer import Tokenizer
 from ..model.vectors import PieceVectors, WordVectors, train_vectors
 
-# %% ../../nbs/58_exp.tok2vec.ipynb #58b10009
+# %% ../../nbs/58_exp.tok2vec.ipynb #58b1f009
 CUTS = ('words', 'ngrams', 'tokens', 'tokens+word')
 
+# %% ../../nbs/58_exp.tok2vec.ipynb #58b10009
 class Pieces:
     "Cuts words."
     def __init__(self,
         how:str, # one of `CUTS`
         words:list[str], # those that have a piece of their own
         tok:Tokenizer|None=None, # for tokens
-        buckets:int=100_000, # for runs of letters, shorter than the word with its edges: so many vectors, which several may share
+        # vectors for runs of letters shorter than the word with its edges; several may share one
+        buckets:int=100_000,
         lengths:tuple[int,int]=(3, 6), # of these runs
     ):
         if how not in CUTS: raise SLMError(f"unknown cut '{how}': use one of {', '.join(CUTS)}")
@@ -44,12 +46,17 @@ class Pieces:
         "Numbers of the pieces of a word."
         mine = [self.own[word]] if word in self.own else []
         if self.how == 'words': return mine
-        if self.how == 'ngrams': return mine+[len(self.own)+zlib.crc32(p.encode())%self.buckets for p in self.parts(word)]
+        if self.how == 'ngrams':
+            return mine+[len(self.own)+zlib.crc32(p.encode())%self.buckets
+                         for p in self.parts(word)]
         return mine+[len(self.own)+i for i in self.tok.encode(' '+word)]
 
-    def __call__(self, words:list[str])->tuple[np.ndarray,np.ndarray]: # (n+1,) where each begins, and numbers
+    def __call__(
+        self, words:list[str],
+    )->tuple[np.ndarray,np.ndarray]: # (n+1,) where each begins, and numbers
         "Cut many words."
-        each = [self.ids(w) for w in words]; return np.cumsum([0, *map(len, each)]), np.array([i for ids in each for i in ids], np.int32)
+        each = [self.ids(w) for w in words]
+        return np.cumsum([0, *map(len, each)]), np.array([i for ids in each for i in ids], np.int32)
 
 # %% ../../nbs/58_exp.tok2vec.ipynb #58b1000c
 def untrained(
@@ -58,25 +65,33 @@ def untrained(
     d:int|None=None, # numbers of a vector; as many as `v` has if not given
 )->PieceVectors:
     "The same words and pieces with random vectors, which know spelling and nothing else."
-    p = np.random.default_rng(seed).standard_normal((v.cut.n, d or v.vectors.shape[1])).astype(np.float32)
+    p = np.random.default_rng(seed).standard_normal((v.cut.n,
+                                                     d or v.vectors.shape[1])).astype(np.float32)
     res = PieceVectors([], p[:0], pieces=p, cut=v.cut); w = res.spell(v.words)
     return PieceVectors(w.words, w.vectors, v.counts, None, p, v.cut)
 
+# %% ../../nbs/58_exp.tok2vec.ipynb #33895a9b
 def token_vectors(
     text:Callable, # begins to read paragraphs of words anew
     words:list[str], # that shall have vectors
     tok:Tokenizer,
-    sif:float|None=None, # weigh a token by a/(a+p), p its share of all tokens; all alike if not given
+    # weigh a token by a/(a+p), p its share of all tokens; all alike if not given
+    sif:float|None=None,
     **kwargs, # to `train_vectors`
 )->PieceVectors:
-    "word2vec on the text's tokens, as if they were words; afterwards a word is the mean of its tokens, or a weighted one."
-    v = train_vectors(lambda: ([str(i) for w in ws for i in tok.encode(' '+w)] for ws in text()), min_count=1, **kwargs)
-    p = np.zeros((tok.vocab_size, v.vectors.shape[1]), np.float32); at = np.array([int(w) for w in v.words]); p[at] = v.vectors
+    """word2vec on the text's tokens, as if they were words; afterwards a
+    word is the mean of its tokens, or a weighted one."""
+    v = train_vectors(lambda: ([str(i) for w in ws for i in tok.encode(' '+w)] for ws in text()),
+                      min_count=1, **kwargs)
+    p = np.zeros((tok.vocab_size, v.vectors.shape[1]), np.float32)
+    at = np.array([int(w) for w in v.words]); p[at] = v.vectors
     share = np.zeros(len(p)); share[at] = v.counts/v.counts.sum(); cut = Pieces('tokens', [], tok)
     res = PieceVectors([], p[:0], pieces=p, cut=cut)
-    w = res.spell(words, weights=None if sif is None else sif/(sif+share)); return PieceVectors(w.words, w.vectors, None, None, p, cut)
+    w = res.spell(words, weights=None if sif is None else sif/(sif+share))
+    return PieceVectors(w.words, w.vectors, None, None, p, cut)
 
 # %% ../../nbs/58_exp.tok2vec.ipynb #58b10012
 def spelling_overlap(a:str, b:str)->float: # 0 … 1
     "Of the runs of three letters of two words, with their edges, the share that both have."
-    x,y = ({f'<{w}>'[i:i+3] for i in range(len(w))} for w in (a, b)); return len(x & y)/max(1, len(x | y))
+    x,y = ({f'<{w}>'[i:i+3] for i in range(len(w))} for w in (a, b))
+    return len(x & y)/max(1, len(x | y))

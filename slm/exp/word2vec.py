@@ -16,13 +16,15 @@ from ..model.vectors import WordVectors
 
 # %% ../../nbs/57_exp.word2vec.ipynb #57f2000f
 GENDER_PAIRS = [tuple(p.split()) for p in (
-    'man woman, he she, his her, himself herself, boy girl, father mother, son daughter, brother sister, '
-    'husband wife, uncle aunt, nephew niece, grandfather grandmother, grandson granddaughter, king queen, '
-    'prince princess, duke duchess, emperor empress, actor actress, waiter waitress, hero heroine, god goddess, '
-    'gentleman lady, monk nun, bull cow, stepfather stepmother, widower widow, groom bride').split(', ')]
-ROYAL_PAIRS = [tuple(p.split()) for p in (
-    'man king, woman queen, boy prince, girl princess, gentleman duke, lady duchess, husband emperor, wife empress, '
-    'brother earl, sister countess, uncle baron, aunt baroness').split(', ')]
+    'man woman, he she, his her, himself herself, boy girl, father mother, '
+    'son daughter, brother sister, husband wife, uncle aunt, nephew niece, '
+    'grandfather grandmother, grandson granddaughter, king queen, prince princess, duke duchess, '
+    'emperor empress, actor actress, waiter waitress, hero heroine, god goddess, gentleman lady, '
+    'monk nun, bull cow, stepfather stepmother, widower widow, groom bride').split(', ')]
+ROYAL_PAIRS = [tuple(p.split())
+               for p in ('man king, woman queen, boy prince, girl princess, '
+                         'gentleman duke, lady duchess, husband emperor, wife empress, '
+                         'brother earl, sister countess, uncle baron, aunt baroness').split(', ')]
 
 def pair_vectors(
     v:WordVectors,
@@ -30,15 +32,22 @@ def pair_vectors(
 )->np.ndarray: # float64 (n,2,d), of length 1, of the pairs that have vectors
     "Both words of each pair; raises `SLMError` when fewer than three are known."
     at = [[v.at[w] for w in p] for p in pairs if all(w in v.at for w in p)]
-    if len(at) < 3: raise SLMError(f'{len(at)} of {len(pairs)} pairs have vectors: three are needed')
+    if len(at) < 3:
+        raise SLMError(f'{len(at)} of {len(pairs)} pairs have vectors: three are needed')
     return v.unit[np.array(at)].astype(np.float64)
 
+# %% ../../nbs/57_exp.word2vec.ipynb #197806fb
 def component(
     x:np.ndarray, # (n,2,d) pairs
-)->tuple[float,np.ndarray]: # share of the differences' squares; (d,) from the first of a pair to the second
-    "First principal component of the differences, which are not centred: what all have in common shall be seen (Bolukbasi et al. 2016)."
-    d = x[:, 1]-x[:, 0]; _,s,vt = np.linalg.svd(d, full_matrices=False); return float(s[0]**2/(s**2).sum()), vt[0]*np.sign((d@vt[0]).sum())
+    # share of the differences' squares; (d,) from the first of a pair to the second
+)->tuple[float,np.ndarray]:
+    """First principal component of the differences, which are not centred: what all have in
+    common shall be seen (Bolukbasi et al. 2016)."""
+    d = x[:, 1]-x[:, 0]
+    _,s,vt = np.linalg.svd(d, full_matrices=False)
+    return float(s[0]**2/(s**2).sum()), vt[0]*np.sign((d@vt[0]).sum())
 
+# %% ../../nbs/57_exp.word2vec.ipynb #141ec67b
 def component_null(
     v:WordVectors,
     x:np.ndarray, # (n,2,d)
@@ -49,11 +58,13 @@ def component_null(
     "What the first component explains of other pairs."
     rng,res = np.random.default_rng(seed),[]
     for _ in range(draws):
-        if how == 'random': y = v.unit[rng.choice(len(v), (len(x), 2), replace=False)].astype(np.float64)
+        if how == 'random':
+            y = v.unit[rng.choice(len(v), (len(x), 2), replace=False)].astype(np.float64)
         else: y = np.stack([x[:, 0], x[_derangement(len(x), rng), 1]], 1)
         res.append(component(y)[0])
     return np.array(res)
 
+# %% ../../nbs/57_exp.word2vec.ipynb #ec93f966
 def _derangement(n, rng): # nobody keeps their partner
     while ((p := rng.permutation(n)) == np.arange(n)).any(): pass
     return p
@@ -65,14 +76,18 @@ def hyperplane(
     how:str='svm', # 'svm', 'lda' or 'means'
 )->tuple[np.ndarray,float]: # normal (d,) of length 1, offset: side is x@normal > offset
     "What parts two kinds of words."
-    if how == 'means': w = x[side].mean(0)-x[~side].mean(0); b = -w@(x[side].mean(0)+x[~side].mean(0))/2
+    if how == 'means':
+        w = x[side].mean(0)-x[~side].mean(0)
+        b = -w@(x[side].mean(0)+x[~side].mean(0))/2
     else:
         from sklearn.discriminant_analysis import LinearDiscriminantAnalysis
         from sklearn.svm import SVC
-        m = (SVC(kernel='linear') if how == 'svm' else LinearDiscriminantAnalysis(solver='lsqr', shrinkage='auto')).fit(x, side)
+        m = (SVC(kernel='linear') if how == 'svm'
+             else LinearDiscriminantAnalysis(solver='lsqr', shrinkage='auto')).fit(x, side)
         w,b = m.coef_[0],m.intercept_[0]
     n = np.linalg.norm(w); return w/n, float(-b/n)
 
+# %% ../../nbs/57_exp.word2vec.ipynb #a35a1df3
 def held_out_sides(
     x:np.ndarray, # (n,2,d) pairs
     how:str='svm',
@@ -82,7 +97,8 @@ def held_out_sides(
     if swap is not None: x = np.where(swap[:, None, None], x[:, ::-1], x)
     n,side,res = len(x),np.tile([False, True], len(x)-1),[]
     for i in range(n):
-        w,b = hyperplane(np.delete(x, i, 0).reshape(2*n-2, -1), side, how); res.append((x[i]@w > b) == [False, True])
+        w,b = hyperplane(np.delete(x, i, 0).reshape(2*n-2, -1), side, how)
+        res.append((x[i]@w > b) == [False, True])
     return np.array(res)
 
 # %% ../../nbs/57_exp.word2vec.ipynb #57f2001e
@@ -102,20 +118,24 @@ def fit_map(
     if how != 'matrix': raise SLMError(f"'{how}' is no map: {', '.join(MAPS)} are")
     xc,d = x-xm,y-x-m; k,best = xc@xc.T,None
     for ridge in 10.**np.arange(-2, 4):
-        h = np.linalg.solve(k+ridge*np.eye(len(x)), k).T; out = (d-h@d)/(1-np.diag(h)-1/len(x))[:, None] # residuals of those left out
+        h = np.linalg.solve(k+ridge*np.eye(len(x)), k).T
+        out = (d-h@d)/(1-np.diag(h)-1/len(x))[:, None] # residuals of those left out
         if best is None or (out**2).sum() < best[0]: best = (out**2).sum(),ridge
     w = xc.T@np.linalg.solve(k+best[1]*np.eye(len(x)), d); return (lambda z: z+m+(z-xm)@w), best[1]
 
+# %% ../../nbs/57_exp.word2vec.ipynb #7977a39d
 def map_ranks(
     v:WordVectors,
     pairs:list[tuple[str,str]], # (from, to)
     how:str, # one of `MAPS`
-    learn_from:list|None=None, # other pairs to fit on; those with a word of the asked pair are left out
+    # other pairs to fit on; those with a word of the asked pair are left out
+    learn_from:list|None=None,
 )->dict[str,int]: # word -> rank of its partner; 1 is the nearest, the word itself left out
     "Each pair mapped by a map of all the others."
     known = [p for p in pairs if all(w in v.at for w in p)]; x = pair_vectors(v, known); res = {}
     for i,(a,b) in enumerate(known):
-        fit = np.delete(x, i, 0) if learn_from is None else pair_vectors(v, [p for p in learn_from if not {a, b} & {*p}])
+        fit = (np.delete(x, i, 0) if learn_from is None
+               else pair_vectors(v, [p for p in learn_from if not {a, b} & {*p}]))
         f,_ = fit_map(*fit.transpose(1, 0, 2), how); z = f(x[i, 0]).astype(np.float32)
         s = v.unit@z; s[v.at[a]] = -np.inf; res[a] = int((s > s[v.at[b]]).sum())+1
     return res
@@ -126,7 +146,9 @@ def without_direction(
     direction:np.ndarray, # (d,)
 )->WordVectors:
     "Unit vectors projected onto what is perpendicular to a direction (Bolukbasi et al. 2016)."
-    g = direction/np.linalg.norm(direction); u = v.unit-np.outer(v.unit@g, g).astype(np.float32); return WordVectors(v.words, u, v.counts)
+    g = direction/np.linalg.norm(direction)
+    u = v.unit-np.outer(v.unit@g, g).astype(np.float32)
+    return WordVectors(v.words, u, v.counts)
 
 # %% ../../nbs/57_exp.word2vec.ipynb #57f20029
 def read_judged(
@@ -137,17 +159,22 @@ def read_judged(
     for n,l in enumerate(Path(path).read_text(encoding='utf-8').splitlines(), 1):
         if not l.strip() or l.startswith('#'): continue
         try: a,b,s = l.lower().split(); res.append((a, b, float(s)))
-        except ValueError: raise SLMError(f"'{path}' line {n}: two words and a number are expected") from None
+        except ValueError:
+            raise SLMError(f"'{path}' line {n}: two words and a number are expected") from None
     return res
 
+# %% ../../nbs/57_exp.word2vec.ipynb #1bebca7c
 def similarity_correlation(
     v:WordVectors,
     judged:list[tuple[str,str,float]], # (word, word, how similar)
 )->Metric: # Spearman's rank correlation with cosines, with a bootstrap over the pairs
-    "Do the vectors agree with people? Pairs with an unknown word are left out. Raises `SLMError` when fewer than three remain."
+    """Do the vectors agree with people? Pairs with an unknown word are left out. Raises
+    `SLMError` when fewer than three remain."""
     known = [(v.at[a], v.at[b], s) for a,b,s in judged if a in v and b in v]
-    if len(known) < 3: raise SLMError(f'{len(known)} of {len(judged)} pairs have vectors: three are needed')
+    if len(known) < 3:
+        raise SLMError(f'{len(known)} of {len(judged)} pairs have vectors: three are needed')
     a,b,s = map(np.array, zip(*known)); cos = (v.unit[a]*v.unit[b]).sum(1)
     draws = np.random.default_rng(0).integers(0, len(s), (1000, len(s)))
     rho = lambda x, y: np.corrcoef(rankdata(x), rankdata(y))[0, 1]
-    return percentile_interval(rho(cos, s), np.array([rho(cos[i], s[i]) for i in draws]), len(s), 'ρ')
+    return percentile_interval(rho(cos, s), np.array([rho(cos[i], s[i]) for i in draws]),
+                               len(s), 'ρ')

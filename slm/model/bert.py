@@ -26,7 +26,8 @@ from .pretrained import build_model, check_tokenizer, local_model, open_folder, 
 
 # %% ../../nbs/17_model.bert.ipynb #17b10008
 STYLES = dict(modern=dict(norm='layer', act='geglu', norm_embed=True),
-              classic=dict(norm='layer', norm_eps=1e-12, norm_pos='post', pos='learned', act='gelu', bias=True, n_types=2))
+              classic=dict(norm='layer', norm_eps=1e-12, norm_pos='post',
+                           pos='learned', act='gelu', bias=True, n_types=2))
 
 def encoder_config(
     preset:str='3m', # size, as for a GPT
@@ -35,10 +36,13 @@ def encoder_config(
     style:str='modern', # 'modern' or 'classic'
     **over, # any field of `GPTConfig`
 )->GPTConfig:
-    "A model that looks both ways, with as many key-value heads as queries; raises `SLMError` for a style that there is not."
-    if style not in STYLES: raise SLMError(f"unknown style '{style}': use one of {', '.join(STYLES)}")
+    """A model that looks both ways, with as many key-value heads as queries; raises `SLMError`
+    for a style that there is not."""
+    if style not in STYLES:
+        raise SLMError(f"unknown style '{style}': use one of {', '.join(STYLES)}")
     over = dict(n_kv_head=None) | STYLES[style] | over | dict(causal=False)
-    c = GPTConfig.preset(preset, vocab_size, max_seq_len, **{k: v for k,v in over.items() if k != 'n_kv_head'})
+    c = GPTConfig.preset(preset, vocab_size, max_seq_len,
+                         **{k: v for k,v in over.items() if k != 'n_kv_head'})
     return GPTConfig(**asdict(c) | dict(n_kv_head=over['n_kv_head'] or c.n_head))
 
 # %% ../../nbs/17_model.bert.ipynb #17b1000a
@@ -47,11 +51,13 @@ class BERT(GPT):
     def __init__(self,
         cfg:GPTConfig, # with `causal=False`
     ):
-        if cfg.causal: raise SLMError('a model that fills gaps sees both sides: make it with causal=False')
+        if cfg.causal:
+            raise SLMError('a model that fills gaps sees both sides: make it with causal=False')
         super().__init__(cfg)
         self.transform = nn.Linear(cfg.d_model, cfg.d_model, bias=cfg.bias)
         self.transform_norm = NORMS[cfg.norm](cfg.d_model, cfg.norm_eps, cfg.bias)
-        self.head_bias,self.act = nn.Parameter(torch.zeros(cfg.vocab_size)),ACTS.get(cfg.act, F.gelu)
+        self.head_bias = nn.Parameter(torch.zeros(cfg.vocab_size))
+        self.act = ACTS.get(cfg.act, F.gelu)
         with torch.no_grad():
             nn.init.normal_(self.transform.weight, std=cfg.init_std or math.sqrt(2/(5*cfg.d_model)))
             if cfg.bias: nn.init.zeros_(self.transform.bias)
@@ -101,6 +107,7 @@ def _only(d, **wanted): # settings that would change the answer and are not buil
     for k,ok in wanted.items():
         if (v := d.get(k, ok[0])) not in ok: raise SLMError(f'config.json: {k} = {str(v)[:60]} is not something this model can do')
 
+# %% ../../nbs/17_model.bert.ipynb #b58c02d1
 def _from_bert(d, family):
     _only(d, position_embedding_type=('absolute', None), is_decoder=(False, None), add_cross_attention=(False, None),
           tie_word_embeddings=(True,))
@@ -114,6 +121,7 @@ def _from_distil(d, family):
     return dict(n_layer=d['n_layers'], n_head=d['n_heads'], d_model=d['dim'], d_ff=d['hidden_dim'], norm_eps=1e-12, n_types=0,
         max_seq_len=d['max_position_embeddings'], act=_pick(d, 'activation', _ACTS, 'gelu'), dropout=d.get('dropout', 0.))
 
+# %% ../../nbs/17_model.bert.ipynb #f2fd6a89
 def _from_modern(d, family):
     one,every = bool(d.get('attention_bias')),d.get('global_attn_every_n_layers', 3)
     if set(d.get('layer_types') or ()) != {'full_attention'} and (d.get('layer_types') or every != 1):
@@ -130,28 +138,38 @@ def _from_modern(d, family):
 def bert_config(
     d:dict, # the content of a config.json
 )->GPTConfig:
-    "Read the configuration of a model that fills gaps; raises `SLMError` that names what is not known here."
+    """Read the configuration of a model that fills gaps; raises
+    `SLMError` that names what is not known here."""
     family = str(d.get('model_type'))
     if family == 'slm': return GPTConfig.from_hf(d)
     if family not in BERT_NAMES:
-        raise SLMError(f"config.json: model_type is {d.get('model_type')!r}: those that fill gaps are {', '.join(BERT_NAMES)} and slm")
+        raise SLMError(f"config.json: model_type is {d.get('model_type')!r}: "
+                       f"those that fill gaps are {', '.join(BERT_NAMES)} and slm")
     read = dict(distilbert=_from_distil, modernbert=_from_modern).get(family, _from_bert)
     classic = {k: v for k,v in STYLES['classic'].items() if k not in ('n_types', 'norm_eps', 'act')}
     try:
         kw = dict(vocab_size=d['vocab_size'], tied=d.get('tie_word_embeddings', True), causal=False)
         return GPTConfig(**kw | classic | read(d, family))
-    except KeyError as e: raise SLMError(f'config.json lacks {e}: it is damaged, or not of a {family} model') from None
+    except KeyError as e:
+        raise SLMError(f'config.json lacks {e}: it is damaged, '
+                       f'or not of a {family} model') from None
     except (TypeError, AttributeError, ValueError, ArithmeticError) as e:
-        raise SLMError(f'config.json holds a value of the wrong kind ({" ".join(str(e).split())}): fetch it again') from None
+        raise SLMError(f'config.json holds a value of the wrong kind ({" ".join(str(e).split())}): '
+                       'fetch it again') from None
 
+# %% ../../nbs/17_model.bert.ipynb #c0632672
 def bert_family(
     cfg:GPTConfig,
 )->str: # 'bert', 'distilbert', 'modernbert', or 'slm' when none of them can express it
     "The Hugging Face `model_type` that computes exactly what `cfg` computes."
-    plain = cfg.norm == 'layer' and cfg.n_kv_head == cfg.n_head and cfg.n_head*cfg.head_dim == cfg.d_model and not cfg.qk_norm
-    if plain and (cfg.norm_pos, cfg.pos, cfg.bias) == ('post', 'learned', True) and cfg.act in _ACTS.values():
-        return 'bert' if cfg.n_types and cfg.tied else 'distilbert' if not cfg.n_types and cfg.norm_eps == 1e-12 else 'slm'
-    modern = plain and cfg.norm_embed and cfg.pos == 'rope' and not (cfg.n_types or cfg.rope_scaling)
+    plain = (cfg.norm == 'layer' and cfg.n_kv_head == cfg.n_head
+             and cfg.n_head*cfg.head_dim == cfg.d_model and not cfg.qk_norm)
+    if plain and (cfg.norm_pos, cfg.pos, cfg.bias) == ('post', 'learned',
+                                                       True) and cfg.act in _ACTS.values():
+        return ('bert' if cfg.n_types and cfg.tied else 'distilbert' if not cfg.n_types
+                and cfg.norm_eps == 1e-12 else 'slm')
+    modern = (plain and cfg.norm_embed and cfg.pos == 'rope'
+              and not (cfg.n_types or cfg.rope_scaling))
     return 'modernbert' if modern and cfg.act in _GATED.values() else 'slm'
 
 # %% ../../nbs/17_model.bert.ipynb #17b10011
@@ -198,6 +216,7 @@ def from_bert(
             for n,p in zip(some, t.chunk(len(some))): yield f'model.layers.{m[1]}.{n}.{kind}', p
     if not head: raise SLMError('this checkpoint has no head for gaps: it was saved for another task, take the one for masked tokens')
 
+# %% ../../nbs/17_model.bert.ipynb #66106122
 def to_bert(
     sd:dict, # our names and tensors
     family:str, # a name in `BERT_NAMES`
@@ -223,10 +242,13 @@ def save_pretrained(self:BERT,
 ):
     "Write a folder that `BERT.from_pretrained` and transformers open."
     d,sd = _bert_to_hf(self.cfg),self.state_dict()
-    if tok: d |= dict(mask_token_id=tok.mask_id) | dict(zip(('cls_token_id', 'sep_token_id'), (f[0] for f in text_frame(tok))))
+    if tok:
+        d |= dict(mask_token_id=tok.mask_id) | dict(zip(('cls_token_id', 'sep_token_id'),
+                                                        (f[0] for f in text_frame(tok))))
     write_model(folder, d, sd if d['model_type'] == 'slm' else to_bert(sd, d['model_type']), tok)
-    if tok: tok.save(folder)                                                     # with the names of its special tokens
+    if tok: tok.save(folder) # with the names of its special tokens
 
+# %% ../../nbs/17_model.bert.ipynb #f0d0f25e
 _RENAMES = {f: partial(from_bert, family=f) for f in BERT_NAMES}
 
 @patch(cls_method=True)
@@ -237,100 +259,132 @@ def from_pretrained(cls:BERT,
 )->BERT: # in evaluation mode
     "Open a checkpoint of the BERT, RoBERTa, DistilBERT or ModernBERT family, or one of ours."
     path = local_model(id_or_path)
-    if not path.is_dir(): raise SLMError(f"'{path}' is not a folder: give the one with config.json and model.safetensors")
+    if not path.is_dir():
+        raise SLMError(f"'{path}' is not a folder: "
+                       "give the one with config.json and model.safetensors")
     return build_model(cls, *open_folder(path, bert_config, _RENAMES), path, device, dtype)
 
+# %% ../../nbs/17_model.bert.ipynb #69ca8057
 def load_bert_and_tokenizer(
     id_or_path:str|Path, # run directory, Hugging Face folder or hub id
     device:str='cpu',
 )->tuple[BERT,Tokenizer]: # in evaluation mode
-    "Open a model that fills gaps and its tokenizer; raises `SLMError` when there is no token for a gap."
-    path = local_model(id_or_path); model = BERT.from_pretrained(path, device); tok = Tokenizer.load(path)
-    check_tokenizer(model.cfg, tok, path, read_settings(path/'config.json').get('tokenizer_fingerprint'))
-    if tok.mask_id is None: raise SLMError(f"the tokenizer of '{path}' has no token for a gap: it was not made for a model that fills them")
+    """Open a model that fills gaps and its tokenizer; raises
+    `SLMError` when there is no token for a gap."""
+    path = local_model(id_or_path)
+    model = BERT.from_pretrained(path, device)
+    tok = Tokenizer.load(path)
+    check_tokenizer(model.cfg, tok, path,
+                    read_settings(path/'config.json').get('tokenizer_fingerprint'))
+    if tok.mask_id is None:
+        raise SLMError(f"the tokenizer of '{path}' has no token for a gap: "
+                       "it was not made for a model that fills them")
     return model, tok
 
 # %% ../../nbs/17_model.bert.ipynb #17b1001b
 @patch
 def with_mask(self:Tokenizer)->Tokenizer: # itself, if it has one
-    "A tokenizer with a token for a gap, `[MASK]`; raises `SLMError` for one that cannot end a document."
+    """A tokenizer with a token for a gap, `[MASK]`; raises
+    `SLMError` for one that cannot end a document."""
     if self.mask_id is not None: return self
-    if self.eot_id is None: raise SLMError('this tokenizer has no token that ends a document: a text could not be framed')
+    if self.eot_id is None:
+        raise SLMError('this tokenizer has no token that ends a document: '
+                       'a text could not be framed')
     tok = tokenizers.Tokenizer.from_str(self.tok.to_str())
     tok.add_special_tokens([tokenizers.AddedToken('[MASK]', lstrip=True, special=True)])
     if not tok.encode('').ids: # others shall frame a text as we do
         e = self.added[self.eot_id].content
-        frame = dict(single=f'{e} $A {e}', pair=f'{e} $A {e} $B {e}', special_tokens=[(e, self.eot_id)])
+        frame = dict(single=f'{e} $A {e}', pair=f'{e} $A {e} $B {e}',
+                     special_tokens=[(e, self.eot_id)])
         tok.post_processor = tokenizers.processors.TemplateProcessing(**frame)
     return Tokenizer(tok, self.chat_template, self.told)
 
+# %% ../../nbs/17_model.bert.ipynb #122b5093
 def text_frame(
     tok:Tokenizer,
 )->tuple[list[int],list[int]]: # ids before and behind a text
-    "What stands around a text: [CLS] and [SEP] where the tokenizer writes them, else the end of a document on both sides."
+    """What stands around a text: [CLS] and [SEP] where the tokenizer writes them, else the end
+    of a document on both sides."""
     both = tok.tok.encode('').ids
     return (both[:1], both[1:]) if len(both) == 2 else ([tok.eot_id], [tok.eot_id])
 
 # %% ../../nbs/17_model.bert.ipynb #17b1001e
 GAPS = ('token', 'word', 'span')
-_NO_SPACES = re.compile('[\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u3040-\u30ff' # Thai, Lao, Burmese, Khmer, kana,
+# Thai, Lao, Burmese, Khmer, kana,
+_NO_SPACES = re.compile('[\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u3040-\u30ff'
                         '\u3400-\u9fff\uf900-\ufaff\U00020000-\U0003ffff]')             # Chinese
 
 def word_starts(
     tok:Tokenizer,
 )->np.ndarray: # bool (v,)
-    "Which tokens begin a word: all but those that go on with a letter, a digit or a mark; of scripts without spaces, each."
+    """Which tokens begin a word: all but those that go on with a letter, a digit or a mark; of
+    scripts without spaces, each."""
     special = set(tok.special_ids.values()); spec = tok.spec['model']
     if spec.get('continuing_subword_prefix'): # WordPiece
-        return np.array([not (tok.tok.id_to_token(i) or '').startswith(spec['continuing_subword_prefix']) for i in range(tok.vocab_size)])
+        return np.array([not (tok.tok.id_to_token(i)
+                              or '').startswith(spec['continuing_subword_prefix'])
+                         for i in range(tok.vocab_size)])
     def begins(b):
         c = b.decode(errors='replace')[:1]
-        if c == '�': return b[0] >= 0xe0                                    # a part of a character: others' first bytes go on
-        return bool(_NO_SPACES.match(c)) or not (c.isalnum() or c in "'’" or unicodedata.category(c)[0] == 'M')
+        if c == '�': return b[0] >= 0xe0 # a part of a character: others' first bytes go on
+        return bool(_NO_SPACES.match(c)) or not (c.isalnum() or c in "'’"
+                                                 or unicodedata.category(c)[0] == 'M')
     return np.array([i in special or not b or begins(b) for i,b in enumerate(tok.id_bytes)])
 
-# %% ../../nbs/17_model.bert.ipynb #17b1001f
+# %% ../../nbs/17_model.bert.ipynb #17b1f01f
 _LONGEST = 10 # words of a span
-_lengths = .2*.8**np.arange(_LONGEST); _lengths /= _lengths.sum()              # P(L = l+1): geometric, cut off
+_lengths = .2*.8**np.arange(_LONGEST); _lengths /= _lengths.sum() # P(L = l+1): geometric, cut off
 
+# %% ../../nbs/17_model.bert.ipynb #17b1001f
 class Gaps:
     "Hides tokens of rows, anew each time."
     def __init__(self,
         tok:Tokenizer, # with a token for a gap
         share:float=.3, # of the tokens
         unit:str='word', # 'token'; 'word': all pieces of it; 'span': one to ten words
-        shown:tuple[float,float]=(.1, .1), # of the hidden: those replaced by another token, and those left as they are
+        # of the hidden: those replaced by another token, and those left as they are
+        shown:tuple[float,float]=(.1, .1),
     ):
-        if tok.mask_id is None: raise SLMError('this tokenizer has no token for a gap: use `with_mask`')
+        if tok.mask_id is None:
+            raise SLMError('this tokenizer has no token for a gap: use `with_mask`')
         if unit not in GAPS: raise SLMError(f"unknown unit '{unit}': use one of {', '.join(GAPS)}")
         if not 0 < share < 1: raise SLMError(f'share {share}: it is above 0 and below 1')
         self.share,self.unit,self.shown,self.mask_id = share,unit,shown,tok.mask_id
-        self.special = np.isin(np.arange(tok.vocab_size), list(tok.special_ids.values())); self.starts = word_starts(tok)
-        self.plain = np.flatnonzero(~self.special)                              # what another token can be
+        self.special = np.isin(np.arange(tok.vocab_size), list(tok.special_ids.values()))
+        self.starts = word_starts(tok)
+        self.plain = np.flatnonzero(~self.special) # what another token can be
         tail = _lengths[::-1].cumsum()[::-1]; lo,hi = 0., 1.                      # P(L > l)
         for _ in range(50):
             q = (lo+hi)/2; lo,hi = (q, hi) if 1-np.prod(1-q*tail) < share else (lo, q)
         self.q = q
 
-    def choose(self,
-        ids:np.ndarray, # (b,t)
-        rng:np.random.Generator,
-    )->np.ndarray: # bool (b,t)
-        "Which tokens are to be told."
-        (b,t),before = ids.shape,_LONGEST-1 if self.unit == 'span' else 0; u = rng.random((b, before+t))  # spans may begin before the row
-        if self.unit == 'token': return (u < self.share) & ~self.special[ids]
-        starts = self.starts[ids]; starts[:, 0] = True; word = starts.cumsum(1)-1  # (b,t) number of each token's word
-        if self.unit == 'span':
-            left = np.where(u < self.q, rng.choice(_LONGEST, u.shape, p=_lengths)+1, 0)
-            hit = np.any([left[:, before-l:before-l+t] > l for l in range(_LONGEST)], 0)
-        else: hit = u < self.share
-        return np.take_along_axis(hit, word, 1) & ~self.special[ids]
+# %% ../../nbs/17_model.bert.ipynb #17b1001p
+@patch
+def choose(self:Gaps,
+    ids:np.ndarray, # (b,t)
+    rng:np.random.Generator,
+)->np.ndarray: # bool (b,t)
+    "Which tokens are to be told."
+    (b,t),before = ids.shape,_LONGEST-1 if self.unit == 'span' else 0
+    u = rng.random((b, before+t)) # spans may begin before the row
+    if self.unit == 'token': return (u < self.share) & ~self.special[ids]
+    starts = self.starts[ids]; starts[:, 0] = True
+    word = starts.cumsum(1)-1 # (b,t) number of each token's word
+    if self.unit == 'span':
+        left = np.where(u < self.q, rng.choice(_LONGEST, u.shape, p=_lengths)+1, 0)
+        hit = np.any([left[:, before-l:before-l+t] > l for l in range(_LONGEST)], 0)
+    else: hit = u < self.share
+    return np.take_along_axis(hit, word, 1) & ~self.special[ids]
 
-    def __call__(self, ids:np.ndarray, rng:np.random.Generator)->tuple[np.ndarray,np.ndarray]: # rows with gaps; bool: what is asked for
-        "Hide."
-        asked = self.choose(ids, rng); v = rng.random(ids.shape); other,same = self.shown
-        x = np.where(asked & (v >= other+same), self.mask_id, ids)
-        return np.where(asked & (v < other), rng.choice(self.plain, ids.shape), x), asked
+# %% ../../nbs/17_model.bert.ipynb #17b1001q
+@patch
+def __call__(
+    self:Gaps, ids:np.ndarray, rng:np.random.Generator,
+)->tuple[np.ndarray,np.ndarray]: # rows with gaps; bool: what is asked for
+    "Hide."
+    asked = self.choose(ids, rng); v = rng.random(ids.shape); other,same = self.shown
+    x = np.where(asked & (v >= other+same), self.mask_id, ids)
+    return np.where(asked & (v < other), rng.choice(self.plain, ids.shape), x), asked
 
 # %% ../../nbs/17_model.bert.ipynb #17b10025
 @torch.no_grad()
@@ -341,26 +395,32 @@ def pseudo_log_likelihoods(
     word:bool=True, # hide with each token what follows of its word; False: only itself
     budget:int=16384, # tokens in a pass
 )->np.ndarray: # (n,) nats
-    "How likely each text is, token by token, given the rest of it; raises `SLMError` for one that the context cannot hold."
-    front,back = text_frame(tok); cut,begun,room = tok.spec['pre_tokenizer'],word_starts(tok),model.cfg.max_seq_len
+    """How likely each text is, token by token, given the rest of it; raises `SLMError` for one
+    that the context cannot hold."""
+    front,back = text_frame(tok)
+    cut,begun,room = tok.spec['pre_tokenizer'],word_starts(tok),model.cfg.max_seq_len
     rows,dev = {},next(model.parameters()).device
     res = np.zeros(len(texts := list(texts)))
     for k,text in enumerate(texts):
         try: e = tok.blind.encode(text, add_special_tokens=False)
-        except (TypeError, UnicodeEncodeError): raise SLMError(f'text {k} holds half of a character: remove it first') from None
+        except (TypeError, UnicodeEncodeError):
+            raise SLMError(f'text {k} holds half of a character: remove it first') from None
         ids,words = [*front, *e.ids, *back],e.word_ids if cut else begun[e.ids].cumsum()
-        if len(ids) > room: raise SLMError(f'text {k} has {len(ids)} tokens, the context holds {room}: shorten it')
+        if len(ids) > room:
+            raise SLMError(f'text {k} has {len(ids)} tokens, the context holds {room}: shorten it')
         for i in range(len(e.ids)):
             j = i+1
             while word and j < len(words) and words[j] == words[i]: j += 1
             rows.setdefault(len(ids), []).append((k, ids, i+len(front), j+len(front)))
     for t,some in rows.items():
         for part in (some[i:i+max(1, budget//t)] for i in range(0, len(some), max(1, budget//t))):
-            who,ids,at,to = zip(*part); y = torch.tensor(ids); at,to = torch.tensor(at)[:, None],torch.tensor(to)[:, None]
+            who,ids,at,to = zip(*part); y = torch.tensor(ids)
+            at,to = torch.tensor(at)[:, None],torch.tensor(to)[:, None]
             place = torch.arange(t)
             x = torch.where((place >= at) & (place < to), tok.mask_id, y)
             z = model(x.to(dev), keep=(place == at).to(dev))[0].float()  # (n,v)
-            nats = z.log_softmax(-1).gather(1, y.gather(1, at).to(dev))[:, 0].double().cpu().numpy(); np.add.at(res, np.array(who), nats)
+            nats = z.log_softmax(-1).gather(1, y.gather(1, at).to(dev))[:, 0].double().cpu().numpy()
+            np.add.at(res, np.array(who), nats)
     return res
 
 # %% ../../nbs/17_model.bert.ipynb #17b10029
@@ -372,24 +432,33 @@ def fill_mask(
     tok:Tokenizer,
     text:str, # with a [MASK], or several
     k:int=5, # how many for each
-)->list[list[tuple[str,float]]]: # gap -> what could stand there, with its probability; each gap by itself
-    "What is missing, among all tokens that are not special; raises `SLMError` for a text without a gap, or a longer one than the context."
+    # gap -> what could stand there, with its probability; each gap by itself
+)->list[list[tuple[str,float]]]:
+    """What is missing, among all tokens that are not special; raises `SLMError` for a text
+    without a gap, or a longer one than the context."""
     parts = _GAP.split(text); front,back = text_frame(tok); swallows = tok.added[tok.mask_id].lstrip
-    if len(parts) == 1: raise SLMError("there is no gap in this text: write [MASK] where something is missing")
+    if len(parts) == 1:
+        raise SLMError("there is no gap in this text: write [MASK] where something is missing")
     ids = [*front]
     for i,p in enumerate(parts): # the space before a word belongs to the word that is looked for
-        ids += ([tok.mask_id] if i else [])+tok.encode(p.rstrip() if swallows and i < len(parts)-1 else p)
+        ids += ([tok.mask_id] if i else [])+tok.encode(p.rstrip() if swallows
+                                                       and i < len(parts)-1 else p)
     ids += back
-    if len(ids) > (room := model.cfg.max_seq_len): raise SLMError(f'this text has {len(ids)} tokens, the context holds {room}: shorten it')
-    x = torch.tensor([ids], device=next(model.parameters()).device); z = model(x, keep=x == tok.mask_id)[0].float()            # (n,v)
+    if len(ids) > (room := model.cfg.max_seq_len):
+        raise SLMError(f'this text has {len(ids)} tokens, the context holds {room}: shorten it')
+    x = torch.tensor([ids], device=next(model.parameters()).device)
+    z = model(x, keep=x == tok.mask_id)[0].float() # (n,v)
     z[:, [*tok.special_ids.values()]] = -math.inf; z[:, tok.vocab_size:] = -math.inf
     p,best = z.softmax(-1).topk(min(max(1, k), tok.vocab_size-len(tok.special_ids)))
-    return [[(tok.decode([i]).strip(' ') or ' ', q) for i,q in zip(at, ps)] for at,ps in zip(best.tolist(), p.tolist())]
+    return [[(tok.decode([i]).strip(' ') or ' ', q) for i,q in zip(at, ps)]
+            for at,ps in zip(best.tolist(), p.tolist())]
 
+# %% ../../nbs/17_model.bert.ipynb #42bd60b4
 def filled(
     model:BERT, tok:Tokenizer,
     prompts:list[str], # texts with gaps
     **_, # what is said to a model that generates
 )->list[str]: # as ' → king, queen · sat, stood'
     "The three likeliest for each gap, on a line: what is shown while training."
-    return [' → '+' · '.join(', '.join(w for w,_ in gap) for gap in fill_mask(model, tok, p, 3)) for p in prompts]
+    return [' → '+' · '.join(', '.join(w for w,_ in gap) for gap in fill_mask(model, tok, p, 3))
+            for p in prompts]

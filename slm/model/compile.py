@@ -23,25 +23,31 @@ from .fast import *
 @functools.cache
 def can_compile()->bool: # True on a machine with a C++ compiler that PyTorch can use
     "Whether compiled steps work here; the first call compiles a line, some seconds."
-    logging.getLogger('torch.utils.cpp_extension').setLevel(logging.ERROR)       # a missing GPU is no news to a CPU
+    # a missing GPU is no news to a CPU
+    logging.getLogger('torch.utils.cpp_extension').setLevel(logging.ERROR)
     try:
         from torch._inductor.cpu_vec_isa import pick_vec_isa
         from torch._inductor.runtime.cache_dir_utils import default_cache_dir
         folder = slm_home()/'compiled'/str(pick_vec_isa()).replace(' ', '-')
-        if os.environ.get('TORCHINDUCTOR_CACHE_DIR') in (None, default_cache_dir()): os.environ['TORCHINDUCTOR_CACHE_DIR'] = str(folder)
+        if os.environ.get('TORCHINDUCTOR_CACHE_DIR') in (None, default_cache_dir()):
+            os.environ['TORCHINDUCTOR_CACHE_DIR'] = str(folder)
         return bool(torch.compile(lambda x: x.sin()*2)(torch.zeros(4)).eq(0).all())
-    except Exception: return False                                               # each version has its own errors for it
+    except Exception: return False # each version has its own errors for it
 
 # %% ../../nbs/42_model.compile.ipynb #15d9b9d7
-Weight = Tensor|tuple[Tensor,Tensor] # (out,in); or words of four 8-bit numbers (out,in/4), and their scales (out,)
+# (out,in); or words of four 8-bit numbers (out,in/4), and their scales (out,)
+Weight = Tensor|tuple[Tensor,Tensor]
 
 def pack_bytes(
     q:Tensor, # int8 (out,in)
 )->Tensor: # int32 (out,in/4): byte j of word i is column j·in/4 + i
     "Four bytes a word; raises `SLMError` where a row is no whole number of words."
-    if q.shape[1] % 4: raise SLMError(f'rows of {q.shape[1]} weights cannot be packed four to a word: take the eager engine')
+    if q.shape[1] % 4:
+        raise SLMError(f'rows of {q.shape[1]} weights cannot be packed four to a word: '
+                       'take the eager engine')
     return q.view(len(q), 4, -1).transpose(1, 2).contiguous().view(torch.int32).squeeze(-1)
 
+# %% ../../nbs/42_model.compile.ipynb #2fa6d1cd
 def dots(
     w:Weight,
     x:Tensor, # (b,in), few rows
@@ -49,8 +55,9 @@ def dots(
     "`x @ w.T` as sums: for a compiler one loop, in which each weight is read once."
     if not isinstance(w, tuple): return torch.stack([(w*row).sum(-1) for row in x.unbind()])
     words, scale = w
-    quarters = [(words << 24-8*j >> 24).float() for j in range(4)]               # the sign comes along
-    return torch.stack([sum(q*r for q,r in zip(quarters, row.chunk(4))).sum(-1) for row in x.unbind()])*scale
+    quarters = [(words << 24-8*j >> 24).float() for j in range(4)] # the sign comes along
+    return torch.stack([sum(q*r for q,r in zip(quarters, row.chunk(4))).sum(-1)
+                        for row in x.unbind()])*scale
 
 # %% ../../nbs/42_model.compile.ipynb #403aa1ab
 class DotLinear(PlainLinear):
@@ -86,6 +93,7 @@ class BlockWeights(NamedTuple):
     q_norm:Tensor|None # (hd,) scales of Qwen's query and key norms
     k_norm:Tensor|None # (hd,)
 
+# %% ../../nbs/42_model.compile.ipynb #7222646b
 def attend_newest(
     q:Tensor, # (b,h,hd) one query a row
     k:Tensor, # (b,m,s,hd) keys; h/m heads share one
@@ -122,6 +130,7 @@ def block_step(
     g, u = (dots(w.gate_up, x)*inverse_rms(x, eps)).chunk(2, -1)
     return x + dots(w.down, act(g)*u)
 
+# %% ../../nbs/42_model.compile.ipynb #7bcc539e
 def last_step(
     x:Tensor, # (b,d) the stream
     scale:Tensor, # (d,) of the last norm
@@ -141,6 +150,7 @@ def groups(
     k = -(-n//GROUP)
     return [range(i*n//k, (i+1)*n//k) for i in range(k)]
 
+# %% ../../nbs/42_model.compile.ipynb #44858ff6
 def group_step(
     x:Tensor, # (b,d) the stream
     ks:list[Tensor], # keys of each block
@@ -165,6 +175,7 @@ def step_rows(
     top = min(slots, MAX_ROWS)
     return [n for n in (1, 2, 4) if n < top] + [top]
 
+# %% ../../nbs/42_model.compile.ipynb #d9c9f108
 @patch
 @torch.no_grad()
 def compile_(self:GPT,
@@ -172,13 +183,17 @@ def compile_(self:GPT,
 )->GPT: # itself, changed
     "Fuse a model as `fuse_` does, with a compiled `step`; raises `SLMError` where that cannot be."
     if self.get_input_embeddings().weight.device.type != 'cpu' or not can_compile():
-        raise SLMError('a compiled step needs a CPU and a C++ compiler (g++ or clang): install one, or leave compile away')
+        raise SLMError('a compiled step needs a CPU and a C++ compiler (g++ or clang): '
+                       'install one, or leave compile away')
     self.fuse_(int8, Int8DotLinear if int8 else DotLinear)
     self.steps = [BlockWeights(*(o.weight for o in (b.qkv, b.o, b.gate_up, b.down)),
-                               *(None if o is None else o.weight for o in (b.q_norm, b.k_norm))) for b in self.model.layers]
-    self.warm = set()                                                            # numbers of rows that are compiled
+                               *(None if o is None else o.weight for o in (b.q_norm, b.k_norm)))
+                  for b in self.model.layers]
+    self.warm = set() # numbers of rows that are compiled
     options = dict(realize_reads_threshold=1)
-    self.group_step, self.last_step = (torch.compile(f, fullgraph=True, dynamic=False, options=options) for f in (group_step, last_step))
+    self.group_step, self.last_step = (torch.compile(f, fullgraph=True,
+                                                     dynamic=False, options=options)
+                                       for f in (group_step, last_step))
     return self
 
 # %% ../../nbs/42_model.compile.ipynb #e6350f35
@@ -190,15 +205,19 @@ def step(self:GPT,
     "One token a row through a model that was compiled."
     c, at, inv = self.cfg, cache.lens, self.model.constants(idx.device)
     s = max(int(at.max())+1, 2)
-    if s > cache.max_len: raise SLMError(f'the cache holds {cache.max_len} tokens a row, {s} are needed: make it larger, or stop earlier')
+    if s > cache.max_len:
+        raise SLMError(f'the cache holds {cache.max_len} tokens a row, '
+                       f'{s} are needed: make it larger, or stop earlier')
     cos, sin = rope_cos_sin(at[:, None], inv, torch.float32, c.rope_scaling)     # (b,1,hd/2)
     x, shape = self.model.embed_tokens(idx), (c.n_head, c.n_kv_head, c.head_dim)
-    if new := len(idx) not in self.warm: torch._dynamo.config.recompile_limit = 128 # counts for this thread only
+    # counts for this thread only
+    if new := len(idx) not in self.warm: torch._dynamo.config.recompile_limit = 128
     for g in groups(c.n_layer):
         ks, vs = ([o[i, :, :, :s] for i in g] for o in (cache.k, cache.v))
         if new:
             for o in ks+vs: torch._dynamo.mark_dynamic(o, 2)
-        x = self.group_step(x, ks, vs, at, cos, sin, self.steps[g.start:g.stop], shape, c.norm_eps, GATES[c.act])
+        x = self.group_step(x, ks, vs, at, cos, sin, self.steps[g.start:g.stop],
+                            shape, c.norm_eps, GATES[c.act])
     cache.lens = at + 1
     self.warm.add(len(idx))
     return self.last_step(x, self.model.norm.weight, self.head.weight, c.norm_eps)
@@ -218,6 +237,8 @@ def warm_up(self:GPT,
         want = self.head(self.model(idx[:, None], cache=rows(n))[:, 0])
         try: got = self.step(idx, rows(n))
         except Exception as e:
-            raise SLMError(f"the step of {n} rows cannot be compiled ({' '.join(str(e).split())[:200]}): take the eager one") from None
+            raise SLMError(f"the step of {n} rows cannot be compiled "
+                           f"({' '.join(str(e).split())[:200]}): take the eager one") from None
         if (got-want).norm() < .05*want.norm(): continue                         # False for NaN
-        raise SLMError(f'the compiled step of {n} rows does not say what the model says: take the eager one')
+        raise SLMError(f'the compiled step of {n} rows does not say what the model says: '
+                       'take the eager one')

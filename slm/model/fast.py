@@ -38,14 +38,17 @@ class PackedLinear(PlainLinear):
     "The same with oneDNN's packed weights, for a CPU; `add` is one operation."
     def __init__(self, w):
         self.w = torch.ops.mkldnn._reorder_linear_weight(w.detach().float().contiguous(), None)
-    def __call__(self, x): return torch.ops.mkldnn._linear_pointwise(x, self.w, None, 'none', [], '')
+    def __call__(self, x):
+        return torch.ops.mkldnn._linear_pointwise(x, self.w, None, 'none', [], '')
     def add(self, x, y): return torch.ops.mkldnn._linear_pointwise.binary(x, y, self.w, None, 'add')
 
+# %% ../../nbs/14_model.fast.ipynb #60eda6e4
 @functools.cache
 @torch.no_grad()
 def can_pack()->bool: # True where the packed operators exist and agree with `F.linear`
     "Whether `PackedLinear` works here."
-    w, x, y = torch.arange(96.).view(8, 12).sin(), torch.arange(24.).view(2, 12).cos(), torch.ones(2, 8)
+    w, x = torch.arange(96.).view(8, 12).sin(), torch.arange(24.).view(2, 12).cos()
+    y = torch.ones(2, 8)
     try: p = PackedLinear(w); got = [p(x), p.add(x, y)]
     except (AttributeError, RuntimeError, NotImplementedError): return False
     return all(torch.allclose(a, F.linear(x, w) + b, atol=1e-5) for a,b in zip(got, (0, y)))
@@ -70,20 +73,25 @@ class FastBlock(nn.Module):
         a, m, self.c, self.layer = b.self_attn, b.mlp, c, b.self_attn.layer
         self.q_norm, self.k_norm, self.act = a.q_norm, a.k_norm, m.act
         after = lambda norm, *layers: linear(torch.cat([o.weight for o in layers])*norm.weight)
-        self.qkv, self.o = after(b.input_layernorm, a.q_proj, a.k_proj, a.v_proj), linear(a.o_proj.weight)
-        self.gate_up, self.down = after(b.post_attention_layernorm, m.gate_proj, m.up_proj), linear(m.down_proj.weight)
+        self.qkv = after(b.input_layernorm, a.q_proj, a.k_proj, a.v_proj)
+        self.o = linear(a.o_proj.weight)
+        self.gate_up = after(b.post_attention_layernorm, m.gate_proj, m.up_proj)
+        self.down = linear(m.down_proj.weight)
 
     def forward(self,
         x:Tensor, # (b,t,d)
         ctx:AttnContext, # rotation, mask, cache
     )->Tensor: # (b,t,d)
         c, (h, m, hd) = self.c, (self.c.n_head, self.c.n_kv_head, self.c.head_dim)
-        y = self.qkv(unit_rms(x, c.norm_eps)).unflatten(-1, (h+2*m, hd)).transpose(1, 2)   # (b,h+2m,t,hd)
+        # (b,h+2m,t,hd)
+        y = self.qkv(unit_rms(x, c.norm_eps)).unflatten(-1, (h+2*m, hd)).transpose(1, 2)
         qk, v = y[:, :h+m], y[:, h+m:]
-        if self.q_norm is not None: qk = torch.cat((self.q_norm(qk[:, :h]), self.k_norm(qk[:, h:])), 1)
+        if self.q_norm is not None:
+            qk = torch.cat((self.q_norm(qk[:, :h]), self.k_norm(qk[:, h:])), 1)
         q, k = apply_rope(qk, ctx.cos, ctx.sin).split((h, m), 1)
         if ctx.cache is not None: k, v = ctx.cache.update(self.layer, k, v)
-        if x.shape[1] == 1: y = F.scaled_dot_product_attention(q, k, v, attn_mask=ctx.bias, enable_gqa=m < h)
+        if x.shape[1] == 1:
+            y = F.scaled_dot_product_attention(q, k, v, attn_mask=ctx.bias, enable_gqa=m < h)
         elif ctx.starts is None: y = attend(q, k, v, ctx.bias, ctx.causal)
         else: y = attend_docs(q, k, v, ctx.starts, ctx.causal)
         x = self.o.add(y.transpose(1, 2).flatten(2), x)
@@ -92,8 +100,10 @@ class FastBlock(nn.Module):
 
 # %% ../../nbs/14_model.fast.ipynb #71c34891
 def _no_saving(module, prefix, keep_vars):
-    raise SLMError('a fused model cannot be saved or trained: its weights are packed; open the original again')
+    raise SLMError('a fused model cannot be saved or trained: its weights are packed; '
+                   'open the original again')
 
+# %% ../../nbs/14_model.fast.ipynb #80e8d240
 @patch
 @torch.no_grad()
 def fuse_(self:GPT,
@@ -102,11 +112,14 @@ def fuse_(self:GPT,
 )->GPT: # itself, changed
     "Make a model fast for inference, in place; raises `SLMError` where that cannot be."
     if hasattr(self, 'fused'): raise SLMError('this model is fused already')
-    if not self.cfg.is_llama: raise SLMError("only models with Llama's switches can be fused: this one runs as it is")
+    if not self.cfg.is_llama:
+        raise SLMError("only models with Llama's switches can be fused: this one runs as it is")
     w = self.get_output_embeddings().weight
     on_cpu = w.device.type == 'cpu' and w.dtype == torch.float32
-    if int8 and not (on_cpu and can_int8()): raise SLMError('8-bit weights need a CPU with FBGEMM and a float32 model: leave int8 away')
-    linear = linear or (Int8Linear if int8 else PackedLinear if on_cpu and can_pack() else PlainLinear)
+    if int8 and not (on_cpu and can_int8()):
+        raise SLMError('8-bit weights need a CPU with FBGEMM and a float32 model: leave int8 away')
+    linear = linear or (Int8Linear if int8 else PackedLinear if on_cpu
+                        and can_pack() else PlainLinear)
     for i,b in enumerate(self.model.layers): self.model.layers[i] = FastBlock(b, self.cfg, linear)
     self.head = self.fused = linear(w)
     if not self.cfg.tied: self.lm_head = None
@@ -132,11 +145,13 @@ class Int8Linear(PlainLinear):
         a = rows.abs().amax(-1, keepdim=True).clamp_(min=1e-30).div_(63)
         y = rows/a
         h = y.round()
-        both = torch.cat((h, y.sub_(h).mul_(126)))                               # (2n,in), whole numbers after one more rounding
-        both = torch.ops.quantized.linear_with_input_q_dq_qweight_dq_output_fp32(both, 1., 64, self.w)
+        both = torch.cat((h, y.sub_(h).mul_(126))) # (2n,in), whole numbers after one more rounding
+        both = torch.ops.quantized.linear_with_input_q_dq_qweight_dq_output_fp32(both,
+                                                                                 1., 64, self.w)
         high, low = both.chunk(2)
         return high.add_(low, alpha=1/126).mul_(a).view(*x.shape[:-1], -1)
 
+# %% ../../nbs/14_model.fast.ipynb #e1bb67a5
 @functools.cache
 @torch.no_grad()
 def can_int8()->bool: # True where the operators exist and agree with `F.linear`

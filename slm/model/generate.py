@@ -39,7 +39,7 @@ def keep_top_k(
     k:int|Tensor, # how many to keep; 0 keeps all; a number, or (b,) one a row
 )->Tensor: # (b,v), -inf where cut
     "Cut all but the `k` largest logits of each row."
-    k = torch.as_tensor(k).reshape(-1, 1).expand(len(logits), 1).clamp(max=logits.shape[-1])  # (b,1)
+    k = torch.as_tensor(k).reshape(-1, 1).expand(len(logits), 1).clamp(max=logits.shape[-1]) # (b,1)
     if not (kmax := int(k.max())): return logits
     k = k.to(logits.device)
     limit = logits.topk(kmax).values.gather(1, (k-1).clamp(min=0))               # (b,1)
@@ -48,24 +48,29 @@ def keep_top_k(
 # %% ../../nbs/12_model.generate.ipynb #fd08c297
 def _nucleus(logits, tail):
     "By sorting all of them"
-    vals, idx = logits.sort(-1)                                                  # least likely first
-    drop = (vals.softmax(-1).cumsum(-1) <= tail) & (tail > 0)                    # (b,v), in sorted order
+    vals, idx = logits.sort(-1)                               # least likely first
+    drop = (vals.softmax(-1).cumsum(-1) <= tail) & (tail > 0) # (b,v), in sorted order
     drop[:, -1] = False
     return logits.masked_fill(torch.zeros_like(drop).scatter(1, idx, drop), -math.inf)
 
+# %% ../../nbs/12_model.generate.ipynb #edbdda53
 def _nucleus_of_head(logits, tail, n=512):
     "From the `n` likeliest alone; and which rows need more than these (b,)"
-    if logits.shape[-1] < 8*n: return logits.clone(), torch.ones(len(logits), dtype=torch.bool, device=logits.device)
-    vals, idx = logits.topk(n)                                                   # (b,n), most likely first
+    if logits.shape[-1] < 8*n:
+        return logits.clone(), torch.ones(len(logits), dtype=torch.bool, device=logits.device)
+    vals, idx = logits.topk(n) # (b,n), most likely first
     probs = (vals - logits.logsumexp(-1, keepdim=True)).exp(); sums = probs.cumsum(-1)
-    drop = 1-sums+probs <= tail                                                  # each with all below it
+    drop = 1-sums+probs <= tail # each with all below it
     drop[:, 0] = False
     head = torch.full_like(logits, -math.inf).scatter(1, idx, vals.masked_fill(drop, -math.inf))
     return torch.where(tail > 0, head, logits), ((1-sums[:, -1:] > tail) & (tail > 0))[:, 0]
 
+# %% ../../nbs/12_model.generate.ipynb #88b44d33
 def keep_top_p(
     logits:Tensor, # (b,v)
-    p:float|Tensor, # share of the probability to keep, in (0,1]; 1 keeps all; a number, or (b,) one a row (on the CPU)
+    # share of the probability to keep, in (0,1]; 1 keeps all;
+    # a number, or (b,) one a row (on the CPU)
+    p:float|Tensor,
 )->Tensor: # (b,v), -inf where cut
     "Cut the least likely tokens that together hold no more than `1-p`."
     tail = 1 - torch.as_tensor(p, dtype=torch.float64)
@@ -78,18 +83,22 @@ def keep_top_p(
 # %% ../../nbs/12_model.generate.ipynb #a12a2e54
 def keep_min_p(
     logits:Tensor, # (b,v)
-    min_p:float|Tensor, # share of the largest probability, in [0,1]; 0 keeps all; a number, or (b,) one a row (on the CPU)
+    # share of the largest probability, in [0,1]; 0 keeps all;
+    # a number, or (b,) one a row (on the CPU)
+    min_p:float|Tensor,
 )->Tensor: # (b,v), -inf where cut
     "Cut tokens less likely than `min_p` times the most likely one."
     m = torch.as_tensor(min_p, dtype=torch.float64)
     if not m.any(): return logits
-    return logits.masked_fill(logits < logits.amax(-1, keepdim=True) + _col(m.log(), logits), -math.inf)
+    return logits.masked_fill(logits < logits.amax(-1, keepdim=True) + _col(m.log(), logits),
+                              -math.inf)
 
 # %% ../../nbs/12_model.generate.ipynb #2c604455
 def penalize_repeats(
     logits:Tensor, # (b,v)
     seen:Tensor, # bool (b,v): tokens that have occurred in the row
-    penalty:float|Tensor, # > 0; 1 changes nothing, 1.2 is usual; a number, or (b,) one a row (on the CPU)
+    # > 0; 1 changes nothing, 1.2 is usual; a number, or (b,) one a row (on the CPU)
+    penalty:float|Tensor,
 )->Tensor: # (b,v)
     "Make tokens that have occurred less likely (CTRL, §4.1)."
     pen = _col(penalty, logits)
@@ -109,8 +118,10 @@ class SamplingParams:
     seed:int|None=None # the same seed gives the same text; None draws one
 
     def __post_init__(self):
-        self.stop = list(self.stop or ()) if isinstance(self.stop, (list, tuple, set, type(None))) else [self.stop]
-        number = lambda x: isinstance(x, numbers.Real) and not isinstance(x, bool) and math.isfinite(x)
+        self.stop = (list(self.stop or ()) if isinstance(self.stop, (list, tuple, set, type(None)))
+                     else [self.stop])
+        number = (lambda x: isinstance(x, numbers.Real) and not isinstance(x, bool)
+                  and math.isfinite(x))
         whole  = lambda x: isinstance(x, numbers.Integral) and not isinstance(x, bool)
         for name, ok, rule in (
             ('temperature', lambda x: number(x) and x >= 0, 'a number ≥ 0 (0 is greedy)'),
@@ -120,9 +131,11 @@ class SamplingParams:
             ('repetition_penalty', lambda x: number(x) and x > 0, 'a number > 0 (1 is off)'),
             ('max_new_tokens', lambda x: whole(x) and x >= 1, 'a whole number ≥ 1'),
             ('stop', lambda x: all(isinstance(s, str) and s for s in x), 'non-empty strings'),
-            ('seed', lambda x: x is None or whole(x) and 0 <= x < 2**63, 'a whole number from 0 to 2⁶³-1, or None'),
+            ('seed', lambda x: x is None or whole(x) and 0 <= x < 2**63,
+             'a whole number from 0 to 2⁶³-1, or None'),
         ):
-            if not ok(getattr(self, name)): raise SLMError(f"{name}={getattr(self, name)!r} cannot be: it must be {rule}")
+            if not ok(getattr(self, name)):
+                raise SLMError(f"{name}={getattr(self, name)!r} cannot be: it must be {rule}")
 
     @property
     def greedy(self): return self.temperature < 1e-6
@@ -132,15 +145,18 @@ class Sampler:
     "The sampling parameters of a batch as columns, with one random generator a row."
     def __init__(self, params:list[SamplingParams]):
         self.params = params
-        self.gens = [torch.Generator().manual_seed(int(torch.randint(2**62, ())) if p.seed is None else int(p.seed)) for p in params]
+        self.gens = [torch.Generator().manual_seed(int(torch.randint(2**62, ())) if p.seed is None
+                                                   else int(p.seed)) for p in params]
         self.lay_out()
 
     def lay_out(self):
         "Write `params` as columns."
-        col = lambda name: torch.tensor([getattr(p, name) for p in self.params], dtype=torch.float64)
+        col = lambda name: torch.tensor([getattr(p, name) for p in self.params],
+                                        dtype=torch.float64)
         self.greedy = torch.tensor([p.greedy for p in self.params])
         self.temperature = col('temperature').masked_fill(self.greedy, 1.)
-        self.top_k, self.top_p, self.min_p, self.penalty = col('top_k').long(), col('top_p'), col('min_p'), col('repetition_penalty')
+        self.top_k, self.top_p = col('top_k').long(), col('top_p')
+        self.min_p, self.penalty = col('min_p'), col('repetition_penalty')
         self.penalizes = bool((self.penalty != 1).any())
 
     def filter(self,
@@ -168,15 +184,21 @@ def __call__(self:Sampler,
     seen:Tensor|None=None, # bool (b,v), needed when a row has a repetition penalty
 )->Tensor: # token ids (b,)
     "Choose one token a row: the most likely one in greedy rows, a draw in the others."
-    if self.greedy.all(): return (penalize_repeats(logits, seen, self.penalty) if self.penalizes else logits).argmax(-1)
+    if self.greedy.all():
+        return (penalize_repeats(logits, seen, self.penalty) if self.penalizes
+                else logits).argmax(-1)
     kept = self.filter(logits, seen)
-    sums = kept.softmax(-1).to(torch.float32 if logits.device.type=='mps' else torch.float64).cumsum(-1)   # (b,v)
-    u = torch.stack([torch.zeros((), dtype=torch.float64) if g else torch.rand((), generator=gen, dtype=torch.float64)
+    # (b,v)
+    sums = kept.softmax(-1).to(torch.float32 if logits.device.type=='mps'
+                               else torch.float64).cumsum(-1)
+    u = torch.stack([torch.zeros((), dtype=torch.float64) if g
+                     else torch.rand((), generator=gen, dtype=torch.float64)
                      for g,gen in zip(self.greedy.tolist(), self.gens)])
     total = sums[:, -1:].contiguous()
     drawn = torch.searchsorted(sums, _col(u, sums)*total, right=True)            # (b,1)
-    drawn = torch.minimum(drawn, torch.searchsorted(sums, total))                # rounding may push u*total up to total
-    drawn.clamp_(max=sums.shape[-1]-1)                                           # NaN sorts behind all
+    # rounding may push u*total up to total
+    drawn = torch.minimum(drawn, torch.searchsorted(sums, total))
+    drawn.clamp_(max=sums.shape[-1]-1) # NaN sorts behind all
     return torch.where(self.greedy.to(logits.device), kept.argmax(-1), drawn[:, 0])
 
 # %% ../../nbs/12_model.generate.ipynb #fad14d37
@@ -190,29 +212,36 @@ class DecodeBatch:
         static:bool|None=None, # steps of fixed shape (`StaticStep`); on cuda if not given
     ):
         c, w, lens = model.cfg, model.get_input_embeddings().weight, [len(p) for p in prompts]
-        self.model, self.sampler, self.device, self.v = model, Sampler(params), w.device, vocab_size or c.vocab_size
+        self.model, self.sampler, self.device = model, Sampler(params), w.device
+        self.v = vocab_size or c.vocab_size
         max_len = min(c.max_seq_len, max(n + p.max_new_tokens for n,p in zip(lens, params)))
         self.cache = model.new_cache(len(prompts), max_len)
-        self.static, self.still, self.steps = w.device.type == 'cuda' if static is None else static, None, 0
-        self.rows = torch.arange(len(prompts))                                   # of the cache, one a live row
-        self.x = torch.tensor([[*p] + [0]*(max(lens)-len(p)) for p in prompts], device=w.device) # (b,t), padded on the right
-        self.seqlens = torch.tensor(lens, device=w.device)[:, None]                             # (b,1)
-        self.seen = torch.zeros(len(prompts), self.v, dtype=torch.bool, device=w.device) if self.sampler.penalizes else None
+        self.static = w.device.type == 'cuda' if static is None else static
+        self.still, self.steps = None, 0
+        self.rows = torch.arange(len(prompts)) # of the cache, one a live row
+        # (b,t), padded on the right
+        self.x = torch.tensor([[*p] + [0]*(max(lens)-len(p)) for p in prompts], device=w.device)
+        self.seqlens = torch.tensor(lens, device=w.device)[:, None] # (b,1)
+        self.seen = torch.zeros(len(prompts), self.v, dtype=torch.bool,
+                                device=w.device) if self.sampler.penalizes else None
         if self.seen is not None:
             for row,p in zip(self.seen, prompts): row[[i for i in p if i < self.v]] = True
 
 # %% ../../nbs/12_model.generate.ipynb #51114fbe
 @patch
 def _logits(self:DecodeBatch):
-    "Scores (b,v) for each row's next token. Of a prompt only the last token's are wanted, so the head sees no other."
-    if self.seqlens is None: return self._still() if self.static else self.model(self.x, cache=self.cache)[:, 0]
+    """Scores (b,v) for each row's next token. Of a prompt only the
+    last token's are wanted, so the head sees no other."""
+    if self.seqlens is None:
+        return self._still() if self.static else self.model(self.x, cache=self.cache)[:, 0]
     h = self.model.model(self.x, cache=self.cache, seqlens=self.seqlens)         # (b,t,d)
     return self.model.head(h[torch.arange(len(h), device=self.device), self.seqlens[:, 0]-1])
 
 
 # %% ../../nbs/12_model.generate.ipynb #51114fc0
 class FixedCache(KVCache):
-    "A cache for steps of one token, in another's memory: where to write is a tensor, how much to read is fixed."
+    """A cache for steps of one token, in another's memory: where
+    to write is a tensor, how much to read is fixed."""
     def __init__(self,
         cache:KVCache, # whose memory it is
         at:Tensor, # (b,) place of the new token in each row, on the device
@@ -224,68 +253,90 @@ class FixedCache(KVCache):
     def begin(self, t, seqlens=None): return self.at[:, None]
     def end(self): pass
     def update(self, layer, k, v):
-        for kept,new in ((self.k[layer], k), (self.v[layer], v)): kept[self.each, :, self.at] = new[:, :, 0].to(kept.dtype)
+        for kept,new in ((self.k[layer], k), (self.v[layer], v)):
+            kept[self.each, :, self.at] = new[:, :, 0].to(kept.dtype)
         return self.k[layer, :, :, :self.s], self.v[layer, :, :, :self.s]
 
 # %% ../../nbs/12_model.generate.ipynb #51114fc1
 class StaticStep:
-    "One token a row by operations that are the same each time; on cuda they are recorded and replayed in one launch."
+    """One token a row by operations that are the same each time; on
+    cuda they are recorded and replayed in one launch."""
     def __init__(self,
         model:GPT,
         cache:KVCache, # of the rows; keys and values are added
     ):
         self.model,self.cache,self.recorded,self.pool = model,cache,{},None
-        self.x,self.at = (torch.zeros(len(cache.lens), *n, dtype=torch.long, device=cache.k.device) for n in ((1,), ()))
+        self.x,self.at = (torch.zeros(len(cache.lens), *n, dtype=torch.long, device=cache.k.device)
+                          for n in ((1,), ()))
 
-    def logits(self, s): return self.model(self.x, cache=FixedCache(self.cache, self.at, s))[:, 0] # (b,v)
+    def logits(self, s): # (b,v)
+        return self.model(self.x, cache=FixedCache(self.cache, self.at, s))[:, 0]
 
     def record(self, s):
         "A graph of the step that looks at `s` keys, and where it leaves its logits"
-        side,graph = torch.cuda.Stream(),torch.cuda.CUDAGraph(); side.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(side): self.logits(s)                             # libraries prepare themselves outside of the recording
+        side,graph = torch.cuda.Stream(),torch.cuda.CUDAGraph()
+        side.wait_stream(torch.cuda.current_stream())
+        # libraries prepare themselves outside of the recording
+        with torch.cuda.stream(side): self.logits(s)
         torch.cuda.current_stream().wait_stream(side)
-        with torch.cuda.graph(graph, pool=self.pool, capture_error_mode='thread_local'): out = self.logits(s)
+        with torch.cuda.graph(graph, pool=self.pool, capture_error_mode='thread_local'):
+            out = self.logits(s)
         self.pool = self.pool or graph.pool()
         return graph, out
 
     def play(self, s):
         "The step that looks at `s` keys"
         if not self.x.is_cuda: return self.logits(s)
-        with torch.cuda.device(self.x.device):                                   # each thread has a card of its own choice
+        with torch.cuda.device(self.x.device): # each thread has a card of its own choice
             if s not in self.recorded: self.recorded[s] = self.record(s)
             graph,out = self.recorded[s]; graph.replay(); return out
 
-    def __call__(self,
-        x:Tensor, # (n,) one token for each of `rows`
-        rows:Tensor, # (n,) which rows, on the CPU; the others stand still
-    )->Tensor|None: # logits (n,v), which the next call overwrites; None, with a line that says why, where steps cannot be recorded
-        lens = self.cache.lens; most,every = int(lens[rows].max())+1,torch.equal(rows, torch.arange(len(self.x)))
-        if most > self.cache.max_len:
-            raise SLMError(f'the cache holds {self.cache.max_len} tokens a row, {most} are needed: make it larger, or stop earlier')
-        to = slice(None) if every else rows.to(self.x.device); self.x[to] = x[:, None]; self.at.copy_(lens)
-        try: out = self.play(min(max(128, 1 << (most-1).bit_length()), self.cache.max_len, self.model.cfg.max_seq_len))
-        except torch.OutOfMemoryError: raise
-        except RuntimeError as e:                                                # this card, or this version, refuses
-            print(f'steps cannot be recorded ({str(e).splitlines()[0][:120]}): going on without', file=sys.stderr); return None
-        lens[rows] += 1
-        return out if every else out[to]
+# %% ../../nbs/12_model.generate.ipynb #51114fcp
+@patch
+def __call__(self:StaticStep,
+    x:Tensor, # (n,) one token for each of `rows`
+    rows:Tensor, # (n,) which rows, on the CPU; the others stand still
+    # logits (n,v), which the next call overwrites; None, with a
+    # line that says why, where steps cannot be recorded
+)->Tensor|None:
+    lens = self.cache.lens
+    most,every = int(lens[rows].max())+1,torch.equal(rows, torch.arange(len(self.x)))
+    if most > self.cache.max_len:
+        raise SLMError(f'the cache holds {self.cache.max_len} tokens a row, '
+                       f'{most} are needed: make it larger, or stop earlier')
+    to = slice(None) if every else rows.to(self.x.device)
+    self.x[to] = x[:, None]; self.at.copy_(lens)
+    try:
+        out = self.play(min(max(128, 1 << (most-1).bit_length()),
+                            self.cache.max_len, self.model.cfg.max_seq_len))
+    except torch.OutOfMemoryError: raise
+    except RuntimeError as e: # this card, or this version, refuses
+        print(f'steps cannot be recorded ({str(e).splitlines()[0][:120]}): going on without',
+              file=sys.stderr)
+        return None
+    lens[rows] += 1
+    return out if every else out[to]
 
 # %% ../../nbs/12_model.generate.ipynb #51114fc2
 @patch
 def _still(self:DecodeBatch):
     "Scores (b,v) by a step of fixed shape, from the eighth on"
     self.steps += 1
-    if self.steps < 8 or type(self.cache) is not KVCache or torch.is_autocast_enabled(self.device.type):
+    if (self.steps < 8 or type(self.cache) is not KVCache
+        or torch.is_autocast_enabled(self.device.type)):
         return self.model(self.x, cache=self.cache)[:, 0]
     if not self.still: self.still = StaticStep(self.model, self.cache)
     if (logits := self.still(self.x[:, 0], self.rows)) is not None: return logits
-    self.static,self.still = False,None; self.cache.keep(self.rows); self.rows = torch.arange(len(self.rows))
+    self.static,self.still = False,None; self.cache.keep(self.rows)
+    self.rows = torch.arange(len(self.rows))
     return self.model(self.x, cache=self.cache)[:, 0]
 
 # %% ../../nbs/12_model.generate.ipynb #51114fc4
 @patch
 @torch.no_grad()
-def step(self:DecodeBatch)->tuple[list[int], list[float]]: # one token id a row, and its log-probability under the model
+def step(
+    self:DecodeBatch,
+)->tuple[list[int], list[float]]: # one token id a row, and its log-probability under the model
     "Choose the next token of every row; raises `SLMError` when the model gives NaN."
     was_training = self.model.training
     if was_training: self.model.eval()
@@ -294,24 +345,26 @@ def step(self:DecodeBatch)->tuple[list[int], list[float]]: # one token id a row,
         if was_training: self.model.train()
     ids = self.sampler(logits, self.seen)                                        # (b,)
     if self.seen is not None: self.seen.scatter_(1, ids[:, None], True)
-    self.x, self.seqlens = ids[:, None], None                                    # (b,1)
-    logprobs = logits.log_softmax(-1).gather(1, ids[:, None])[:, 0]              # (b,)
-    ids, logprobs = torch.stack((ids.float(), logprobs)).tolist()                # one way back from the device
+    self.x, self.seqlens = ids[:, None], None                       # (b,1)
+    logprobs = logits.log_softmax(-1).gather(1, ids[:, None])[:, 0] # (b,)
+    ids, logprobs = torch.stack((ids.float(), logprobs)).tolist()   # one way back from the device
     if any(map(math.isnan, logprobs)):
-        raise SLMError("the model's output is not a number: the checkpoint is damaged, or its training diverged")
+        raise SLMError("the model's output is not a number: the checkpoint is damaged, "
+                       "or its training diverged")
     return [*map(int, ids)], logprobs
 
+# %% ../../nbs/12_model.generate.ipynb #e8787b9d
 @patch
 def keep(self:DecodeBatch,
     rows:list[int], # rows that stay, in this order
 ):
-    "Let the other rows leave: they cost nothing from now on (in steps of fixed shape: once half of them have left)."
+    """Let the other rows leave: they cost nothing from now on (in
+    steps of fixed shape: once half of them have left)."""
     idx = torch.tensor(rows, device=self.device)
     self.sampler.keep(rows); self.x, self.rows = self.x[idx], self.rows[rows]
     if self.seen is not None: self.seen = self.seen[idx]
     if not self.still or 2*len(rows) <= len(self.cache.lens):
         self.cache.keep(self.rows); self.rows, self.still = torch.arange(len(rows)), None
-
 
 # %% ../../nbs/12_model.generate.ipynb #b962c827
 class TextStream:
@@ -331,12 +384,14 @@ class TextStream:
         self.held += self.utf8.decode(self.tok.decode_bytes([id]))
         ends = [(at+len(s), at, s) for s in self.stop if (at := self.held.find(s)) >= 0]
         if ends: _, n, self.found = min(ends)
-        else: n = len(self.held) - max((k for s in self.stop for k in range(1, len(s)) if self.held.endswith(s[:k])), default=0)
+        else:
+            n = len(self.held) - max((k for s in self.stop for k in range(1, len(s))
+                                      if self.held.endswith(s[:k])), default=0)
         out, self.held = self.held[:n], '' if self.found else self.held[n:]
         return out
 
-    def flush(self)->str: # what was held back, at the end of a text without a stop string; half a character is dropped
-        "Give out what was held back."
+    def flush(self)->str:
+        "What was held back, at the end of a text; half a character is dropped."
         out, self.held = self.held, ''
         return out
 
@@ -348,45 +403,58 @@ class Generation:
     text:str = '' # their text, cut before a stop string; '' without a tokenizer
     finish_reason:str|None = None # 'stop' or 'length'; None while it goes on
     stop:int|str|None = None # the stop token or stop string that ended it
-    logprobs:list[float] = field(default_factory=list) # of every chosen token under the unfiltered model, the stop token's included
+    # of every chosen token under the unfiltered model, the stop token's included
+    logprobs:list[float] = field(default_factory=list)
 
 # %% ../../nbs/12_model.generate.ipynb #782c3c6b
 def _check(model, prompts, params, tok, stop_ids):
     "`params` as a list and `stop_ids` as a set, or an `SLMError`"
     params = [params]*len(prompts) if isinstance(params, SamplingParams) else list(params)
     if len(params) != len(prompts):
-        raise SLMError(f'{len(params)} sampling parameters for {len(prompts)} prompts: give one for all, or one each')
+        raise SLMError(f'{len(params)} sampling parameters for {len(prompts)} prompts: '
+                       'give one for all, or one each')
     c = model.cfg
-    if not c.causal: raise SLMError('this model looks both ways (causal=False): it fills gaps and cannot generate')
+    if not c.causal:
+        raise SLMError('this model looks both ways (causal=False): '
+                       'it fills gaps and cannot generate')
     for i,p in enumerate(prompts):
         if not p: raise SLMError(f'prompt {i} is empty: give at least one token')
-        if len(p) > c.max_seq_len: raise SLMError(f'prompt {i} has {len(p)} tokens, the context holds {c.max_seq_len}: shorten it')
+        if len(p) > c.max_seq_len:
+            raise SLMError(f'prompt {i} has {len(p)} tokens, the context holds {c.max_seq_len}: '
+                           'shorten it')
         if not 0 <= min(p) <= max(p) < c.vocab_size:
             bad = max(p) if min(p) >= 0 else min(p)
-            raise SLMError(f'prompt {i} has token {bad}, the model knows 0 to {c.vocab_size-1}: use the tokenizer of its training')
-    if tok is None and any(p.stop for p in params): raise SLMError('stop strings need a tokenizer: pass it, or stop at token ids')
+            raise SLMError(f'prompt {i} has token {bad}, the model knows 0 to {c.vocab_size-1}: '
+                           'use the tokenizer of its training')
+    if tok is None and any(p.stop for p in params):
+        raise SLMError('stop strings need a tokenizer: pass it, or stop at token ids')
     if stop_ids is None: stop_ids = () if tok is None else tok.stop_ids
     return params, set(stop_ids)
 
+# %% ../../nbs/12_model.generate.ipynb #78c447f7
 def decode(
     model:GPT,
     prompts:list[list[int]], # token ids
     params:SamplingParams|list[SamplingParams], # for all, or one a prompt
     tok=None, # `Tokenizer`: needed for text and for stop strings
     stop_ids:list[int]|None=None, # tokens that end a text; by default the tokenizer's `stop_ids`
-)->Iterator[tuple[int, str, Generation]]: # after every token: index of the prompt, new text, and all of it so far
+    # after every token: index of the prompt, new text, and all of it so far
+)->Iterator[tuple[int, str, Generation]]:
     "Decode prompts together and report every token; raises `SLMError` for a prompt that cannot be."
     return _decode(model, prompts, *_check(model, prompts, params, tok, stop_ids), tok)
 
 # %% ../../nbs/12_model.generate.ipynb #a23ca6f2
 def _decode(model, prompts, params, stop_ids, tok):
     gens, texts = [Generation() for _ in prompts], [TextStream(tok, p.stop) for p in params]
-    limit = [min(p.max_new_tokens, model.cfg.max_seq_len - len(ids)) for p,ids in zip(params, prompts)]
+    limit = [min(p.max_new_tokens, model.cfg.max_seq_len - len(ids))
+             for p,ids in zip(params, prompts)]
     for i,g in enumerate(gens):
         if limit[i] == 0: g.finish_reason = 'length'; yield i, '', g
     live = [i for i in range(len(prompts)) if limit[i]]
-    vocab_size = min(tok.vocab_size, model.cfg.vocab_size) if tok else None         # some models have more rows than their tokenizer tokens
-    batch = DecodeBatch(model, [prompts[i] for i in live], [params[i] for i in live], vocab_size) if live else None
+    # some models have more rows than their tokenizer tokens
+    vocab_size = min(tok.vocab_size, model.cfg.vocab_size) if tok else None
+    batch = DecodeBatch(model, [prompts[i] for i in live], [params[i] for i in live],
+                        vocab_size) if live else None
     while live:
         for i,id,logprob in zip(live, *batch.step()):
             g, new = gens[i], ''
@@ -416,6 +484,7 @@ def complete(
     gens = {i: g for i,_,g in decode(model, prompts, params, tok, stop_ids)}
     return [gens[i] for i in range(len(prompts))]
 
+# %% ../../nbs/12_model.generate.ipynb #17119dc5
 def generate_ids(
     model:GPT,
     prompts:list[list[int]], # token ids
@@ -427,25 +496,33 @@ def generate_ids(
 
 # %% ../../nbs/12_model.generate.ipynb #90aafc02
 def _request(tok, n, stop=(), **params):
-    "One `SamplingParams` a prompt: a keyword is one value for all, or a list with one a prompt (`stop` is for all)"
+    """One `SamplingParams` a prompt: a keyword is one value for all,
+    or a list with one a prompt (`stop` is for all)"""
     for k,v in params.items():
         if isinstance(v, (list, tuple)) and len(v) != n:
-            raise SLMError(f'{k} has {len(v)} values for {n} prompts: give one for all, or one each')
-    return [SamplingParams(stop=stop, **{k: v[i] if isinstance(v, (list, tuple)) else v for k,v in params.items()}) for i in range(n)]
+            raise SLMError(f'{k} has {len(v)} values for {n} prompts: '
+                           'give one for all, or one each')
+    return [SamplingParams(stop=stop, **{k: v[i] if isinstance(v, (list, tuple))
+                                         else v for k,v in params.items()}) for i in range(n)]
 
+# %% ../../nbs/12_model.generate.ipynb #2e949804
 def prompt_ids(
     tok, # the model's `Tokenizer`
     s:str|list[dict], # a text, or a conversation (a list of messages)
 )->list[int]:
-    "Token ids of a conversation to be answered, or of a text, after its family's mark for the beginning of one."
+    """Token ids of a conversation to be answered, or of a text,
+    after its family's mark for the beginning of one."""
     if not isinstance(s, str): return tok.chat(s, add_generation_prompt=True)[0]
     ids = tok.encode(s)
-    return [tok.bos_id] + ids if tok.bos_id is not None and (tok.bos_id != tok.eot_id or not ids) else ids
+    return ([tok.bos_id] + ids if tok.bos_id is not None
+            and (tok.bos_id != tok.eot_id or not ids) else ids)
 
+# %% ../../nbs/12_model.generate.ipynb #db5cb164
 def generate(
     model:GPT,
     tok, # the model's `Tokenizer`
-    prompts:str|list, # a text, or a conversation (a list of messages), or several of them to decode together
+    # a text, or a conversation (a list of messages), or several of them to decode together
+    prompts:str|list,
     **params, # `SamplingParams` by name; a list gives one value a prompt
 )->str|list[str]: # the continuation or answer, or one a prompt
     "Continue text with text, answer a conversation."
@@ -456,7 +533,8 @@ def generate(
 
 # %% ../../nbs/12_model.generate.ipynb #3037f550
 class Stream:
-    "Iterates over the text of one generation while it is made; `result` is the `Generation` so far."
+    """Iterates over the text of one generation while it is
+    made; `result` is the `Generation` so far."""
     def __init__(self, steps): self.steps, self.result = steps, Generation()
     def __iter__(self): return self
     def __next__(self):
@@ -464,11 +542,13 @@ class Stream:
             if new: return new
         raise StopIteration
 
+# %% ../../nbs/12_model.generate.ipynb #07df4e6f
 def stream(
     model:GPT,
     tok, # the model's `Tokenizer`
     prompt:str|list[dict], # a text, or a conversation
     **params, # `SamplingParams` by name
 )->Stream: # iterate over it for pieces of text
-    "Continue one text, or answer: piece by piece, whole characters only, nothing of a stop string; bad parameters raise at once."
+    """Continue one text, or answer: piece by piece, whole characters only, nothing of a stop
+    string; bad parameters raise at once."""
     return Stream(decode(model, [prompt_ids(tok, prompt)], _request(tok, 1, **params)[0], tok))

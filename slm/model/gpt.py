@@ -19,11 +19,14 @@ from torch.utils.checkpoint import checkpoint
 from ..core import SLMError, get_device
 from .layers import *
 
-# %% ../../nbs/11_model.gpt.ipynb #33ba8925
-MIXERS = dict(attention='slm.model.layers:Block', mamba='slm.model.mamba:MambaBlock', mamba2='slm.model.mamba:Mamba2Block') # kinds of block
-CHOICES = dict(mixer=tuple(MIXERS),
-    norm=tuple(NORMS), norm_pos=('pre', 'post'), pos=('rope', 'learned', 'sinusoidal', 'alibi', 'none'), act=(*GATES, *ACTS))
+# %% ../../nbs/11_model.gpt.ipynb #33ba8924
+# kinds of block
+MIXERS = dict(attention='slm.model.layers:Block', mamba='slm.model.mamba:MambaBlock',
+              mamba2='slm.model.mamba:Mamba2Block')
+CHOICES = dict(mixer=tuple(MIXERS), norm=tuple(NORMS), norm_pos=('pre', 'post'),
+               pos=('rope', 'learned', 'sinusoidal', 'alibi', 'none'), act=(*GATES, *ACTS))
 
+# %% ../../nbs/11_model.gpt.ipynb #33ba8925
 @dataclass
 class GPTConfig:
     "Sizes and switches of a model; raises `SLMError` when they don't fit together."
@@ -32,26 +35,29 @@ class GPTConfig:
     n_head:int|None = None # query heads; d_model/64 if not given
     n_kv_head:int|None = None # key-value heads, a divisor of n_head; n_head if not given
     d_model:int = 384 # d, width of the stream
-    d_ff:int|None = None # inner width of the feed-forward; 8/3 d with a gate, 4 d without, if not given
+    d_ff:int|None = None # inner width of the feed-forward; 8/3 d with a gate, else 4 d if not given
     head_dim:int|None = None # size of a head; d_model/n_head if not given
     max_seq_len:int = 512 # context, in tokens
     norm:str = 'rms' # 'rms' or 'layer'
     norm_eps:float = 1e-5 # keeps the norms' division finite
-    norm_pos:str = 'pre' # 'pre': before each part and before the head; 'post': after each part and after the embedding (BERT)
-    norm_embed:bool = False # with 'pre': a norm after the embedding, in the place of the first block's before its attention (ModernBERT)
+    norm_pos:str = 'pre' # before each part and the head; 'post': after each and the embedding
+    # with 'pre': after the embedding, in place of the one before the first attention (ModernBERT)
+    norm_embed:bool = False
     pos:str = 'rope' # 'rope', 'learned', 'sinusoidal', 'alibi' or 'none'
     rope_theta:float = 10_000. # base of the rotary speeds
     rope_scaling:dict|None = None # as in a Hugging Face config: see `rope_inv_freq`
-    act:str = 'swiglu' # with a gate: 'swiglu', 'geglu', 'reglu', 'glu', 'bilinear'; without: 'gelu', 'gelu_tanh', 'relu', 'relu2', 'silu'
+    # with a gate: 'swiglu', 'geglu', 'reglu', 'glu', 'bilinear';
+    # without: 'gelu', 'gelu_tanh', 'relu', 'relu2', 'silu'
+    act:str = 'swiglu'
     bias:bool = False # biases in linear layers and LayerNorm
     qk_norm:bool = False # RMSNorm on queries and keys (Qwen 3)
     causal:bool = True # False: every token sees every other (an encoder)
     tied:bool = True # the head is the embedding
     dropout:float = 0. # on the embedding and on what each part adds, while training
     n_types:int = 0 # token types (BERT's two sentences); 0 for none
-    init_std:float|None = None # deviation of a new model's weights; √(2/(5d)) if not given (GPT-2: .02)
-    mixer:str = 'attention' # or a block that keeps a state instead: 'mamba' or 'mamba2' (see `slm.model.mamba`)
-    state_size:int|None = None # with a state: numbers that a channel remembers; 16, with mamba2 64, if not given
+    init_std:float|None = None # deviation of new weights; √(2/(5d)) if not given (GPT-2: .02)
+    mixer:str = 'attention' # or a block with a state: 'mamba' or 'mamba2' (see `slm.model.mamba`)
+    state_size:int|None = None # with a state: what a channel remembers; 16, or 64 with mamba2
     conv_width:int = 4 # with a state: tokens that its convolution sees
     expand:int = 2 # with a state: inner width over d
     n_groups:int = 1 # with mamba2: groups of heads that write and read alike
@@ -66,79 +72,110 @@ def round_up(
     "Round up to a multiple."
     return math.ceil(x/m)*m
 
+# %% ../../nbs/11_model.gpt.ipynb #581a28f0
 @patch
 def fill(self:GPTConfig):
     "Derive what was not given."
     for k in ('d_model', 'n_head'): # what the others are derived from
         n = getattr(self, k)
         if not (n is None and k == 'n_head') and (not isinstance(n, int) or not 1 <= n <= _MOST[k]):
-            raise SLMError(f'{k}={repr(n)[:40]}: it must be a whole number of at least 1 and at most {_MOST[k]:,}')
+            raise SLMError(f'{k}={repr(n)[:40]}: '
+                           f'it must be a whole number of at least 1 and at most {_MOST[k]:,}')
     if self.mixer in MIXERS and self.mixer != 'attention': return self.fill_state()
     self.n_head = self.n_head or max(1, self.d_model//64)
     self.n_kv_head = self.n_kv_head or self.n_head
     if self.d_ff is None:
-        self.d_ff = round_up(self.d_model*8/3 if self.act in GATES else self.d_model*4, 64 if self.d_model < 768 else 256)
+        self.d_ff = round_up(self.d_model*8/3 if self.act in GATES else self.d_model*4,
+                             64 if self.d_model < 768 else 256)
     if self.head_dim is None:
         if self.d_model % self.n_head:
-            raise SLMError(f'd_model={self.d_model} is not a multiple of n_head={self.n_head}: change one of them, or give head_dim')
+            raise SLMError(f'd_model={self.d_model} is not a multiple of n_head={self.n_head}: '
+                           'change one of them, or give head_dim')
         self.head_dim = self.d_model//self.n_head
 
-# %% ../../nbs/11_model.gpt.ipynb #0d2b3f63
-_MOST = dict(vocab_size=1<<24, n_layer=1000, n_head=1<<12, n_kv_head=1<<12, d_model=1<<17, d_ff=1<<20, head_dim=1<<13, max_seq_len=1<<30)
+# %% ../../nbs/11_model.gpt.ipynb #0d2b3f61
+_MOST = dict(vocab_size=1<<24, n_layer=1000, n_head=1<<12, n_kv_head=1<<12,
+             d_model=1<<17, d_ff=1<<20, head_dim=1<<13, max_seq_len=1<<30)
 
 _MOST_STATE = dict(state_size=1<<12, conv_width=64, expand=16, n_groups=1<<12)
 
+# %% ../../nbs/11_model.gpt.ipynb #0d2b3f62
+@patch
+def check_rope(self:GPTConfig):
+    "Raise `SLMError` for positions that cannot be turned."
+    if self.head_dim % 2:
+        raise SLMError(f'head_dim={self.head_dim} is odd: rotary positions turn pairs, '
+                       'choose an even one')
+    try:
+        with torch.device('cpu'):
+            inv = rope_inv_freq(self.head_dim, self.rope_theta, self.rope_scaling)
+        scale = yarn_scale(self.rope_scaling)
+    except (TypeError, ValueError, ArithmeticError, AttributeError): inv, scale = None, 1.
+    if inv is None or not (torch.isfinite(inv) & (inv > 0)).all() or not 0 < scale < math.inf:
+        raise SLMError(f'rope_scaling={repr(self.rope_scaling)[:100]} '
+                       f'with rope_theta={self.rope_theta} gives no speeds of rotation')
+
+# %% ../../nbs/11_model.gpt.ipynb #0d2b3f63
 @patch
 def check(self:GPTConfig):
     "Raise `SLMError` for what cannot be."
     for k,ok in CHOICES.items():
-        if getattr(self, k) not in ok: raise SLMError(f"unknown {k} '{getattr(self, k)}': use one of {', '.join(ok)}")
+        if getattr(self, k) not in ok:
+            raise SLMError(f"unknown {k} '{getattr(self, k)}': use one of {', '.join(ok)}")
     for k,most in (_MOST | (_MOST_STATE if self.mixer != 'attention' else {})).items():
         if not isinstance(n := getattr(self, k), int) or isinstance(n, bool) or not 1 <= n <= most:
-            raise SLMError(f'{k}={repr(n)[:40]}: it must be a whole number of at least 1 and at most {most:,}')
+            raise SLMError(f'{k}={repr(n)[:40]}: '
+                           f'it must be a whole number of at least 1 and at most {most:,}')
     for k in ('norm_eps', 'rope_theta'):
         if not isinstance(x := getattr(self, k), (int, float)) or not 0 < x < 1e30:
             raise SLMError(f'{k}={repr(x)[:40]}: it must be a number above 0')
     for k in ('bias', 'qk_norm', 'causal', 'tied', 'norm_embed'):
-        if not isinstance(x := getattr(self, k), bool): raise SLMError(f'{k}={repr(x)[:40]}: it must be true or false')
+        if not isinstance(x := getattr(self, k), bool):
+            raise SLMError(f'{k}={repr(x)[:40]}: it must be true or false')
     if type(self.n_types) is not int or not 0 <= self.n_types <= 1<<16:
-        raise SLMError(f'n_types={repr(self.n_types)[:40]}: it must be a whole number of at least 0')
+        raise SLMError(f'n_types={repr(self.n_types)[:40]}: '
+                       'it must be a whole number of at least 0')
     if self.norm_embed and self.norm_pos != 'pre':
         raise SLMError("norm_embed goes with norm_pos='pre': with 'post' there is that norm anyway")
     if self.n_head % self.n_kv_head:
-        raise SLMError(f'n_head={self.n_head} is not a multiple of n_kv_head={self.n_kv_head}: change one of them')
-    if self.pos == 'rope':
-        if self.head_dim % 2: raise SLMError(f'head_dim={self.head_dim} is odd: rotary positions turn pairs, choose an even one')
-        try:
-            with torch.device('cpu'): inv = rope_inv_freq(self.head_dim, self.rope_theta, self.rope_scaling)
-            scale = yarn_scale(self.rope_scaling)
-        except (TypeError, ValueError, ArithmeticError, AttributeError): inv, scale = None, 1.
-        if inv is None or not (torch.isfinite(inv) & (inv > 0)).all() or not 0 < scale < math.inf:
-            raise SLMError(f'rope_scaling={repr(self.rope_scaling)[:100]} with rope_theta={self.rope_theta} gives no speeds of rotation')
+        raise SLMError(f'n_head={self.n_head} is not a multiple of n_kv_head={self.n_kv_head}: '
+                       'change one of them')
+    if self.pos == 'rope': self.check_rope()
     if self.pos == 'sinusoidal' and self.d_model % 2:
-        raise SLMError(f'd_model={self.d_model} is odd: sinusoids come in pairs, choose an even one')
-    if not 0 <= self.dropout < 1: raise SLMError(f'dropout={self.dropout}: it must be at least 0 and below 1')
-    if self.init_std is not None and (not isinstance(self.init_std, (int, float)) or not 0 < self.init_std < 10):
-        raise SLMError(f'init_std={repr(self.init_std)[:40]}: it must be a number above 0 and below 10')
+        raise SLMError(f'd_model={self.d_model} is odd: sinusoids come in pairs, '
+                       'choose an even one')
+    if not 0 <= self.dropout < 1:
+        raise SLMError(f'dropout={self.dropout}: it must be at least 0 and below 1')
+    if self.init_std is not None and (not isinstance(self.init_std, (int, float))
+                                      or not 0 < self.init_std < 10):
+        raise SLMError(f'init_std={repr(self.init_std)[:40]}: '
+                       'it must be a number above 0 and below 10')
 
 # %% ../../nbs/11_model.gpt.ipynb #0d2b3f65
 @patch
 def fill_state(self:GPTConfig):
-    "Derive the sizes of blocks with a state; raises `SLMError` for a switch that does not go with them."
-    one = dict(norm='rms', norm_pos='pre', act='swiglu', bias=False, qk_norm=False, causal=True, n_types=0, rope_scaling=None,
-               norm_embed=False)
+    """Derive the sizes of blocks with a state; raises
+    `SLMError` for a switch that does not go with them."""
+    one = dict(norm='rms', norm_pos='pre', act='swiglu', bias=False,
+               qk_norm=False, causal=True, n_types=0, rope_scaling=None, norm_embed=False)
     for k,v in one.items():
-        if getattr(self, k) != v: raise SLMError(f"{k}={getattr(self, k)!r} does not go with mixer '{self.mixer}': leave it away")
+        if getattr(self, k) != v:
+            raise SLMError(f"{k}={getattr(self, k)!r} does not go with mixer '{self.mixer}': "
+                           "leave it away")
     for k in ('expand', 'head_dim'):
         n = getattr(self, k)
         if n is not None and (type(n) is not int or not 1 <= n <= 1<<13):
             raise SLMError(f'{k}={repr(n)[:40]}: it must be a whole number from 1 to 8,192')
     width = self.expand*self.d_model
     size = width if self.mixer == 'mamba' else self.head_dim or math.gcd(width, 64)
-    if width % size: raise SLMError(f'expand·d_model={width} is not a multiple of head_dim={size}: change one of them')
-    for k,v in dict(head_dim=size, n_head=width//size, n_kv_head=width//size, d_ff=width, pos='none').items():
+    if width % size:
+        raise SLMError(f'expand·d_model={width} is not a multiple of head_dim={size}: '
+                       'change one of them')
+    for k,v in dict(head_dim=size, n_head=width//size, n_kv_head=width//size,
+                    d_ff=width, pos='none').items():
         if getattr(self, k) not in (None, v, 'rope'):
-            raise SLMError(f"{k}={getattr(self, k)!r} does not go with mixer '{self.mixer}', where it follows from d_model: leave it away")
+            raise SLMError(f"{k}={getattr(self, k)!r} does not go with mixer '{self.mixer}', "
+                           "where it follows from d_model: leave it away")
         setattr(self, k, v)
     self.state_size = self.state_size or (16 if self.mixer == 'mamba' else 64)
     if type(self.n_groups) is int and self.n_groups > 0 and self.n_head % self.n_groups:
@@ -146,9 +183,12 @@ def fill_state(self:GPTConfig):
 
 # %% ../../nbs/11_model.gpt.ipynb #6c1f2a02
 @patch(as_prop=True)
-def is_llama(self:GPTConfig)->bool: # RMSNorm before each part, rotary positions, a gate, no bias, causal
+def is_llama(
+    self:GPTConfig,
+)->bool: # RMSNorm before each part, rotary positions, a gate, no bias, causal
     "Are the switches those of a Llama?"
-    switches = (self.norm, self.norm_pos, self.pos, self.bias, self.causal, self.n_types, self.norm_embed)
+    switches = (self.norm, self.norm_pos, self.pos, self.bias, self.causal,
+                self.n_types, self.norm_embed)
     return switches == ('rms', 'pre', 'rope', False, True, 0, False) and self.act in GATES
 
 # %% ../../nbs/11_model.gpt.ipynb #c4c3856a
@@ -162,13 +202,16 @@ def from_depth(cls:GPTConfig,
     **over, # any other field
 )->GPTConfig:
     "Width 64·depth, heads of 64, at most half as many key-value heads, SwiGLU."
-    state = over.get('mixer', 'attention') != 'attention'                        # two such blocks are as large as one with a feed-forward
+    # two such blocks are as large as one with a feed-forward
+    state = over.get('mixer', 'attention') != 'attention'
     kw = dict(n_layer=depth*(2 if state else 1), d_model=64*depth) | over
     if state: return cls(vocab_size=vocab_size, max_seq_len=max_seq_len, **kw)
     n_head = kw.get('n_head') or max(1, kw['d_model']//64)
-    kw.setdefault('n_kv_head', max((m for m in range(1, n_head//2+1) if n_head % m == 0), default=1))
+    kw.setdefault('n_kv_head',
+                  max((m for m in range(1, n_head//2+1) if n_head % m == 0), default=1))
     return cls(vocab_size=vocab_size, max_seq_len=max_seq_len, **kw)
 
+# %% ../../nbs/11_model.gpt.ipynb #b4f890a8
 @patch(cls_method=True)
 def preset(cls:GPTConfig,
     name:str, # a name in `PRESETS`
@@ -178,9 +221,11 @@ def preset(cls:GPTConfig,
 )->GPTConfig:
     "A named size; raises `SLMError` that lists the names (or the fields) when it is not known."
     names = [f.name for f in fields(cls)]
-    if name not in PRESETS: raise SLMError(f"unknown preset '{name}': use one of {', '.join(PRESETS)}")
+    if name not in PRESETS:
+        raise SLMError(f"unknown preset '{name}': use one of {', '.join(PRESETS)}")
     for k in over:
-        if k not in names: raise SLMError(f"unknown model option '{k}': use one of {', '.join(names)}")
+        if k not in names:
+            raise SLMError(f"unknown model option '{k}': use one of {', '.join(names)}")
     return cls.from_depth(PRESETS[name], vocab_size, max_seq_len, **over)
 
 # %% ../../nbs/11_model.gpt.ipynb #5bfd9e1f
@@ -190,6 +235,7 @@ def find_block(
     "The class of a model's blocks."
     module,name = MIXERS[mixer].split(':'); return getattr(importlib.import_module(module), name)
 
+# %% ../../nbs/11_model.gpt.ipynb #35120ad4
 class Backbone(nn.Module):
     "Everything but the head: token ids in, vectors out."
     def __init__(self,
@@ -205,8 +251,9 @@ class Backbone(nn.Module):
         self.drop = nn.Dropout(c.dropout) if c.dropout else nn.Identity()
         self.layers = nn.ModuleList(find_block(c.mixer)(c, i) for i in range(c.n_layer))
         if c.norm_pos == 'pre': self.norm = norm()
-        self.fixed = {}                                                          # device -> constants; no buffer: a cast would spoil it
+        self.fixed = {} # device -> constants; no buffer: a cast would spoil it
 
+# %% ../../nbs/11_model.gpt.ipynb #cfe55c66
 @patch
 def constants(self:Backbone,
     device:torch.device,
@@ -214,7 +261,8 @@ def constants(self:Backbone,
     "The numbers of the position scheme that are not learned."
     c = self.cfg
     if device not in self.fixed:
-        numbers = rope_inv_freq(c.head_dim, c.rope_theta, c.rope_scaling) if c.pos == 'rope' else alibi_slopes(c.n_head)
+        numbers = rope_inv_freq(c.head_dim, c.rope_theta,
+                                c.rope_scaling) if c.pos == 'rope' else alibi_slopes(c.n_head)
         self.fixed[device] = numbers.to(device)
     return self.fixed[device]
 
@@ -230,22 +278,31 @@ def context(self:Backbone,
     c,(b,t),dev = self.cfg,idx.shape,idx.device
     if seqlens is not None and (seqlens.ndim != 2 or len(seqlens) != b):
         raise SLMError(f'seqlens has the shape {tuple(seqlens.shape)}: it must be (b,n) with b={b}')
-    doc,at,s,plain = None,torch.arange(t, device=dev)[None],t,True               # at (1,t): place of each token in its row; s keys
+    # at (1,t): place of each token in its row; s keys
+    doc,at,s,plain = None,torch.arange(t, device=dev)[None],t,True
     pos = at[0]
     if cache is not None:
-        if not c.causal: raise SLMError('a model that looks both ways cannot use a cache: call it without')
-        if seqlens is not None and seqlens.shape[1] != 1: raise SLMError('with a cache, seqlens is (b,1): the valid length of each row')
+        if not c.causal:
+            raise SLMError('a model that looks both ways cannot use a cache: call it without')
+        if seqlens is not None and seqlens.shape[1] != 1:
+            raise SLMError('with a cache, seqlens is (b,1): the valid length of each row')
         pos = at = cache.begin(t, seqlens)
         if c.mixer == 'attention': s,plain = cache.s,cache.even and (t == 1 or cache.start == 0)
-    elif seqlens is not None and not (c.causal and seqlens.shape[1] == 1): (pos,doc),plain = doc_positions(seqlens, t),False
+    elif seqlens is not None and not (c.causal and seqlens.shape[1] == 1):
+        (pos,doc),plain = doc_positions(seqlens, t),False
     if c.mixer != 'attention': return AttnContext(cache=cache, pos=None if plain else pos), pos
     if c.pos == 'learned' and s > c.max_seq_len:
-        raise SLMError(f'{s} tokens, but only {c.max_seq_len} positions were learned: shorten the text')
+        raise SLMError(f'{s} tokens, but only {c.max_seq_len} positions were learned: '
+                       'shorten the text')
     ctx = AttnContext(causal=c.causal, cache=cache)
-    if doc is not None and c.pos != 'alibi' and can_varlen(dev, dtype, c.head_dim): ctx.starts = doc_starts(seqlens, t)
-    elif c.pos == 'alibi' or not plain: ctx.bias = attn_bias(at, s, c.causal, doc, self.constants(dev) if c.pos == 'alibi' else None, dtype)
-    if c.pos == 'rope':                                                          # (t,·), or (b,1,t,·): the same for all heads
-        ctx.cos,ctx.sin = (o if o.ndim == 2 else o[:, None] for o in rope_cos_sin(pos, self.constants(dev), dtype, c.rope_scaling))
+    if doc is not None and c.pos != 'alibi' and can_varlen(dev, dtype, c.head_dim):
+        ctx.starts = doc_starts(seqlens, t)
+    elif c.pos == 'alibi' or not plain:
+        ctx.bias = attn_bias(at, s, c.causal, doc, self.constants(dev) if c.pos == 'alibi'
+                             else None, dtype)
+    if c.pos == 'rope': # (t,·), or (b,1,t,·): the same for all heads
+        ctx.cos,ctx.sin = (o if o.ndim == 2 else o[:, None]
+                           for o in rope_cos_sin(pos, self.constants(dev), dtype, c.rope_scaling))
     return ctx, pos
 
 # %% ../../nbs/11_model.gpt.ipynb #78df2099
@@ -253,15 +310,18 @@ def context(self:Backbone,
 def forward(self:Backbone,
     idx:Tensor, # token ids (b,t)
     cache:KVCache|None=None, # keys and values of earlier calls; this call's are added
-    seqlens:Tensor|None=None, # (b,n) lengths of the documents in each row, zero-padded; with a cache (b,1)
+    # (b,n) lengths of the documents in each row, zero-padded; with a cache (b,1)
+    seqlens:Tensor|None=None,
     types:Tensor|None=None, # token types (b,t); all 0 if not given
 )->Tensor: # (b,t,d), normalised
     "Embed, run the blocks, normalise."
     c,x = self.cfg,self.embed_tokens(idx)                                        # (b,t,d)
-    dtype = torch.get_autocast_dtype(x.device.type) if torch.is_autocast_enabled(x.device.type) else x.dtype
+    dtype = (torch.get_autocast_dtype(x.device.type) if torch.is_autocast_enabled(x.device.type)
+             else x.dtype)
     ctx,pos = self.context(idx, cache, seqlens, dtype)
     if c.pos == 'sinusoidal': x = x*math.sqrt(c.d_model) + sinusoids(pos, c.d_model).to(x.dtype)
-    if c.pos == 'learned': x = x + self.embed_positions(pos.clamp(max=c.max_seq_len-1))  # padding may stand past the last position
+    # padding may stand past the last position
+    if c.pos == 'learned': x = x + self.embed_positions(pos.clamp(max=c.max_seq_len-1))
     if c.n_types: x = x + self.embed_types(torch.zeros_like(idx) if types is None else types)
     if c.norm_pos == 'post' or c.norm_embed: x = self.embed_norm(x)
     x = self.drop(x)
@@ -281,7 +341,8 @@ class GPT(nn.Module):
         self.init_weights()
 
     def get_input_embeddings(self): return self.model.embed_tokens
-    def get_output_embeddings(self): return self.model.embed_tokens if self.cfg.tied else self.lm_head
+    def get_output_embeddings(self):
+        return self.model.embed_tokens if self.cfg.tied else self.lm_head
 
     def head(self,
         h:Tensor, # (…,d) from the backbone
@@ -292,7 +353,8 @@ class GPT(nn.Module):
     def forward(self,
         idx:Tensor, # token ids (b,t)
         cache:KVCache|None=None, # keys and values of earlier calls; this call's are added
-        seqlens:Tensor|None=None, # (b,n) lengths of the documents in each row, zero-padded; with a cache (b,1)
+        # (b,n) lengths of the documents in each row, zero-padded; with a cache (b,1)
+        seqlens:Tensor|None=None,
         types:Tensor|None=None, # token types (b,t)
         keep:Tensor|None=None, # bool (b,t): where scores are wanted; everywhere if not given
         scored:bool=True, # False: what the head would get
@@ -307,19 +369,22 @@ class GPT(nn.Module):
 def init_weights(self:GPT):
     """Normal with variance 2/(5d) (Nguyen & Salazar 2019), or with `init_std`; biases 0, norms 1.
 
-    What writes to the stream is smaller by the root of how many do (GPT-2, §2.3). Blocks with a state set the rest by themselves."""
+    What writes to the stream is smaller by the root of how many do (GPT-2, §2.3). Blocks with a
+    state set the rest by themselves."""
     std = self.cfg.init_std or math.sqrt(2/(5*self.cfg.d_model))
     small = std/math.sqrt(self.cfg.n_layer*(2 if self.cfg.mixer == 'attention' else 1))
     for name,m in self.named_modules():
         if isinstance(m, (nn.Linear, nn.Embedding)):
-            nn.init.normal_(m.weight, std=small if name.endswith(('o_proj', 'down_proj', 'out_proj')) else std)
+            nn.init.normal_(m.weight, std=small
+                            if name.endswith(('o_proj', 'down_proj', 'out_proj')) else std)
             if getattr(m, 'bias', None) is not None: nn.init.zeros_(m.bias)
     if self.cfg.mixer != 'attention':
         for b in self.model.layers: b.mixer.init_state()
 
 # %% ../../nbs/11_model.gpt.ipynb #c1829686
 def _to_gradient(logits, y, share, out, rows):
-    "Fill `out`, which may be the logits themselves, with the loss's gradient, some rows at a time; returns the loss. Float32 in between"
+    """Fill `out`, which may be the logits themselves, with the loss's gradient, some rows at a
+    time; returns the loss. Float32 in between"""
     total = share.new_zeros(())
     for z,at,w,o in zip(*(x.split(rows) for x in (logits, y[:, None], share[:, None], out))):
         p = z.log_softmax(-1, dtype=torch.float32)                               # (rows,v)
@@ -327,18 +392,21 @@ def _to_gradient(logits, y, share, out, rows):
         o.copy_(p.exp_().scatter_add_(1, at, torch.full_like(w, -1)).mul_(w)); del p
     return total
 
+# %% ../../nbs/11_model.gpt.ipynb #7af832dc
 class _CrossEntropy(torch.autograd.Function):
     "Cross-entropy and its gradient in one pass over the logits."
     @staticmethod
-    def forward(ctx, logits, y, share):                                          # (n,v), (n,), (n,) weight of each token
+    def forward(ctx, logits, y, share): # (n,v), (n,), (n,) weight of each token
         g = torch.empty_like(logits); ctx.save_for_backward(g)
-        return _to_gradient(logits, y, share, g, 128 if logits.device.type == 'cpu' else max(1, 2**25//logits.shape[1]))
+        return _to_gradient(logits, y, share, g, 128 if logits.device.type == 'cpu'
+                            else max(1, 2**25//logits.shape[1]))
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, d):
         g, = ctx.saved_tensors
-        return g if d.device.type == 'cpu' and d == 1 else g*d, None, None       # multiplying by one costs as much as a layer's norms
+        # multiplying by one costs as much as a layer's norms
+        return g if d.device.type == 'cpu' and d == 1 else g*d, None, None
 
 # %% ../../nbs/11_model.gpt.ipynb #c1829688
 @dataclass
@@ -347,9 +415,10 @@ class Unscored:
     h:Tensor # (b,t,d) from the backbone
     weight:Tensor # (v,d) of the head
     def __getattr__(self, name): # who asks for more gets the scores
-        if name.startswith('__'): raise AttributeError(name)                      # copying, pickling
+        if name.startswith('__'): raise AttributeError(name) # copying, pickling
         return getattr(F.linear(self.h, self.weight), name)
 
+# %% ../../nbs/11_model.gpt.ipynb #f4fd51fe
 @patch
 def matrix(self:GPT)->Tensor|None: # (v,d)
     "The head, if it is a matrix and nothing else: not packed, without adapters, not of four bits."
@@ -358,21 +427,25 @@ def matrix(self:GPT)->Tensor|None: # (v,d)
 
 def logits_at_once(device:str)->int: # type of the device
     "So many logits may be there together; a loss with more takes them in parts."
-    return 1<<28 if device == 'cpu' else 1<<27                                   # on a processor one product over all is faster
+    return 1<<28 if device == 'cpu' else 1<<27 # on a processor one product over all is faster
 
+# %% ../../nbs/11_model.gpt.ipynb #2033fa68
 class _HeadLoss(torch.autograd.Function):
-    "Head and cross-entropy together, in so many `parts`; the gradient of the head's matrix is summed in float32."
+    """Head and cross-entropy together, in so many `parts`; the
+    gradient of the head's matrix is summed in float32."""
     @staticmethod
-    def forward(ctx, h, weight, y, share, parts):                                # (n,d), (v,d), (n,), (n,)
-        kind = h.device.type; dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else h.dtype
+    def forward(ctx, h, weight, y, share, parts): # (n,d), (v,d), (n,), (n,)
+        kind = h.device.type
+        dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else h.dtype
         dh,total,small = torch.empty_like(h),share.new_zeros(()),max(1, 2**25//len(weight))
-        dw,head = torch.zeros_like(weight, dtype=torch.float32) if ctx.needs_input_grad[1] else None, weight.to(dtype)
+        dw = torch.zeros_like(weight, dtype=torch.float32) if ctx.needs_input_grad[1] else None
+        head = weight.to(dtype)
         for x,at,w,out in zip(*(o.chunk(parts) for o in (h, y, share, dh))):
             x = x.to(dtype); z = x@head.T                                        # (rows,v)
             total += _to_gradient(z, at, w, z, small)
             out.copy_(z@head)
             if dw is not None: dw.addmm_(z.T, x) if dtype == torch.float32 else dw.add_(z.T@x)
-            del z                                                                # or two parts would be there at once
+            del z # or two parts would be there at once
         ctx.save_for_backward(dh, dw); return total
 
     @staticmethod
@@ -390,12 +463,15 @@ def lm_loss(
 )->Tensor: # nats a token, a scalar; 0 if no token counts
     "Cross-entropy, the mean over the tokens that count."
     n = y.numel() if loss_mask is None else loss_mask.sum().clamp(min=1)
-    share = torch.ones(y.shape, device=y.device)/n if loss_mask is None else loss_mask/n                # (b,t)
-    if not isinstance(scores, Unscored): return _CrossEntropy.apply(scores.flatten(0, 1), y.flatten(), share.flatten())
+    share = torch.ones(y.shape, device=y.device)/n if loss_mask is None else loss_mask/n # (b,t)
+    if not isinstance(scores, Unscored):
+        return _CrossEntropy.apply(scores.flatten(0, 1), y.flatten(), share.flatten())
     h,y,share = (o.flatten(0, 1) for o in (scores.h, y, share))
     parts = math.ceil(len(y)*len(scores.weight)/(most or logits_at_once(y.device.type)))
-    return _CrossEntropy.apply(F.linear(h, scores.weight), y, share) if parts <= 1 else _HeadLoss.apply(h, scores.weight, y, share, parts)
+    return (_CrossEntropy.apply(F.linear(h, scores.weight), y, share) if parts <= 1
+            else _HeadLoss.apply(h, scores.weight, y, share, parts))
 
+# %% ../../nbs/11_model.gpt.ipynb #4cceba3e
 @torch.no_grad()
 def token_nats(
     scores:Tensor|Unscored, # (b,t,v), or what they are made of
@@ -412,12 +488,14 @@ def token_nats(
 @patch
 def new_cache(self:GPT,
     b:int, # rows
-    max_len:int|None=None, # tokens that a row can hold; `max_seq_len` if not given. A state holds any number
+    # tokens that a row can hold; `max_seq_len` if not given. A state holds any number
+    max_len:int|None=None,
 )->KVCache:
     "An empty cache of the model's kind."
     c,w = self.cfg,self.get_input_embeddings().weight
     if c.mixer != 'attention': return find_block(c.mixer).new_cache(c, b, w.dtype, w.device)
-    return KVCache(c.n_layer, b, c.n_kv_head, max_len or c.max_seq_len, c.head_dim, w.dtype, w.device)
+    return KVCache(c.n_layer, b, c.n_kv_head, max_len or c.max_seq_len,
+                   c.head_dim, w.dtype, w.device)
 
 # %% ../../nbs/11_model.gpt.ipynb #e13e2682
 @patch
@@ -428,14 +506,17 @@ def param_counts(self:GPTConfig)->dict[str,int]: # part -> number of parameters
     embedding = (c.vocab_size + c.n_types + (c.max_seq_len if c.pos == 'learned' else 0))*c.d_model
     head = 0 if c.tied else c.vocab_size*c.d_model
     if c.mixer != 'attention':
-        return dict(embedding=embedding, mixer=c.n_layer*find_block(c.mixer).params(c), norms=(c.n_layer+1)*c.d_model, head=head)
+        return dict(embedding=embedding, mixer=c.n_layer*find_block(c.mixer).params(c),
+                    norms=(c.n_layer+1)*c.d_model, head=head)
     return dict(
         embedding = embedding,
-        attention = c.n_layer*(c.d_model*(2*q + 2*kv) + b*(q + 2*kv + c.d_model) + 2*c.head_dim*c.qk_norm),
+        attention = c.n_layer*(c.d_model*(2*q + 2*kv) + b*(q + 2*kv + c.d_model)
+                               + 2*c.head_dim*c.qk_norm),
         mlp = c.n_layer*((2+gate)*c.d_model*c.d_ff + b*((1+gate)*c.d_ff + c.d_model)),
         norms = (2*c.n_layer+1)*c.d_model*(1 + (b and c.norm == 'layer')),
         head = head)
 
+# %% ../../nbs/11_model.gpt.ipynb #76c500d2
 @patch
 def num_params(self:GPTConfig)->int:
     "Parameters of the whole model, by formula."
@@ -452,14 +533,19 @@ def flops_per_token(self:GPTConfig,
     seq_len:int|None=None, # tokens that attend to each other; `max_seq_len` if not given
     train:bool=True, # forward and backward; or forward only
 )->int: # floating point operations; a multiplication with its addition is two
-    """6N + 12·n_layer·n_head·head_dim·seq_len (PaLM, appendix B); a third of it for the forward pass.
+    """6N + 12·n_layer·n_head·head_dim·seq_len (PaLM,
+    appendix B); a third of it for the forward pass.
 
-    N counts the weights that multiply, the head among them. What a state costs is the same at any length."""
+    N counts the weights that multiply, the head among them.
+    What a state costs is the same at any length."""
     c,q,kv = self,self.n_head*self.head_dim,self.n_kv_head*self.head_dim
-    if c.mixer != 'attention': return (c.n_layer*find_block(c.mixer).flops(c) + 2*c.vocab_size*c.d_model)*(3 if train else 1)
+    if c.mixer != 'attention':
+        return (c.n_layer*find_block(c.mixer).flops(c)
+                + 2*c.vocab_size*c.d_model)*(3 if train else 1)
     n = c.n_layer*c.d_model*(2*q + 2*kv + (2 + (c.act in GATES))*c.d_ff) + c.vocab_size*c.d_model
     return (2*n + 4*c.n_layer*q*(seq_len or c.max_seq_len))*(3 if train else 1)
 
+# %% ../../nbs/11_model.gpt.ipynb #a0869e68
 @patch
 def flops_per_token(self:GPT,
     seq_len:int|None=None, # tokens that attend to each other; `max_seq_len` if not given
@@ -468,57 +554,78 @@ def flops_per_token(self:GPT,
     "`GPTConfig.flops_per_token` of this model."
     return self.cfg.flops_per_token(seq_len, train)
 
+# %% ../../nbs/11_model.gpt.ipynb #213a7b56
+def _kept_bytes(c, e, seq_len, device):
+    "What a block keeps of a token for the way back, with `e` bytes a number"
+    q,kv = c.n_head*c.head_dim,c.n_kv_head*c.head_dim
+    ff = c.d_ff*((3 if c.act in ('reglu', 'bilinear') else 4) if c.act in GATES
+                 else 1 if c.act == 'relu' else 2)
+    pairs = c.n_head*(seq_len+min(128, seq_len))/2 if c.causal else c.n_head*seq_len
+    kept = (pairs if device == 'cpu' and seq_len <= 2048
+            else c.n_head*seq_len if device == 'mps' else 0)
+    norms = 2*c.d_model*4 + (q+kv)*c.qk_norm*(4 if e == 4 else 8)
+    return norms + e*(2*c.d_model + 2*q + 2*kv + ff + kept)
+
 # %% ../../nbs/11_model.gpt.ipynb #213a7b57
 def memory_estimate(
     cfg:GPTConfig,
     bs:int, # rows that are computed at once
     seq_len:int, # tokens a row
     train:bool=True, # training; or decoding with a cache
-    dtype:str='float32', # computed in: 'float32' or 'bfloat16'; in training the weights stay float32
+    # computed in: 'float32' or 'bfloat16'; in training the weights stay float32
+    dtype:str='float32',
     optim_bytes:int=8, # optimiser's state for each parameter: 8 for AdamW
-    device:str='cpu', # what keeps attention weights: 'cpu' up to 2048 tokens, 'mps' always, 'cuda' never
-    accumulated:bool=True, # a step has several such batches: gradients of the earlier ones are there from the beginning
+    device:str='cpu', # attention weights are kept on 'cpu' up to 2048 tokens, on 'mps' always
+    # a step has several such batches: gradients of the earlier ones are there from the beginning
+    accumulated:bool=True,
     frugal:bool=False, # with `recompute`
 )->dict[str,int]: # bytes of each part, and their 'total'
-    "Bytes that training or decoding needs, by formula. The total of a training is the most at one time."
+    """Bytes that training or decoding needs, by formula. The
+    total of a training is the most at one time."""
     c,n,e = cfg,cfg.num_params(),4 if dtype == 'float32' else 2
-    q,kv = c.n_head*c.head_dim,c.n_kv_head*c.head_dim
     state = c.mixer != 'attention' and find_block(c.mixer)
     if not train:
-        cache = c.n_layer*bs*state.cache_bytes(c, e) if state else 2*c.n_layer*bs*kv*seq_len*e
+        row = state.cache_bytes(c, e) if state else 2*c.n_kv_head*c.head_dim*seq_len*e
+        cache = c.n_layer*bs*row
         p = dict(weights=n*e, cache=cache, logits=bs*c.vocab_size*(e+4))
         return p | dict(total=sum(p.values()))
-    ff = c.d_ff*((3 if c.act in ('reglu', 'bilinear') else 4) if c.act in GATES else 1 if c.act == 'relu' else 2)
-    pairs = c.n_head*(seq_len+min(128, seq_len))/2 if c.causal else c.n_head*seq_len
-    kept = pairs if device == 'cpu' and seq_len <= 2048 else c.n_head*seq_len if device == 'mps' else 0
-    layer = 2*c.d_model*4 + (q+kv)*c.qk_norm*(4 if e == 4 else 8) + e*(2*c.d_model + 2*q + 2*kv + ff + kept)
-    if state: layer = state.kept_bytes(c, e)
+    layer = state.kept_bytes(c, e) if state else _kept_bytes(c, e, seq_len, device)
     out = bs*seq_len*c.vocab_size*e; logits = out*(2 if device == 'cpu' else 3)
     parts = math.ceil(out/e/logits_at_once(device)); head = c.vocab_size*c.d_model
-    if parts > 1: logits = out//parts + 2**25*(4 if e == 4 else 8) + head*(4 if e == 4 else 8)          # see `_HeadLoss`
-    acts = int(bs*seq_len*(c.d_model*4*c.n_layer if frugal else c.n_layer*layer)) + bs*seq_len*c.d_model*(4+e)
-    if frugal: acts += max(0, int(bs*seq_len*layer)-logits)                       # one block is there at a time, the logits no more
-    p = dict(weights=n*(4 if e == 4 else 6), gradients=4*n, optimiser=optim_bytes*n, activations=acts, logits=logits)
-    p['allocator'] = int((.1 if frugal else .35)*(acts+logits)) if device == 'cpu' else 0 # freed and not given back
+    # see `_HeadLoss`
+    if parts > 1: logits = out//parts + 2**25*(4 if e == 4 else 8) + head*(4 if e == 4 else 8)
+    acts = (int(bs*seq_len*(c.d_model*4*c.n_layer if frugal else c.n_layer*layer))
+            + bs*seq_len*c.d_model*(4+e))
+    # one block is there at a time, the logits no more
+    if frugal: acts += max(0, int(bs*seq_len*layer)-logits)
+    p = dict(weights=n*(4 if e == 4 else 6), gradients=4*n, optimiser=optim_bytes*n,
+             activations=acts, logits=logits)
+    # freed and not given back
+    p['allocator'] = int((.1 if frugal else .35)*(acts+logits)) if device == 'cpu' else 0
     if accumulated: return p | dict(total=sum(p.values()))
-    back = logits if parts > 1 else max(logits, logits-out+4*head) # with the head's gradient, without the logits themselves
-    return p | dict(total=p['weights'] + p['optimiser'] + max(acts+back, p['gradients']) + p['allocator'])
+    # with the head's gradient, without the logits themselves
+    back = logits if parts > 1 else max(logits, logits-out+4*head)
+    return p | dict(total=p['weights'] + p['optimiser'] + max(acts+back, p['gradients'])
+                    + p['allocator'])
 
 # %% ../../nbs/11_model.gpt.ipynb #cfd39702
 def give_back(
     size:int=2**18, # bytes from which on a freed tensor goes back to the system
 )->bool: # did the allocator understand? (glibc's does)
     "Let the process shrink when tensors are freed, where the C library is glibc."
-    try: return all(ctypes.CDLL(None).mallopt(k, size) for k in (-3, -1)) # M_MMAP_THRESHOLD, M_TRIM_THRESHOLD
+    # M_MMAP_THRESHOLD, M_TRIM_THRESHOLD
+    try: return all(ctypes.CDLL(None).mallopt(k, size) for k in (-3, -1))
     except (AttributeError, OSError, TypeError): return False
 
+# %% ../../nbs/11_model.gpt.ipynb #bdf488d4
 def recompute(
     model:nn.Module, # changed in place
 )->nn.Module: # the same model
     "Keep only the input of each block for the backward pass (Chen et al. 2016)."
     def forward(block, x, ctx):
         f = type(block).forward
-        return checkpoint(f, block, x, ctx, use_reentrant=False) if torch.is_grad_enabled() and block.training else f(block, x, ctx)
+        return (checkpoint(f, block, x, ctx, use_reentrant=False) if torch.is_grad_enabled()
+                and block.training else f(block, x, ctx))
     for m in model.modules():
         if isinstance(m, Backbone):
             for block in m.layers: block.forward = MethodType(forward, block)
@@ -548,11 +655,13 @@ def check_fits(
     memory:int|None=None, # bytes there are; the device's if not given
     frugal:bool=False, # with `recompute`
 )->dict[str,int]: # what `memory_estimate` says
-    "Raise `SLMError`, with the estimate, for a model that does not fit into the memory of `device`."
+    """Raise `SLMError`, with the estimate, for a model that
+    does not fit into the memory of `device`."""
     kind,have = get_device(str(device)).type,memory or device_memory(device)
     m = memory_estimate(cfg, bs, seq_len, train, dtype, device=kind, frugal=frugal)
     if m['total'] <= have: return m
     gb = lambda b: f'{b/2**30:.1f}'
-    raise SLMError(f"the model needs about {gb(m['total'])} GiB ({', '.join(f'{k} {gb(v)}' for k,v in m.items() if k != 'total')}), "
+    raise SLMError(f"the model needs about {gb(m['total'])} "
+                   f"GiB ({', '.join(f'{k} {gb(v)}' for k,v in m.items() if k != 'total')}), "
                    f"{kind} has {gb(have)}: take a smaller preset, fewer rows or a shorter context"
                    + (', or keep less: --frugal' if train and not frugal else ''))

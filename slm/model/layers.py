@@ -22,7 +22,9 @@ class _RMSNorm(torch.autograd.Function):
     "RMSNorm with its gradient by hand: half the time and two thirds of the memory on a processor."
     @staticmethod
     def forward(ctx, x, w, eps):
-        r = torch.linalg.vector_norm(x, dim=-1, keepdim=True).square_().div_(x.shape[-1]).add_(eps).rsqrt_()   # (…,1)
+        # (…,1)
+        r = torch.linalg.vector_norm(x, dim=-1,
+                                     keepdim=True).square_().div_(x.shape[-1]).add_(eps).rsqrt_()
         n = x*r
         ctx.save_for_backward(n, w, r)
         return n*w
@@ -33,8 +35,10 @@ class _RMSNorm(torch.autograd.Function):
         n,w,r = ctx.saved_tensors
         gn = g*n
         along = (gn@w)[..., None]                                                # (…,1) ⟨wg,n⟩
-        return torch.addcmul(g*w, n, along, value=-1/w.numel()).mul_(r), gn.reshape(-1, w.numel()).sum(0), None
+        return torch.addcmul(g*w, n, along,
+                             value=-1/w.numel()).mul_(r), gn.reshape(-1, w.numel()).sum(0), None
 
+# %% ../../nbs/10_model.layers.ipynb #74854977
 class RMSNorm(nn.Module):
     "Divide by the root of the mean square, then scale (Zhang & Sennrich 2019, eq. 4)."
     def __init__(self,
@@ -47,7 +51,8 @@ class RMSNorm(nn.Module):
     def forward(self,
         x:Tensor, # (…,d)
     )->Tensor: # (…,d), of the type of `x`; statistics in float32
-        by_hand = x.device.type == 'cpu' and x.requires_grad and x.dtype == self.weight.dtype == torch.float32
+        by_hand = (x.device.type == 'cpu' and x.requires_grad
+                   and x.dtype == self.weight.dtype == torch.float32)
         if by_hand: return _RMSNorm.apply(x, self.weight, self.eps)
         return F.rms_norm(x, self.weight.shape, self.weight.to(x.dtype), self.eps)
 
@@ -69,15 +74,19 @@ def attend_blocks(
     q:Tensor, # (b,h,t,head_dim)
     k:Tensor, # (b,m,t,head_dim), m key-value heads, a divisor of h
     v:Tensor, # (b,m,t,head_dim)
-    bias:Tensor|None=None, # (b or 1, h or 1, t, t) added to the scores; with `causal` it must be -inf above the diagonal
+    # (b or 1, h or 1, t, t) added to the scores; with `causal` it must be -inf above the diagonal
+    bias:Tensor|None=None,
     causal:bool=True, # hide what comes later
     n:int=128, # queries in a block
 )->Tensor: # (b,h,t,head_dim)
-    "Attention, a block of queries at a time: with `causal`, keys after the block are not even multiplied."
+    """Attention, a block of queries at a time: with `causal`, keys
+    after the block are not even multiplied."""
     (b,h,t,hd),m = q.shape,k.shape[1]
-    k,v = k.contiguous(),v.contiguous()                                          # once, or each block would copy its part
-    q,k,out = (q*hd**-.5).unflatten(1, (m, -1)),k.transpose(-1, -2),[]           # (b,m,g,t,hd), (b,m,hd,t)
-    if bias is not None: bias = bias.unflatten(1, (m, -1)) if bias.shape[1] > 1 else bias[:, :, None]   # (b,m,g,t,t)
+    k,v = k.contiguous(),v.contiguous() # once, or each block would copy its part
+    q,k,out = (q*hd**-.5).unflatten(1, (m, -1)),k.transpose(-1, -2),[] # (b,m,g,t,hd), (b,m,hd,t)
+    # (b,m,g,t,t)
+    if bias is not None:
+        bias = bias.unflatten(1, (m, -1)) if bias.shape[1] > 1 else bias[:, :, None]
     for i in range(0, t, n):
         j = min(i+n, t); s = j if causal else t
         scores = (q[:, :, :, i:j].flatten(2, 3) @ k[..., :s]).view(b, m, -1, j-i, s)
@@ -91,16 +100,20 @@ def attend(
     q:Tensor, # (b,h,t,head_dim)
     k:Tensor, # (b,m,s,head_dim), m key-value heads, a divisor of h
     v:Tensor, # (b,m,s,head_dim)
-    bias:Tensor|None=None, # (b or 1, h or 1, t, s) added to the scores; with `causal` it must be -inf where a key comes later
+    # (b or 1, h or 1, t, s) added to the scores; with
+    # `causal` it must be -inf where a key comes later
+    bias:Tensor|None=None,
     causal:bool=True, # hide what comes later
 )->Tensor: # (b,h,t,head_dim)
     "softmax(qkᵀ/√head_dim + bias)v (Vaswani et al. 2017, eq. 1) by the fastest way that there is."
     (b,h,t,hd),(m,s) = q.shape,k.shape[1:3]
     if q.device.type == 'cpu' and 1 < t == s <= 2048: return attend_blocks(q, k, v, bias, causal)
-    if t == 1 and m < h:                                                         # the heads of a group become queries of one head
+    if t == 1 and m < h: # the heads of a group become queries of one head
         if bias is not None and bias.shape[1] > 1: bias = bias.view(len(bias), m, -1, s)
-        return F.scaled_dot_product_attention(q.reshape(b, m, h//m, hd), k, v, attn_mask=bias).reshape(b, h, 1, hd)
-    return F.scaled_dot_product_attention(q, k, v, attn_mask=bias, is_causal=causal and bias is None and t > 1, enable_gqa=m < h)
+        return F.scaled_dot_product_attention(q.reshape(b, m, h//m, hd),
+                                              k, v, attn_mask=bias).reshape(b, h, 1, hd)
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=bias, is_causal=causal
+                                          and bias is None and t > 1, enable_gqa=m < h)
 
 # %% ../../nbs/10_model.layers.ipynb #08adf2dd
 def sinusoids(
@@ -108,14 +121,16 @@ def sinusoids(
     d:int, # width, even
 )->Tensor: # (…,t,d) float32
     "Sines and cosines of the position (Vaswani et al. 2017, §3.5)."
-    a = pos[..., None].float() * 10_000. ** -(torch.arange(0, d, 2, device=pos.device)/d)   # (…,t,d/2)
+    # (…,t,d/2)
+    a = pos[..., None].float() * 10_000. ** -(torch.arange(0, d, 2, device=pos.device)/d)
     return torch.stack((a.sin(), a.cos()), -1).flatten(-2)
 
 # %% ../../nbs/10_model.layers.ipynb #f567068a
 def alibi_slopes(
     n_head:int, # heads
 )->Tensor: # (n_head,) float32, penalty for each token of distance
-    "Geometric slopes; where the heads are no power of two, those of the next power are interleaved (Press et al. 2022, §3)."
+    """Geometric slopes; where the heads are no power of two, those of the next power are
+    interleaved (Press et al. 2022, §3)."""
     n = 2**math.floor(math.log2(n_head))
     s = [2**(-8*(i+1)/n) for i in range(n)] + [2**(-4*(2*i+1)/n) for i in range(n_head-n)]
     return torch.tensor(s)
@@ -127,22 +142,29 @@ def rope_kind(scaling:dict|None)->str: # the name in `rope_scaling`, 'default' f
     "How the rotary speeds are stretched."
     return (scaling or {}).get('rope_type', (scaling or {}).get('type', 'default'))
 
+# %% ../../nbs/10_model.layers.ipynb #50497f7d
 def yarn_speeds(
     inv:Tensor, # (head_dim/2,) speeds before
     theta:float, # their base
-    scaling:dict, # with factor and original_max_position_embeddings; beta_fast, beta_slow, truncate if they are not 32, 1, True
+    # with factor and original_max_position_embeddings; beta_fast,
+    # beta_slow, truncate if they are not 32, 1, True
+    scaling:dict,
 )->Tensor: # (head_dim/2,)
-    "YaRN: pairs that turn often keep their speed, slow ones are slowed, a ramp over the pair's number between (Peng et al. 2023, §3.2)."
+    """YaRN: pairs that turn often keep their speed, slow ones are slowed, a ramp over the pair's
+    number between (Peng et al. 2023, §3.2)."""
     n, old = len(inv), scaling['original_max_position_embeddings']
-    pair = lambda turns: n*math.log(old/(turns*2*math.pi))/math.log(theta)                   # which pair turns so often in the old context
+    # which pair turns so often in the old context
+    pair = lambda turns: n*math.log(old/(turns*2*math.pi))/math.log(theta)
     lo, hi = pair(scaling.get('beta_fast') or 32), pair(scaling.get('beta_slow') or 1)
     if scaling.get('truncate', True): lo, hi = math.floor(lo), math.ceil(hi)
     lo, hi = max(lo, 0), min(hi, 2*n-1)
     slow = ((torch.arange(n)-lo)/(hi-lo if hi != lo else .001)).clamp(0, 1)
     return (1-slow)*inv + slow*inv/scaling['factor']
 
+# %% ../../nbs/10_model.layers.ipynb #950b0e04
 def yarn_scale(scaling:dict|None)->float: # 1 for all other kinds
-    "YaRN's factor on cosines and sines: 0.1 ln(factor) + 1 unless the checkpoint gives another (Peng et al. 2023, §3.4)."
+    """YaRN's factor on cosines and sines: 0.1 ln(factor) + 1 unless the
+    checkpoint gives another (Peng et al. 2023, §3.4)."""
     if rope_kind(scaling) != 'yarn': return 1.
     if given := scaling.get('attention_factor'): return float(given)
     at = lambda m: .1*m*math.log(scaling['factor'])+1 if scaling['factor'] > 1 else 1.
@@ -153,22 +175,27 @@ def yarn_scale(scaling:dict|None)->float: # 1 for all other kinds
 def rope_inv_freq(
     head_dim:int, # size of a head, even
     theta:float=10_000., # base: the slowest pair turns once in about 2πθ tokens
-    scaling:dict|None=None, # `rope_scaling` of a Hugging Face config; its `rope_type` is one of `ROPE_KINDS`
+    # `rope_scaling` of a Hugging Face config; its `rope_type` is one of `ROPE_KINDS`
+    scaling:dict|None=None,
 )->Tensor: # (head_dim/2,) radians a token, float32
-    "Speed of each pair of dimensions (Su et al. 2021, §3.2.2); raises `SLMError` for a scaling that is not known."
+    """Speed of each pair of dimensions (Su et al. 2021, §3.2.2);
+    raises `SLMError` for a scaling that is not known."""
     inv = 1/theta**(torch.arange(0, head_dim, 2, dtype=torch.float)/head_dim)
     kind = rope_kind(scaling)
     try:
-        if kind == 'dynamic': dynamic_speeds(inv, torch.tensor(1), scaling)                  # for its errors; a short text keeps its speeds
+        # for its errors; a short text keeps its speeds
+        if kind == 'dynamic': dynamic_speeds(inv, torch.tensor(1), scaling)
         if kind in ('default', 'dynamic'): return inv
         if kind == 'linear': return inv/scaling['factor']
         if kind == 'llama3':
-            turns = scaling['original_max_position_embeddings'] * inv/(2*math.pi)            # within the old context
+            # within the old context
+            turns = scaling['original_max_position_embeddings'] * inv/(2*math.pi)
             lo,hi = scaling['low_freq_factor'],scaling['high_freq_factor']
-            keep = ((turns-lo)/(hi-lo)).clamp(0, 1)                                          # 1: as it was, 0: slowed
+            keep = ((turns-lo)/(hi-lo)).clamp(0, 1) # 1: as it was, 0: slowed
             return keep*inv + (1-keep)*inv/scaling['factor']
         if kind == 'yarn': return yarn_speeds(inv, theta, scaling)
-    except KeyError as e: raise SLMError(f"rope_scaling of type '{kind}' lacks {e}: add it") from None
+    except KeyError as e:
+        raise SLMError(f"rope_scaling of type '{kind}' lacks {e}: add it") from None
     raise SLMError(f"unknown rope_type '{kind}': use one of {', '.join(ROPE_KINDS)}")
 
 # %% ../../nbs/10_model.layers.ipynb #3e0c9a13
@@ -177,7 +204,8 @@ def dynamic_speeds(
     n:Tensor, # (…,) tokens of each text so far
     scaling:dict, # with factor and original_max_position_embeddings
 )->Tensor: # (…,head_dim/2)
-    "Speeds for a text of `n` tokens: NTK-aware scaling of the base (Peng et al. 2023, §3.1 and §3.3)."
+    """Speeds for a text of `n` tokens: NTK-aware scaling of
+    the base (Peng et al. 2023, §3.1 and §3.3)."""
     old, f, d = scaling['original_max_position_embeddings'], scaling['factor'], 2*len(inv)
     g = f*n.clamp(min=old).float()/old - (f-1)
     return inv*g[..., None]**(-torch.arange(0, d, 2, device=inv.device)/(d-2))
@@ -187,10 +215,12 @@ def rope_cos_sin(
     pos:Tensor, # (…,t) positions
     inv_freq:Tensor, # (head_dim/2,), float32
     dtype:torch.dtype=torch.float32, # type of the result; the angles are float32 always
-    scaling:dict|None=None, # `rope_scaling`, for those kinds that need more than speeds: yarn and dynamic
+    # `rope_scaling`, for those kinds that need more than speeds: yarn and dynamic
+    scaling:dict|None=None,
 )->tuple[Tensor,Tensor]: # cosines and sines, each (…,t,head_dim/2)
     "The rotation that belongs to each position."
-    if rope_kind(scaling) == 'dynamic': inv_freq = dynamic_speeds(inv_freq, pos.amax(-1)+1, scaling)[..., None, :]
+    if rope_kind(scaling) == 'dynamic':
+        inv_freq = dynamic_speeds(inv_freq, pos.amax(-1)+1, scaling)[..., None, :]
     a, scale = pos[..., None].float() * inv_freq, yarn_scale(scaling)            # (…,t,head_dim/2)
     return (a.cos()*scale).to(dtype), (a.sin()*scale).to(dtype)
 
@@ -228,14 +258,17 @@ def attn_bias(
     dist = at[:, None, :, None] - torch.arange(s, device=at.device)              # (b,1,t,s)
     hide = dist < 0 if causal else torch.zeros_like(dist, dtype=torch.bool)
     if doc is not None: hide = hide | (doc[:, None, :, None] != doc[:, None, None, :])
-    bias = torch.zeros((), device=at.device) if slopes is None else -slopes[:, None, None]*dist.abs()
+    bias = (torch.zeros((), device=at.device) if slopes is None
+            else -slopes[:, None, None]*dist.abs())
     return torch.where(hide, -math.inf, bias).to(dtype)
 
 # %% ../../nbs/10_model.layers.ipynb #e592b9ed
 _varlen_attn = None
-if torch.cuda.is_available():                                                    # this import brings a compiler along: more than a second
-    with contextlib.suppress(ImportError): from torch.nn.attention.varlen import varlen_attn as _varlen_attn
-_VARLEN = _varlen_attn is not None and {'window_size', 'enable_gqa'} <= set(inspect.signature(_varlen_attn).parameters)
+if torch.cuda.is_available(): # this import brings a compiler along: more than a second
+    with contextlib.suppress(ImportError):
+        from torch.nn.attention.varlen import varlen_attn as _varlen_attn
+_VARLEN = (_varlen_attn is not None
+           and {'window_size', 'enable_gqa'} <= set(inspect.signature(_varlen_attn).parameters))
 
 def can_varlen(
     device:torch.device,
@@ -243,17 +276,23 @@ def can_varlen(
     head_dim:int,
 )->bool:
     "Is there a kernel for documents of different length?"
-    kernel = _VARLEN and device.type == 'cuda' and dtype in (torch.bfloat16, torch.float16) and head_dim%8 == 0 and head_dim <= 256
+    kernel = (_VARLEN and device.type == 'cuda' and dtype in (torch.bfloat16, torch.float16)
+              and head_dim%8 == 0 and head_dim <= 256)
     return kernel and torch.cuda.get_device_capability(device)[0] >= 8
 
+# %% ../../nbs/10_model.layers.ipynb #9bf5e342
 def doc_starts(
     seqlens:Tensor, # (b,n) lengths of the documents in each row, zero-padded
     t:int, # tokens in a row
-)->Tensor: # int32 (b·(n+1)+1,): where each begins in all rows one behind the other, and their end; what is not there begins where it ends
-    "The documents as `varlen_attn` wants them; what comes after a row's last one counts as one more."
+    # int32 (b·(n+1)+1,): where each begins in all rows one behind the other, and their end; what is
+    # not there begins where it ends
+)->Tensor:
+    """The documents as `varlen_attn` wants them; what comes
+    after a row's last one counts as one more."""
     lens = torch.cat((seqlens, t-seqlens.sum(1, keepdim=True)), 1)               # (b,n+1)
     return F.pad(lens.flatten().cumsum(0), (1, 0)).int()
 
+# %% ../../nbs/10_model.layers.ipynb #f545bd7b
 def attend_docs(
     q:Tensor, # (b,h,t,head_dim)
     k:Tensor, # (b,m,t,head_dim), m key-value heads, a divisor of h
@@ -263,14 +302,16 @@ def attend_docs(
 )->Tensor: # (b,h,t,head_dim)
     "Attention inside of each document, without a mask."
     (b,h,t,_),flat = q.shape,lambda x: x.transpose(1, 2).flatten(0, 1)           # (b·t,h,head_dim)
-    q,k = q.to(v.dtype),k.to(v.dtype)                                            # norms of queries and keys leave float32 in autocast
-    y = _varlen_attn(*map(flat, (q, k, v)), starts, starts, t, t, window_size=(-1, 0 if causal else -1), enable_gqa=k.shape[1] < h)
+    q,k = q.to(v.dtype),k.to(v.dtype) # norms of queries and keys leave float32 in autocast
+    y = _varlen_attn(*map(flat, (q, k, v)), starts, starts, t, t,
+                     window_size=(-1, 0 if causal else -1), enable_gqa=k.shape[1] < h)
     return y.unflatten(0, (b, t)).transpose(1, 2)
 
 # %% ../../nbs/10_model.layers.ipynb #165d14c8
 class KVCache:
     "Room for the keys and values of all layers; each row has its own length."
-    parts, rewinds = ('k', 'v'), True # its tensors, (layers, rows, …); can a row go back to fewer tokens?
+    # its tensors, (layers, rows, …); can a row go back to fewer tokens?
+    parts, rewinds = ('k', 'v'), True
     def __init__(self,
         n_layer:int, # layers of the model
         b:int, # rows
@@ -279,15 +320,19 @@ class KVCache:
         head_dim:int, # size of a head
         dtype:torch.dtype=torch.float32, device='cpu',
     ):
-        # zeros, not empty: what is hidden gets the weight 0, and 0 times an accidental NaN would be NaN
-        self.k,self.v = (torch.zeros(n_layer, b, n_kv_head, max_len, head_dim, dtype=dtype, device=device) for _ in range(2))
-        self.lens = torch.zeros(b, dtype=torch.long)                             # on the CPU: read in every step, without waiting for a GPU
+        # zeros, not empty: what is hidden gets the weight 0,
+        # and 0 times an accidental NaN would be NaN
+        self.k,self.v = (torch.zeros(n_layer, b, n_kv_head, max_len,
+                                     head_dim, dtype=dtype, device=device) for _ in range(2))
+        # on the CPU: read in every step, without waiting for a GPU
+        self.lens = torch.zeros(b, dtype=torch.long)
         self.max_len = max_len
 
     @property
     def nbytes(self): return sum(getattr(self, n).nbytes for n in self.parts)
     def __repr__(self):
-        return f'KVCache(layers={len(self.k)}, lens={self.lens.tolist()}, max_len={self.max_len}, {self.nbytes/2**20:.2f} MiB)'
+        return (f'KVCache(layers={len(self.k)}, lens={self.lens.tolist()}, '
+                f'max_len={self.max_len}, {self.nbytes/2**20:.2f} MiB)')
 
 # %% ../../nbs/10_model.layers.ipynb #452ffa26
 @patch
@@ -297,19 +342,23 @@ def begin(self:KVCache,
 )->Tensor: # (b,t), or (1,t) where all rows have the same length: place of each token
     "Prepare to write; raises `SLMError` when a row would overflow."
     n = torch.full_like(self.lens, t) if seqlens is None else seqlens[:, 0].to('cpu', torch.long)
-    if int(n.max()) > t: raise SLMError(f'seqlens says {int(n.max())} tokens, a row has {t}: they must not be more')
+    if int(n.max()) > t:
+        raise SLMError(f'seqlens says {int(n.max())} tokens, a row has {t}: they must not be more')
     self.new = self.lens + n                                                     # (b,)
     if (top := int(self.new.max())) > self.max_len:
-        raise SLMError(f'the cache holds {self.max_len} tokens a row, {top} are needed: make it larger, or stop earlier')
+        raise SLMError(f'the cache holds {self.max_len} tokens a row, '
+                       f'{top} are needed: make it larger, or stop earlier')
     first = int(self.lens[0]); self.even = bool((self.lens == first).all())
     at = (self.lens[:1] if self.even else self.lens)[:, None] + torch.arange(t)  # (1,t) or (b,t)
-    if self.even and first+t <= self.max_len: self.start,self.s = first,first+t  # a slice, padding and all
+    # a slice, padding and all
+    if self.even and first+t <= self.max_len: self.start,self.s = first,first+t
     else:
         self.start,self.s = None,top
         rows,cols = (torch.arange(t) < n[:, None]).nonzero(as_tuple=True)
         self.to = [o.to(self.k.device) for o in (rows, cols, self.lens[rows]+cols)]
     return at.to(self.k.device)
 
+# %% ../../nbs/10_model.layers.ipynb #ca693c0e
 @patch
 def update(self:KVCache,
     layer:int, # whose keys and values
@@ -324,6 +373,7 @@ def update(self:KVCache,
             kept[rows, :, place] = new.detach()[rows, :, cols].to(kept.dtype)
     return self.k[layer, :, :, :self.s], self.v[layer, :, :, :self.s]
 
+# %% ../../nbs/10_model.layers.ipynb #155f2b0e
 @patch
 def end(self:KVCache):
     "All layers have written: move the lengths on."
@@ -338,6 +388,7 @@ def keep(self:KVCache,
     rows = torch.as_tensor(rows); self.lens = self.lens[rows.cpu()]
     for n in self.parts: o = getattr(self, n); setattr(self, n, o[:, rows.to(o.device)])
 
+# %% ../../nbs/10_model.layers.ipynb #a5989f20
 @patch
 def start_row(self:KVCache,
     row:int, # that begins anew
@@ -345,7 +396,9 @@ def start_row(self:KVCache,
     n:int, # so many tokens of it
 ):
     "Take over what is known of a text."
-    if row != source: self.k[:, row, :, :n] = self.k[:, source, :, :n]; self.v[:, row, :, :n] = self.v[:, source, :, :n]
+    if row != source:
+        self.k[:, row, :, :n] = self.k[:, source, :, :n]
+        self.v[:, row, :, :n] = self.v[:, source, :, :n]
 
 # %% ../../nbs/10_model.layers.ipynb #46def9ec
 @dataclass
@@ -356,7 +409,9 @@ class AttnContext:
     bias:Tensor|None=None # (b or 1, h or 1, t, s) of `attn_bias`
     causal:bool=True # hide what comes later
     cache:KVCache|None=None # between its `begin` and `end`
-    pos:Tensor|None=None # (b,t) place of each token in its document, where a row has several; for layers without mask and rotation
+    # (b,t) place of each token in its document, where a row has
+    # several; for layers without mask and rotation
+    pos:Tensor|None=None
     starts:Tensor|None=None # of `doc_starts`, instead of a mask, where `can_varlen`
 
 # %% ../../nbs/10_model.layers.ipynb #1a066db1
@@ -369,7 +424,8 @@ def cast_once(
 
 # %% ../../nbs/10_model.layers.ipynb #a0a1fc79
 class Attention(nn.Module):
-    "Self-attention with several heads, grouped queries and rotary positions (Vaswani et al. 2017, §3.2)."
+    """Self-attention with several heads, grouped queries and
+    rotary positions (Vaswani et al. 2017, §3.2)."""
     def __init__(self,
         d_model:int, # d, width of the stream
         n_head:int, # query heads
@@ -385,29 +441,36 @@ class Attention(nn.Module):
         lin = lambda n: nn.Linear(d_model, n*self.head_dim, bias=bias)
         self.q_proj,self.k_proj,self.v_proj = lin(n_head),lin(n_kv_head),lin(n_kv_head)
         self.o_proj = nn.Linear(n_head*self.head_dim, d_model, bias=bias)
-        self.q_norm,self.k_norm = (RMSNorm(self.head_dim, norm_eps) if qk_norm else None for _ in range(2))
+        self.q_norm,self.k_norm = (RMSNorm(self.head_dim, norm_eps) if qk_norm
+                                   else None for _ in range(2))
 
     def forward(self,
         x:Tensor, # (b,t,d)
         ctx:AttnContext=AttnContext(), # rotation, mask, cache
     )->Tensor: # (b,t,d)
         x = cast_once(x)
-        q,k,v = (f(x).unflatten(-1, (-1, self.head_dim)) for f in (self.q_proj, self.k_proj, self.v_proj))  # (b,t,h,head_dim)
+        # (b,t,h,head_dim)
+        q,k,v = (f(x).unflatten(-1, (-1, self.head_dim))
+                 for f in (self.q_proj, self.k_proj, self.v_proj))
         if self.q_norm is not None: q,k = self.q_norm(q),self.k_norm(k)
         q,k,v = q.transpose(1, 2),k.transpose(1, 2),v.transpose(1, 2)            # (b,h,t,head_dim)
-        if ctx.cos is not None: q,k = apply_rope(q, ctx.cos, ctx.sin),apply_rope(k, ctx.cos, ctx.sin)
+        if ctx.cos is not None:
+            q,k = apply_rope(q, ctx.cos, ctx.sin),apply_rope(k, ctx.cos, ctx.sin)
         if ctx.cache is not None: k,v = ctx.cache.update(self.layer, k, v)
-        y = attend(q, k, v, ctx.bias, ctx.causal) if ctx.starts is None else attend_docs(q, k, v, ctx.starts, ctx.causal)
+        y = (attend(q, k, v, ctx.bias, ctx.causal) if ctx.starts is None
+             else attend_docs(q, k, v, ctx.starts, ctx.causal))
         return self.o_proj(y.transpose(1, 2).flatten(2))
 
 # %% ../../nbs/10_model.layers.ipynb #1fbdf017
-ACTS = dict(gelu=F.gelu, gelu_tanh=lambda x: F.gelu(x, approximate='tanh'), relu=F.relu, relu2=lambda x: F.relu(x).square(), silu=F.silu)
+ACTS = dict(gelu=F.gelu, gelu_tanh=lambda x: F.gelu(x, approximate='tanh'),
+            relu=F.relu, relu2=lambda x: F.relu(x).square(), silu=F.silu)
 
 # %% ../../nbs/10_model.layers.ipynb #b76a9c8b
 GATES = dict(swiglu=F.silu, geglu=F.gelu, reglu=F.relu, glu=torch.sigmoid, bilinear=lambda x: x)
 
 class MLP(nn.Module):
-    "Feed-forward network, with a gate (Shazeer 2020) or without; raises `SLMError` for an activation that is not known."
+    """Feed-forward network, with a gate (Shazeer 2020) or without; raises `SLMError` for an
+    activation that is not known."""
     def __init__(self,
         d_model:int, # d, width of the stream
         d_ff:int, # inner width
@@ -415,9 +478,11 @@ class MLP(nn.Module):
         bias:bool=False, # biases in the linear layers
     ):
         super().__init__()
-        if act not in GATES and act not in ACTS: raise SLMError(f"unknown act '{act}': use one of {', '.join([*GATES, *ACTS])}")
+        if act not in GATES and act not in ACTS:
+            raise SLMError(f"unknown act '{act}': use one of {', '.join([*GATES, *ACTS])}")
         self.gate_proj = nn.Linear(d_model, d_ff, bias=bias) if act in GATES else None
-        self.up_proj,self.down_proj = nn.Linear(d_model, d_ff, bias=bias),nn.Linear(d_ff, d_model, bias=bias)
+        self.up_proj = nn.Linear(d_model, d_ff, bias=bias)
+        self.down_proj = nn.Linear(d_ff, d_model, bias=bias)
         self.act = GATES.get(act) or ACTS[act]
 
     def forward(self,
@@ -437,8 +502,10 @@ class Block(nn.Module):
         super().__init__()
         norm = lambda: NORMS[c.norm](c.d_model, c.norm_eps, c.bias)
         self.post = c.norm_pos == 'post'
-        if not self.post: self.input_layernorm = nn.Identity() if c.norm_embed and layer == 0 else norm()
-        self.self_attn = Attention(c.d_model, c.n_head, c.n_kv_head, c.head_dim, c.bias, c.qk_norm, c.norm_eps, layer)
+        if not self.post:
+            self.input_layernorm = nn.Identity() if c.norm_embed and layer == 0 else norm()
+        self.self_attn = Attention(c.d_model, c.n_head, c.n_kv_head,
+                                   c.head_dim, c.bias, c.qk_norm, c.norm_eps, layer)
         self.post_attention_layernorm = norm()
         self.mlp = MLP(c.d_model, c.d_ff, c.act, c.bias)
         if self.post: self.post_feedforward_layernorm = norm()
@@ -452,4 +519,5 @@ class Block(nn.Module):
             x = self.post_attention_layernorm(x + self.drop(self.self_attn(x, ctx)))
             return self.post_feedforward_layernorm(x + self.drop(self.mlp(x)))
         x = x + self.drop(self.self_attn(self.input_layernorm(x), ctx))
-        return x + self.drop(self.mlp(self.post_attention_layernorm(x)))         # after attention = before the feed-forward: Llama's name
+        # after attention = before the feed-forward: Llama's name
+        return x + self.drop(self.mlp(self.post_attention_layernorm(x)))

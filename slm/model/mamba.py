@@ -41,19 +41,22 @@ def run_states(
     return h
 
 # %% ../../nbs/15_model.mamba.ipynb #56a10019
-def _piece(dt, w, A, B, h, new, a, s): # (t,b,c), (t,b,c) input times step, (n,c), (t,b,n), (b,n,c), (t,b) or None; (t,b,n,c) twice
+# (t,b,c), (t,b,c) input times step, (n,c), (t,b,n), (b,n,c), (t,b) or None; (t,b,n,c) twice
+def _piece(dt, w, A, B, h, new, a, s):
     "Decays of some tokens into `a`, and their states into `s`"
     torch.mul(dt[:, :, None], A, out=a).exp_()
     if new is not None: a.masked_fill_(new[..., None, None], 0)
     return run_states(a, torch.mul(w[:, :, None], B[..., None], out=s), h)
 
-def _piece_back(gy, a, s, h, C, after, g): # (t,b,c); decays, states; (b,n,c) state before; (t,b,n); (b,n,c) gradient from later; (t,b,n,c)
-    "Gradients of the states in `g`, of the logarithms of the decays in `a`, of the state before in `after`"
+# (t,b,c); decays, states; (b,n,c) state before; (t,b,n); (b,n,c) gradient from later; (t,b,n,c)
+def _piece_back(gy, a, s, h, C, after, g):
+    """Gradients of the states in `g`, of the logarithms of the
+    decays in `a`, of the state before in `after`"""
     torch.mul(C[..., None], gy[:, :, None], out=g)[-1] += after
     ga = list(zip(g, a))
     for (gt,_),(later,decay) in zip(ga[-2::-1], ga[:0:-1]): torch.addcmul(gt, decay, later, out=gt)
     torch.mul(a[0], g[0], out=after)
-    a.mul_(g); a[0] *= h; a[1:] *= s[:-1]                                         # ∂L/∂(log a) = a·h·g
+    a.mul_(g); a[0] *= h; a[1:] *= s[:-1] # ∂L/∂(log a) = a·h·g
 
 # %% ../../nbs/15_model.mamba.ipynb #56a10021
 PIECE = 16 # tokens; before each such piece the state is kept for the way back
@@ -62,26 +65,32 @@ class _SelectiveScan(torch.autograd.Function):
     "The scan with its gradient by hand; everything time first."
     @staticmethod
     def forward(ctx, u, dt, A, B, C, h, new):
-        w,y,starts,rates = u*dt,torch.empty_like(u),[],A.T.contiguous(); room = u.new_empty(2, min(PIECE, len(u)), *h.shape)
+        w,y,starts,rates = u*dt,torch.empty_like(u),[],A.T.contiguous()
+        room = u.new_empty(2, min(PIECE, len(u)), *h.shape)
         for i in range(0, len(u), PIECE):
             at = slice(i, i+PIECE); starts.append(h); a,s = room[:, :len(u[at])]
-            h = _piece(dt[at], w[at], rates, B[at], h, None if new is None else new[at], a, s).clone()
+            h = _piece(dt[at], w[at], rates, B[at], h, None if new is None else new[at],
+                       a, s).clone()
             torch.matmul(C[at, :, None], s, out=y[at].unsqueeze(2))
-        ctx.save_for_backward(u, dt, A, B, C, torch.stack(starts), new); ctx.mark_non_differentiable(h)
+        ctx.save_for_backward(u, dt, A, B, C, torch.stack(starts), new)
+        ctx.mark_non_differentiable(h)
         return y, h
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, gy, _):
-        u,dt,A,B,C,starts,new = ctx.saved_tensors; w,gy,rates = u*dt,gy.contiguous(),A.T.contiguous()
-        gw,gdt,gB,gC = (torch.empty_like(o) for o in (u, u, B, C)); after,gA = torch.zeros(2, *starts[0].shape).to(u)
+        u,dt,A,B,C,starts,new = ctx.saved_tensors
+        w,gy,rates = u*dt,gy.contiguous(),A.T.contiguous()
+        gw,gdt,gB,gC = (torch.empty_like(o) for o in (u, u, B, C))
+        after,gA = torch.zeros(2, *starts[0].shape).to(u)
         room = u.new_empty(3, min(PIECE, len(u)), *after.shape)
         for k in range(len(starts)-1, -1, -1):
             at,h = slice(k*PIECE, (k+1)*PIECE),starts[k]; a,s,g = room[:, :len(u[at])]
             _piece(dt[at], w[at], rates, B[at], h, None if new is None else new[at], a, s)
             torch.matmul(s, gy[at][..., None], out=gC[at].unsqueeze(-1))
             _piece_back(gy[at], a, s, h, C[at], after, g)
-            torch.matmul(B[at][:, :, None], g, out=gw[at].unsqueeze(2)); torch.matmul(g, w[at][..., None], out=gB[at].unsqueeze(-1))
+            torch.matmul(B[at][:, :, None], g, out=gw[at].unsqueeze(2))
+            torch.matmul(g, w[at][..., None], out=gB[at].unsqueeze(-1))
             for ga,d in zip(a, dt[at]): gA.addcmul_(ga, d[:, None])
             torch.sum(a.mul_(rates), 2, out=gdt[at])
         return gw*dt, gdt.addcmul_(gw, u), gA.sum(0).T, gB, gC, None, None
@@ -91,6 +100,7 @@ def at_least_float32(x:Tensor)->Tensor: # in float32, or float64 if it was
     "A state adds up many small numbers: 16 bits are too few."
     return x.to(torch.promote_types(x.dtype, torch.float32))
 
+# %% ../../nbs/15_model.mamba.ipynb #8b834eff
 def selective_scan(
     u:Tensor, # (b,t,c) what each channel hears
     dt:Tensor, # (b,t,c) steps, > 0; 0 leaves the state as it is
@@ -104,7 +114,8 @@ def selective_scan(
     if h is None: h = u.new_zeros(len(u), A.shape[1], A.shape[0])
     with torch.autocast(u.device.type, enabled=False):
         u,dt,B,C = (at_least_float32(o).transpose(0, 1).contiguous() for o in (u, dt, B, C))
-        y,h = _SelectiveScan.apply(u, dt, at_least_float32(A), B, C, at_least_float32(h), None if new is None else new.T)
+        y,h = _SelectiveScan.apply(u, dt, at_least_float32(A), B,
+                                   C, at_least_float32(h), None if new is None else new.T)
     return y.transpose(0, 1), h
 
 # %% ../../nbs/15_model.mamba.ipynb #56a10033
@@ -134,7 +145,9 @@ class StateCache(KVCache):
         h:Tensor, # (layers,b,…) states
     ): self.conv,self.h,self.lens = conv,h,torch.zeros(conv.shape[1], dtype=torch.long)
 
-    def __repr__(self): return f'StateCache(layers={len(self.h)}, lens={self.lens.tolist()}, {self.nbytes/2**20:.3f} MiB)'
+    def __repr__(self):
+        return (f'StateCache(layers={len(self.h)}, lens={self.lens.tolist()}, '
+                f'{self.nbytes/2**20:.3f} MiB)')
 
     def begin(self,
         t:int, # tokens in each row of this call
@@ -153,10 +166,13 @@ def write(self:StateCache,
     h:Tensor, # (b,…) state after the last valid token
 ):
     "Keep what the next token needs."
-    k = self.conv.shape[2]; last = seen.shape[1]-k+torch.arange(k, device=seen.device).expand(len(seen), k)
+    k = self.conv.shape[2]
+    last = seen.shape[1]-k+torch.arange(k, device=seen.device).expand(len(seen), k)
     if self.n is not None: last = last - (seen.shape[1]-k-self.n)[:, None]        # (b,k-1)
-    self.conv[layer].copy_(seen.gather(1, last[..., None].expand(-1, -1, seen.shape[-1]))); self.h[layer].copy_(h)
+    self.conv[layer].copy_(seen.gather(1, last[..., None].expand(-1, -1, seen.shape[-1])))
+    self.h[layer].copy_(h)
 
+# %% ../../nbs/15_model.mamba.ipynb #9eaa50c5
 @patch
 def start_row(self:StateCache, row:int, source:int, n:int):
     "Take over another row's state, or begin with none."
@@ -164,7 +180,8 @@ def start_row(self:StateCache, row:int, source:int, n:int):
 
 # %% ../../nbs/15_model.mamba.ipynb #56a10042
 class StateMixer(nn.Module):
-    "What blocks with a state have in common: a convolution over the last tokens, steps, and what is added around the scan."
+    """What blocks with a state have in common: a convolution over the last tokens, steps, and
+    what is added around the scan."""
     no_decay = ('A_log', 'D')
     def __init__(self,
         c:GPTConfig,
@@ -173,20 +190,25 @@ class StateMixer(nn.Module):
         heads:int, # entries of D
     ):
         super().__init__(); self.layer,self.n = layer,c.state_size
-        self.conv1d = nn.Conv1d(channels, channels, c.conv_width, groups=channels, padding=c.conv_width-1)
-        self.D,self.out_proj = nn.Parameter(torch.ones(heads)),nn.Linear(c.d_ff, c.d_model, bias=False)
+        self.conv1d = nn.Conv1d(channels, channels, c.conv_width,
+                                groups=channels, padding=c.conv_width-1)
+        self.D = nn.Parameter(torch.ones(heads))
+        self.out_proj = nn.Linear(c.d_ff, c.d_model, bias=False)
 
     def conv(self, x, ctx): # (b,t,channels) -> the same, and what `StateCache.write` wants
         "Convolution and SiLU."
-        y,seen = causal_conv(x, self.conv1d.weight, self.conv1d.bias, None if ctx.cache is None else ctx.cache.conv[self.layer], ctx.pos)
+        y,seen = causal_conv(x, self.conv1d.weight, self.conv1d.bias,
+                             None if ctx.cache is None else ctx.cache.conv[self.layer], ctx.pos)
         return F.silu(y), seen
 
-    def begin(self, dt, ctx): # (b,t,·) before the softplus -> steps; state to begin with; (b,t) where documents begin
-        "Steps, 0 where a row is padded."
+    def begin(self, dt, ctx):
+        """Steps (b,t,·), 0 where a row is padded; the state to begin with;
+        (b,t) where documents begin."""
         dt = F.softplus(at_least_float32(dt))
         if ctx.cache is not None and ctx.cache.n is not None:
             dt = dt*(torch.arange(dt.shape[1], device=dt.device) < ctx.cache.n[:, None])[..., None]
-        return dt, None if ctx.cache is None else ctx.cache.h[self.layer], None if ctx.pos is None else ctx.pos == 0
+        h = None if ctx.cache is None else ctx.cache.h[self.layer]
+        return dt, h, None if ctx.pos is None else ctx.pos == 0
 
 # %% ../../nbs/15_model.mamba.ipynb #56a10043
 def first_steps(
@@ -203,7 +225,8 @@ class MambaMixer(StateMixer):
     def __init__(self, c:GPTConfig, layer:int=0):
         super().__init__(c, layer, c.d_ff, c.d_ff); self.rank = math.ceil(c.d_model/16)
         self.in_proj = nn.Linear(c.d_model, 2*c.d_ff, bias=False)
-        self.x_proj,self.dt_proj = nn.Linear(c.d_ff, self.rank+2*self.n, bias=False),nn.Linear(self.rank, c.d_ff)
+        self.x_proj = nn.Linear(c.d_ff, self.rank+2*self.n, bias=False)
+        self.dt_proj = nn.Linear(self.rank, c.d_ff)
         self.A_log = nn.Parameter(torch.arange(1., self.n+1).log().repeat(c.d_ff, 1))
 
     def forward(self,
@@ -217,15 +240,18 @@ class MambaMixer(StateMixer):
         dt,h,new = self.begin(dt, ctx)
         y,h = selective_scan(u, dt, -at_least_float32(self.A_log).exp(), B, C, h, new)
         if ctx.cache is not None: ctx.cache.write(self.layer, seen, h)
-        return self.out_proj(torch.addcmul(y, at_least_float32(u), at_least_float32(self.D)).to(z.dtype)*F.silu(z))
+        return self.out_proj(torch.addcmul(y, at_least_float32(u),
+                                           at_least_float32(self.D)).to(z.dtype)*F.silu(z))
 
 # %% ../../nbs/15_model.mamba.ipynb #56a10048
 @patch
 @torch.no_grad()
 def init_state(self:MambaMixer):
     "Steps, decays and kernels of a new model (Gu & Dao 2023, §3.6)."
-    self.A_log.copy_(torch.arange(1., self.n+1).log().expand_as(self.A_log)); self.D.fill_(1); self.conv1d.reset_parameters()
-    nn.init.uniform_(self.dt_proj.weight, -self.rank**-.5, self.rank**-.5); self.dt_proj.bias.copy_(first_steps(len(self.D)))
+    self.A_log.copy_(torch.arange(1., self.n+1).log().expand_as(self.A_log))
+    self.D.fill_(1); self.conv1d.reset_parameters()
+    nn.init.uniform_(self.dt_proj.weight, -self.rank**-.5, self.rank**-.5)
+    self.dt_proj.bias.copy_(first_steps(len(self.D)))
 
 # %% ../../nbs/15_model.mamba.ipynb #56a10050
 class MambaBlock(nn.Module):
@@ -254,27 +280,35 @@ def channels(cls:MambaBlock, c:GPTConfig)->int: # of the convolution
 def state_shape(cls:MambaBlock, c:GPTConfig)->tuple: # of one row
     return c.state_size, c.d_ff
 
+# %% ../../nbs/15_model.mamba.ipynb #b83b9257
 @patch(cls_method=True)
 def new_cache(cls:MambaBlock, c:GPTConfig, b:int, dtype=torch.float32, device='cpu')->StateCache:
     "Empty states for `b` rows."
-    zeros = lambda *shape, dtype=dtype: torch.zeros(c.n_layer, b, *shape, dtype=dtype, device=device)
-    return StateCache(zeros(c.conv_width-1, cls.channels(c)), zeros(*cls.state_shape(c), dtype=torch.promote_types(dtype, torch.float32)))
+    zeros = lambda *shape, dtype=dtype: torch.zeros(c.n_layer, b,
+                                                    *shape, dtype=dtype, device=device)
+    return StateCache(zeros(c.conv_width-1, cls.channels(c)),
+                      zeros(*cls.state_shape(c), dtype=torch.promote_types(dtype, torch.float32)))
 
 @patch(cls_method=True)
-def cache_bytes(cls:MambaBlock, c:GPTConfig, width:int=4)->int: # of a row in one layer; `width` bytes a number, but states are float32
+def cache_bytes(
+    cls:MambaBlock, c:GPTConfig, width:int=4,
+)->int: # of a row in one layer; `width` bytes a number, but states are float32
     return (c.conv_width-1)*cls.channels(c)*width + 4*math.prod(cls.state_shape(c))
 
 # %% ../../nbs/15_model.mamba.ipynb #56a10063
 CHUNK = 64 # tokens
 
 def _decays(la, new): # (b,k,h,l) logarithms of the decays of each chunk; (b,k,1,l) bool or None
-    "Between tokens (b,k,h,l,l), from a token to the chunk's end and from the chunk's beginning to a token (b,k,h,l)"
+    """Between tokens (b,k,h,l,l), from a token to the chunk's end
+    and from the chunk's beginning to a token (b,k,h,l)"""
     s = la.cumsum(-1); count = torch.zeros_like(s[:, :, :1]) if new is None else new.cumsum(-1)
     hide = torch.ones(s.shape[-1], s.shape[-1], dtype=torch.bool, device=s.device).triu(1)
     if new is not None: hide = hide | (count[..., None] != count[..., None, :])
     between = (s[..., None]-s[..., None, :]).masked_fill(hide, -torch.inf).exp()
     if new is None: return between, (s[..., -1:]-s).exp(), s.exp()
-    return between, (s[..., -1:]-s).masked_fill(count != count[..., -1:], -torch.inf).exp(), s.masked_fill(count > 0, -torch.inf).exp()
+    return between, (s[..., -1:]-s).masked_fill(count != count[..., -1:],
+                                                -torch.inf).exp(), s.masked_fill(count > 0,
+                                                                                 -torch.inf).exp()
 
 # %% ../../nbs/15_model.mamba.ipynb #56a10064
 def ssd(
@@ -289,18 +323,26 @@ def ssd(
 )->tuple[Tensor,Tensor]: # (b,t,h,p) output; (b,g,n,r·p) state at the end
     "The recurrence with one decay a head, by matrix products (Dao & Gu 2024, §6)."
     (b,t,h,p),(g,n) = u.shape,B.shape[2:]; l = min(chunk, t); r = h//g
-    cut = lambda o: F.pad(o, (0, 0)*(o.ndim-2)+(0, -t%l)).unflatten(1, (-1, l)).transpose(2, 3)   # (b,t,h,…) -> (b,k,h,l,…)
+    # (b,t,h,…) -> (b,k,h,l,…)
+    cut = lambda o: F.pad(o, (0, 0)*(o.ndim-2)+(0, -t%l)).unflatten(1, (-1, l)).transpose(2, 3)
     with torch.autocast(u.device.type, enabled=False):
-        u,dt,B,C,A = (at_least_float32(o) for o in (u, dt, B, C, A)); w = cut(u*dt[..., None])                # (b,k,h,l,p)
+        u,dt,B,C,A = (at_least_float32(o) for o in (u, dt, B, C, A))
+        w = cut(u*dt[..., None]) # (b,k,h,l,p)
         between,to_end,from_start = _decays(cut(dt*A), None if new is None else cut(new[..., None]))
-        B,C = cut(B),cut(C)                                                                       # (b,k,g,l,n)
-        y = ((C@B.mT)[:, :, :, None]*between.unflatten(2, (g, r))).flatten(2, 3)@w                # (b,k,h,l,p) within the chunk
-        rows = lambda o: o.unflatten(2, (g, r)).transpose(3, 4).flatten(4)                        # (b,k,h,l,p) -> (b,k,g,l,r·p)
-        writes,passes = B.mT@rows(w*to_end[..., None]),from_start[..., -1].unflatten(2, (g, r)).repeat_interleave(p, 3)[:, :, :, None]
+        B,C = cut(B),cut(C) # (b,k,g,l,n)
+        # (b,k,h,l,p) within the chunk
+        y = ((C@B.mT)[:, :, :, None]*between.unflatten(2, (g, r))).flatten(2, 3)@w
+        # (b,k,h,l,p) -> (b,k,g,l,r·p)
+        rows = lambda o: o.unflatten(2, (g, r)).transpose(3, 4).flatten(4)
+        writes = B.mT@rows(w*to_end[..., None])
+        passes = from_start[..., -1].unflatten(2, (g, r)).repeat_interleave(p, 3)[:, :, :, None]
         if state is None: state = torch.zeros_like(writes[:, 0])
         starts = []
-        for i in range(writes.shape[1]): starts.append(state); state = passes[:, i]*state + writes[:, i]
-        reads = (C@torch.stack(starts, 1)).unflatten(4, (r, p)).transpose(3, 4).flatten(2, 3)     # (b,k,h,l,p)
+        for i in range(writes.shape[1]):
+            starts.append(state)
+            state = passes[:, i]*state + writes[:, i]
+        # (b,k,h,l,p)
+        reads = (C@torch.stack(starts, 1)).unflatten(4, (r, p)).transpose(3, 4).flatten(2, 3)
         y = torch.addcmul(y, reads, from_start[..., None])
     return y.transpose(2, 3).flatten(1, 2)[:, :t], state
 
@@ -311,30 +353,35 @@ class Mamba2Mixer(StateMixer):
         channels = c.d_ff+2*c.n_groups*c.state_size; super().__init__(c, layer, channels, c.n_head)
         self.sizes,self.groups,self.p = (c.d_ff, channels, c.n_head),c.n_groups,c.head_dim
         self.in_proj = nn.Linear(c.d_model, sum(self.sizes), bias=False)
-        self.dt_bias,self.A_log = nn.Parameter(torch.zeros(c.n_head)),nn.Parameter(torch.zeros(c.n_head))
+        self.dt_bias = nn.Parameter(torch.zeros(c.n_head))
+        self.A_log = nn.Parameter(torch.zeros(c.n_head))
         self.norm = RMSNorm(c.d_ff, c.norm_eps)
 
     def forward(self,
         x:Tensor, # (b,t,d)
         ctx:AttnContext=AttnContext(), # documents, cache
     )->Tensor: # (b,t,d)
-        z,u,dt = self.in_proj(cast_once(x)).split(self.sizes, -1)                # (b,t,c), (b,t,c+2gn), (b,t,h)
+        z,u,dt = self.in_proj(cast_once(x)).split(self.sizes, -1) # (b,t,c), (b,t,c+2gn), (b,t,h)
         u,seen = self.conv(u, ctx)
         u,B,C = u.split((self.sizes[0], *[self.groups*self.n]*2), -1)
         u,B,C = u.unflatten(-1, (-1, self.p)),*(o.unflatten(-1, (self.groups, -1)) for o in (B, C))
         dt,h,new = self.begin(at_least_float32(dt)+self.dt_bias, ctx)
         y,h = ssd(u, dt, -at_least_float32(self.A_log).exp(), B, C, h, new)
         if ctx.cache is not None: ctx.cache.write(self.layer, seen, h)
-        y = torch.addcmul(y, at_least_float32(u), at_least_float32(self.D)[:, None]).flatten(2)*F.silu(at_least_float32(z))
+        y = torch.addcmul(y, at_least_float32(u),
+                          at_least_float32(self.D)[:, None]).flatten(2)*F.silu(at_least_float32(z))
         if self.groups == 1: return self.out_proj(self.norm(y).to(z.dtype))
-        y = y.unflatten(-1, (self.groups, -1)); y = F.rms_norm(y, y.shape[-1:], eps=self.norm.eps).flatten(2)*self.norm.weight
+        y = y.unflatten(-1, (self.groups, -1))
+        y = F.rms_norm(y, y.shape[-1:], eps=self.norm.eps).flatten(2)*self.norm.weight
         return self.out_proj(y.to(z.dtype))
 
+# %% ../../nbs/15_model.mamba.ipynb #ae946907
 @patch
 @torch.no_grad()
 def init_state(self:Mamba2Mixer):
     "Steps, decays and kernels of a new model; rates of decay from 1 to 16 (Dao & Gu 2024)."
-    self.A_log.copy_(torch.empty(len(self.D)).uniform_(1, 16).log()); self.dt_bias.copy_(first_steps(len(self.D)))
+    self.A_log.copy_(torch.empty(len(self.D)).uniform_(1, 16).log())
+    self.dt_bias.copy_(first_steps(len(self.D)))
     self.D.fill_(1); self.conv1d.reset_parameters()
 
 # %% ../../nbs/15_model.mamba.ipynb #56a10073
@@ -359,20 +406,28 @@ def flops(cls:MambaBlock, c:GPTConfig)->int: # operations of the forward pass, a
 
 @patch(cls_method=True)
 def params(cls:Mamba2Block, c:GPTConfig)->int: # of the mixer, without the block's norm
-    return c.d_model*(c.d_ff+cls.channels(c)+c.n_head) + cls.channels(c)*(c.conv_width+1) + 3*c.n_head + c.d_ff + c.d_ff*c.d_model
+    return (c.d_model*(c.d_ff+cls.channels(c)+c.n_head) + cls.channels(c)*(c.conv_width+1)
+            + 3*c.n_head + c.d_ff + c.d_ff*c.d_model)
 
+# %% ../../nbs/15_model.mamba.ipynb #bbf6d9b8
 @patch(cls_method=True)
 def flops(cls:Mamba2Block, c:GPTConfig)->int: # operations of the forward pass, a token
     products = c.d_model*(2*c.d_ff+cls.channels(c)+c.n_head)
-    return 2*products + 2*c.conv_width*cls.channels(c) + 2*CHUNK*(c.n_groups*c.state_size+c.d_ff) + 4*c.state_size*c.d_ff
+    return (2*products + 2*c.conv_width*cls.channels(c) + 2*CHUNK*(c.n_groups*c.state_size+c.d_ff)
+            + 4*c.state_size*c.d_ff)
 
 # %% ../../nbs/15_model.mamba.ipynb #56a10086
 @patch(cls_method=True)
-def kept_bytes(cls:MambaBlock, c:GPTConfig, e:int=4)->float: # a token in training; `e` bytes a number where autocast decides
+def kept_bytes(
+    cls:MambaBlock, c:GPTConfig, e:int=4,
+)->float: # a token in training; `e` bytes a number where autocast decides
     d,w,r,n = c.d_model,c.d_ff,math.ceil(c.d_model/16),c.state_size
     return e*(d + 8*w + r+2*n) + 4*(d + 3*w + 2*n + n*w/PIECE)
 
 @patch(cls_method=True)
-def kept_bytes(cls:Mamba2Block, c:GPTConfig, e:int=4)->float: # a token in training; `e` bytes a number where autocast decides
+def kept_bytes(
+    cls:Mamba2Block, c:GPTConfig, e:int=4,
+)->float: # a token in training; `e` bytes a number where autocast decides
     d,w,h,g,n,ch = c.d_model,c.d_ff,c.n_head,c.n_groups,c.state_size,cls.channels(c)
-    return e*(d + 2*w+h + 4*ch) + 4*(d + 4*h + (7*w + 2*g*n if g == 1 else 8*w + 4*g*n) + CHUNK*(g+2*h) + 2*n*w/CHUNK)
+    return e*(d + 2*w+h + 4*ch) + 4*(d + 4*h + (7*w + 2*g*n if g == 1 else 8*w + 4*g*n)
+                                     + CHUNK*(g+2*h) + 2*n*w/CHUNK)

@@ -25,8 +25,10 @@ from .gpt import GPT, GPTConfig
 from ..data.tokenizer import Tokenizer, check_gguf, read_settings
 
 # %% ../../nbs/13_model.pretrained.ipynb #00174a88
-LLAMA_ACT = {'swiglu':'silu', 'geglu':'gelu', 'reglu':'relu', 'glu':'sigmoid', 'bilinear':'linear'} # ours -> hidden_act of a gated MLP
-GPT2_ACT = {'gelu_tanh':'gelu_new', 'gelu':'gelu', 'relu':'relu', 'relu2':'relu2', 'silu':'silu'} # ours -> activation_function
+# ours -> hidden_act of a gated MLP
+LLAMA_ACT = {'swiglu':'silu', 'geglu':'gelu', 'reglu':'relu', 'glu':'sigmoid', 'bilinear':'linear'}
+# ours -> activation_function
+GPT2_ACT = {'gelu_tanh':'gelu_new', 'gelu':'gelu', 'relu':'relu', 'relu2':'relu2', 'silu':'silu'}
 
 def hf_family(
     cfg:GPTConfig,
@@ -46,18 +48,24 @@ def hf_family(
 def _rope_to_hf(cfg):
     "Rotary settings in the words of transformers 5 and of what came before it"
     scaling = dict(cfg.rope_scaling or {})
-    res = dict(rope_theta=cfg.rope_theta, rope_parameters={'rope_type':'default', **scaling, 'rope_theta':cfg.rope_theta})
+    res = dict(rope_theta=cfg.rope_theta,
+               rope_parameters={'rope_type':'default', **scaling, 'rope_theta':cfg.rope_theta})
     return res | (dict(rope_scaling=scaling) if scaling else {})
 
+# %% ../../nbs/13_model.pretrained.ipynb #11c5e38a
 def _mamba_to_hf(cfg):
     "What transformers calls the sizes of blocks with a state"
-    res = dict(hidden_size=cfg.d_model, num_hidden_layers=cfg.n_layer, state_size=cfg.state_size, conv_kernel=cfg.conv_width,
-               expand=cfg.expand, layer_norm_epsilon=cfg.norm_eps, hidden_act='silu', use_bias=False, use_conv_bias=True,
-               time_step_rank=math.ceil(cfg.d_model/16), max_position_embeddings=cfg.max_seq_len, dropout=cfg.dropout)
-    if cfg.mixer == 'mamba': return res | dict(architectures=['MambaForCausalLM'], intermediate_size=cfg.d_ff)
+    res = dict(hidden_size=cfg.d_model, num_hidden_layers=cfg.n_layer,
+               state_size=cfg.state_size, conv_kernel=cfg.conv_width,
+               expand=cfg.expand, layer_norm_epsilon=cfg.norm_eps, hidden_act='silu',
+               use_bias=False, use_conv_bias=True, time_step_rank=math.ceil(cfg.d_model/16),
+               max_position_embeddings=cfg.max_seq_len, dropout=cfg.dropout)
+    if cfg.mixer == 'mamba':
+        return res | dict(architectures=['MambaForCausalLM'], intermediate_size=cfg.d_ff)
     heads = dict(num_heads=cfg.n_head, head_dim=cfg.head_dim, n_groups=cfg.n_groups)
     return res | heads | dict(architectures=['Mamba2ForCausalLM'], chunk_size=64)
 
+# %% ../../nbs/13_model.pretrained.ipynb #d0faf567
 @patch
 def to_hf(self:GPTConfig)->dict: # the content of a Hugging Face config.json
     "This configuration as a Hugging Face `config.json`; `model_type` is `hf_family`."
@@ -67,32 +75,41 @@ def to_hf(self:GPTConfig)->dict: # the content of a Hugging Face config.json
     if family == 'slm': return res | dict(architectures=['GPT'], slm=asdict(self))
     if self.mixer != 'attention': return res | _mamba_to_hf(self)
     if family == 'gpt2':
-        return res | dict(architectures=['GPT2LMHeadModel'], n_positions=self.max_seq_len, n_embd=self.d_model, n_layer=self.n_layer,
-            n_head=self.n_head, n_inner=self.d_ff, activation_function=GPT2_ACT[self.act], layer_norm_epsilon=self.norm_eps,
-            resid_pdrop=self.dropout, embd_pdrop=self.dropout, attn_pdrop=self.dropout)
-    context = self.rope_scaling['original_max_position_embeddings'] if rope_kind(self.rope_scaling) == 'dynamic' else self.max_seq_len
+        return res | dict(architectures=['GPT2LMHeadModel'], n_positions=self.max_seq_len,
+                          n_embd=self.d_model, n_layer=self.n_layer, n_head=self.n_head,
+                          n_inner=self.d_ff, activation_function=GPT2_ACT[self.act],
+                          layer_norm_epsilon=self.norm_eps, resid_pdrop=self.dropout,
+                          embd_pdrop=self.dropout, attn_pdrop=self.dropout)
+    context = (self.rope_scaling['original_max_position_embeddings']
+               if rope_kind(self.rope_scaling) == 'dynamic' else self.max_seq_len)
     res |= dict(architectures=['LlamaForCausalLM' if family == 'llama' else 'Qwen3ForCausalLM'],
         hidden_size=self.d_model, intermediate_size=self.d_ff, num_hidden_layers=self.n_layer,
         num_attention_heads=self.n_head, num_key_value_heads=self.n_kv_head, head_dim=self.head_dim,
         hidden_act=LLAMA_ACT[self.act], max_position_embeddings=context, rms_norm_eps=self.norm_eps,
         attention_bias=self.bias, attention_dropout=self.dropout, **_rope_to_hf(self))
-    return res | (dict(mlp_bias=self.bias) if family == 'llama' else dict(use_sliding_window=False, sliding_window=None))
+    return res | (dict(mlp_bias=self.bias) if family == 'llama'
+                  else dict(use_sliding_window=False, sliding_window=None))
 
 # %% ../../nbs/13_model.pretrained.ipynb #04a2de53
 _REFUSED = [ # keys, is it in use?, what it is
     (('final_logit_softcapping', 'attn_logit_softcapping'), bool, 'logit soft-capping'),
-    (('num_experts', 'num_local_experts', 'n_routed_experts'), lambda v: v > 1, 'a mixture of experts'),
-    (('layer_types',), lambda v: set(v) != {'full_attention'}, 'sliding-window or linear attention in some layers'),
+    (('num_experts', 'num_local_experts', 'n_routed_experts'), lambda v: v > 1,
+     'a mixture of experts'),
+    (('layer_types',), lambda v: set(v) != {'full_attention'},
+     'sliding-window or linear attention in some layers'),
     (('partial_rotary_factor',), lambda v: v != 1, 'a rotation of only a part of each head'),
-    (('quantization_config',), bool, 'weights quantised by another program (open the original, or a GGUF file)'),
+    (('quantization_config',), bool,
+     'weights quantised by another program (open the original, or a GGUF file)'),
     (('scale_attn_weights',), lambda v: not v, 'attention that is not scaled'),
     (('scale_attn_by_inverse_layer_idx', 'add_cross_attention'), bool, 'a variant of attention'),
 ]
 
 def _refuse(key, value, what):
     value = ' '.join(str(value).split())[:60]
-    raise SLMError(f"config.json: {key} = {value}: {what} is not something this model can do; choose another checkpoint")
+    raise SLMError(f"config.json: {key} = {value}: {what} is not something this model can do; "
+                   "choose another checkpoint")
 
+# %% ../../nbs/13_model.pretrained.ipynb #0681f999
 def _check_hf(d, family):
     "Raise for whatever in `d` would change the answer and is not built here"
     for keys, in_use, what in _REFUSED:
@@ -100,32 +117,47 @@ def _check_hf(d, family):
             for where in (d, d.get('rope_parameters') or {}):
                 if where.get(k) is not None and in_use(where[k]): _refuse(k, where[k], what)
     window = d.get('sliding_window')
-    if window and d.get('use_sliding_window', family != 'qwen3') and window < d.get('max_position_embeddings', 2**30):
+    if window and d.get('use_sliding_window',
+                        family != 'qwen3') and window < d.get('max_position_embeddings', 2**30):
         _refuse('sliding_window', window, 'attention to the nearest tokens only')
-    if family == 'qwen2': _refuse('model_type', family, 'a bias on queries, keys and values alone (attention_bias without the rest)')
+    if family == 'qwen2':
+        _refuse('model_type', family,
+                'a bias on queries, keys and values alone (attention_bias without the rest)')
     if family in ('llama', 'mistral') and bool(d.get('attention_bias')) != bool(d.get('mlp_bias')):
-        _refuse('attention_bias', d.get('attention_bias'), f"an attention bias that differs from mlp_bias = {d.get('mlp_bias', False)}")
-    if family == 'qwen3' and d.get('attention_bias'): _refuse('attention_bias', True, 'query and key norms with an attention bias')
+        _refuse('attention_bias', d.get('attention_bias'),
+                f"an attention bias that differs from mlp_bias = {d.get('mlp_bias', False)}")
+    if family == 'qwen3' and d.get('attention_bias'):
+        _refuse('attention_bias', True, 'query and key norms with an attention bias')
 
 # %% ../../nbs/13_model.pretrained.ipynb #2958bc3c
 ROPE_TYPES = {'default':(), 'linear':('factor',), # rope_type -> what it needs
-              'llama3':('factor', 'low_freq_factor', 'high_freq_factor', 'original_max_position_embeddings'),
-              'yarn':('factor', 'original_max_position_embeddings'), 'dynamic':('factor', 'original_max_position_embeddings')}
-ROPE_MAY = {'yarn':('attention_factor', 'beta_fast', 'beta_slow', 'mscale', 'mscale_all_dim', 'truncate')} # what it may have besides
+              'llama3':('factor', 'low_freq_factor', 'high_freq_factor',
+                        'original_max_position_embeddings'),
+              'yarn':('factor', 'original_max_position_embeddings'),
+              'dynamic':('factor', 'original_max_position_embeddings')}
+# what it may have besides
+ROPE_MAY = {'yarn':('attention_factor', 'beta_fast', 'beta_slow',
+                    'mscale', 'mscale_all_dim', 'truncate')}
 
 def _rope_from_hf(d):
     "`rope_theta` and `rope_scaling` from either spelling"
     rope = {**(d.get('rope_scaling') or {}), **(d.get('rope_parameters') or {})}
     theta = rope.pop('rope_theta', None) or d.get('rope_theta') or 10_000.
     kind = rope.pop('type', 'default'); kind = rope.pop('rope_type', kind)
-    if kind not in ROPE_TYPES: _refuse('rope_type', kind, 'this way of stretching the rotary embedding')
-    now = d.get('max_position_embeddings'); old = d.get('original_max_position_embeddings') or rope.get('original_max_position_embeddings')
-    rope['original_max_position_embeddings'] = now if kind == 'dynamic' else old or now      # dynamic: the context named is the old one
-    if kind == 'yarn' and not rope.get('factor') and now: rope['factor'] = now/rope['original_max_position_embeddings']
+    if kind not in ROPE_TYPES:
+        _refuse('rope_type', kind, 'this way of stretching the rotary embedding')
+    now = d.get('max_position_embeddings')
+    old = d.get('original_max_position_embeddings') or rope.get('original_max_position_embeddings')
+    # dynamic: the context named is the old one
+    rope['original_max_position_embeddings'] = now if kind == 'dynamic' else old or now
+    if kind == 'yarn' and not rope.get('factor') and now:
+        rope['factor'] = now/rope['original_max_position_embeddings']
     if lost := [k for k in ROPE_TYPES[kind] if rope.get(k) is None]:
-        raise SLMError(f"config.json: rope_type {kind} needs {', '.join(lost)}: fetch the file again")
+        raise SLMError(f"config.json: rope_type {kind} needs {', '.join(lost)}: "
+                       "fetch the file again")
     may = [k for k in ROPE_MAY.get(kind, ()) if rope.get(k) is not None]
-    return float(theta), None if kind == 'default' else dict(rope_type=kind, **{k:rope[k] for k in (*ROPE_TYPES[kind], *may)})
+    return float(theta), None if kind == 'default' else dict(
+        rope_type=kind, **{k:rope[k] for k in (*ROPE_TYPES[kind], *may)})
 
 # %% ../../nbs/13_model.pretrained.ipynb #5a5685f8
 def _from_llama(d, family):
@@ -136,79 +168,108 @@ def _from_llama(d, family):
     if act not in acts: _refuse('hidden_act', act, 'this gate in the MLP')
     n_head, context = d['num_attention_heads'], d['max_position_embeddings']
     if rope_kind(scaling) == 'dynamic': context = int(context*scaling['factor'])
-    return dict(n_layer=d['num_hidden_layers'], n_head=n_head, n_kv_head=d.get('num_key_value_heads') or n_head, d_model=d['hidden_size'],
-        d_ff=d['intermediate_size'], head_dim=d.get('head_dim') or d['hidden_size']//n_head, max_seq_len=context,
-        norm='rms', norm_eps=d['rms_norm_eps'], pos='rope', rope_theta=theta, rope_scaling=scaling, act=acts[act],
-        bias=bool(d.get('attention_bias')), qk_norm=family == 'qwen3', tied=d.get('tie_word_embeddings') or False,
-        dropout=d.get('attention_dropout') or 0.)
+    return dict(n_layer=d['num_hidden_layers'], n_head=n_head,
+                n_kv_head=d.get('num_key_value_heads') or n_head,
+                d_model=d['hidden_size'], d_ff=d['intermediate_size'],
+                head_dim=d.get('head_dim') or d['hidden_size']//n_head, max_seq_len=context,
+                norm='rms', norm_eps=d['rms_norm_eps'], pos='rope', rope_theta=theta,
+                rope_scaling=scaling, act=acts[act], bias=bool(d.get('attention_bias')),
+                qk_norm=family == 'qwen3', tied=d.get('tie_word_embeddings') or False,
+                dropout=d.get('attention_dropout') or 0.)
 
+# %% ../../nbs/13_model.pretrained.ipynb #e4c07063
 def _from_mamba(d, family):
     "Fields of `GPTConfig` from a Mamba or Mamba-2 config"
     width,free = d['hidden_size'],(None, [0, math.inf], [0, {'__float__': 'Infinity'}])
-    for k,usual in dict(use_bias=False, use_conv_bias=True, hidden_act='silu', time_step_rank=math.ceil(width/16)).items():
+    for k,usual in dict(use_bias=False, use_conv_bias=True, hidden_act='silu',
+                        time_step_rank=math.ceil(width/16)).items():
         if d.get(k, usual) not in (usual, 'auto'): _refuse(k, d[k], 'a Mamba with this')
-    if d.get('time_step_limit') not in free: _refuse('time_step_limit', d['time_step_limit'], 'a limit on the steps')
-    kw = dict(head_dim=d['head_dim'], n_groups=d['n_groups'], n_head=d['num_heads']) if family == 'mamba2' else {}
-    return dict(mixer=family, n_layer=d['num_hidden_layers'], d_model=width, state_size=d['state_size'], conv_width=d.get('conv_kernel', 4),
-        expand=d.get('expand', 2), norm_eps=d.get('layer_norm_epsilon', 1e-5), tied=d.get('tie_word_embeddings', family == 'mamba'),
-        max_seq_len=d.get('max_position_embeddings') or 2048, dropout=d.get('dropout') or 0., **kw)   # 2048: what the published ones read
+    if d.get('time_step_limit') not in free:
+        _refuse('time_step_limit', d['time_step_limit'], 'a limit on the steps')
+    kw = dict(head_dim=d['head_dim'], n_groups=d['n_groups'],
+              n_head=d['num_heads']) if family == 'mamba2' else {}
+    return dict(mixer=family, n_layer=d['num_hidden_layers'], d_model=width,
+                state_size=d['state_size'], conv_width=d.get('conv_kernel', 4),
+                expand=d.get('expand', 2), norm_eps=d.get('layer_norm_epsilon', 1e-5),
+                tied=d.get('tie_word_embeddings', family == 'mamba'),
+                max_seq_len=d.get('max_position_embeddings') or 2048,
+                dropout=d.get('dropout') or 0., **kw)   # 2048: what the published ones read
 
+# %% ../../nbs/13_model.pretrained.ipynb #b28a445d
 def _from_gpt2(d):
     "Fields of `GPTConfig` from a GPT-2 config"
     acts = {v:k for k,v in GPT2_ACT.items()} | {'gelu_pytorch_tanh':'gelu_tanh'}
     act = d.get('activation_function', 'gelu_new')
     if act not in acts: _refuse('activation_function', act, 'this activation')
-    return dict(n_layer=d['n_layer'], n_head=d['n_head'], n_kv_head=d['n_head'], d_model=d['n_embd'],
-        d_ff=d.get('n_inner') or 4*d['n_embd'], head_dim=d['n_embd']//d['n_head'], max_seq_len=d['n_positions'],
-        norm='layer', norm_eps=d.get('layer_norm_epsilon', 1e-5), pos='learned',
-        act=acts[act], bias=True, qk_norm=False, tied=d.get('tie_word_embeddings', True) or False, dropout=d.get('resid_pdrop', 0.))
+    return dict(n_layer=d['n_layer'], n_head=d['n_head'], n_kv_head=d['n_head'],
+                d_model=d['n_embd'], d_ff=d.get('n_inner') or 4*d['n_embd'],
+                head_dim=d['n_embd']//d['n_head'], max_seq_len=d['n_positions'],
+                norm='layer', norm_eps=d.get('layer_norm_epsilon', 1e-5),
+                pos='learned', act=acts[act], bias=True, qk_norm=False,
+                tied=d.get('tie_word_embeddings', True) or False, dropout=d.get('resid_pdrop', 0.))
 
 # %% ../../nbs/13_model.pretrained.ipynb #4f788a14
-_FILLS = ('bert', 'roberta', 'distilbert', 'modernbert', 'xlm-roberta', 'camembert') # for another class: gaps
+# for another class: gaps
+_FILLS = ('bert', 'roberta', 'distilbert', 'modernbert', 'xlm-roberta', 'camembert')
 
 @patch(cls_method=True)
 def from_hf(cls:GPTConfig,
     d:dict, # the content of a config.json
 )->GPTConfig:
-    "Read a Hugging Face config of a family that we know; raises `SLMError` that names the key that cannot be expressed."
+    """Read a Hugging Face config of a family that we know; raises
+    `SLMError` that names the key that cannot be expressed."""
     try:
         family = d.get('model_type')
         _check_hf(d, family)
         if family == 'slm':
             new = set(d['slm']) - {f.name for f in fields(cls)}
-            if new: raise SLMError(f"config.json has {', '.join(sorted(new))}: it was written by a newer slm, update yours")
+            if new:
+                raise SLMError(f"config.json has {', '.join(sorted(new))}: "
+                               "it was written by a newer slm, update yours")
             return cls(**d['slm'])
         if family in ('llama', 'mistral', 'qwen3'): kw = _from_llama(d, family)
         elif family == 'gpt2': kw = _from_gpt2(d)
         elif family in ('mamba', 'mamba2'): kw = _from_mamba(d, family)
-        elif family in _FILLS: raise SLMError(f'config.json: a {family} looks both ways and writes nothing: try slm fill')
-        else: raise SLMError(f"config.json: model_type is {family!r}: known are llama, mistral, qwen3, gpt2, mamba, mamba2 (and our slm)")
+        elif family in _FILLS:
+            raise SLMError(f'config.json: a {family} looks both ways and writes nothing: '
+                           'try slm fill')
+        else:
+            raise SLMError(f"config.json: model_type is {family!r}: "
+                           "known are llama, mistral, qwen3, gpt2, mamba, mamba2 (and our slm)")
         return cls(vocab_size=d['vocab_size'], norm_pos='pre', causal=True, n_types=0, **kw)
-    except KeyError as e: raise SLMError(f"config.json lacks {e}: it is damaged, or not of a {family} model") from None
+    except KeyError as e:
+        raise SLMError(f"config.json lacks {e}: it is damaged, "
+                       f"or not of a {family} model") from None
     except (TypeError, AttributeError, ValueError, ArithmeticError) as e:
-        raise SLMError(f"config.json holds a value of the wrong kind ({' '.join(str(e).split())}): fetch it again") from None
+        raise SLMError(f"config.json holds a value of the wrong kind ({' '.join(str(e).split())}): "
+                       "fetch it again") from None
 
 # %% ../../nbs/13_model.pretrained.ipynb #7d3c4d71
-GPT2_TOP = {'model.embed_tokens':'transformer.wte', 'model.embed_positions':'transformer.wpe', 'model.norm':'transformer.ln_f',
-            'lm_head':'lm_head'}
-GPT2_LAYER = {'input_layernorm':'ln_1', 'self_attn.o_proj':'attn.c_proj', 'post_attention_layernorm':'ln_2',
-              'mlp.up_proj':'mlp.c_fc', 'mlp.down_proj':'mlp.c_proj'}
-CONV1D = ('attn.c_attn.weight', 'attn.c_proj.weight', 'mlp.c_fc.weight', 'mlp.c_proj.weight') # kept as (in, out)
+GPT2_TOP = {'model.embed_tokens':'transformer.wte', 'model.embed_positions':'transformer.wpe',
+            'model.norm':'transformer.ln_f', 'lm_head':'lm_head'}
+GPT2_LAYER = {'input_layernorm':'ln_1', 'self_attn.o_proj':'attn.c_proj',
+              'post_attention_layernorm':'ln_2', 'mlp.up_proj':'mlp.c_fc',
+              'mlp.down_proj':'mlp.c_proj'}
+# kept as (in, out)
+CONV1D = ('attn.c_attn.weight', 'attn.c_proj.weight', 'mlp.c_fc.weight', 'mlp.c_proj.weight')
 
 def from_gpt2(
-    tensors:Iterator[tuple[str,Tensor]], # names and tensors of a GPT-2 checkpoint, with or without the prefix `transformer.`
+    # names and tensors of a GPT-2 checkpoint, with or without the prefix `transformer.`
+    tensors:Iterator[tuple[str,Tensor]],
 )->Iterator[tuple[str,Tensor]]: # our names, our layout
     "Rename, transpose and split a GPT-2 checkpoint, one tensor at a time."
     top, layer = ({v:k for k,v in m.items()} for m in (GPT2_TOP, GPT2_LAYER))
     for name,t in tensors:
-        if name.endswith(('.attn.bias', '.attn.masked_bias')): continue # the causal mask, which old checkpoints store
+        # the causal mask, which old checkpoints store
+        if name.endswith(('.attn.bias', '.attn.masked_bias')): continue
         if not name.startswith(('transformer.', 'lm_head.')): name = 'transformer.'+name
         if name.endswith(CONV1D): t = t.T.contiguous()
         module, kind = name.rsplit('.', 1)
         m = re.fullmatch(r'transformer\.h\.(\d+)\.(.+)', module)
         if not m: yield f'{top.get(module, module)}.{kind}', t
         elif m[2] == 'attn.c_attn':
-            for n,part in zip('qkv', t.chunk(3)): yield f'model.layers.{m[1]}.self_attn.{n}_proj.{kind}', part
+            for n,part in zip('qkv', t.chunk(3)):
+                yield f'model.layers.{m[1]}.self_attn.{n}_proj.{kind}', part
         else: yield f'model.layers.{m[1]}.{layer.get(m[2], m[2])}.{kind}', t
 
 # %% ../../nbs/13_model.pretrained.ipynb #0a4b9766
@@ -221,15 +282,20 @@ def to_gpt2(
         module, kind = name.rsplit('.', 1)
         m = re.fullmatch(r'model\.layers\.(\d+)\.(.+)', module)
         if m and m[2] in ('self_attn.k_proj', 'self_attn.v_proj'): continue
-        new = GPT2_TOP[module] if not m else f'transformer.h.{m[1]}.{GPT2_LAYER.get(m[2], "attn.c_attn")}'
-        if m and m[2] == 'self_attn.q_proj': t = torch.cat([sd[name.replace('q_proj', f'{n}_proj')] for n in 'qkv'])
+        new = (GPT2_TOP[module] if not m
+               else f'transformer.h.{m[1]}.{GPT2_LAYER.get(m[2], "attn.c_attn")}')
+        if m and m[2] == 'self_attn.q_proj':
+            t = torch.cat([sd[name.replace('q_proj', f'{n}_proj')] for n in 'qkv'])
         res[f'{new}.{kind}'] = t.T.contiguous() if f'{new}.{kind}'.endswith(CONV1D) else t
     return res
 
 # %% ../../nbs/13_model.pretrained.ipynb #5deff3b9
-MAMBA_TOP = {'model.embed_tokens.':'backbone.embeddings.', 'model.layers.':'backbone.layers.', 'model.norm.':'backbone.norm_f.'}
+MAMBA_TOP = {'model.embed_tokens.':'backbone.embeddings.', 'model.layers.':'backbone.layers.',
+             'model.norm.':'backbone.norm_f.'}
 
-def _rename(name, top): return next((new+name.removeprefix(old) for old,new in top.items() if name.startswith(old)), name)
+def _rename(name, top):
+    return next((new+name.removeprefix(old) for old,new in top.items() if name.startswith(old)),
+                name)
 
 def from_mamba(
     tensors:Iterator[tuple[str,Tensor]], # names and tensors of a Mamba checkpoint
@@ -237,6 +303,7 @@ def from_mamba(
     "Rename a Mamba checkpoint."
     return ((_rename(k, {v:k for k,v in MAMBA_TOP.items()}), t) for k,t in tensors)
 
+# %% ../../nbs/13_model.pretrained.ipynb #e9496ccd
 def to_mamba(
     sd:dict, # our names and tensors
 )->dict: # transformers' names
@@ -250,18 +317,24 @@ def _weight_files(folder):
     if one.is_file(): return [one]
     if not index.is_file():
         pickles = sorted(p.name for pat in ('*.bin', '*.pt', '*.pth') for p in folder.glob(pat))
-        if pickles: raise SLMError(f"'{folder}' has no model.safetensors, and {pickles[0]} is a pickle, which can run code when opened: "
-                                   "convert it with transformers (from_pretrained, then save_pretrained)")
-        raise SLMError(f"'{folder}' has no model.safetensors: it is not a model folder, or is incomplete")
+        if pickles:
+            raise SLMError(f"'{folder}' has no model.safetensors, "
+                           f"and {pickles[0]} is a pickle, which can run code when opened: "
+                           "convert it with transformers (from_pretrained, then save_pretrained)")
+        raise SLMError(f"'{folder}' has no model.safetensors: it is not a model folder, "
+                       "or is incomplete")
     named = read_settings(index).get('weight_map')
     beside = lambda f: isinstance(f, str) and f.endswith('.safetensors') and Path(f).name == f
     if not isinstance(named, dict) or not all(map(beside, named.values())):
-        raise SLMError(f"'{index}': its weight_map does not name .safetensors files beside it: fetch it again")
+        raise SLMError(f"'{index}': its weight_map does not name .safetensors files beside it: "
+                       "fetch it again")
     files = [folder/f for f in sorted(set(named.values()))]
     if lost := [f.name for f in files if not f.is_file()]:
-        raise SLMError(f"'{folder}' lacks {len(lost)} of {len(files)} shards: {', '.join(lost[:3])}; fetch them again")
+        raise SLMError(f"'{folder}' lacks {len(lost)} of {len(files)} shards: "
+                       f"{', '.join(lost[:3])}; fetch them again")
     return files
 
+# %% ../../nbs/13_model.pretrained.ipynb #9716a273
 def read_safetensors(
     path:str|Path, # a .safetensors file
 )->Iterator[tuple[str,Tensor]]: # names and tensors; their memory is the mapped file
@@ -269,7 +342,8 @@ def read_safetensors(
     try:
         with safe_open(path, framework='pt') as f:
             for k in f.keys(): yield k, f.get_tensor(k)
-    except (SafetensorError, OSError) as e: raise SLMError(f"'{path}' is damaged or cut short ({e}): fetch or save it again") from None
+    except (SafetensorError, OSError) as e:
+        raise SLMError(f"'{path}' is damaged or cut short ({e}): fetch or save it again") from None
 
 # %% ../../nbs/13_model.pretrained.ipynb #7756ccd8
 _DTYPES = {torch.float64:'F64', torch.float32:'F32', torch.bfloat16:'BF16', torch.float16:'F16',
@@ -280,9 +354,12 @@ def write_safetensors(
     sd:dict[str,Tensor], # names and tensors
 ):
     "Write tensors in the safetensors format, one after another."
-    names = sorted(sd, key=lambda k: (-sd[k].element_size(), k))                     # wide types first: everything stays aligned
+    # wide types first: everything stays aligned
+    names = sorted(sd, key=lambda k: (-sd[k].element_size(), k))
     head, at = {'__metadata__':{'format':'pt'}}, 0
-    for k in names: head[k] = dict(dtype=_DTYPES[sd[k].dtype], shape=list(sd[k].shape), data_offsets=[at, at := at+sd[k].nbytes])
+    for k in names:
+        head[k] = dict(dtype=_DTYPES[sd[k].dtype], shape=list(sd[k].shape),
+                       data_offsets=[at, at := at+sd[k].nbytes])
     raw = json.dumps(head).encode()
     raw += b' '*(-len(raw) % 8)
     f.write(len(raw).to_bytes(8, 'little')); f.write(raw)
@@ -290,14 +367,18 @@ def write_safetensors(
 
 # %% ../../nbs/13_model.pretrained.ipynb #02a0f586
 class _Shapes(TorchFunctionMode):
-    "Nothing is drawn: on 'meta' that does nothing either, but imports PyTorch's compiler first, which takes longer than a small model"
+    """Nothing is drawn: on 'meta' that does nothing either, but imports PyTorch's compiler
+    first, which takes longer than a small model"""
     def __torch_function__(self, func, types, args=(), kwargs=None):
-        if func.__name__ in ('normal_', 'uniform_', 'trunc_normal_', 'kaiming_uniform_'): return args[0] if args else kwargs['tensor']
+        if func.__name__ in ('normal_', 'uniform_', 'trunc_normal_', 'kaiming_uniform_'):
+            return args[0] if args else kwargs['tensor']
         return func(*args, **(kwargs or {}))
 
 # %% ../../nbs/13_model.pretrained.ipynb #02a0f587
-def _some(names): return ', '.join(sorted(names)[:3]) + (f' and {len(names)-3} more' if len(names) > 3 else '')
+def _some(names):
+    return ', '.join(sorted(names)[:3]) + (f' and {len(names)-3} more' if len(names) > 3 else '')
 
+# %% ../../nbs/13_model.pretrained.ipynb #9b37affd
 def _check_fit(
     want, # name -> tensor (only its shape matters) that the model has
     sd, # name -> tensor that the file has
@@ -309,8 +390,11 @@ def _check_fit(
     if extra := set(sd)-set(want): faults.append(f'unknown are {_some(extra)}')
     bent = [k for k in sorted(set(want)&set(sd)) if want[k].shape != sd[k].shape]
     faults += [f'{k} is {tuple(sd[k].shape)}, not {tuple(want[k].shape)}' for k in bent[:3]]
-    if faults: raise SLMError(f"'{where}' does not hold the weights that its configuration describes: {'; '.join(faults)}")
+    if faults:
+        raise SLMError(f"'{where}' does not hold the weights that its configuration describes: "
+                       f"{'; '.join(faults)}")
 
+# %% ../../nbs/13_model.pretrained.ipynb #cef4c2c7
 def build_model(
     cls:type, # `GPT`, or a class made from it
     cfg:GPTConfig,
@@ -319,12 +403,14 @@ def build_model(
     device:str|torch.device='cpu',
     dtype:str|torch.dtype|None=None, # float32 if not given; 'auto': as they are
 )->GPT:
-    "A model whose parameters are the given tensors: no memory is allocated for what is mapped and already of the right type."
+    """A model whose parameters are the given tensors: no memory is allocated for what is mapped
+    and already of the right type."""
     if isinstance(dtype, str) and dtype != 'auto':
         if dtype not in ('float32', 'float64', 'bfloat16', 'float16'):
             raise SLMError(f"unknown dtype '{dtype}': use float32, bfloat16, float16 or auto")
         dtype = getattr(torch, dtype)
-    to = dict(device=get_device(device)) | (dict(dtype=dtype or torch.float32) if dtype != 'auto' else {})
+    to = dict(device=get_device(device)) | (dict(dtype=dtype or torch.float32) if dtype != 'auto'
+                                            else {})
     sd = {k:t.to(**to) for k,t in tensors if not k.endswith('rotary_emb.inv_freq')}
     emb, head = sd.get('model.embed_tokens.weight'), sd.get('lm_head.weight')
     if cfg.tied and head is not None:
@@ -338,32 +424,42 @@ def build_model(
 
 # %% ../../nbs/13_model.pretrained.ipynb #5ec12d18
 def _check_size(cfg, files, where):
-    "Before anything is built: do the files hold about as many numbers as the configuration asks for?"
+    """Before anything is built: do the files hold about as
+    many numbers as the configuration asks for?"""
     have = 0
     for p in files:
         try:
-            with safe_open(p, framework='pt') as f: have += sum(math.prod(f.get_slice(k).get_shape()) for k in f.keys())
+            with safe_open(p, framework='pt') as f:
+                have += sum(math.prod(f.get_slice(k).get_shape()) for k in f.keys())
         except (SafetensorError, OSError, ValueError) as e:
-            raise SLMError(f"'{p}' is damaged or cut short ({' '.join(str(e).split())[:160]}): fetch or save it again") from None
-    if (want := cfg.num_params()) > 2*have+(1<<24): # below that, the tensors that are missing are named instead
-        raise SLMError(f"'{where}' does not hold the weights that its configuration describes: {have:,} numbers, not {want:,}")
+            raise SLMError(f"'{p}' is damaged or cut short ({' '.join(str(e).split())[:160]}): "
+                           "fetch or save it again") from None
+    # below that, the tensors that are missing are named instead
+    if (want := cfg.num_params()) > 2*have+(1<<24):
+        raise SLMError(f"'{where}' does not hold the weights that its configuration describes: "
+                       f"{have:,} numbers, not {want:,}")
 
+# %% ../../nbs/13_model.pretrained.ipynb #e89ec928
 def open_folder(
     folder:str|Path, # a run directory or a Hugging Face folder: config.json and safetensors
     read:Callable=GPTConfig.from_hf, # content of the config.json -> configuration
     renames:dict|None=None, # model_type -> what brings its tensors into our naming
-)->tuple[GPTConfig,Iterator[tuple[str,Tensor]]]: # configuration; names and mapped tensors, in our naming
-    "Configuration and weights of a folder; raises `SLMError` that names what is missing or damaged."
+    # configuration; names and mapped tensors, in our naming
+)->tuple[GPTConfig,Iterator[tuple[str,Tensor]]]:
+    """Configuration and weights of a folder; raises
+    `SLMError` that names what is missing or damaged."""
     folder = Path(folder)
     if not (folder/'config.json').is_file():
-        raise SLMError(f"'{folder}' has no config.json: it is not a run directory or a Hugging Face model folder")
+        raise SLMError(f"'{folder}' has no config.json: "
+                       "it is not a run directory or a Hugging Face model folder")
     check_hashes(folder); d = read_settings(folder/'config.json')
     try: cfg = read(d)
     except SLMError as e: raise SLMError(f"'{folder}': {e}") from None
     files = _weight_files(folder)
     _check_size(cfg, files, folder)
     tensors = (kv for f in files for kv in read_safetensors(f))
-    ours = (renames or dict(gpt2=from_gpt2, mamba=from_mamba, mamba2=from_mamba)).get(d['model_type'])
+    ours = (renames
+            or dict(gpt2=from_gpt2, mamba=from_mamba, mamba2=from_mamba)).get(d['model_type'])
     return cfg, ours(tensors) if ours else tensors
 
 # %% ../../nbs/13_model.pretrained.ipynb #cac25a7a
@@ -374,16 +470,22 @@ def write_model(
     tok:Tokenizer|None=None, # saved along as tokenizer.json, if given
 ):
     "Write config.json and model.safetensors, with `tok` also generation_config.json."
-    folder = Path(folder); d['dtype'] = d['torch_dtype'] = str(next(iter(sd.values())).dtype).removeprefix('torch.')
+    folder = Path(folder)
+    d['dtype'] = d['torch_dtype'] = str(next(iter(sd.values())).dtype).removeprefix('torch.')
     ends = tok.generation_config() if tok else {}
-    if tok: d |= ends | dict(eos_token_id=next(iter(tok.eos_ids), None), tokenizer_fingerprint=tok.fingerprint)
+    if tok:
+        d |= ends | dict(eos_token_id=next(iter(tok.eos_ids), None),
+                         tokenizer_fingerprint=tok.fingerprint)
     try:
         with atomic_file(folder/'model.safetensors', 'wb') as f: write_safetensors(f, sd)
         if tok: tok.save(folder/'tokenizer.json')
         write_json(folder/'config.json', d)
         if tok: write_json(folder/'generation_config.json', ends)
-    except OSError as e: raise SLMError(f"cannot write the model to '{folder}' ({e}): free some space, or choose another folder") from None
+    except OSError as e:
+        raise SLMError(f"cannot write the model to '{folder}' ({e}): "
+                       "free some space, or choose another folder") from None
 
+# %% ../../nbs/13_model.pretrained.ipynb #7e33b9b5
 @patch
 def save_pretrained(self:GPT,
     folder:str|Path, # folder to write into; made if need be, other files in it are left alone
@@ -391,7 +493,8 @@ def save_pretrained(self:GPT,
 ):
     "Write a folder that `GPT.from_pretrained` and transformers open."
     d,sd = self.cfg.to_hf(),self.state_dict()
-    if theirs := dict(gpt2=to_gpt2, mamba=to_mamba, mamba2=to_mamba).get(d['model_type']): sd = theirs(sd)
+    if theirs := dict(gpt2=to_gpt2, mamba=to_mamba, mamba2=to_mamba).get(d['model_type']):
+        sd = theirs(sd)
     write_model(folder, d, sd, tok)
 
 # %% ../../nbs/13_model.pretrained.ipynb #6d5033f9
@@ -406,14 +509,18 @@ def rope_from_gguf(
     w:Tensor, # rows of attn_q or attn_k (n_head·head_dim, …), paired as neighbours
     n_head:int, # heads in `w`
 )->Tensor: # the same rows, paired by halves
-    "Order the rows of a projection for Hugging Face's (and our) rotary embedding; the inverse of `rope_to_gguf`."
+    """Order the rows of a projection for Hugging Face's (and our)
+    rotary embedding; the inverse of `rope_to_gguf`."""
     return w.unflatten(0, (n_head, -1, 2)).transpose(1, 2).reshape(w.shape)
 
 # %% ../../nbs/13_model.pretrained.ipynb #d7664435
-GGUF_TOP = {'token_embd':'model.embed_tokens', 'position_embd':'model.embed_positions', 'output_norm':'model.norm', 'output':'lm_head'}
-GGUF_LAYER = {'attn_norm':'input_layernorm', 'attn_q':'self_attn.q_proj', 'attn_k':'self_attn.k_proj', 'attn_v':'self_attn.v_proj',
-              'attn_output':'self_attn.o_proj', 'attn_q_norm':'self_attn.q_norm', 'attn_k_norm':'self_attn.k_norm',
-              'ffn_norm':'post_attention_layernorm', 'ffn_gate':'mlp.gate_proj', 'ffn_up':'mlp.up_proj', 'ffn_down':'mlp.down_proj'}
+GGUF_TOP = {'token_embd':'model.embed_tokens', 'position_embd':'model.embed_positions',
+            'output_norm':'model.norm', 'output':'lm_head'}
+GGUF_LAYER = {'attn_norm':'input_layernorm', 'attn_q':'self_attn.q_proj',
+              'attn_k':'self_attn.k_proj', 'attn_v':'self_attn.v_proj',
+              'attn_output':'self_attn.o_proj', 'attn_q_norm':'self_attn.q_norm',
+              'attn_k_norm':'self_attn.k_norm', 'ffn_norm':'post_attention_layernorm',
+              'ffn_gate':'mlp.gate_proj', 'ffn_up':'mlp.up_proj', 'ffn_down':'mlp.down_proj'}
 
 def gguf_name(
     name:str, # a tensor's name in a GGUF file: 'blk.0.attn_q.weight'
@@ -421,7 +528,8 @@ def gguf_name(
     "Translate one tensor name; a name that is not in the tables comes back unchanged."
     module, _, kind = name.rpartition('.')
     m = re.fullmatch(r'blk\.(\d+)\.(\w+)', module)
-    new = f'model.layers.{m[1]}.{GGUF_LAYER[m[2]]}' if m and m[2] in GGUF_LAYER else GGUF_TOP.get(module, module)
+    new = (f'model.layers.{m[1]}.{GGUF_LAYER[m[2]]}' if m and m[2] in GGUF_LAYER
+           else GGUF_TOP.get(module, module))
     return f'{new}.{kind}'
 
 # %% ../../nbs/13_model.pretrained.ipynb #ef8413cd
@@ -434,36 +542,53 @@ def llama3_scaling(
     factor = round(factors.max().item(), 4)
     for high in (4., 2., 8., 16., 32.):
         for orig in (2**i for i in range(3, 21)):
-            res = dict(rope_type='llama3', factor=factor, low_freq_factor=1., high_freq_factor=high, original_max_position_embeddings=orig)
+            res = dict(rope_type='llama3', factor=factor, low_freq_factor=1.,
+                       high_freq_factor=high, original_max_position_embeddings=orig)
             if torch.allclose(rope_inv_freq(hd, theta, res), want, rtol=1e-4, atol=0): return res
-    raise SLMError('rope_freqs.weight holds no Llama 3 scaling: this way of stretching the rotary embedding cannot be read')
+    raise SLMError('rope_freqs.weight holds no Llama 3 scaling: '
+                   'this way of stretching the rotary embedding cannot be read')
 
 # %% ../../nbs/13_model.pretrained.ipynb #26beaedf
 def gguf_config(
     r, # an open `gguf.GGUFReader`
 )->dict: # a Hugging Face config
-    "The metadata of a GGUF file as a Hugging Face config; raises `SLMError` for an architecture that cannot be opened."
+    """The metadata of a GGUF file as a Hugging Face config; raises `SLMError` for an
+    architecture that cannot be opened."""
     get = lambda k, default=None: r.fields[k].contents() if k in r.fields else default
-    arch, shapes = get('general.architecture'), {t.name:[int(i) for i in t.shape] for t in r.tensors} # shapes are (in, out)
-    if arch not in ('llama', 'qwen3', 'gpt2'): raise SLMError(f"architecture '{arch}' of the GGUF file is not one of llama, qwen3, gpt2")
+    # shapes are (in, out)
+    arch = get('general.architecture')
+    shapes = {t.name:[int(i) for i in t.shape] for t in r.tensors}
+    if arch not in ('llama', 'qwen3', 'gpt2'):
+        raise SLMError(f"architecture '{arch}' of the GGUF file is not one of llama, qwen3, gpt2")
     at = lambda k, default=None: get(f'{arch}.{k}', default)
     need = lambda k: r.fields[f'{arch}.{k}'].contents()
-    layers, d, d_ff, context = [need(k) for k in 'block_count embedding_length feed_forward_length context_length'.split()]
+    layers, d, d_ff, context = [need(k) for k in 'block_count embedding_length '
+                                'feed_forward_length context_length'.split()]
     heads = need('attention.head_count')
-    res = dict(model_type=arch, vocab_size=shapes['token_embd.weight'][1], tie_word_embeddings='output.weight' not in shapes)
-    if arch == 'gpt2': return res | dict(n_positions=context, n_embd=d, n_layer=layers, n_head=heads, n_inner=d_ff,
-                                         layer_norm_epsilon=need('attention.layer_norm_epsilon'))
+    res = dict(model_type=arch, vocab_size=shapes['token_embd.weight'][1],
+               tie_word_embeddings='output.weight' not in shapes)
+    if arch == 'gpt2':
+        return res | dict(n_positions=context, n_embd=d, n_layer=layers, n_head=heads, n_inner=d_ff,
+                          layer_norm_epsilon=need('attention.layer_norm_epsilon'))
     head_dim, theta = at('attention.key_length', d//heads), at('rope.freq_base', 10_000.)
     rope, kind = dict(rope_type='default'), at('rope.scaling.type', 'none')
     if kind != 'none': rope = dict(rope_type=kind, factor=at('rope.scaling.factor'))
-    if kind == 'yarn': rope |= dict(original_max_position_embeddings=at('rope.scaling.original_context_length', context))
-    if f := next((t for t in r.tensors if t.name == 'rope_freqs.weight'), None): rope = llama3_scaling(torch.tensor(f.data), theta)
-    return res | dict(num_hidden_layers=layers, hidden_size=d, intermediate_size=d_ff, num_attention_heads=heads,
-        num_key_value_heads=at('attention.head_count_kv', heads), head_dim=head_dim, max_position_embeddings=context,
-        rms_norm_eps=need('attention.layer_norm_rms_epsilon'), rope_parameters=dict(rope, rope_theta=theta),
-        partial_rotary_factor=at('rope.dimension_count', head_dim)/head_dim, num_experts=at('expert_count', 0),
-        sliding_window=at('attention.sliding_window'), use_sliding_window=True,
-        attention_bias='blk.0.attn_q.bias' in shapes, mlp_bias='blk.0.ffn_up.bias' in shapes)
+    if kind == 'yarn':
+        rope |= dict(original_max_position_embeddings=at('rope.scaling.original_context_length',
+                                                         context))
+    if f := next((t for t in r.tensors if t.name == 'rope_freqs.weight'), None):
+        rope = llama3_scaling(torch.tensor(f.data), theta)
+    return res | dict(num_hidden_layers=layers, hidden_size=d,
+                      intermediate_size=d_ff, num_attention_heads=heads,
+                      num_key_value_heads=at('attention.head_count_kv', heads),
+                      head_dim=head_dim, max_position_embeddings=context,
+                      rms_norm_eps=need('attention.layer_norm_rms_epsilon'),
+                      rope_parameters=dict(rope, rope_theta=theta),
+                      partial_rotary_factor=at('rope.dimension_count', head_dim)/head_dim,
+                      num_experts=at('expert_count', 0),
+                      sliding_window=at('attention.sliding_window'),
+                      use_sliding_window=True, attention_bias='blk.0.attn_q.bias' in shapes,
+                      mlp_bias='blk.0.ffn_up.bias' in shapes)
 
 # %% ../../nbs/13_model.pretrained.ipynb #3e9b3568
 def _gguf_tensors(r, path, cfg, arch):
@@ -474,64 +599,81 @@ def _gguf_tensors(r, path, cfg, arch):
         if t.name == 'rope_freqs.weight': continue
         try: w = torch.from_numpy(np.asarray(dequantize(t.data, t.tensor_type)))
         except NotImplementedError:
-            raise SLMError(f"'{path}': {t.name} is stored as {t.tensor_type.name}, which cannot be read: take Q4_K_M or Q8_0") from None
+            raise SLMError(f"'{path}': {t.name} is stored as {t.tensor_type.name}, "
+                           "which cannot be read: take Q4_K_M or Q8_0") from None
         name = gguf_name(t.name)
         if arch == 'llama' and '.self_attn.q_proj.' in name: w = rope_from_gguf(w, cfg.n_head)
         if arch == 'llama' and '.self_attn.k_proj.' in name: w = rope_from_gguf(w, cfg.n_kv_head)
-        if '.attn_qkv.' not in name: yield name, w                                   # GPT-2's are still fused there
+        if '.attn_qkv.' not in name: yield name, w # GPT-2's are still fused there
         else:
-            for n,part in zip('qkv', w.chunk(3)): yield name.replace('blk', 'model.layers').replace('attn_qkv', f'self_attn.{n}_proj'), part
+            for n,part in zip('qkv', w.chunk(3)):
+                yield name.replace('blk',
+                                   'model.layers').replace('attn_qkv', f'self_attn.{n}_proj'), part
 
+# %% ../../nbs/13_model.pretrained.ipynb #6ed16d93
 def open_gguf(
     path:str|Path, # a .gguf file
-)->tuple[GPTConfig,Iterator[tuple[str,Tensor]]]: # configuration; names and float32 tensors, in our naming
-    "Configuration and weights of a GGUF file of architecture llama, qwen3 or gpt2; raises `SLMError` that names a damaged file."
+    # configuration; names and float32 tensors, in our naming
+)->tuple[GPTConfig,Iterator[tuple[str,Tensor]]]:
+    """Configuration and weights of a GGUF file of architecture llama, qwen3 or gpt2; raises
+    `SLMError` that names a damaged file."""
     from gguf import GGUFReader
     path = Path(path); check_gguf(path)
     try:
         r = GGUFReader(path, 'c')
         if r.fields.get('split.count') and r.fields['split.count'].contents() > 1:
-            raise SLMError(f"'{path}' is one of several parts: merge them with llama.cpp's `llama-gguf-split --merge`")
+            raise SLMError(f"'{path}' is one of several parts: "
+                           "merge them with llama.cpp's `llama-gguf-split --merge`")
         d = gguf_config(r)
         cfg = GPTConfig.from_hf(d)
     except SLMError as e: raise SLMError(f"'{path}': {e}") from None
     except (ValueError, LookupError, TypeError, OSError, ArithmeticError) as e:
-        raise SLMError(f"'{path}' is not a GGUF file, is damaged or cut short ({type(e).__name__}: {e}): fetch it again") from None
+        raise SLMError(f"'{path}' is not a GGUF file, is damaged or cut short ({type(e).__name__}: "
+                       f"{e}): fetch it again") from None
     return cfg, _gguf_tensors(r, path, cfg, d['model_type'])
 
 # %% ../../nbs/13_model.pretrained.ipynb #2d5395a1
-HUB_FILES = ['config.json', 'generation_config.json', 'tokenizer.json', 'tokenizer_config.json', 'special_tokens_map.json',
-             'chat_template.jinja', '*.safetensors', '*.safetensors.index.json'] # what is fetched from a hub repository
+HUB_FILES = ['config.json', 'generation_config.json', 'tokenizer.json',
+             'tokenizer_config.json', 'special_tokens_map.json', 'chat_template.jinja',
+             '*.safetensors', '*.safetensors.index.json'] # what is fetched from a hub repository
 
 def local_model(
     id_or_path:str|Path, # run directory, Hugging Face folder, .gguf file, or hub id ('OWNER/NAME')
 )->Path: # a folder or .gguf file on this machine
-    "The model's place on this disk, fetched from the hub if it is not here; raises `SLMError` that says what to do."
+    """The model's place on this disk, fetched from the hub if it is
+    not here; raises `SLMError` that says what to do."""
     path = Path(id_or_path).expanduser()
     if path.is_dir() or path.is_file(): return path
     if path.suffix == '.gguf' or not re.fullmatch(r'\w[\w.-]*(/[\w.-]+)?', str(id_or_path)):
-        raise SLMError(f"'{id_or_path}' does not exist: check the path, or give a hub id such as HuggingFaceTB/SmolLM2-135M-Instruct")
+        raise SLMError(f"'{id_or_path}' does not exist: check the path, "
+                       "or give a hub id such as HuggingFaceTB/SmolLM2-135M-Instruct")
     import huggingface_hub as hub
     try: return Path(hub.snapshot_download(str(id_or_path), allow_patterns=HUB_FILES))
     except hub.errors.GatedRepoError:
-        raise SLMError(f"'{id_or_path}' asks for an agreement: accept it on https://huggingface.co/{id_or_path}, "
-                       "then `hf auth login`") from None
+        raise SLMError(f"'{id_or_path}' asks for an agreement: accept "
+                       f"it on https://huggingface.co/{id_or_path}, then `hf auth login`") from None
     except hub.errors.RepositoryNotFoundError:
-        raise SLMError(f"'{id_or_path}' is neither a folder here nor a public model on the hub: check the spelling, "
-                       "or `hf auth login`") from None
+        raise SLMError(f"'{id_or_path}' is neither a folder here nor a public model on the hub: "
+                       "check the spelling, or `hf auth login`") from None
     except Exception as e:
-        if not isinstance(e, OSError) and type(e).__module__.partition('.')[0] not in ('huggingface_hub', 'httpx', 'requests'): raise
-        raise SLMError(f"'{id_or_path}' is no folder here, and the hub cannot be reached ({type(e).__name__}): connect once (it is kept), "
+        if (not isinstance(e, OSError) and type(e)
+            .__module__.partition('.')[0] not in ('huggingface_hub', 'httpx', 'requests')):
+            raise
+        raise SLMError(f"'{id_or_path}' is no folder here, and the "
+                       f"hub cannot be reached ({type(e).__name__}): connect once (it is kept), "
                        "or give the path of a model folder or .gguf file") from None
 
+# %% ../../nbs/13_model.pretrained.ipynb #c7bf4884
 def open_model(
     path:Path, # a folder or .gguf file, from `local_model`
 )->tuple[GPTConfig,Iterator[tuple[str,Tensor]]]: # configuration; names and tensors, in our naming
     "Configuration and weights of a folder or a GGUF file."
     if path.is_dir(): return open_folder(path)
     if path.suffix == '.gguf': return open_gguf(path)
-    raise SLMError(f"'{path}' is not a model folder or a .gguf file: give the folder that holds config.json and model.safetensors")
+    raise SLMError(f"'{path}' is not a model folder or a .gguf file: "
+                   "give the folder that holds config.json and model.safetensors")
 
+# %% ../../nbs/13_model.pretrained.ipynb #00492bf8
 @patch(cls_method=True)
 def from_pretrained(cls:GPT,
     id_or_path:str|Path, # run directory, Hugging Face folder, .gguf file, or hub id
@@ -551,10 +693,14 @@ def check_tokenizer(
 ):
     "Raise `SLMError` when `tok` cannot be the tokenizer that the model was trained with."
     spare = cfg.vocab_size - tok.vocab_size
-    if spare < 0 or spare > max(127, min(512, cfg.vocab_size//16)) or (fingerprint and fingerprint != tok.fingerprint):
-        raise SLMError(f"'{where}' is a checkpoint of another tokenizer: the model has {cfg.vocab_size} tokens, "
-                       f"this tokenizer {tok.vocab_size}{' other ones' if spare == 0 else ''}; use the one that it was trained with")
+    if (spare < 0 or spare > max(127, min(512, cfg.vocab_size//16))
+        or (fingerprint and fingerprint != tok.fingerprint)):
+        raise SLMError(f"'{where}' is a checkpoint of another tokenizer: "
+                       f"the model has {cfg.vocab_size} tokens, "
+                       f"this tokenizer {tok.vocab_size}{' other ones' if spare == 0 else ''}; "
+                       "use the one that it was trained with")
 
+# %% ../../nbs/13_model.pretrained.ipynb #b266130e
 def load_model_and_tokenizer(
     id_or_path:str|Path, # run directory, Hugging Face folder, .gguf file, or hub id
     device:str='cpu',
@@ -564,5 +710,6 @@ def load_model_and_tokenizer(
     path = local_model(id_or_path)
     cfg, tensors = open_model(path)
     tok = Tokenizer.load(path) if path.is_dir() else Tokenizer.from_gguf(path)
-    check_tokenizer(cfg, tok, path, read_settings(path/'config.json').get('tokenizer_fingerprint') if path.is_dir() else None)
+    check_tokenizer(cfg, tok, path, read_settings(path/'config.json').get('tokenizer_fingerprint')
+                    if path.is_dir() else None)
     return build_model(GPT, cfg, tensors, path, device, dtype), tok

@@ -32,7 +32,8 @@ def window_pairs(
 )->list[tuple]: # (word, a word of its context)
     "What stands near what (Mikolov et al. 2013)."
     wide = [window]*len(words) if rng is None else rng.integers(1, window+1, len(words))
-    return [(words[i], words[j]) for i,b in enumerate(wide) for j in range(max(0, i-b), min(len(words), i+b+1)) if j != i]
+    return [(words[i], words[j]) for i,b in enumerate(wide)
+            for j in range(max(0, i-b), min(len(words), i+b+1)) if j != i]
 
 # %% ../../nbs/16_model.vectors.ipynb #16f1000f
 def split_words(text:str)->Iterator[list[str]]: # paragraphs
@@ -49,13 +50,17 @@ def keep_share(
 )->np.ndarray: # float32 (v,)
     "How often an occurrence of each word is kept, as word2vec.c has it."
     f = counts/max(1, counts.sum())/sample if sample else np.ones(len(counts))
-    return np.minimum(1, (np.sqrt(f)+1)/f).astype(np.float32) if sample else np.ones(len(counts), np.float32)
+    return (np.minimum(1, (np.sqrt(f)+1)/f).astype(np.float32) if sample
+            else np.ones(len(counts), np.float32))
 
+# %% ../../nbs/16_model.vectors.ipynb #ca626cf9
 def alias_table(
     weights:np.ndarray, # (v,) ≥ 0
 )->tuple[np.ndarray,np.ndarray]: # float32 (v,) and int32 (v,)
-    "To draw with these weights: any i evenly, then i with the first number's probability, else the second (Walker 1974, Vose 1991)."
-    p = np.asarray(weights, np.float64); p = p/p.sum()*len(p); other = np.arange(len(p), dtype=np.int32)
+    """To draw with these weights: any i evenly, then i with the first number's probability, else
+    the second (Walker 1974, Vose 1991)."""
+    p = np.asarray(weights, np.float64); p = p/p.sum()*len(p)
+    other = np.arange(len(p), dtype=np.int32)
     small,large = np.flatnonzero(p < 1).tolist(),np.flatnonzero(p >= 1).tolist()
     while small and large:
         s,l = small.pop(),large[-1]; other[s] = l; p[l] -= 1-p[s]
@@ -68,7 +73,8 @@ _jit = njit(nogil=True, fastmath=True, error_model='numpy') if njit else lambda 
 
 @_jit
 def _random(state): # uint64 (1,) -> 32 random bits
-    x = state[0]; x ^= x >> np.uint64(12); x ^= x << np.uint64(25); x ^= x >> np.uint64(27); state[0] = x
+    x = state[0]; x ^= x >> np.uint64(12); x ^= x << np.uint64(25)
+    x ^= x >> np.uint64(27); state[0] = x
     return np.int64((x*np.uint64(2685821657736338717)) >> np.uint64(32))
 
 @_jit
@@ -76,16 +82,20 @@ def _below(state, n): return (_random(state)*n) >> 32 # an integer of 0 … n-1
 
 @_jit
 def _noise(state, prob, other): # a negative
-    i = _below(state, len(prob)); return i if _random(state) < prob[i]*4294967296. else np.int64(other[i])
+    i = _below(state, len(prob))
+    return i if _random(state) < prob[i]*4294967296. else np.int64(other[i])
 
+# %% ../../nbs/16_model.vectors.ipynb #618fa5ae
 @_jit
-def _paragraph(ids, i, end, keep, line, state): # the next one, thinned out; where it ends, and how many are left
+def _paragraph(ids, i, end, keep,
+               line, state): # the next one, thinned out; where it ends, and how many are left
     m = 0
     while i < end and ids[i] >= 0:
         w = ids[i]; i += 1
         if keep[w] >= 1 or _random(state) < keep[w]*4294967296.: line[m] = w; m += 1
     return min(i+1, end), m
 
+# %% ../../nbs/16_model.vectors.ipynb #70c8a399
 @_jit
 def _total(spans):
     n = 0
@@ -93,18 +103,22 @@ def _total(spans):
     return n
 
 @_jit
-def _gain(score, label, lr): return (label-1/(1+math.exp(-score)))*lr # of the step along the other vector
+# of the step along the other vector
+def _gain(score, label, lr): return (label-1/(1+math.exp(-score)))*lr
 
 # %% ../../nbs/16_model.vectors.ipynb #16f10018
 @_jit
-def _skip_gram(ids, spans, vec, ctx, keep, prob, other, window, negative, lr, state, done, line, mean):
+def _skip_gram(ids, spans, vec, ctx, keep, prob, other, window, negative,
+               lr, state, done, line, mean):
     d,n,seen = vec.shape[1],_total(spans),0; acc = np.zeros(d, np.float32)
     for b in range(len(spans)):
         i,end = spans[b, 0],spans[b, 1]
-        while i < end and done[1] == 0:                                          # somebody else sets it to stop
+        while i < end and done[1] == 0: # somebody else sets it to stop
             start = i; i,m = _paragraph(ids, i, end, keep, line, state); at = seen+start-spans[b, 0]
             for p in range(m):
-                if p % 1024 == 0: done[0] = at+(i-start)*p//m; step = np.float32(lr*max(1e-4, 1-done[0]/n))
+                if p % 1024 == 0:
+                    done[0] = at+(i-start)*p//m
+                    step = np.float32(lr*max(1e-4, 1-done[0]/n))
                 wide = 1+_below(state, window)
                 for q in range(max(0, p-wide), min(m, p+wide+1)):
                     if q == p: continue
@@ -120,22 +134,41 @@ def _skip_gram(ids, spans, vec, ctx, keep, prob, other, window, negative, lr, st
         seen += end-spans[b, 0]
     done[0] = n
 
+# %% ../../nbs/16_model.vectors.ipynb #16f10f1a
+@_jit
+def _steps(g, xs, acc, ctx, outs, c, k):
+    "Of all vectors of a window, and of the words drawn for it"
+    for j in range(k):
+        t = outs[j]
+        for r in range(c):
+            z = g[r, j]
+            for e in range(xs.shape[1]): acc[r, e] += z*ctx[t, e]
+        for r in range(c):
+            z = g[r, j]
+            for e in range(xs.shape[1]): ctx[t, e] += z*xs[r, e]
+
 # %% ../../nbs/16_model.vectors.ipynb #16f1001a
 @_jit
-def _skip_gram_shared(ids, spans, vec, ctx, keep, prob, other, window, negative, lr, state, done, line, mean):
+def _skip_gram_shared(ids, spans, vec, ctx, keep, prob, other, window,
+                      negative, lr, state, done, line, mean):
     d,n,seen = vec.shape[1],_total(spans),0; outs = np.zeros(negative+1, np.int64)
-    xs,acc = np.zeros((2*window, d), np.float32),np.zeros((2*window, d), np.float32); g = np.zeros((2*window, negative+1), np.float32)
+    xs,acc = np.zeros((2*window, d), np.float32),np.zeros((2*window, d), np.float32)
+    g = np.zeros((2*window, negative+1), np.float32)
     for b in range(len(spans)):
         i,end = spans[b, 0],spans[b, 1]
         while i < end and done[1] == 0:
             start = i; i,m = _paragraph(ids, i, end, keep, line, state); at = seen+start-spans[b, 0]
             for p in range(m):
-                if p % 1024 == 0: done[0] = at+(i-start)*p//m; step = np.float32(lr*max(1e-4, 1-done[0]/n))
-                wide = 1+_below(state, window); lo,hi,k,c = max(0, p-wide),min(m, p+wide+1),1,0; outs[0] = line[p]
+                if p % 1024 == 0:
+                    done[0] = at+(i-start)*p//m
+                    step = np.float32(lr*max(1e-4, 1-done[0]/n))
+                wide = 1+_below(state, window)
+                lo,hi,k,c = max(0, p-wide),min(m, p+wide+1),1,0
+                outs[0] = line[p]
                 for j in range(negative):
                     t = _noise(state, prob, other)
                     if t != line[p]: outs[k] = t; k += 1
-                for q in range(lo, hi):                                          # scores of all pairs
+                for q in range(lo, hi): # scores of all pairs
                     if q == p: continue
                     a = line[q]
                     for e in range(d): xs[c, e] = vec[a, e]; acc[c, e] = 0
@@ -144,14 +177,7 @@ def _skip_gram_shared(ids, spans, vec, ctx, keep, prob, other, window, negative,
                         for e in range(d): s += xs[c, e]*ctx[t, e]
                         g[c, j] = _gain(s, j == 0, step)
                     c += 1
-                for j in range(k):                                               # steps of all vectors
-                    t = outs[j]
-                    for r in range(c):
-                        z = g[r, j]
-                        for e in range(d): acc[r, e] += z*ctx[t, e]
-                    for r in range(c):
-                        z = g[r, j]
-                        for e in range(d): ctx[t, e] += z*xs[r, e]
+                _steps(g, xs, acc, ctx, outs, c, k)
                 c = 0
                 for q in range(lo, hi):
                     if q == p: continue
@@ -170,7 +196,9 @@ def _cbow(ids, spans, vec, ctx, keep, prob, other, window, negative, lr, state, 
         while i < end and done[1] == 0:
             start = i; i,m = _paragraph(ids, i, end, keep, line, state); at = seen+start-spans[b, 0]
             for p in range(m):
-                if p % 1024 == 0: done[0] = at+(i-start)*p//m; step = np.float32(lr*max(1e-4, 1-done[0]/n))
+                if p % 1024 == 0:
+                    done[0] = at+(i-start)*p//m
+                    step = np.float32(lr*max(1e-4, 1-done[0]/n))
                 wide = 1+_below(state, window); lo,hi = max(0, p-wide),min(m, p+wide+1)
                 if hi-lo < 2: continue
                 x[:] = 0; acc[:] = 0; share = np.float32(1/(hi-lo-1))
@@ -196,15 +224,22 @@ def _cbow(ids, spans, vec, ctx, keep, prob, other, window, negative, lr, state, 
 
 # %% ../../nbs/16_model.vectors.ipynb #16f2001b
 @_jit
-def _skip_gram_pieces(ids, spans, vec, ctx, keep, prob, other, window, negative, lr, state, done, line, bags):
-    starts,pieces = bags; d,n,seen = vec.shape[1],_total(spans),0; x,acc = np.zeros(d, np.float32),np.zeros(d, np.float32)
+def _skip_gram_pieces(ids, spans, vec, ctx, keep, prob, other, window,
+                      negative, lr, state, done, line, bags):
+    starts,pieces = bags
+    d,n,seen = vec.shape[1],_total(spans),0
+    x,acc = np.zeros(d, np.float32),np.zeros(d, np.float32)
     for b in range(len(spans)):
         i,end = spans[b, 0],spans[b, 1]
         while i < end and done[1] == 0:
             start = i; i,m = _paragraph(ids, i, end, keep, line, state); at = seen+start-spans[b, 0]
             for p in range(m):
-                if p % 1024 == 0: done[0] = at+(i-start)*p//m; step = np.float32(lr*max(1e-4, 1-done[0]/n))
-                wide = 1+_below(state, window); lo,hi = starts[line[p]],starts[line[p]+1]; x[:] = 0; acc[:] = 0
+                if p % 1024 == 0:
+                    done[0] = at+(i-start)*p//m
+                    step = np.float32(lr*max(1e-4, 1-done[0]/n))
+                wide = 1+_below(state, window)
+                lo,hi = starts[line[p]],starts[line[p]+1]
+                x[:] = 0; acc[:] = 0
                 for r in range(lo, hi):
                     for e in range(d): x[e] += vec[pieces[r], e]
                 x /= np.float32(hi-lo)
@@ -228,9 +263,11 @@ _PIECE,_LONGEST = 10_000,1_000_000 # words
 def _numbered(paragraphs, folder, min_count, max_words):
     counts = Counter()
     for ws in paragraphs(): counts.update(ws)
-    words = sorted((w for w,n in counts.items() if n >= min_count), key=lambda w: (-counts[w], w))[:max_words]
-    if len(words) < 2: raise SLMError(f'{sum(counts.values())} words in the text, and {len(words)} of them {min_count} times or more: '
-                                      'give more text, or a lower min_count')
+    words = sorted((w for w,n in counts.items() if n >= min_count),
+                   key=lambda w: (-counts[w], w))[:max_words]
+    if len(words) < 2:
+        raise SLMError(f'{sum(counts.values())} words in the text, and {len(words)} '
+                       f'of them {min_count} times or more: give more text, or a lower min_count')
     at = {w: i for i,w in enumerate(words)}; n,ends = 0,[0]
     with open(Path(folder)/'ids', 'wb') as f:
         for ws in paragraphs():
@@ -239,7 +276,8 @@ def _numbered(paragraphs, folder, min_count, max_words):
             if n-ends[-1] >= _PIECE: ends.append(n)
             ends += range(n+_LONGEST, n+len(a), _LONGEST); a.append(-1); a.tofile(f); n += len(a)
     ends = np.array([*ends, n]); spans = np.stack([ends[:-1], ends[1:]], 1)
-    return words, np.array([counts[w] for w in words], np.int64), np.memmap(Path(folder)/'ids', np.int32, 'r'), spans
+    return words, np.array([counts[w] for w in words],
+                           np.int64), np.memmap(Path(folder)/'ids', np.int32, 'r'), spans
 
 # %% ../../nbs/16_model.vectors.ipynb #16f10025
 def find_phrases(
@@ -250,19 +288,26 @@ def find_phrases(
     "Pairs of words that belong together."
     one,two = Counter(),Counter()
     for ws in text: one.update(ws); two.update(zip(ws, ws[1:]))
-    n = sum(one.values()); return {(a, b) for (a,b),k in two.items() if k >= min_count and (k-min_count)*n > threshold*one[a]*one[b]}
+    n = sum(one.values())
+    return {(a, b) for (a,b),k in two.items() if k >= min_count
+            and (k-min_count)*n > threshold*one[a]*one[b]}
 
+# %% ../../nbs/16_model.vectors.ipynb #9cb2eae4
 def join_phrases(text:Iterable[list[str]], phrases:set[tuple[str,str]])->Iterator[list[str]]:
     "Each phrase as one word, `new_york`, from left to right."
     for ws in text:
         res,i = [],0
         while i < len(ws):
-            two = tuple(ws[i:i+2]); hit = two in phrases; res.append('_'.join(two) if hit else ws[i]); i += 1+hit
+            two = tuple(ws[i:i+2]); hit = two in phrases
+            res.append('_'.join(two) if hit else ws[i])
+            i += 1+hit
         yield res
 
+# %% ../../nbs/16_model.vectors.ipynb #de7fe63f
 def with_phrases(text:Callable, **kwargs)->Callable: # functions that begin to read paragraphs anew
     "A pass that joins the phrases of a text; they are looked for when it is read first."
-    found = cache(lambda: find_phrases(text(), **kwargs)); return lambda: join_phrases(text(), found())
+    found = cache(lambda: find_phrases(text(), **kwargs))
+    return lambda: join_phrases(text(), found())
 
 # %% ../../nbs/16_model.vectors.ipynb #16f10028
 @dataclass
@@ -274,8 +319,10 @@ class WordVectors:
     context:np.ndarray|None = None # float32 (n,d), where it is known
 
     def __post_init__(self):
-        self.at = {w: i for i,w in reversed(list(enumerate(self.words)))}         # of a word that stands twice, the first
-        if len(self.words) != len(self.vectors): raise SLMError(f'{len(self.words)} words have {len(self.vectors)} vectors')
+        # of a word that stands twice, the first
+        self.at = {w: i for i,w in reversed(list(enumerate(self.words)))}
+        if len(self.words) != len(self.vectors):
+            raise SLMError(f'{len(self.words)} words have {len(self.vectors)} vectors')
 
     @cached_property
     def unit(self)->np.ndarray: # float32 (n,d), each of length 1
@@ -285,7 +332,8 @@ class WordVectors:
     def index(self, word:str)->int:
         "The number of a word; raises `SLMError` for an unknown one."
         if word in self.at: return self.at[word]
-        raise SLMError(f"no vector for '{word}'" + (f": it knows '{word.lower()}'" if word.lower() in self.at else ''))
+        raise SLMError(f"no vector for '{word}'"
+                       + (f": it knows '{word.lower()}'" if word.lower() in self.at else ''))
 
     def __len__(self): return len(self.words)
     def __contains__(self, word): return word in self.at
@@ -293,23 +341,28 @@ class WordVectors:
     def first(self, n:int|None):
         "Those of the first words; None: of all."
         if n is None: return self
-        return WordVectors(self.words[:n], self.vectors[:n], *(None if a is None else a[:n] for a in (self.counts, self.context)))
+        return WordVectors(self.words[:n], self.vectors[:n],
+                           *(None if a is None else a[:n] for a in (self.counts, self.context)))
 
+# %% ../../nbs/16_model.vectors.ipynb #c681e038
 @patch
 def similar(self:WordVectors,
     what:str|np.ndarray, # a word, or any vector (d,)
     k:int=10,
 )->list[tuple[str,float]]: # nearest first, with the cosine; a word is no neighbour of itself
     "Neighbours."
-    word = isinstance(what, str); v = self.unit[self.index(what)] if word else np.asarray(what)/max(1e-12, np.linalg.norm(what))
+    word = isinstance(what, str)
+    v = self.unit[self.index(what)] if word else np.asarray(what)/max(1e-12, np.linalg.norm(what))
     s = self.unit@v.astype(np.float32)
     if word: s[self.index(what)] = -np.inf
-    return [(self.words[i], float(s[i])) for i in np.argsort(-s, kind='stable')[:max(0, k)] if np.isfinite(s[i])]
+    return [(self.words[i], float(s[i])) for i in np.argsort(-s, kind='stable')[:max(0, k)]
+            if np.isfinite(s[i])]
 
 # %% ../../nbs/16_model.vectors.ipynb #16f2001f
 @dataclass
 class PieceVectors(WordVectors):
-    "Words that are means of their pieces; what is saved of it, or its `first`, are the words alone."
+    """Words that are means of their pieces; what is saved of
+    it, or its `first`, are the words alone."""
     pieces:np.ndarray|None = None # float32 (n_pieces,d)
     cut:Callable|None = None # words -> where the pieces of each begin (n+1,), and their numbers
     def spell(self,
@@ -318,9 +371,13 @@ class PieceVectors(WordVectors):
         weights:np.ndarray|None=None, # (n_pieces,)
     )->WordVectors:
         "Vectors of words, seen or not."
-        starts,ids = self.cut(words); p = self.pieces if pieces is None else pieces; some = np.diff(starts) > 0
+        starts,ids = self.cut(words)
+        p = self.pieces if pieces is None else pieces
+        some = np.diff(starts) > 0
         w = np.ones(len(p), np.float32) if weights is None else weights.astype(np.float32)
-        first = starts[:-1][some]; sums = [np.add.reduceat(x, first, 0) if len(first) else x[:0] for x in (p[ids]*w[ids, None], w[ids])]
+        first = starts[:-1][some]
+        sums = [np.add.reduceat(x, first, 0) if len(first) else x[:0]
+                for x in (p[ids]*w[ids, None], w[ids])]
         return WordVectors([x for x,k in zip(words, some) if k], sums[0]/sums[1][:, None])
 
 # %% ../../nbs/16_model.vectors.ipynb #16f10029
@@ -346,6 +403,7 @@ def _cut(pieces, words): # where the pieces of each begin, and which they are; a
         raise SLMError(f'pieces are numbered 0 to {pieces.n-1}, not {ids.min()} to {ids.max()}')
     return starts, ids
 
+# %% ../../nbs/16_model.vectors.ipynb #409b7904
 def _check_settings(kind, pieces, lr, **given):
     if kind not in _KERNELS: raise SLMError(f"kind '{kind}': it is one of {', '.join(_KERNELS)}")
     if pieces and kind != 'shared': raise SLMError(f"kind '{kind}' does not go with pieces")
@@ -354,9 +412,18 @@ def _check_settings(kind, pieces, lr, **given):
     if lr is not None and not 0 < lr < 100: raise SLMError(f'lr {lr}: it is above 0')
     if njit is None: raise SLMError("training vectors needs numba: pip install -e '.[vectors]'")
 
+# %% ../../nbs/16_model.vectors.ipynb #16f10f2a
+def _new_vectors(rng, rows, words, d):
+    "Small random vectors, and zeros for what a word is predicted by"
+    try:
+        vec = (rng.random((rows, d), np.float32)-np.float32(.5))/d
+        return vec, np.zeros((words, d), np.float32)
+    except MemoryError:
+        raise SLMError(f'no room in memory for {rows+words:,} vectors of {d:,} numbers') from None
+
 # %% ../../nbs/16_model.vectors.ipynb #16f1002a
 def train_vectors(
-    text:Iterable[list[str]]|Callable, # paragraphs of words; or a function that begins to read them anew, for text that is not held
+    text:Iterable[list[str]]|Callable, # paragraphs of words; or what begins to read them anew
     d:int=100, # numbers of a vector
     window:int=5,
     negative:int=5, # per pair, or per window
@@ -365,32 +432,36 @@ def train_vectors(
     min_count:int=5, # rarer words are passed over
     max_words:int|None=None, # vocabulary, at most
     lr:float|None=None, # of the first step; None: .025; for CBOW .2, or .05 without `mean`
-    kind:str='shared', # 'shared': skip-gram whose windows share negatives; 'pairs': as the paper has it; 'cbow'
-    mean:bool=True, # of 'cbow': the gradient of the mean; False: as word2vec.c has it, with a rate of its own
-    pieces:Callable|None=None, # words -> where the pieces of each begin, and their numbers; its `n` is how many there are
-    threads:int|None=None, # None: as many as there are processors; with 1 the result is the same each time
+    kind:str='shared', # skip-gram with negatives shared in a window; 'pairs': the paper's; 'cbow'
+    mean:bool=True, # of 'cbow': the gradient of the mean; False: as word2vec.c has it
+    pieces:Callable|None=None, # words -> where the pieces of each begin, and numbers; has an `n`
+    threads:int|None=None, # all processors if not given; with 1 the result is the same each time
     seed:int=0,
 )->WordVectors:
-    "word2vec (Mikolov et al. 2013b). Raises `SLMError` for settings or text that nothing can be learned from."
-    _check_settings(kind, pieces, lr, d=d, window=window, negative=negative, epochs=epochs, min_count=min_count, sample=sample,
-                    threads=threads, seed=seed)
+    "word2vec (Mikolov et al. 2013b). Raises `SLMError` for what nothing can be learned from."
+    _check_settings(kind, pieces, lr, d=d, window=window, negative=negative,
+                    epochs=epochs, min_count=min_count, sample=sample, threads=threads, seed=seed)
     if not callable(text): held = list(text); text = lambda: held
+    lr = lr or (.025 if kind != 'cbow' else .2 if mean else .05)
     with tempfile.TemporaryDirectory(prefix='slm-vectors-') as folder:
         words,counts,ids,spans = _numbered(text, folder, min_count, max_words)
         rng = np.random.default_rng(seed)
-        rows,more,kernel = (pieces.n, _cut(pieces, words), _skip_gram_pieces) if pieces else (len(words), mean, _KERNELS[kind])
-        try: vec = (rng.random((rows, d), np.float32)-np.float32(.5))/d; ctx = np.zeros((len(words), d), np.float32)
-        except MemoryError: raise SLMError(f'no room in memory for {rows+len(words):,} vectors of {d:,} numbers') from None
-        threads = min(threads or os.cpu_count() or 1, len(spans)); done = np.zeros((threads, 2), np.int64)
-        order = np.concatenate([rng.permutation(len(spans)) for _ in range(epochs)]); line = min(_LONGEST, int(np.diff(spans).max()))
-        lr = lr or (.025 if kind != 'cbow' else .2 if mean else .05)
+        rows,more,kernel = len(words),mean,_KERNELS[kind]
+        if pieces: rows,more,kernel = pieces.n,_cut(pieces, words),_skip_gram_pieces
+        vec,ctx = _new_vectors(rng, rows, len(words), d)
+        threads = min(threads or os.cpu_count() or 1, len(spans))
+        order = np.concatenate([rng.permutation(len(spans)) for _ in range(epochs)])
+        line,done = min(_LONGEST, int(np.diff(spans).max())),np.zeros((threads, 2), np.int64)
         common = keep_share(counts, sample),*alias_table(counts**.75),window,negative,lr
-        each = [(ids, spans[order[k::threads]], vec, ctx, *common, rng.integers(1, 2**63, 1, np.uint64), at, np.zeros(line, np.int32), more)
+        each = [(ids, spans[order[k::threads]], vec, ctx, *common,
+                 rng.integers(1, 2**63, 1, np.uint64), at, np.zeros(line, np.int32), more)
                 for k,at in enumerate(done)]
         _watched(kernel, each, done, len(ids)*epochs); del ids
-    if not np.isfinite(vec).all(): raise SLMError('the vectors grew beyond all bounds: take a lower lr')
+    if not np.isfinite(vec).all():
+        raise SLMError('the vectors grew beyond all bounds: take a lower lr')
     if not pieces: return WordVectors(words, vec, counts, ctx)
-    return PieceVectors(words, PieceVectors([], vec[:0], pieces=vec, cut=pieces).spell(words).vectors, counts, ctx, vec, pieces)
+    whole = PieceVectors([], vec[:0], pieces=vec, cut=pieces).spell(words).vectors
+    return PieceVectors(words, whole, counts, ctx, vec, pieces)
 
 # %% ../../nbs/16_model.vectors.ipynb #16f1002d
 def pair_loss(
@@ -401,16 +472,22 @@ def pair_loss(
     pairs:int=200_000, # at most
     seed:int=0, # of the windows and negatives: the same for all that have the same vocabulary
 )->Metric: # nats a pair
-    "What skip-gram with negative sampling is trained for, on other text. Raises `SLMError` for vectors without contexts."
-    if v.context is None or v.counts is None: raise SLMError('these vectors came without contexts and counts: the loss needs both')
+    """What skip-gram with negative sampling is trained for, on other
+    text. Raises `SLMError` for vectors without contexts."""
+    if v.context is None or v.counts is None:
+        raise SLMError('these vectors came without contexts and counts: the loss needs both')
     rng = np.random.default_rng(seed); xy = []
     for ws in text:
         xy += window_pairs([v.at[w] for w in ws if w in v.at], window, rng)
         if len(xy) >= pairs: break
     if not xy: raise SLMError('no pair of known words in this text')
-    x,y = np.array(xy[:pairs]).T; p = v.counts**.75; neg = rng.choice(len(v), (len(x), negative), p=p/p.sum()); losses = []
+    x,y = np.array(xy[:pairs]).T; p = v.counts**.75
+    neg = rng.choice(len(v), (len(x), negative), p=p/p.sum())
+    losses = []
     for s in np.array_split(np.arange(len(x)), max(1, len(x)//10_000)):
-        score = np.einsum('pd,pkd->pk', v.vectors[x[s]], v.context[np.concatenate([y[s, None], neg[s]], 1)]); score[:, 1:] *= -1
+        score = np.einsum('pd,pkd->pk', v.vectors[x[s]],
+                          v.context[np.concatenate([y[s, None], neg[s]], 1)])
+        score[:, 1:] *= -1
         losses.append(np.logaddexp(0, -score).sum(1))
     return bootstrap_ratio(np.concatenate(losses), unit='nats/pair')
 
@@ -421,44 +498,60 @@ SUFFIXES = ('.safetensors', '.txt', '.vec', '.bin') # of files that are written
 def save(self:WordVectors,
     path:str|Path, # .safetensors; .txt or .vec for word2vec's text, .bin for its binary form
 ):
-    "Write a file that appears when it is whole. Raises `SLMError` for another name, or a word that the format cannot hold."
+    """Write a file that appears when it is whole. Raises `SLMError` for another name, or a word
+    that the format cannot hold."""
     path = Path(path); kind = path.suffix
     if kind not in SUFFIXES: raise SLMError(f"'{path.name}': call it {', '.join(SUFFIXES)}")
     if kind != '.safetensors' and (bad := [w for w in self.words if not w or re.search(r'\s', w)]):
-        raise SLMError(f'{bad[0]!r} has a space, which parts words in this format: save as .safetensors')
+        raise SLMError(f'{bad[0]!r} has a space, which parts words in this format: '
+                       'save as .safetensors')
     with atomic_file(path, 'wb') as f:
         if kind == '.safetensors':
             from safetensors.numpy import save
-            more = {k: np.ascontiguousarray(a) for k,a in dict(counts=self.counts, context=self.context).items() if a is not None}
+            more = {k: np.ascontiguousarray(a)
+                    for k,a in dict(counts=self.counts, context=self.context).items()
+                    if a is not None}
             text = np.frombuffer(json.dumps(self.words, ensure_ascii=False).encode(), np.uint8)
-            f.write(save(dict(vectors=np.ascontiguousarray(self.vectors, np.float32), words=text) | more)); return
+            f.write(save(dict(vectors=np.ascontiguousarray(self.vectors, np.float32),
+                              words=text) | more))
+            return
         f.write('{} {}\n'.format(*self.vectors.shape).encode())
         for w,v in zip(self.words, np.asarray(self.vectors, '<f4')):
-            f.write(w.encode()+b' '+(v.tobytes() if kind == '.bin' else ' '.join(map(repr, v.tolist())).encode())+b'\n')
+            f.write(w.encode()+b' '+(v.tobytes() if kind == '.bin'
+                                     else ' '.join(map(repr, v.tolist())).encode())+b'\n')
 
 # %% ../../nbs/16_model.vectors.ipynb #16f10031
 def _open_packed(path): return gzip.open(path) if path.suffix == '.gz' else open(path, 'rb')
 
+# %% ../../nbs/16_model.vectors.ipynb #ef369bce
 def _read_tensors(path, limit):
     from safetensors import SafetensorError, safe_open
     try:
         with safe_open(path, 'numpy') as f:
-            t = {k: f.get_tensor(k) for k in f.keys() if k in ('vectors', 'words', 'counts', 'context')}
+            t = {k: f.get_tensor(k) for k in f.keys()
+                 if k in ('vectors', 'words', 'counts', 'context')}
         words = json.loads(t.pop('words').tobytes()); v,n = t['vectors'],t.get('counts')
-        if not isinstance(words, list) or not all(isinstance(w, str) for w in words): raise ValueError
+        if not isinstance(words, list) or not all(isinstance(w, str) for w in words):
+            raise ValueError
         if v.dtype != np.float32 or v.ndim != 2: raise ValueError
-        if len(v) != len(words) or t.get('context', v).shape != v.shape or (n is not None and n.shape != v.shape[:1]): raise ValueError
-    except (SafetensorError, KeyError, ValueError, TypeError, RecursionError): raise SLMError(f"'{path}' holds no word vectors") from None
+        if (len(v) != len(words) or t.get('context', v).shape != v.shape
+            or (n is not None and n.shape != v.shape[:1])):
+            raise ValueError
+    except (SafetensorError, KeyError, ValueError, TypeError, RecursionError):
+        raise SLMError(f"'{path}' holds no word vectors") from None
     return WordVectors(words, **t).first(limit)
 
+# %% ../../nbs/16_model.vectors.ipynb #70e93359
 def _read_binary(f, path, n, d):
     words,res,rest = [],np.empty((n, d), np.float32),b''
     while len(words) < n:
-        rest = rest.lstrip(b'\n')+f.read(1<<20); at = 0                           # word2vec.c ends each with a line's end, gensim none
+        # word2vec.c ends each with a line's end, gensim none
+        rest = rest.lstrip(b'\n')+f.read(1<<20); at = 0
         while (end := rest.find(b' ', at)) >= 0 and end+1+4*d <= len(rest) and len(words) < n:
             res[len(words)] = np.frombuffer(rest, '<f4', d, end+1)
             words.append(rest[at:end].lstrip(b'\n').decode(errors='replace')); at = end+1+4*d
-        if at == 0 and len(words) < n: raise SLMError(f"'{path}' ends after {len(words):,} of {n:,} vectors")
+        if at == 0 and len(words) < n:
+            raise SLMError(f"'{path}' ends after {len(words):,} of {n:,} vectors")
         rest = rest[at:]
     return words, res
 
@@ -487,7 +580,8 @@ def open_vectors(
     path:str|Path, # .safetensors, or a file of word2vec, GloVe or fastText, perhaps with .gz
     limit:int|None=None, # read only so many, the first
 )->WordVectors:
-    "Read vectors of any of these formats; of a word that stands twice, the first. Raises `SLMError` with the place of the fault."
+    """Read vectors of any of these formats; of a word that stands twice, the first. Raises
+    `SLMError` with the place of the fault."""
     path = Path(path)
     if not path.is_file(): raise SLMError(f"'{path}' is no file")
     if limit is not None and limit < 1: raise SLMError(f'limit {limit}: it is 1 or more')
@@ -497,15 +591,19 @@ def open_vectors(
         with _open_packed(path) as f:
             head = f.readline(1<<22).removeprefix(b'\xef\xbb\xbf').split()
             header = len(head) == 2 and all(x.isdigit() and len(x) < 16 for x in head)
-            n,d = map(int, head) if header else (limit or 1<<40, _numbers_behind(head)); first = 1+header
-            if d < 2-header or header and n*d > 400*size: raise SLMError(f"'{path}' does not begin as a file of vectors does")
+            n,d = map(int, head) if header else (limit or 1<<40, _numbers_behind(head))
+            first = 1+header
+            if d < 2-header or header and n*d > 400*size:
+                raise SLMError(f"'{path}' does not begin as a file of vectors does")
             want = min(n, limit or n); row = f.readline(1<<22) if header else b''; f.seek(0)
             if header: f.readline()
             text = not header or _is_text(row, d)
-            lines = islice(iter(lambda: f.readline(1<<22), b''), want)                # bounded, whatever it is
+            lines = islice(iter(lambda: f.readline(1<<22), b''), want) # bounded, whatever it is
             words,v = _read_lines(lines, path, first, d) if text else _read_binary(f, path, want, d)
-    except (OSError, EOFError, zlib.error) as e: raise SLMError(f"'{path}' cannot be read: {e}") from None
-    if header and len(words) < want: raise SLMError(f"'{path}' ends after {len(words):,} of {want:,} vectors")
+    except (OSError, EOFError, zlib.error) as e:
+        raise SLMError(f"'{path}' cannot be read: {e}") from None
+    if header and len(words) < want:
+        raise SLMError(f"'{path}' ends after {len(words):,} of {want:,} vectors")
     return _checked(WordVectors(words, v), path)
 
 # %% ../../nbs/16_model.vectors.ipynb #16f1f033
@@ -518,6 +616,7 @@ def _numbers_behind(parts): # how many stand behind the word, or words
 def _is_text(row, d): # a word, or several, and d numbers?
     parts = row.split(); return len(parts) > d and _numbers_behind(parts[-d-1:]) == d
 
+# %% ../../nbs/16_model.vectors.ipynb #b97a322f
 def _checked(v, path): # some, finite, and of a word that stands twice the first
     if not len(v): raise SLMError(f"'{path}' holds no vector")
     bad = ~np.isfinite(v.vectors).all(1)
@@ -539,12 +638,15 @@ def answers(self:WordVectors,
     u = self.unit; a,b,c = u[questions.T]
     if how == 'add': s = (b-a+c)@u.T
     elif how == 'mul': sa,sb,sc = ((x@u.T+1)/2 for x in (a, b, c)); s = sb*sc/(sa+1e-3)
-    elif how == 'pair': to = b-a; s = (to@u.T-(to*c).sum(1, keepdims=True))/np.sqrt(np.maximum(2-2*c@u.T, 1e-6))
+    elif how == 'pair':
+        to = b-a
+        s = (to@u.T-(to*c).sum(1, keepdims=True))/np.sqrt(np.maximum(2-2*c@u.T, 1e-6))
     elif how in ('only-b', 'only-c'): s = (b if how == 'only-b' else c)@u.T
     else: raise SLMError(f"'{how}' is no way to ask: {', '.join(ANALOGIES)} are")
     if exclude: np.put_along_axis(s, questions, -np.inf, 1)
     return s
 
+# %% ../../nbs/16_model.vectors.ipynb #8f75e118
 @patch
 def analogy(self:WordVectors,
     a:str, b:str, c:str, # a is to b as c is to …?
@@ -554,7 +656,8 @@ def analogy(self:WordVectors,
 )->list[tuple[str,float]]: # best first
     "Answer an analogy; raises `SLMError` for a word without a vector."
     s, = self.answers(np.array([[self.index(w) for w in (a, b, c)]]), how, exclude)
-    return [(self.words[i], float(s[i])) for i in np.argsort(-s, kind='stable')[:max(0, k)] if np.isfinite(s[i])]
+    return [(self.words[i], float(s[i])) for i in np.argsort(-s, kind='stable')[:max(0, k)]
+            if np.isfinite(s[i])]
 
 # %% ../../nbs/16_model.vectors.ipynb #16f10039
 def read_analogies(
@@ -565,10 +668,12 @@ def read_analogies(
     for n,l in enumerate(whole_text(path).splitlines(), 1):
         if l.startswith(':'): kind = l[1:].strip()
         elif ws := tuple(l.lower().split()):
-            if len(ws) != 4: raise SLMError(f"'{path}' line {n}: four words are expected, or ': kind'")
+            if len(ws) != 4:
+                raise SLMError(f"'{path}' line {n}: four words are expected, or ': kind'")
             res.setdefault(kind, []).append(ws)
     return res
 
+# %% ../../nbs/16_model.vectors.ipynb #1d7e82e7
 @patch
 def solve(self:WordVectors,
     questions:list[tuple], # (a, b, c, d)
@@ -576,7 +681,9 @@ def solve(self:WordVectors,
     exclude:bool=True,
 )->np.ndarray: # bool (n,) of the questions all of whose words have vectors
     "Which analogies come out right."
-    q = np.array([[self.at[w] for w in ws] for ws in questions if all(w in self.at for w in ws)]).reshape(-1, 4)
+    q = np.array([[self.at[w] for w in ws] for ws in questions
+                  if all(w in self.at for w in ws)]).reshape(-1, 4)
     step = max(1, 500_000//len(self)); res = np.zeros(len(q), bool)
-    for i in range(0, len(q), step): res[i:i+step] = self.answers(q[i:i+step, :3], how, exclude).argmax(1) == q[i:i+step, 3]
+    for i in range(0, len(q), step):
+        res[i:i+step] = self.answers(q[i:i+step, :3], how, exclude).argmax(1) == q[i:i+step, 3]
     return res

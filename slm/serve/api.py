@@ -74,6 +74,7 @@ def render_tools(
     t = copy.copy(tok); t.chat_template = _WITH_TOOLS+tok.chat_template
     return t.render_chat([dict(role='', content='', tools=tools or None), *messages], add_generation_prompt)
 
+# %% ../../nbs/46_serve.api.ipynb #ef451b6d
 @functools.lru_cache(maxsize=64)
 def _marks(tok):
     "What the template writes before the name of a function, after it, and after the arguments; None when it has no place for calls"
@@ -168,19 +169,26 @@ def engine_requests(
     else:
         one = isinstance(body.prompt, str) or isinstance(body.prompt[0], int)
         front = [tok.bos_id] if tok.bos_id != tok.eot_id else []
-        prompts = [front+tok.encode(p) if isinstance(p, str) else p for p in ([body.prompt] if one else body.prompt)]
+        prompts = [front+tok.encode(p) if isinstance(p, str) else p
+                   for p in ([body.prompt] if one else body.prompt)]
     asked = (body.max_completion_tokens if chat else None) or body.max_tokens
     if asked and asked > settings.max_tokens:
-        raise APIError(400, f'max_tokens is {asked}: at most {settings.max_tokens} are granted here', 'max_tokens')
-    kw = {k: getattr(body, k) for k in ('temperature', 'top_k', 'top_p', 'min_p', 'repetition_penalty')}
+        raise APIError(400, f'max_tokens is {asked}: '
+                       f'at most {settings.max_tokens} are granted here', 'max_tokens')
+    kw = {k: getattr(body, k)
+          for k in ('temperature', 'top_k', 'top_p', 'min_p', 'repetition_penalty')}
     if kw['top_p'] == 0: kw |= dict(temperature=0., top_p=1.)
     kw['top_k'] = max(0, kw['top_k'])
-    kw |= dict(max_new_tokens=asked or (settings.max_tokens if chat else 16), stop=[body.stop] if isinstance(body.stop, str) else body.stop,
+    kw |= dict(max_new_tokens=asked or (settings.max_tokens if chat else 16),
+               stop=[body.stop] if isinstance(body.stop, str) else body.stop,
                logprobs=(body.top_logprobs if body.logprobs else None) if chat else body.logprobs,
-               schema=None if calls else body.response_format.schema_, grammar=calls and calls.grammar())
+               schema=None if calls else body.response_format.schema_,
+               grammar=calls and calls.grammar())
     if calls and calls.forced: kw['stop'] = []
-    rs = [Request(ids, seed=None if body.seed is None else body.seed+j, **kw) for ids in prompts for j in range(body.n)]
-    if hasattr(engine, 'held'): engine.held(rs[0])                               # a grammar's proof takes a while: here, in a thread
+    rs = [Request(ids, seed=None if body.seed is None else body.seed+j, **kw)
+          for ids in prompts for j in range(body.n)]
+    # a grammar's proof takes a while: here, in a thread
+    if hasattr(engine, 'held'): engine.held(rs[0])
     return rs
 
 # %% ../../nbs/46_serve.api.ipynb #d149c3c7
@@ -191,26 +199,36 @@ class ChatForm:
     object, event, prefix = 'chat.completion', 'chat.completion.chunk', 'chatcmpl-'
     def probs(self, ls, at):
         one = lambda b, lp: dict(token=_say(b), logprob=lp, bytes=list(b))
-        return dict(content=[one(l.token, l.logprob) | dict(top_logprobs=[one(b, lp) for _,b,lp in l.top]) for l in ls], refusal=None)
+        return dict(content=[one(l.token, l.logprob)
+                             | dict(top_logprobs=[one(b, lp) for _,b,lp in l.top]) for l in ls],
+                    refusal=None)
     asked = 'messages'
     def calls(self, p):
-        one = lambda k, n, a: dict(index=k, id=uuid.uuid4().hex[:9], type='function', function=dict(name=n, arguments=a))
+        one = lambda k, n, a: dict(index=k, id=uuid.uuid4().hex[:9],
+                                   type='function', function=dict(name=n, arguments=a))
         return [one(k, n, a) for k,(n,a) in enumerate(p.calls)]
     def whole(self, p):
         calls = [{k:v for k,v in c.items() if k != 'index'} for c in self.calls(p)]
-        if calls: return dict(message=dict(role='assistant', content=p.text or None, refusal=None, tool_calls=calls))
+        if calls:
+            return dict(message=dict(role='assistant', content=p.text or None,
+                                     refusal=None, tool_calls=calls))
         return dict(message=dict(role='assistant', content=p.text, refusal=None))
-    def part(self, p): return dict(delta=(dict(content=p.text) if p.text else {}) | (dict(tool_calls=self.calls(p)) if p.calls else {}))
+    def part(self, p):
+        return dict(delta=(dict(content=p.text) if p.text else {})
+                    | (dict(tool_calls=self.calls(p)) if p.calls else {}))
     def opening(self, n):
-        return [dict(index=i, delta=dict(role='assistant', content=''), logprobs=None, finish_reason=None) for i in range(n)]
+        return [dict(index=i, delta=dict(role='assistant', content=''),
+                     logprobs=None, finish_reason=None) for i in range(n)]
 
+# %% ../../nbs/46_serve.api.ipynb #1730655b
 class TextForm:
     "The words of /v1/completions."
     object, event, prefix = 'text_completion', 'text_completion', 'cmpl-'
     def probs(self, ls, at):
         size = [len(_say(l.token)) for l in ls]
         return dict(tokens=[_say(l.token) for l in ls], token_logprobs=[l.logprob for l in ls],
-                    text_offset=[at+sum(size[:k]) for k in range(len(ls))], top_logprobs=[{_say(b): lp for _,b,lp in l.top} for l in ls])
+                    text_offset=[at+sum(size[:k]) for k in range(len(ls))],
+                    top_logprobs=[{_say(b): lp for _,b,lp in l.top} for l in ls])
     asked = 'prompt'
     def whole(self, p): return dict(text=p.text)
     part = whole
@@ -225,17 +243,21 @@ def choice(
     at:int=0, # characters before
 )->dict:
     "One choice as the client reads it."
-    return dict(index=i, **(form.part if part else form.whole)(p), logprobs=form.probs(p.logprobs, at) if p.logprobs else None,
+    return dict(index=i, **(form.part if part else form.whole)(p),
+                logprobs=form.probs(p.logprobs, at) if p.logprobs else None,
                 finish_reason=p.finish_reason)
 
+# %% ../../nbs/46_serve.api.ipynb #52e08c86
 def usage(
     ends:dict[int,Piece], # last piece of each choice
     n:int, # choices to a prompt
 )->dict:
     "Tokens, each prompt counted once."
-    prompts, made = sum(p.prompt_tokens for i,p in ends.items() if i%n == 0), sum(p.completion_tokens for p in ends.values())
+    prompts = sum(p.prompt_tokens for i,p in ends.items() if i%n == 0)
+    made = sum(p.completion_tokens for p in ends.values())
     return dict(prompt_tokens=prompts, completion_tokens=made, total_tokens=prompts+made,
-                prompt_tokens_details=dict(cached_tokens=sum(p.cached_tokens for i,p in ends.items() if i%n == 0)))
+                prompt_tokens_details=dict(cached_tokens=sum(p.cached_tokens
+                                                             for i,p in ends.items() if i%n == 0)))
 
 # %% ../../nbs/46_serve.api.ipynb #743889a3
 SENTENCE_END = re.compile(r'[.!?…]["\')\]]*\s*$|\n')
@@ -252,9 +274,11 @@ async def filtered(
         held[i] = h = join([*([held[i]] if i in held else []), p])
         if not (p.finish_reason or SENTENCE_END.search(h.text)): continue
         if h.text.strip() and await asyncio.to_thread(score, h.text) > threshold:
-            shut.add(i); job.cancels[i](); yield i, replace(p, text='', logprobs=[], finish_reason='content_filter')
+            shut.add(i); job.cancels[i]()
+            yield i, replace(p, text='', logprobs=[], finish_reason='content_filter')
         else: yield i, held.pop(i)
 
+# %% ../../nbs/46_serve.api.ipynb #889eef62
 def load_filter(
     name:str, # 'module:function', or a classifier as in `slm.eval.toxicity`
 )->Callable[[str],float]:
@@ -264,7 +288,8 @@ def load_filter(
         from slm.eval.toxicity import open_toxicity
         return open_toxicity(name).score
     try: return getattr(importlib.import_module(mod), fn)
-    except (ImportError, AttributeError, ValueError) as e: raise SLMError(f"no filter '{name}' ({e}): give MODULE:FUNCTION") from None
+    except (ImportError, AttributeError, ValueError) as e:
+        raise SLMError(f"no filter '{name}' ({e}): give MODULE:FUNCTION") from None
 
 # %% ../../nbs/46_serve.api.ipynb #b3522735
 def cache_key(
@@ -272,11 +297,14 @@ def cache_key(
     body:ChatBody|TextBody,
 )->bytes|None: # None when the answer must not, or need not, be kept
     "What decides the answer, as a hash."
-    if not gate.cache.size or body.logprobs is not type(body).model_fields['logprobs'].default: return None
+    if not gate.cache.size or body.logprobs is not type(body).model_fields['logprobs'].default:
+        return None
     if body.temperature and body.seed is None: return None
-    d = {k:v for k,v in body.model_dump().items() if k in type(body).model_fields and k not in ('stream', 'stream_options')}
+    d = {k:v for k,v in body.model_dump().items() if k in type(body).model_fields
+         and k not in ('stream', 'stream_options')}
     return hashlib.sha256(json.dumps([type(body).__name__, d], sort_keys=True).encode()).digest()
 
+# %% ../../nbs/46_serve.api.ipynb #4caa6ced
 async def _replayed(answers):
     for i,p in enumerate(answers): yield i, p
 
@@ -299,13 +327,16 @@ class EventStream(Response):
         events:AsyncIterator[dict], # what to send
         headers:dict[str,str], # beside the usual ones
     ):
-        super().__init__(headers=headers | {'Cache-Control': 'no-store', 'X-Accel-Buffering': 'no'}); self.job, self.events = job, events
+        super().__init__(headers=headers | {'Cache-Control': 'no-store', 'X-Accel-Buffering': 'no'})
+        self.job, self.events = job, events
         del self.headers['content-length']
     async def __call__(self, scope, receive, send):
         begun = False
         async def write(s, more=True):
             nonlocal begun
-            if not begun: begun = True; await send(dict(type='http.response.start', status=200, headers=self.raw_headers))
+            if not begun:
+                begun = True
+                await send(dict(type='http.response.start', status=200, headers=self.raw_headers))
             await send(dict(type='http.response.body', body=s.encode(), more_body=more))
         event = lambda d: f'data: {json.dumps(d, ensure_ascii=False, separators=(",", ":"))}\n\n'
         try:
@@ -318,8 +349,11 @@ class EventStream(Response):
             await write(event(e.body), False)
 
 # %% ../../nbs/46_serve.api.ipynb #3598bc31
-def _head(form, body, kind): return dict(id=form.prefix+uuid.uuid4().hex, object=kind, created=int(time.time()), model=body.model)
+def _head(form, body, kind):
+    return dict(id=form.prefix+uuid.uuid4().hex, object=kind, created=int(time.time()),
+                model=body.model)
 
+# %% ../../nbs/46_serve.api.ipynb #54f24c0a
 async def events(
     form:ChatForm|TextForm,
     body:ChatBody|TextBody,
@@ -333,7 +367,8 @@ async def events(
     async for i,p in stream:
         if first and (cs := form.opening(n)): yield head | dict(choices=cs)
         first = False
-        if p.text or p.finish_reason or p.logprobs or p.calls: yield head | dict(choices=[choice(form, i, p, True, at[i])]) | p.extra
+        if p.text or p.finish_reason or p.logprobs or p.calls:
+            yield head | dict(choices=[choice(form, i, p, True, at[i])]) | p.extra
         at[i] += len(p.text)
         if p.finish_reason: ends[i] = p
     if told: yield head | dict(choices=[], usage=usage(ends, body.n))
@@ -344,17 +379,22 @@ async def respond(
     request:fastapi.Request,
     form:ChatForm|TextForm,
 )->Response:
-    "The answer, whole or as a stream; raises `APIError`, and `SLMError` for what the engine cannot do."
-    gate = request.app.state.gate; engine, s = gate.engine(body.model), gate.settings; check_supported(body)
+    """The answer, whole or as a stream; raises `APIError`, and
+    `SLMError` for what the engine cannot do."""
+    gate = request.app.state.gate
+    engine, s = gate.engine(body.model), gate.settings
+    check_supported(body)
     key = cache_key(gate, body); kept, job = gate.cache.get(key) if key else None, None
     if kept: stream, n = _replayed(kept), len(kept)
     else:
-        gate.admit(body.model, 1)                                                       # before the work of encoding
-        fields = dict(prompt=form.asked, schema='tools' if getattr(body, 'tools', ()) else 'response_format')
+        gate.admit(body.model, 1) # before the work of encoding
+        fields = dict(prompt=form.asked, schema='tools' if getattr(body, 'tools', ())
+                      else 'response_format')
         try: requests = await asyncio.to_thread(engine_requests, body, engine, s)
         except SLMError as e: raise refused(e, fields) from None
         n, at_end = len(requests), not (body.stream or s.output_filter)
-        stream = job = Job(gate, body.model, requests, joins=not s.output_filter, whole=at_end, fields=fields)
+        stream = job = Job(gate, body.model, requests, joins=not s.output_filter,
+                           whole=at_end, fields=fields)
         if s.output_filter: stream = filtered(job, s.output_filter, s.threshold)
         if key: stream = remembered(stream, functools.partial(gate.cache.put, key))
     if calls := calls_of(body, engine.tok): stream = called(stream, calls)
@@ -365,10 +405,11 @@ async def respond(
     try:
         async with job.running(request.receive) if job else contextlib.nullcontext():
             async for i,p in stream: got.setdefault(i, []).append(p)
-    except ClientGone: return Response(status_code=499)                                # nobody reads it; the figures show it
+    except ClientGone: return Response(status_code=499) # nobody reads it; the figures show it
     whole = {i: join(ps) for i,ps in sorted(got.items())}
     choices = [choice(form, i, p) for i,p in whole.items()]
-    answer = _head(form, body, form.object) | dict(choices=choices, usage=usage(whole, body.n)) | whole[0].extra
+    answer = _head(form, body, form.object) | dict(choices=choices,
+                                                   usage=usage(whole, body.n)) | whole[0].extra
     return JSONResponse(answer, headers=headers)
 
 # %% ../../nbs/46_serve.api.ipynb #c0ff76be
@@ -383,21 +424,29 @@ class ErrorBody(BaseModel):
     "The body of every error."
     error:ErrorText
 
-router = APIRouter(prefix='/v1', responses={c: dict(model=ErrorBody) for c in (400, 401, 404, 408, 413, 421, 422, 429, 500, 503, 504)})
+# %% ../../nbs/46_serve.api.ipynb #007cbff6
+router = APIRouter(prefix='/v1',
+                   responses={c: dict(model=ErrorBody)
+                              for c in (400, 401, 404, 408, 413, 421, 422, 429, 500, 503, 504)})
 
 @router.post('/chat/completions')
-async def chat_completions(body:ChatBody, request:fastapi.Request): return await respond(body, request, ChatForm())
+async def chat_completions(body:ChatBody, request:fastapi.Request):
+    return await respond(body, request, ChatForm())
 
 @router.post('/completions')
-async def completions(body:TextBody, request:fastapi.Request): return await respond(body, request, TextForm())
+async def completions(body:TextBody, request:fastapi.Request):
+    return await respond(body, request, TextForm())
 
-def _card(gate, name, **kw): return dict(id=name, object='model', created=gate.born, owned_by='slm', **kw)
+def _card(gate, name, **kw):
+    return dict(id=name, object='model', created=gate.born, owned_by='slm', **kw)
 
+# %% ../../nbs/46_serve.api.ipynb #18fbccf9
 @router.get('/models')
 async def models(request:fastapi.Request):
     g = request.app.state.gate
     talk = [_card(g, m, max_model_len=e.max_seq_len) for m,e in g.models.items()]
-    return dict(object='list', data=talk + [_card(g, m) for m in request.app.state.embed if m not in g.models])
+    return dict(object='list',
+                data=talk + [_card(g, m) for m in request.app.state.embed if m not in g.models])
 
 @router.get('/models/{name:path}')
 async def model(name:str, request:fastapi.Request):
@@ -406,30 +455,45 @@ async def model(name:str, request:fastapi.Request):
     return found[0]
 
 # %% ../../nbs/46_serve.api.ipynb #43c70210
-Embed = Callable[[list[str|list[int]]], tuple[list[list[float]],int]] # texts or ids -> a vector for each; tokens read. Raises `SLMError`
+# texts or ids -> a vector for each; tokens read. Raises `SLMError`
+Embed = Callable[[list[str|list[int]]], tuple[list[list[float]],int]]
 
 class EmbeddingBody(Body):
     "A request to /v1/embeddings."
-    input:str|Annotated[list[Id], Field(min_length=1)]|Annotated[list[str], Field(min_length=1, max_length=2048)]|Annotated[
-        list[Annotated[list[Id], Field(min_length=1)]], Field(min_length=1, max_length=2048)] # text or token ids, one or several
+    input:str|Annotated[list[Id], Field(min_length=1)]|Annotated[list[str], Field(
+        min_length=1,
+        max_length=2048)]|Annotated[list[Annotated[list[Id], Field(min_length=1)]],
+                                    Field(min_length=1,
+                                          max_length=2048)] # text or token ids, one or several
     encoding_format:Literal['float', 'base64']='float' # how to write a vector
 
+# %% ../../nbs/46_serve.api.ipynb #54915305
 @router.post('/embeddings')
 async def embeddings(body:EmbeddingBody, request:fastapi.Request):
     by_name, extra = request.app.state.embed, body.model_extra or {}
-    if extra.get('dimensions') is not None: raise APIError(400, 'dimensions is not supported here', 'dimensions', 'unsupported_parameter')
+    if extra.get('dimensions') is not None:
+        raise APIError(400, 'dimensions is not supported here', 'dimensions',
+                       'unsupported_parameter')
     if body.model not in by_name:
         there = ', '.join(by_name) or 'none here'
-        raise APIError(404, f"no embedding model '{body.model[:100]}': there is {there}", 'model', 'model_not_found')
-    g, texts = request.app.state.gate, [body.input] if isinstance(body.input, str) or isinstance(body.input[0], int) else body.input
-    if g.embedding > g.settings.queue: raise APIError(429, 'the queue is full: try again later', code='queue_full', retry=1)
+        raise APIError(404, f"no embedding model '{body.model[:100]}': there is {there}",
+                       'model', 'model_not_found')
+    g = request.app.state.gate
+    texts = [body.input] if isinstance(body.input,
+                                       str) or isinstance(body.input[0], int) else body.input
+    if g.embedding > g.settings.queue:
+        raise APIError(429, 'the queue is full: try again later', code='queue_full', retry=1)
     g.embedding += 1
-    try: vectors, n = await asyncio.get_running_loop().run_in_executor(g.embedder, by_name[body.model], texts)
+    try:
+        vectors, n = await asyncio.get_running_loop().run_in_executor(g.embedder,
+                                                                      by_name[body.model], texts)
     except SLMError as e: raise refused(e, dict(prompt='input')) from None
     finally: g.embedding -= 1
-    write = (lambda v: base64.b64encode(struct.pack(f'<{len(v)}f', *v)).decode()) if body.encoding_format == 'base64' else lambda v: v
+    write = ((lambda v: base64.b64encode(struct.pack(f'<{len(v)}f', *v)).decode())
+             if body.encoding_format == 'base64' else lambda v: v)
     return dict(object='list', model=body.model, usage=dict(prompt_tokens=n, total_tokens=n),
-                data=[dict(object='embedding', index=i, embedding=write(v)) for i,v in enumerate(vectors)])
+                data=[dict(object='embedding', index=i, embedding=write(v))
+                      for i,v in enumerate(vectors)])
 
 # %% ../../nbs/46_serve.api.ipynb #89cd9d4c
 def gguf_embed(
@@ -439,28 +503,37 @@ def gguf_embed(
 )->Embed:
     "Embeddings by llama.cpp, of length 1; raises `SLMError` when it cannot open the file."
     import xllamacpp as xl
-    facts = check_gguf(path); known, context = len(facts.get('tokenizer.ggml.tokens', ())), min(context or 8192, gguf_facts(path)[0])
-    p = llama_params(xl, path, 1, context, threads or usable_cpus(), False); p.embedding, p.n_batch, p.n_ubatch = True, context, context
-    if not any(k.endswith('.pooling_type') for k in facts): p.pooling_type = xl.llama_pooling_type.LLAMA_POOLING_TYPE_MEAN
+    facts = check_gguf(path)
+    known, context = len(facts.get('tokenizer.ggml.tokens',
+                                   ())), min(context or 8192, gguf_facts(path)[0])
+    p = llama_params(xl, path, 1, context, threads or usable_cpus(), False)
+    p.embedding, p.n_batch, p.n_ubatch = True, context, context
+    if not any(k.endswith('.pooling_type') for k in facts):
+        p.pooling_type = xl.llama_pooling_type.LLAMA_POOLING_TYPE_MEAN
     try: server = xl.Server(p)
     except RuntimeError as e: raise SLMError(f"llama.cpp cannot open '{path}': {e}") from None
     def embed(texts):
         for t in texts:
             if not isinstance(t, str) and max(t) >= known:
-                raise RequestError(f'the input has token {max(t)}, the model knows 0 to {known-1}', 'prompt')
-        res = server.handle_embeddings(dict(input=texts)); res = json.loads(res) if isinstance(res, (str, bytes)) else res
+                raise RequestError(f'the input has token {max(t)}, the model knows 0 to {known-1}',
+                                   'prompt')
+        res = server.handle_embeddings(dict(input=texts))
+        res = json.loads(res) if isinstance(res, (str, bytes)) else res
         if 'data' not in res:
             says = str(res.get('error', {}).get('message', res))
             if n := re.match(r'input \((\d+) tokens\) is too large', says):
-                raise RequestError(f"this model's maximum context length is {context} tokens: a text has {n[1]}, shorten it",
+                raise RequestError(f"this model's maximum context length is {context} tokens: "
+                                   f"a text has {n[1]}, shorten it",
                                    'prompt', 'context_length_exceeded')
             raise RequestError(f'no embedding: {says}', 'prompt')
         return [d['embedding'] for d in res['data']], res['usage']['prompt_tokens']
     return embed
 
 # %% ../../nbs/46_serve.api.ipynb #bdf19c8e
-THUMBS = '''CREATE TABLE IF NOT EXISTS thumbs(prompt TEXT NOT NULL, text TEXT NOT NULL, annotator TEXT NOT NULL,
-  up INTEGER NOT NULL, sampling TEXT NOT NULL, run TEXT NOT NULL, at REAL NOT NULL, PRIMARY KEY(prompt, text, annotator))'''
+THUMBS = '''CREATE TABLE IF NOT EXISTS thumbs(
+  prompt TEXT NOT NULL, text TEXT NOT NULL, annotator TEXT NOT NULL, up INTEGER NOT NULL,
+  sampling TEXT NOT NULL, run TEXT NOT NULL, at REAL NOT NULL,
+  PRIMARY KEY(prompt, text, annotator))'''
 
 def add_judgement(
     store:'PreferenceStore',
@@ -471,16 +544,20 @@ def add_judgement(
     seconds:float|None=None, # from showing to judging
 )->int: # number of the judgement
     "Record a comparison; raises `SLMError` for what is none."
-    if not isinstance(choice, str) and choice >= len(responses): raise SLMError(f'choice {choice} of {len(responses)}: count from 0')
+    if not isinstance(choice, str) and choice >= len(responses):
+        raise SLMError(f'choice {choice} of {len(responses)}: count from 0')
     key = json.dumps([prompt, sorted(r['text'] for r in responses)]).encode()
     source = 'chat-'+hashlib.blake2b(key, digest_size=8).hexdigest()
-    if not store.items(source): store.add_items([dict(prompt=prompt, responses=responses, source=source)])
+    if not store.items(source):
+        store.add_items([dict(prompt=prompt, responses=responses, source=source)])
     known = store.items(source)
     item, now, at = known[0], time.time(), {r.text: k for k,r in enumerate(known[0].responses)}
     shown = [at[r['text']] for r in responses]
     started = None if seconds is None else now-seconds
-    return store.judge(item, choice if isinstance(choice, str) else shown[choice], annotator, shown, started, now)
+    return store.judge(item, choice if isinstance(choice, str) else shown[choice],
+                       annotator, shown, started, now)
 
+# %% ../../nbs/46_serve.api.ipynb #fb683b7d
 def add_thumb(
     store:'PreferenceStore',
     prompt:list[dict], # messages
@@ -488,13 +565,17 @@ def add_thumb(
     up:bool, # or down
     annotator:str,
 )->int: # pairs that it is part of
-    "Record a thumb, and the pairs that it makes with earlier ones; raises `SLMError` when the store refuses."
-    row = lambda r: dict(text=r['text'], run=r['run'], sampling=json.loads(r['sampling'])); key = json.dumps(prompt)
+    """Record a thumb, and the pairs that it makes with earlier
+    ones; raises `SLMError` when the store refuses."""
+    row = lambda r: dict(text=r['text'], run=r['run'], sampling=json.loads(r['sampling']))
+    key = json.dumps(prompt)
     with store.transaction():
         store.db.execute(THUMBS)
         store.db.execute('INSERT OR REPLACE INTO thumbs VALUES(?,?,?,?,?,?,?)',
-                         (key, response['text'], annotator, up, json.dumps(response['sampling']), response['run'], time.time()))
-        others = store.db.execute('SELECT * FROM thumbs WHERE prompt=? AND annotator=? AND text<>? AND up<>? ORDER BY at',
+                         (key, response['text'], annotator, up, json.dumps(response['sampling']),
+                          response['run'], time.time()))
+        others = store.db.execute('SELECT * FROM thumbs WHERE prompt=? '
+                                  'AND annotator=? AND text<>? AND up<>? ORDER BY at',
                                   (key, annotator, response['text'], up)).fetchall()
     for o in others: add_judgement(store, prompt, [row(o), response], int(up), annotator)
     return len(others)
@@ -506,30 +587,42 @@ class Judged(BaseModel):
     run:str='' # name of the model
     sampling:dict[str,Any]={} # temperature, seed, …
 
+# %% ../../nbs/46_serve.api.ipynb #9d21f7e7
 class JudgeBody(BaseModel):
     "A comparison, or thumbs."
     messages:list[Message]=Field(min_length=1, max_length=1024) # the conversation that was answered
-    responses:list[Judged]=Field(min_length=1, max_length=8) # the answers, in the order in which they were shown; one for thumbs
-    choice:Annotated[int, Field(ge=0, le=7)]|Literal['tie', 'skip', 'up', 'down'] # index of the better one, …; 'up', 'down' for one alone
+    # the answers, in the order in which they were shown; one for thumbs
+    responses:list[Judged]=Field(min_length=1, max_length=8)
+    # index of the better one, …; 'up', 'down' for one alone
+    choice:Annotated[int, Field(ge=0, le=7)]|Literal['tie', 'skip', 'up', 'down']
     annotator:str=Field('page', min_length=1, max_length=100) # who judges
     seconds:float|None=Field(None, ge=0, lt=10**6, allow_inf_nan=False) # from showing to judging
 
+# %% ../../nbs/46_serve.api.ipynb #1c74c4ad
 def _store(request):
     if request.app.state.store: return request.app.state.store
-    raise APIError(404, 'this server keeps no preferences: start it with --preferences FILE', code='no_preferences')
+    raise APIError(404, 'this server keeps no preferences: start it with --preferences FILE',
+                   code='no_preferences')
 
 @router.get('/preferences')
 async def preferences(request:fastapi.Request):
-    items, judgements = _store(request).db.execute('SELECT (SELECT count(*) FROM items), (SELECT count(*) FROM standing)').fetchone()
+    items, judgements = _store(request).db.execute('SELECT (SELECT count(*) FROM items), '
+                                                   '(SELECT count(*) FROM standing)').fetchone()
     return dict(items=items, judgements=judgements)
 
+# %% ../../nbs/46_serve.api.ipynb #b352b85a
 @router.post('/preferences')
 async def judge(body:JudgeBody, request:fastapi.Request):
     s, thumb = _store(request), body.choice in ('up', 'down')
-    if thumb != (len(body.responses) == 1): raise APIError(400, "'up' and 'down' are for one response, the rest for two or more", 'choice')
+    if thumb != (len(body.responses) == 1):
+        raise APIError(400, "'up' and 'down' are for one response, the rest for two or more",
+                       'choice')
     args = [m.plain() for m in body.messages], [r.model_dump() for r in body.responses]
-    if thumb: return dict(pairs=await asyncio.to_thread(add_thumb, s, args[0], args[1][0], body.choice == 'up', body.annotator))
-    return dict(judgement=await asyncio.to_thread(add_judgement, s, *args, body.choice, body.annotator, body.seconds))
+    if thumb:
+        return dict(pairs=await asyncio.to_thread(add_thumb, s, args[0],
+                                                  args[1][0], body.choice == 'up', body.annotator))
+    return dict(judgement=await asyncio.to_thread(add_judgement, s,
+                                                  *args, body.choice, body.annotator, body.seconds))
 
 # %% ../../nbs/46_serve.api.ipynb #2a97e002
 def origins(
@@ -543,12 +636,15 @@ def origins(
 
 # %% ../../nbs/46_serve.api.ipynb #54fccd44
 def create_app(
-    models:dict[str,Engine], # the name that clients say -> engine; they stay the caller's, who closes them
+    # the name that clients say -> engine; they stay the caller's, who closes them
+    models:dict[str,Engine],
     settings:Settings=Settings(),
     embed:dict[str,Embed]|None=None, # embedding models
-    lifespan:Callable[[FastAPI],contextlib.AbstractAsyncContextManager]|None=None, # entered before the warm-up, left in the end
+    # entered before the warm-up, left in the end
+    lifespan:Callable[[FastAPI],contextlib.AbstractAsyncContextManager]|None=None,
 )->FastAPI:
-    "The server as an ASGI application; raises `SLMError` when the preference store cannot be opened."
+    """The server as an ASGI application; raises `SLMError` when
+    the preference store cannot be opened."""
     gate = Gate(models, settings)
     @contextlib.asynccontextmanager
     async def life(app):
@@ -563,17 +659,22 @@ def create_app(
     app.include_router(router); app.include_router(_rest)
     app.add_middleware(Guard, gate=gate)
     if settings.origins:
-        app.add_middleware(CORSMiddleware, allow_origins=settings.origins, allow_methods=['GET', 'POST'], allow_headers=['*'],
-                           expose_headers=['Retry-After', 'X-SLM-Cache'], allow_private_network=True)
+        app.add_middleware(CORSMiddleware, allow_origins=settings.origins,
+                           allow_methods=['GET', 'POST'], allow_headers=['*'],
+                           expose_headers=['Retry-After', 'X-SLM-Cache'],
+                           allow_private_network=True)
     for kind,f in ERROR_HANDLERS.items(): app.add_exception_handler(kind, f)
     gate.paths = {r.path for r in [*router.routes, *_rest.routes]} | {'/openapi.json'}
     return app
 
+# %% ../../nbs/46_serve.api.ipynb #9765b93e
 async def _warm_up(gate):
     try:
-        for e in gate.models.values(): await asyncio.to_thread(answer_all, e, [Request([e.tok.bos_id or 0], max_new_tokens=1)])
+        for e in gate.models.values():
+            await asyncio.to_thread(answer_all, e, [Request([e.tok.bos_id or 0], max_new_tokens=1)])
         gate.ready = True
-    except Exception as e: gate.fault = f'{type(e).__name__}: {e}'                        # whatever it is, /readyz has to tell
+    except Exception as e:
+        gate.fault = f'{type(e).__name__}: {e}' # whatever it is, /readyz has to tell
 
 # %% ../../nbs/46_serve.api.ipynb #6c2c1ff6
 def _http_error(request, e): return APIError(e.status_code, f'{request.method} {request.url.path[:200]}: {e.detail}').response()
@@ -586,6 +687,7 @@ def _field(error, body):
         if known: here = here[x]; at.append(x)
     return at + [error['loc'][-1]]*(error['type'] == 'missing' and len(error['loc']) > 1)
 
+# %% ../../nbs/46_serve.api.ipynb #0a344f8e
 def _schema_error(request, e):
     "The first field that is wrong; of a union, the branch that got furthest"
     first = e.errors()[0]
@@ -597,6 +699,7 @@ def _schema_error(request, e):
     says = ' or '.join(dict.fromkeys(m for f,m in found if f == at)).replace(' or Input should be', ' or')
     return APIError(422, f"{'.'.join(map(str, at)) or 'the body'}: {says}"[:500], str(at[0]) if at else None, 'invalid_request').response()
 
+# %% ../../nbs/46_serve.api.ipynb #76b9601f
 ERROR_HANDLERS = {APIError: lambda r, e: e.response(), SLMError: lambda r, e: refused(e).response(), HTTPException: _http_error,
            RequestValidationError: _schema_error, Exception: lambda r, e: APIError(500, 'the server failed: its log says why').response()}
 
@@ -612,6 +715,7 @@ async def readyz(request:fastapi.Request):
     if not g.ready: raise APIError(503, g.fault or 'warming up', code='not_ready')
     return dict(status='ready')
 
+# %% ../../nbs/46_serve.api.ipynb #359af60b
 @_rest.get('/metrics')
 async def metrics(request:fastapi.Request):
     return Response(generate_latest(request.app.state.gate.metrics.registry), media_type=CONTENT_TYPE_LATEST)
@@ -624,14 +728,17 @@ def chat_page()->tuple[bytes,dict[str,str]]: # HTML, headers
     def sha(tag):
         inside = re.search(f'<{tag}>(.*?)</{tag}>', html, re.S)[1].encode()
         return f"'sha256-{base64.b64encode(hashlib.sha256(inside).digest()).decode()}'"
-    policy = (f"default-src 'none'; script-src {sha('script')}; style-src {sha('style')}; connect-src 'self'; img-src data:; "
+    policy = (f"default-src 'none'; script-src {sha('script')}; "
+              f"style-src {sha('style')}; connect-src 'self'; img-src data:; "
               "base-uri 'none'; form-action 'none'; frame-ancestors 'none'")
     return html.encode(), {'Content-Security-Policy': policy, 'X-Content-Type-Options': 'nosniff',
                            'Referrer-Policy': 'no-referrer', 'Cache-Control': 'no-cache'}
 
+# %% ../../nbs/46_serve.api.ipynb #b534f38c
 @_rest.get('/')
 async def page():
-    html, headers = chat_page(); return Response(html, media_type='text/html; charset=utf-8', headers=headers)
+    html, headers = chat_page()
+    return Response(html, media_type='text/html; charset=utf-8', headers=headers)
 
 # %% ../../nbs/46_serve.api.ipynb #c359e366
 HEADER_SECONDS = 20 # in which a request's first lines must arrive
@@ -643,7 +750,8 @@ class Protocol(H11Protocol):
         super().connection_made(transport)
         if len(self.connections) > self.most: return transport.abort()
         self.born = self.loop.time(); self._patience()
-        same = [c for c in self.connections if c.client and self.client and c.client[0] == self.client[0]]
+        same = [c for c in self.connections if c.client and self.client
+                and c.client[0] == self.client[0]]
         idle = [c for c in same if c.timer and not c.transport.is_closing()]
         if len(idle) > self.each: min(idle, key=lambda c: c.born).transport.abort()
     def data_received(self, data): super().data_received(data); self._patience()
@@ -654,11 +762,13 @@ class Protocol(H11Protocol):
     def _patience(self):
         "Wait for a request's head no longer than that; not while an answer is being made"
         silent = self.cycle is None or self.cycle.response_complete
-        if silent and not self.timer: self.timer = self.loop.call_later(HEADER_SECONDS, self.transport.abort)
+        if silent and not self.timer:
+            self.timer = self.loop.call_later(HEADER_SECONDS, self.transport.abort)
         if not silent and self.timer: self.timer.cancel(); self.timer = None
     def send_400_response(self, msg):
         body = json.dumps(APIError(400, msg).body).encode()
-        self.transport.write(b'HTTP/1.1 400 Bad Request\r\nContent-Type: application/json\r\nConnection: close\r\n'
+        self.transport.write(b'HTTP/1.1 400 Bad Request\r\nContent-Type: '
+                             b'application/json\r\nConnection: close\r\n'
                              b'Content-Length: %d\r\n\r\n' % len(body) + body)
         self.transport.close()
 
@@ -668,30 +778,36 @@ class Server(uvicorn.Server):
     def __init__(self,
         app:FastAPI, # from `create_app`
     ):
-        super().__init__(uvicorn.Config(app, http=Protocol, ws='none', loop='asyncio', log_level='warning', access_log=False,
-                                        timeout_graceful_shutdown=5))
+        super().__init__(uvicorn.Config(app, http=Protocol, ws='none',
+                                        loop='asyncio', log_level='warning',
+                                        access_log=False, timeout_graceful_shutdown=5))
         self.gate = app.state.gate
     def handle_exit(self, sig, frame):
         if self.gate.draining is not None: self.should_exit = self.force_exit = True
         else: self.gate.draining = time.monotonic()
     async def on_tick(self, counter):
-        g = self.gate; late = g.draining is not None and time.monotonic() > g.draining+g.settings.timeout+BODY_SECONDS
+        g = self.gate
+        late = (g.draining is not None
+                and time.monotonic() > g.draining+g.settings.timeout+BODY_SECONDS)
         return await super().on_tick(counter) or g.draining is not None and (late or not g.active)
 
+# %% ../../nbs/46_serve.api.ipynb #6e213d4d
 def serve(
     app:FastAPI, # from `create_app`
     host:str='127.0.0.1', # address to listen on
     port:int=8000, # 0 for any that is free
     say:Callable[[str],None]=functools.partial(print, flush=True), # is told the address
 ):
-    "Serve until SIGTERM or Ctrl-C, an engine without a thread of its own in this one; raises `SLMError` when the address cannot be had."
+    """Serve until SIGTERM or Ctrl-C, an engine without a thread of its own in this one; raises
+    `SLMError` when the address cannot be had."""
     sock = listen(host, port); at = f'[{host}]' if ':' in host else host
     say(f"serving {', '.join(app.state.gate.models)} at http://{at}:{sock.getsockname()[1]}")
-    server, idle = Server(app), [e for e in app.state.gate.models.values() if getattr(e, 'thread', True) is None]
+    server = Server(app)
+    idle = [e for e in app.state.gate.models.values() if getattr(e, 'thread', True) is None]
     if not idle: return server.run(sockets=[sock])
     def listening():
         try: server.run(sockets=[sock])
-        finally: idle[0].close()                                                 # then its `run` returns
+        finally: idle[0].close() # then its `run` returns
     for s in (signal.SIGINT, signal.SIGTERM): signal.signal(s, server.handle_exit)
     thread = threading.Thread(target=listening); thread.start()
     idle[0].run(); thread.join()

@@ -41,13 +41,15 @@ class Sequence:
 
     def piece(self, text='', **kw):
         "A piece of the answer with the counts so far"
-        return Piece(text, prompt_tokens=len(self.request.ids), cached_tokens=self.cached, completion_tokens=self.n, **kw)
+        return Piece(text, prompt_tokens=len(self.request.ids), cached_tokens=self.cached,
+                     completion_tokens=self.n, **kw)
 
     def tell(self, *args, **kw):
         "Hand out a piece; a listener that fails has left"
         try: self.emit(self.piece(*args, **kw))
         except Exception: self.gone = True
 
+# %% ../../nbs/44_serve.batching.ipynb #70d795c8
 @dataclass
 class Slot:
     "A row of the cache: whose request it works on, and the tokens whose keys it holds."
@@ -67,18 +69,23 @@ def common(
     "Number of tokens that two lists begin with in common."
     return next((i for i,(x,y) in enumerate(zip(a, b)) if x != y), min(len(a), len(b)))
 
+# %% ../../nbs/44_serve.batching.ipynb #d42fa5cc
 def place(
     slots:list[Slot],
     ids:list[int], # of a new prompt
-    rewinds:bool=True, # can a row be used that has read further than what both have in common? A state cannot go back
-)->tuple[Slot|None,Slot|None,int]: # slot to use (None: all are busy), slot to copy from, tokens that are known then
+    # can a row be used that has read further than what both have in common? A state cannot go back
+    rewinds:bool=True,
+    # slot to use (None: all are busy), slot to copy from, tokens that are known then
+)->tuple[Slot|None,Slot|None,int]:
     "Where a prompt goes: a free slot that knows most of it, else the one not used for longest."
     free = [s for s in slots if s.job is None]
     if not free: return None, None, 0
-    known = {s.row: n if rewinds or n == len(s.ids) else 0 for s in slots for n in [min(common(s.ids, ids), len(ids)-1)]}
+    known = {s.row: n if rewinds or n == len(s.ids) else 0 for s in slots
+             for n in [min(common(s.ids, ids), len(ids)-1)]}
     source = max(slots, key=lambda s: (known[s.row], s.job is None))
     n = known[source.row]
-    if source.job is None and n > .5*len(source.ids): return source, source, n   # it goes on where it stopped
+    # it goes on where it stopped
+    if source.job is None and n > .5*len(source.ids): return source, source, n
     return min(free, key=lambda s: s.used), source, n
 
 # %% ../../nbs/44_serve.batching.ipynb #c61abb9d
@@ -97,14 +104,15 @@ PAD = 32 # prompts are read in multiples of so many tokens: few shapes, so that 
 
 # %% ../../nbs/44_serve.batching.ipynb #21f3e70c
 class TorchEngine:
-    "Continuous batching over one of our models; raises `SLMError` for what the model or this machine cannot do."
+    """Continuous batching over one of our models; raises `SLMError`
+    for what the model or this machine cannot do."""
     name = 'torch'
     def __init__(self,
         model:GPT, # is fused in place where it can be
         tok, # its `Tokenizer`
         model_name:str='slm', # what the model is called
         slots:int=4, # requests that are worked on at once
-        context:int|None=None, # tokens that one request may have; the model's own, at most 2048, if not given
+        context:int|None=None, # tokens of one request; the model's own, at most 2048, if not given
         threads:int|None=None, # CPU threads; as many as this process may use if not given
         int8:bool=False, # 8 bits a weight
         compiled:bool=False, # steps that a C++ compiler made: seconds more to start, then faster
@@ -112,22 +120,38 @@ class TorchEngine:
         own_thread:bool=True, # work in a thread of its own; else somebody must call `run`
     ):
         c = model.cfg
-        if not c.causal: raise SLMError('this model looks both ways (causal=False): it fills gaps and cannot generate')
-        self.tok, self.model, self.slots, self.chunk = tok, model_name, slots, max(PAD, chunk//PAD*PAD)
-        self.max_seq_len, self.threads = min(context or 2048, c.max_seq_len), threads or usable_cpus()
+        if not c.causal:
+            raise SLMError('this model looks both ways (causal=False): '
+                           'it fills gaps and cannot generate')
+        self.tok, self.model, self.slots = tok, model_name, slots
+        self.chunk = max(PAD, chunk//PAD*PAD)
+        self.max_seq_len = min(context or 2048, c.max_seq_len)
+        self.threads = threads or usable_cpus()
         self.compiled = compiled
         if compiled: self.gpt = model.compile_(int8)
-        else: self.gpt = model.fuse_(int8) if int8 or c.is_llama and not hasattr(model, 'fused') else model.eval()
+        else:
+            self.gpt = (model.fuse_(int8) if int8 or c.is_llama and not hasattr(model, 'fused')
+                        else model.eval())
         w = model.get_input_embeddings().weight
         self.device, self.v = w.device, min(tok.vocab_size, c.vocab_size)
         self.cache = model.new_cache(slots, self.max_seq_len+PAD)
-        self.static = StaticStep(self.gpt, self.cache) if self.device.type == 'cuda' and c.mixer == 'attention' else None
-        self.rows, self.seen = [Slot(i) for i in range(slots)], torch.zeros(slots, self.v, dtype=torch.bool, device=w.device)
+        self.static = (StaticStep(self.gpt, self.cache) if self.device.type == 'cuda'
+                       and c.mixer == 'attention' else None)
+        self.rows = [Slot(i) for i in range(slots)]
+        self.seen = torch.zeros(slots, self.v, dtype=torch.bool, device=w.device)
         self.ends = set(tok.stop_ids)
         self.waiting, self.wake, self.closing, self.clock = deque(), threading.Condition(), False, 0
-        self.thread, self.ended = None, threading.Event()
-        if own_thread: self.thread = threading.Thread(target=self.run, name='torch-engine', daemon=True); self.thread.start()
-        else: self.ended.set()
+        self.begin(own_thread)
+
+# %% ../../nbs/44_serve.batching.ipynb #21f3e70d
+@patch
+def begin(self:TorchEngine, own_thread:bool):
+    "A thread that works until the engine is closed, if it is to have one."
+    self.thread, self.ended = None, threading.Event()
+    if own_thread:
+        self.thread = threading.Thread(target=self.run, name='torch-engine', daemon=True)
+        self.thread.start()
+    else: self.ended.set()
 
 # %% ../../nbs/44_serve.batching.ipynb #aa595d38
 @patch
@@ -138,10 +162,12 @@ def submit(self:TorchEngine,
     "Queue a request; raises `SLMError` for one that cannot be."
     r = request
     if r.schema is not None or r.grammar:
-        raise RequestError('the torch engine cannot hold a text to a JSON schema: take --engine gguf', 'schema')
-    params = SamplingParams(r.temperature, r.top_k, r.top_p, r.min_p, r.repetition_penalty, r.max_new_tokens, r.stop,
-                            None if r.seed is None else r.seed % 2**63)
-    job = Sequence(r, check_request(self, r), emit, Sampler([params]), TextStream(self.tok, params.stop), list(r.ids))
+        raise RequestError('the torch engine cannot hold a text to a JSON schema: '
+                           'take --engine gguf', 'schema')
+    params = SamplingParams(r.temperature, r.top_k, r.top_p, r.min_p, r.repetition_penalty,
+                            r.max_new_tokens, r.stop, None if r.seed is None else r.seed % 2**63)
+    job = Sequence(r, check_request(self, r), emit, Sampler([params]),
+                   TextStream(self.tok, params.stop), list(r.ids))
     def cancel():
         job.gone = True
         with self.wake: self.wake.notify()
@@ -150,6 +176,7 @@ def submit(self:TorchEngine,
         self.waiting.append(job); self.wake.notify()
     return cancel
 
+# %% ../../nbs/44_serve.batching.ipynb #df3b959b
 @patch
 def close(self:TorchEngine):
     "Cancel what runs and end the thread; closing twice is fine."
@@ -162,34 +189,38 @@ def close(self:TorchEngine):
 def run(self:TorchEngine):
     "Work until `close`; on Linux the main thread is the fastest place for it."
     self.ended.clear()
-    torch.set_num_threads(self.threads)                                          # counts for this thread only
+    torch.set_num_threads(self.threads) # counts for this thread only
     try:
         if self.compiled: self.gpt.warm_up(self.cache)
     except SLMError as e: print(e, file=sys.stderr); self.compiled = False
     while True:
-        with self.wake: self.wake.wait_for(lambda: self.waiting or self.closing or any(s.job for s in self.rows))
+        with self.wake:
+            self.wake.wait_for(lambda: self.waiting or self.closing
+                               or any(s.job for s in self.rows))
         if self.closing: break
         try:
             self._drop(lambda job: job.gone)
             self._admit()
             self._read()
             self._speak()
-        except Exception as e:                                                   # out of memory, NaN: not the end of all others to come
+        except Exception as e: # out of memory, NaN: not the end of all others to come
             for s in self.rows:
                 if s.job: self._finish(s, 'error', error=str(e) or type(e).__name__)
                 s.ids = []
     self._drop(lambda job: True)
     self.ended.set()
 
+# %% ../../nbs/44_serve.batching.ipynb #a41ec697
 @patch
 def _drop(self:TorchEngine, unwanted):
     for s in self.rows:
         if s.job and unwanted(s.job): self._finish(s, 'cancelled')
-    with self.wake:                                                              # as one: nobody may come in between
+    with self.wake: # as one: nobody may come in between
         gone = [j for j in self.waiting if unwanted(j)]
         if gone: self.waiting = deque(j for j in self.waiting if j not in gone)
     for j in gone: j.tell(finish_reason='cancelled')
 
+# %% ../../nbs/44_serve.batching.ipynb #ade30db1
 @patch
 def _finish(self:TorchEngine, s, reason, text='', **kw):
     job, s.job = s.job, None
@@ -212,15 +243,18 @@ def _admit(self:TorchEngine):
             self.seen[slot.row] = False
             self.seen[slot.row, [i for i in job.request.ids if i < self.v]] = True
 
+# %% ../../nbs/44_serve.batching.ipynb #95143c38
 @patch
 def _read(self:TorchEngine):
-    "Read the next chunk of the prompt that came first, all but its last token: that one is spoken with the others"
+    """Read the next chunk of the prompt that came first, all but
+    its last token: that one is spoken with the others"""
     reading = [s for s in self.rows if len(s.todo) > 1]
     if not reading: return
     s = min(reading, key=lambda s: s.used)
     new = s.todo[:-1][:self.chunk]
     t = -(-len(new)//PAD)*PAD if self.device.type == 'cpu' else len(new)
-    if self.gpt.cfg.pos == 'learned': t = max(len(new), min(t, self.gpt.cfg.max_seq_len-len(s.ids))) # nothing is behind the last position
+    # nothing is behind the last position
+    if self.gpt.cfg.pos == 'learned': t = max(len(new), min(t, self.gpt.cfg.max_seq_len-len(s.ids)))
     x = torch.tensor([new + [0]*(t-len(new))], device=self.device)               # (1,t)
     cache = part(self.cache, s.row, s.row+1)
     cache.lens[:] = len(s.ids)
@@ -242,11 +276,15 @@ def _speak(self:TorchEngine):
     cache.lens[:] = torch.tensor([len(s.ids) for s in self.rows[a:b]])
     logits = self.gpt.step(x, cache) if step else self._recorded(x, a, b)        # (b,v)
     if logits is None:
-        valid = None if cache.rewinds else torch.tensor([[s in live] for s in self.rows[a:b]]).long()  # the others' states stay as they are
-        logits = self.gpt.head(self.gpt.model(x[:, None].to(self.device), cache=cache, seqlens=valid)[:, 0])
+        # the others' states stay as they are
+        valid = (None if cache.rewinds
+                 else torch.tensor([[s in live] for s in self.rows[a:b]]).long())
+        logits = self.gpt.head(self.gpt.model(x[:, None].to(self.device),
+                                              cache=cache, seqlens=valid)[:, 0])
     for s in live: s.ids += s.todo
     self._choose(live, logits[[s.row-a for s in live]])
 
+# %% ../../nbs/44_serve.batching.ipynb #34138c9e
 @patch
 def _choose(self:TorchEngine,
     slots:list[Slot],
@@ -254,19 +292,23 @@ def _choose(self:TorchEngine,
 ):
     "Draw a token for each, and tell those who asked"
     logits = logits[:, :self.v].float()
-    if logits[:, 0].isnan().any(): raise SLMError("the model's output is not a number: the checkpoint is damaged, or its training diverged")
+    if logits[:, 0].isnan().any():
+        raise SLMError("the model's output is not a number: the checkpoint is damaged, "
+                       "or its training diverged")
     jobs = [s.job for s in slots]
     rows = torch.tensor([s.row for s in slots], device=self.device)
     sampler = join_samplers([j.sampler for j in jobs])
     ids = sampler(logits, self.seen[rows] if sampler.penalizes else None)        # (n,)
     if sampler.penalizes: self.seen[rows, ids] = True
-    logprobs = logits.log_softmax(-1) if any(j.request.logprobs is not None for j in jobs) else [None]*len(jobs)
+    logprobs = logits.log_softmax(-1) if any(j.request.logprobs is not None
+                                             for j in jobs) else [None]*len(jobs)
     for s,job,id,lp in zip(slots, jobs, ids.tolist(), logprobs): self._tell(s, job, id, lp)
 
 # %% ../../nbs/44_serve.batching.ipynb #101a2cd3
 @patch
 def _recorded(self:TorchEngine, x, a, b):
-    "Scores of the rows from a to b by a step of fixed shape; None where there is none, or where the card refuses it"
+    """Scores of the rows from a to b by a step of fixed shape; None
+    where there is none, or where the card refuses it"""
     if not self.static: return None
     self.cache.lens[:] = torch.tensor([len(s.ids) for s in self.rows])
     if (logits := self.static(x.to(self.device), torch.arange(a, b))) is None: self.static = None
@@ -283,13 +325,15 @@ def join_samplers(
     s.lay_out()
     return s
 
+# %% ../../nbs/44_serve.batching.ipynb #fb30e673
 @patch
 def _tell(self:TorchEngine, s, job, id, logprobs):
     job.ids.append(id)
     lp = job.request.logprobs
     if lp is not None:
         top = logprobs.topk(lp) if lp else None
-        near = [(int(i), self.tok.decode_bytes([int(i)]), float(p)) for p,i in zip(top.values, top.indices)] if lp else []
+        near = [(int(i), self.tok.decode_bytes([int(i)]), float(p))
+                for p,i in zip(top.values, top.indices)] if lp else []
         lp = [TokenLogprob(id, self.tok.decode_bytes([id]), float(logprobs[id]), near)]
     if id in self.ends:
         job.ids.pop()

@@ -27,12 +27,18 @@ def kv_bytes(
 def gguf_shape(
     path:str|Path, # a .gguf file
 )->tuple[int,int,int]: # layers, key-value heads, size of a head
-    "What `kv_bytes` needs to know of a model; raises `SLMError` for a file that does not hold together."
-    facts = check_gguf(path); at = lambda k, default=None: facts.get(f"{facts.get('general.architecture')}.{k}", default)
-    layers,heads,width = (at(k) for k in ('block_count', 'attention.head_count', 'embedding_length'))
+    """What `kv_bytes` needs to know of a model; raises
+    `SLMError` for a file that does not hold together."""
+    facts = check_gguf(path)
+    at = lambda k, default=None: facts.get(f"{facts.get('general.architecture')}.{k}", default)
+    layers,heads,width = (at(k)
+                          for k in ('block_count', 'attention.head_count', 'embedding_length'))
     if None in (layers, heads, width):
-        raise SLMError(f"'{path}' does not say its layers, heads and width: is it the file of a language model?")
-    heads,kv = (max(h) if isinstance(h, list) else h for h in (heads, at('attention.head_count_kv', heads)))   # some name each layer's
+        raise SLMError(f"'{path}' does not say its layers, heads and width: "
+                       "is it the file of a language model?")
+    # some name each layer's
+    heads,kv = (max(h) if isinstance(h, list) else h
+                for h in (heads, at('attention.head_count_kv', heads)))
     return layers, kv, at('attention.key_length', width//heads)
 
 # %% ../../nbs/49_serve.cluster.ipynb #4066f81b
@@ -45,8 +51,10 @@ class NodePlan:
     memory:int # bytes that it may take
     readers:int # answers at once that come at least as fast as they are read
     users:int # people who ask now and then
-    def __str__(self): return f'{self.memory/2**20:,.0f} MiB, {self.readers} readers at once, {self.users:,} users'
+    def __str__(self):
+        return f'{self.memory/2**20:,.0f} MiB, {self.readers} readers at once, {self.users:,} users'
 
+# %% ../../nbs/49_serve.cluster.ipynb #19321a58
 def node_plan(
     weights:int, # bytes of the model's file
     kv:int, # bytes of one slot's keys and values, from `kv_bytes`

@@ -32,7 +32,8 @@ class Request:
     repetition_penalty:float=1.0 # > 1 makes what has occurred less likely
     stop:list[str]=field(default_factory=list) # strings that end the text; they are not part of it
     seed:int|None=None # the same seed gives the same text
-    logprobs:int|None=None # report each token's log-probability and so many alternatives; None reports nothing
+    # report each token's log-probability and so many alternatives; None reports nothing
+    logprobs:int|None=None
     schema:dict|None=None # the text must be JSON of this schema; {} is any JSON object
     grammar:str|None=None # the text must fit this grammar of llguidance
 
@@ -43,20 +44,24 @@ class TokenLogprob:
     id:int # token id
     token:bytes # its bytes; half a character is possible
     logprob:float # natural logarithm of its probability
-    top:list[tuple[int,bytes,float]]=field(default_factory=list) # id, bytes and log-probability of the likeliest, best first
+    # id, bytes and log-probability of the likeliest, best first
+    top:list[tuple[int,bytes,float]]=field(default_factory=list)
 
+# %% ../../nbs/43_serve.engine.ipynb #c648aa88
 @dataclass
 class Piece:
     "What became certain since the last piece; the last one has a `finish_reason`."
     text:str='' # whole characters only, nothing of a stop string
-    logprobs:list[TokenLogprob]=field(default_factory=list) # of the tokens since the last piece, if they were asked for
+    # of the tokens since the last piece, if they were asked for
+    logprobs:list[TokenLogprob]=field(default_factory=list)
     finish_reason:str|None=None # 'stop', 'length', 'cancelled' or 'error'; None while it goes on
     error:str|None=None # what went wrong, with 'error'
     prompt_tokens:int=0 # length of the prompt
     cached_tokens:int=0 # how many of them were known from an earlier request
     completion_tokens:int=0 # tokens made so far
     extra:dict=field(default_factory=dict) # what a client is told besides; only in the last piece
-    calls:list[tuple[str,str]]=field(default_factory=list) # functions that the text called, with their arguments in JSON
+    # functions that the text called, with their arguments in JSON
+    calls:list[tuple[str,str]]=field(default_factory=list)
 
 # %% ../../nbs/43_serve.engine.ipynb #5855ccf1
 class Engine(Protocol):
@@ -68,7 +73,8 @@ class Engine(Protocol):
     slots:int # requests that are worked on at once; more wait
     def submit(self,
         request:Request, # what is wanted
-        emit:Callable[[Piece],None], # called with every piece, the last one included, from another thread
+        # called with every piece, the last one included, from another thread
+        emit:Callable[[Piece],None],
     )->Callable[[],None]: # call it to cancel
         "Queue a request; raises `SLMError` for one that cannot be."
         ...
@@ -91,6 +97,7 @@ def pieces(
             if p.finish_reason: return
     finally: cancel()
 
+# %% ../../nbs/43_serve.engine.ipynb #7faba74d
 def answer_all(
     engine:Engine,
     requests:list[Request],
@@ -99,7 +106,8 @@ def answer_all(
     def collect(stream):
         parts = list(stream)
         return ''.join(p.text for p in parts), parts[-1]
-    with ThreadPoolExecutor(len(requests) or 1) as ex: return list(ex.map(lambda r: collect(pieces(engine, r)), requests))
+    with ThreadPoolExecutor(len(requests) or 1) as ex:
+        return list(ex.map(lambda r: collect(pieces(engine, r)), requests))
 
 # %% ../../nbs/43_serve.engine.ipynb #3ce8cc96
 class RequestError(SLMError):
@@ -110,6 +118,7 @@ class RequestError(SLMError):
         code:str|None=None, # for programs
     ): super().__init__(message); self.param, self.code = param, code
 
+# %% ../../nbs/43_serve.engine.ipynb #7d04d32c
 def too_long(
     n:int, # tokens of the prompt
     context:int, # tokens that the model can have
@@ -118,6 +127,7 @@ def too_long(
     return RequestError(f"this model's maximum context length is {context} tokens, and must hold the answer too: the prompt has {n}, "
                         'shorten it', 'prompt', 'context_length_exceeded')
 
+# %% ../../nbs/43_serve.engine.ipynb #8b5281cb
 def check_request(
     engine:Engine,
     r:Request,
@@ -169,6 +179,7 @@ def _ll_tokens(spec): return _llguidance().LLTokenizer(spec)
 
 def _reason(error): return ' '.join(error.partition('<state>')[0].split())[:300]
 
+# %% ../../nbs/43_serve.engine.ipynb #f1fbfd7d
 @functools.lru_cache(maxsize=256)
 def prove(
     grammar:str, # of llguidance, or a JSON schema as text
@@ -229,6 +240,7 @@ def llama_params(
     p.api_keys, p.ui, p.cache_ram_mib, p.verbosity = [secrets.token_hex(32)], False, 0, -1
     return p
 
+# %% ../../nbs/43_serve.engine.ipynb #9da10a4c
 def gguf_facts(
     path:str|Path, # a .gguf file
 )->tuple[int,bool]:
@@ -239,8 +251,11 @@ def gguf_facts(
 # %% ../../nbs/43_serve.engine.ipynb #62cd94ad
 def _few_heaps():
     "Let glibc keep two heaps only, and give large blocks back to the system"
-    if sys.platform != 'linux' or 'torch' in sys.modules or not hasattr(libc := ctypes.CDLL(None), 'mallopt'): return
-    for what,value in ((-8, 2), (-3, 1<<17), (-1, 1<<17)):                       # M_ARENA_MAX, M_MMAP_THRESHOLD, M_TRIM_THRESHOLD
+    if (sys.platform != 'linux' or 'torch' in sys.modules
+        or not hasattr(libc := ctypes.CDLL(None), 'mallopt')):
+        return
+    # M_ARENA_MAX, M_MMAP_THRESHOLD, M_TRIM_THRESHOLD
+    for what,value in ((-8, 2), (-3, 1<<17), (-1, 1<<17)):
         libc.mallopt(what, value)
 
 # %% ../../nbs/43_serve.engine.ipynb #0ae7a53c
@@ -250,18 +265,24 @@ class GGUFEngine:
     def __init__(self,
         path:str|Path, # a .gguf file
         slots:int=4, # requests that are worked on at once
-        context:int|None=None, # tokens that one request may have; the model's own, at most 2048, if not given
+        # tokens that one request may have; the model's own, at most 2048, if not given
+        context:int|None=None,
         threads:int|None=None, # CPU threads; as many as this process may use if not given
     ):
         try: import xllamacpp
-        except ImportError: raise SLMError("the gguf engine needs xllamacpp: pip install -e '.[serve]', or take --engine torch") from None
+        except ImportError:
+            raise SLMError("the gguf engine needs xllamacpp: pip install -e '.[serve]', "
+                           "or take --engine torch") from None
         _few_heaps()
         self.tok, self.model, self.slots = Tokenizer.from_gguf(path), model_name(path), slots
         trained, exact = gguf_facts(path)
         self.max_seq_len = min(context or 2048, trained)
-        try: self.server = xllamacpp.Server(llama_params(xllamacpp, path, slots, self.max_seq_len, threads or usable_cpus(), exact))
+        try:
+            self.server = xllamacpp.Server(llama_params(xllamacpp, path, slots, self.max_seq_len,
+                                                        threads or usable_cpus(), exact))
         except RuntimeError as e: raise SLMError(f"llama.cpp cannot open '{path}': {e}") from None
-        self.server.handle_completions(dict(prompt=[0], n_predict=1, stream=False))   # its loop runs: closed before, it waits for ever
+        # its loop runs: closed before, it waits for ever
+        self.server.handle_completions(dict(prompt=[0], n_predict=1, stream=False))
         self.workers = ThreadPoolExecutor(slots, 'gguf')
         self.running = set()
 
@@ -285,6 +306,7 @@ def _piece(o, r, last):
                  (use.get('prompt_tokens_details') or {}).get('cached_tokens', last.cached_tokens),
                  use.get('completion_tokens', last.completion_tokens+1))
 
+# %% ../../nbs/43_serve.engine.ipynb #1ed81cdf
 def _llama_request(r, n):
     "A request in llama.cpp's words; its filters in the order of `Sampler.filter`"
     d = dict(prompt=r.ids, n_predict=n, stream=True, cache_prompt=True, stop=r.stop, temperature=r.temperature, top_k=r.top_k,
@@ -330,6 +352,7 @@ def submit(self:GGUFEngine,
         if job.cancel() and first: tell(Piece(finish_reason='cancelled', prompt_tokens=len(request.ids)))
     return cancel
 
+# %% ../../nbs/43_serve.engine.ipynb #dcd2e244
 @patch
 def _work(self:GGUFEngine, r, wish, follower, emit, gone):
     last = Piece(prompt_tokens=len(r.ids))

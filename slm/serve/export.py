@@ -34,40 +34,61 @@ def _plain_yarn(scaling):
     ramp = same('beta_fast', 32) and same('beta_slow', 1) and scaling.get('truncate', True)
     return ramp and abs(yarn_scale(scaling)-yarn_scale(plain)) < 1e-4
 
+# %% ../../nbs/40_serve.export.ipynb #d4868b0e
 def gguf_arch(
     cfg:GPTConfig,
 )->str: # 'llama' or, with query and key norms, 'qwen3'
-    "The llama.cpp architecture that computes what `cfg` computes; raises `SLMError` that says which switch none of them has."
+    """The llama.cpp architecture that computes what `cfg` computes; raises `SLMError` that says
+    which switch none of them has."""
     arch = hf_family(cfg)
     if arch not in ('llama', 'qwen3'):
-        what = ', '.join(f'{k}={getattr(cfg, k)!r}' for k in ('mixer', 'norm', 'pos', 'act', 'bias', 'norm_pos', 'causal'))
-        raise SLMError(f"GGUF is written for llama and qwen3 models only, and this one is neither ({what})"
+        what = ', '.join(f'{k}={getattr(cfg, k)!r}'
+                         for k in ('mixer', 'norm', 'pos', 'act', 'bias', 'norm_pos', 'causal'))
+        raise SLMError("GGUF is written for llama and qwen3 models only, "
+                       f"and this one is neither ({what})"
                        + (': only slm can run it' if arch == 'slm' else ": export it with --to hf"))
-    if cfg.act != 'swiglu': raise SLMError(f"llama.cpp has no {arch} with {cfg.act}, only with swiglu: export it with --to hf")
+    if cfg.act != 'swiglu':
+        raise SLMError(f"llama.cpp has no {arch} with {cfg.act}, "
+                       "only with swiglu: export it with --to hf")
     if arch == 'qwen3' and (cfg.rope_scaling or {}).get('rope_type') == 'llama3':
-        raise SLMError("llama.cpp's qwen3 (query and key norms) has no rope_scaling 'llama3': export it with --to hf")
+        raise SLMError("llama.cpp's qwen3 (query and key norms) has no rope_scaling 'llama3': "
+                       "export it with --to hf")
     if rope_kind(cfg.rope_scaling) == 'yarn' and not _plain_yarn(cfg.rope_scaling):
-        raise SLMError("llama.cpp knows YaRN's factor and old context, and this model has settings besides: export it with --to hf")
+        raise SLMError("llama.cpp knows YaRN's factor and old context, "
+                       "and this model has settings besides: export it with --to hf")
     return arch
 
 # %% ../../nbs/40_serve.export.ipynb #522ca4c2
 def gguf_context(c:GPTConfig)->int: # tokens
-    "Context that llama.cpp is told: of a dynamic stretch, which it does not have, only what needs none."
-    return c.rope_scaling['original_max_position_embeddings'] if rope_kind(c.rope_scaling) == 'dynamic' else c.max_seq_len
+    """Context that llama.cpp is told: of a dynamic stretch, which
+    it does not have, only what needs none."""
+    return (c.rope_scaling['original_max_position_embeddings']
+            if rope_kind(c.rope_scaling) == 'dynamic' else c.max_seq_len)
 
+# %% ../../nbs/40_serve.export.ipynb #758be2cf
 def _gguf_shape(w, c):
     "Write the shape of the model"
-    w.add_vocab_size(c.vocab_size); w.add_block_count(c.n_layer); w.add_context_length(gguf_context(c)); w.add_embedding_length(c.d_model)
-    w.add_feed_forward_length(c.d_ff); w.add_head_count(c.n_head); w.add_head_count_kv(c.n_kv_head); w.add_layer_norm_rms_eps(c.norm_eps)
-    w.add_key_length(c.head_dim); w.add_value_length(c.head_dim); w.add_rope_dimension_count(c.head_dim); w.add_rope_freq_base(c.rope_theta)
+    w.add_vocab_size(c.vocab_size); w.add_block_count(c.n_layer)
+    w.add_context_length(gguf_context(c))
+    w.add_embedding_length(c.d_model)
+    w.add_feed_forward_length(c.d_ff); w.add_head_count(c.n_head)
+    w.add_head_count_kv(c.n_kv_head)
+    w.add_layer_norm_rms_eps(c.norm_eps)
+    w.add_key_length(c.head_dim); w.add_value_length(c.head_dim)
+    w.add_rope_dimension_count(c.head_dim)
+    w.add_rope_freq_base(c.rope_theta)
     scaling, kind = c.rope_scaling or {}, rope_kind(c.rope_scaling)
-    if kind in ('linear', 'yarn'): w.add_rope_scaling_type(RopeScalingType[kind.upper()]); w.add_rope_scaling_factor(scaling['factor'])
+    if kind in ('linear', 'yarn'):
+        w.add_rope_scaling_type(RopeScalingType[kind.upper()])
+        w.add_rope_scaling_factor(scaling['factor'])
     if kind == 'yarn': w.add_rope_scaling_orig_ctx_len(scaling['original_max_position_embeddings'])
 
+# %% ../../nbs/40_serve.export.ipynb #ff6589a9
 def _rope_factors(c):
     "Llama 3's divisor of each rotary frequency, or None"
     if (c.rope_scaling or {}).get('rope_type') != 'llama3': return None
-    return rope_inv_freq(c.head_dim, c.rope_theta)/rope_inv_freq(c.head_dim, c.rope_theta, c.rope_scaling)
+    return rope_inv_freq(c.head_dim,
+                         c.rope_theta)/rope_inv_freq(c.head_dim, c.rope_theta, c.rope_scaling)
 
 # %% ../../nbs/40_serve.export.ipynb #05f8e507
 def pre_tokenizer(
@@ -79,8 +100,11 @@ def pre_tokenizer(
         return [plain(v) for v in o] if isinstance(o, list) else o
     s = tok.spec; have = (plain(s['pre_tokenizer']), bool(s['model'].get('ignore_merges')))
     for name,p in PRE_TOKENIZERS.items():
-        if tok.byte_level and not s['normalizer'] and have == (plain(json.loads(p.__getstate__())), name == 'llama-bpe'): return name
-    raise SLMError(f"llama.cpp has no name for this tokenizer's way of splitting a text (it has {', '.join(PRE_TOKENIZERS)}): "
+        if (tok.byte_level and not s['normalizer']
+            and have == (plain(json.loads(p.__getstate__())), name == 'llama-bpe')):
+            return name
+    raise SLMError("llama.cpp has no name for this tokenizer's "
+                   f"way of splitting a text (it has {', '.join(PRE_TOKENIZERS)}): "
                    "export it with --to hf, or train with --tokenizer bpe")
 
 # %% ../../nbs/40_serve.export.ipynb #a944379b
@@ -94,15 +118,19 @@ def plain_template(
 def _gguf_words(w, cfg, tok):
     "Write the tokenizer and the chat template"
     added, special = tok.tok.get_added_tokens_decoder(), set(tok.special_ids.values())
-    kind = lambda i: TokenType.CONTROL if i in special else TokenType.USER_DEFINED if i in added else TokenType.NORMAL
+    kind = (lambda i: TokenType.CONTROL if i in special else TokenType.USER_DEFINED if i in added
+            else TokenType.NORMAL)
     names = [tok.tok.id_to_token(i) for i in range(tok.vocab_size)]
     known = [n is not None for n in names] + [False]*(cfg.vocab_size-tok.vocab_size)
     names = [names[i] if k else f'<|unused{i}|>' for i,k in enumerate(known)]
     w.add_tokenizer_model('gpt2'); w.add_tokenizer_pre(pre_tokenizer(tok)); w.add_token_list(names)
     w.add_token_types([kind(i) if k else TokenType.UNUSED for i,k in enumerate(known)])
-    w.add_token_merges([m if isinstance(m, str) else ' '.join(m) for m in tok.spec['model']['merges']])
-    eos = tok.special_ids.get(tok.names.get('eos_token'), tok.eot_id); more = [i for i in tok.stop_ids if i not in (eos, tok.end_id)]
-    ids = tok.generation_config() | dict(eos_token_id=eos, eot_token_id=tok.end_id, eom_token_id=next(iter(more), None))
+    w.add_token_merges([m if isinstance(m, str) else ' '.join(m)
+                        for m in tok.spec['model']['merges']])
+    eos = tok.special_ids.get(tok.names.get('eos_token'), tok.eot_id)
+    more = [i for i in tok.stop_ids if i not in (eos, tok.end_id)]
+    ids = tok.generation_config() | dict(eos_token_id=eos, eot_token_id=tok.end_id,
+                                         eom_token_id=next(iter(more), None))
     for k,i in ids.items():
         if i is not None: getattr(w, f"add_{k.replace('_token_id', '')}_token_id")(i)
     w.add_add_bos_token(bool(tok.tok.encode('').ids)); w.add_chat_template(plain_template(tok))
@@ -115,11 +143,13 @@ def _ggml_quantizer():
         import xllamacpp
         f = ctypes.CDLL(sys.modules[xllamacpp.Server.__module__].__file__).ggml_quantize_chunk
     except (ImportError, OSError, AttributeError, KeyError):
-        raise SLMError("K-quants are written by ggml, which comes with xllamacpp: pip install -e '.[serve]', "
-                       'or take q8_0, q5_1 or q4_0') from None
-    f.restype, f.argtypes = ctypes.c_size_t, [ctypes.c_int, *[ctypes.c_void_p]*2, *[ctypes.c_int64]*3, ctypes.c_void_p]
+        raise SLMError("K-quants are written by ggml, which comes with xllamacpp: "
+                       "pip install -e '.[serve]', or take q8_0, q5_1 or q4_0") from None
+    f.restype = ctypes.c_size_t
+    f.argtypes = [ctypes.c_int, *[ctypes.c_void_p]*2, *[ctypes.c_int64]*3, ctypes.c_void_p]
     return f
 
+# %% ../../nbs/40_serve.export.ipynb #11c9a680
 def blocks(
     x:np.ndarray, # float32 (rows, n)
     q:Q, # number format; n is a multiple of its block
@@ -128,19 +158,23 @@ def blocks(
     if not q.name.endswith('_K'): return quantize(x, q)
     res = np.empty(quant_shape_to_byte_shape(x.shape, q), np.uint8)
     done = _ggml_quantizer()(q, x.ctypes.data, res.ctypes.data, 0, *x.shape, None)
-    if done != res.nbytes: raise SLMError(f'ggml wrote {done} bytes of {q.name} instead of {res.nbytes}: take another kind')
+    if done != res.nbytes:
+        raise SLMError(f'ggml wrote {done} bytes of {q.name} instead of {res.nbytes}: '
+                       'take another kind')
     return res
 
 # %% ../../nbs/40_serve.export.ipynb #237e17bb
-KINDS = dict(f32=Q.F32, f16=Q.F16, bf16=Q.BF16, q8_0=Q.Q8_0, q6_k=Q.Q6_K, q5_k_m=Q.Q5_K, q5_1=Q.Q5_1, q5_0=Q.Q5_0,
-             q4_k_m=Q.Q4_K, q4_1=Q.Q4_1, q4_0=Q.Q4_0) # kinds of file, and the format of most of their matrices
+KINDS = dict(f32=Q.F32, f16=Q.F16, bf16=Q.BF16, q8_0=Q.Q8_0, q6_k=Q.Q6_K,
+             q5_k_m=Q.Q5_K, q5_1=Q.Q5_1, q5_0=Q.Q5_0, q4_k_m=Q.Q4_K,
+             q4_1=Q.Q4_1, q4_0=Q.Q4_0) # kinds of file, and the format of most of their matrices
 
 _FILE_TYPES = dict(f32=0, f16=1, bf16=32, q8_0=7, q6_k=18, q5_k_m=17, q5_1=9, q5_0=8,
                    q4_k_m=15, q4_1=3, q4_0=2) # llama.cpp's numbers for them, shown to users only
 
 NARROW = 512 # summands below which a head of 8 bits costs too much
 
-PLAIN = {Q.Q6_K: Q.Q8_0, Q.Q5_K: Q.Q5_1, Q.Q4_K: Q.Q5_0} # in place of a K-quant, for rows of no multiple of 256
+# in place of a K-quant, for rows of no multiple of 256
+PLAIN = {Q.Q6_K: Q.Q8_0, Q.Q5_K: Q.Q5_1, Q.Q4_K: Q.Q5_0}
 
 def tensor_kind(
     name:str, # our name
@@ -162,15 +196,20 @@ def tensor_kind(
 # %% ../../nbs/40_serve.export.ipynb #bfd3f3ab
 def _gguf_tensors(model, arch):
     "GGUF name, our name, and a function that makes the float32 rows"
-    c = model.cfg; ours = [*GGUF_TOP, *(f'blk.{i}.{g}' for i in range(c.n_layer) for g in GGUF_LAYER)]
+    c = model.cfg
+    ours = [*GGUF_TOP, *(f'blk.{i}.{g}' for i in range(c.n_layer) for g in GGUF_LAYER)]
     top = {gguf_name(f'{g}.x')[:-2]: g for g in ours}
     for k,t in model.state_dict().items():
         module, _, end = k.rpartition('.')
-        heads = {'q_proj':c.n_head, 'k_proj':c.n_kv_head}.get(module.rpartition('.')[2]) if arch == 'llama' else None
-        rows = lambda t=t, heads=heads: (rope_to_gguf(t, heads) if heads else t).detach().float().cpu().contiguous().numpy()
+        heads = {'q_proj':c.n_head,
+                 'k_proj':c.n_kv_head}.get(module.rpartition('.')[2]) if arch == 'llama' else None
+        rows = lambda t=t, heads=heads: (rope_to_gguf(t, heads) if heads
+                                         else t).detach().float().cpu().contiguous().numpy()
         yield f'{top[module]}.{end}', k, tuple(t.shape), rows
-    if (f := _rope_factors(c)) is not None: yield 'rope_freqs.weight', '', tuple(f.shape), lambda: f.float().numpy()
+    if (f := _rope_factors(c)) is not None:
+        yield 'rope_freqs.weight', '', tuple(f.shape), lambda: f.float().numpy()
 
+# %% ../../nbs/40_serve.export.ipynb #66b3dec1
 def export_gguf(
     model:GPT,
     tok:Tokenizer,
@@ -179,20 +218,26 @@ def export_gguf(
     name:str='model', # in the file's metadata
 )->dict[str,int]: # tensors of each number format
     "Write one GGUF file; raises `SLMError` when llama.cpp has no such model, tokenizer or format."
-    if kind not in KINDS: raise SLMError(f"unknown GGUF kind '{kind}': use one of {', '.join(KINDS)}")
+    if kind not in KINDS:
+        raise SLMError(f"unknown GGUF kind '{kind}': use one of {', '.join(KINDS)}")
     arch, path = gguf_arch(model.cfg), Path(path)
     tmp, w = path.with_name(f'.{path.name}.tmp'), GGUFWriter(None, arch)
     w.add_name(name); w.add_quantization_version(2); w.add_file_type(_FILE_TYPES[kind])
     _gguf_shape(w, model.cfg); _gguf_words(w, model.cfg, tok)
-    parts = [(n, tensor_kind(k, s, kind, model.cfg), s, rows) for n,k,s,rows in _gguf_tensors(model, arch)]
+    parts = [(n, tensor_kind(k, s, kind, model.cfg), s, rows)
+             for n,k,s,rows in _gguf_tensors(model, arch)]
     if any(q.name.endswith('_K') for _,q,_,_ in parts): _ggml_quantizer()        # before any work
     for n,q,s,_ in parts:
-        per, size = GGML_QUANT_SIZES[q]; w.add_tensor_info(n, s, np.dtype(np.float32), math.prod(s)//per*size, raw_dtype=q)
+        per, size = GGML_QUANT_SIZES[q]
+        w.add_tensor_info(n, s, np.dtype(np.float32), math.prod(s)//per*size, raw_dtype=q)
     try:
         w.write_header_to_file(tmp); w.write_kv_data_to_file(); w.write_ti_data_to_file()
-        for n,q,s,rows in progress(parts, f'writing {path.name}'): w.write_tensor_data(blocks(rows(), q))
+        for n,q,s,rows in progress(parts, f'writing {path.name}'):
+            w.write_tensor_data(blocks(rows(), q))
         w.close(); os.replace(tmp, path)
-    except OSError as e: raise SLMError(f"cannot write '{path}' ({e.strerror}): free some space, or choose another --out") from None
+    except OSError as e:
+        raise SLMError(f"cannot write '{path}' ({e.strerror}): free some space, "
+                       "or choose another --out") from None
     finally: tmp.unlink(missing_ok=True)
     return {k: sum(q.name == k for _,q,_,_ in parts) for k in sorted({q.name for _,q,_,_ in parts})}
 
@@ -204,41 +249,61 @@ class LlamaCpp:
         n_ctx:int=512, # context in tokens
     ):
         try: import xllamacpp as X
-        except ImportError: raise SLMError("llama.cpp is not there: pip install -e '.[serve]'") from None
-        p = X.CommonParams(); p.model.path, p.n_ctx, p.n_parallel, p.use_jinja = str(path), n_ctx, 1, True
+        except ImportError:
+            raise SLMError("llama.cpp is not there: pip install -e '.[serve]'") from None
+        p = X.CommonParams()
+        p.model.path, p.n_ctx, p.n_parallel, p.use_jinja = str(path), n_ctx, 1, True
         p.warmup, p.fit_params, p.verbosity, p.n_gpu_layers = False, False, -1, 0
-        alone = not Path(path).is_file() or Path(path).stat().st_size < 2**25   # threads that spin wait longer than they work there,
-        p.cpuparams.n_threads = 1 if alone else hardware()['cores']             # and stand still where others work
+        # threads that spin wait longer than they work there,
+        alone = not Path(path).is_file() or Path(path).stat().st_size < 2**25
+        # and stand still where others work
+        p.cpuparams.n_threads = 1 if alone else hardware()['cores']
         p.cache_type_k = p.cache_type_v = X.ggml_type.GGML_TYPE_F32
         p.flash_attn_type = X.llama_flash_attn_type.LLAMA_FLASH_ATTN_TYPE_DISABLED
         try: self.server = X.Server(p)
-        except Exception as e: raise SLMError(f"llama.cpp cannot open '{path}' ({' '.join(str(e).split())}): export it again") from None
-        self.http = urllib.request.build_opener(urllib.request.ProxyHandler({})) # never through a proxy
+        except Exception as e:
+            raise SLMError(f"llama.cpp cannot open '{path}' ({' '.join(str(e).split())}): "
+                           "export it again") from None
+        # never through a proxy
+        self.http = urllib.request.build_opener(urllib.request.ProxyHandler({}))
 
-    def post(self, route, **body):
-        "The server's answer; raises `SLMError` with its message when it refuses"
-        r = urllib.request.Request(self.server.listening_address+route, json.dumps(body).encode(), {'Content-Type':'application/json'})
-        try: return json.loads(self.http.open(r).read())
-        except urllib.error.HTTPError as e:
-            raise SLMError(f'llama.cpp refuses {route}: {" ".join(e.read().decode()[:300].split())}') from None
+# %% ../../nbs/40_serve.export.ipynb #d7f934ed
+@patch
+def post(self:LlamaCpp, route, **body):
+    "The server's answer; raises `SLMError` with its message when it refuses"
+    r = urllib.request.Request(self.server.listening_address+route,
+                               json.dumps(body).encode(), {'Content-Type':'application/json'})
+    try: return json.loads(self.http.open(r).read())
+    except urllib.error.HTTPError as e:
+        raise SLMError(f'llama.cpp refuses {route}: '
+                       f'{" ".join(e.read().decode()[:300].split())}') from None
 
-    def encode(self, text:str, special:bool=True)->list[int]: # token ids of a prompt
-        "Split a prompt as the server does, special tokens recognised."
-        return self.post('/tokenize', content=text, add_special=special, parse_special=special)['tokens']
+@patch
+def encode(self:LlamaCpp, text:str, special:bool=True)->list[int]: # token ids of a prompt
+    "Split a prompt as the server does, special tokens recognised."
+    return self.post('/tokenize', content=text, add_special=special,
+                     parse_special=special)['tokens']
 
-    def render(self, messages:list[dict])->str: # ends where the assistant begins to speak
-        "A conversation through the chat template in the file."
-        return self.post('/apply-template', messages=messages)['prompt']
+# %% ../../nbs/40_serve.export.ipynb #50570908
+@patch
+def render(self:LlamaCpp, messages:list[dict])->str: # ends where the assistant begins to speak
+    "A conversation through the chat template in the file."
+    return self.post('/apply-template', messages=messages)['prompt']
 
 # %% ../../nbs/40_serve.export.ipynb #89794d83
 @patch
 def _draw(self:LlamaCpp, ids, token, n):
-    "Force `token` after `ids`: what is known of it, with the `n` likeliest; None for a part of a character, which the server holds back"
-    ask, got = dict(prompt=ids, max_tokens=1, logprobs=n, temperature=-1., logit_bias=[[token, 1000.]]), []
-    failed = self.server.handle_completions(ask, lambda o: got.append(o))         # without HTTP: half the time for a small model
-    if failed or 'choices' not in got[0]: raise SLMError(f"llama.cpp refuses these tokens: {str(failed or got[0])[:300]}")
+    """Force `token` after `ids`: what is known of it, with the `n` likeliest; None for a part of
+    a character, which the server holds back"""
+    ask = dict(prompt=ids, max_tokens=1, logprobs=n, temperature=-1., logit_bias=[[token, 1000.]])
+    got = []
+    # without HTTP: half the time for a small model
+    failed = self.server.handle_completions(ask, lambda o: got.append(o))
+    if failed or 'choices' not in got[0]:
+        raise SLMError(f"llama.cpp refuses these tokens: {str(failed or got[0])[:300]}")
     return ((got[0]['choices'][0].get('logprobs') or {}).get('content') or [None])[0]
 
+# %% ../../nbs/40_serve.export.ipynb #9942e6a3
 @patch
 def logprobs(self:LlamaCpp,
     ids:list[int], # token ids (t,)
@@ -246,9 +311,11 @@ def logprobs(self:LlamaCpp,
 )->np.ndarray: # (v,) nats
     "Log-probabilities of every token after `ids`."
     res = np.full(v, np.nan)
-    for t in self._draw(ids, self.encode('a', False)[0], v)['top_logprobs']: res[t['id']] = t['logprob']
+    for t in self._draw(ids, self.encode('a', False)[0], v)['top_logprobs']:
+        res[t['id']] = t['logprob']
     return res
 
+# %% ../../nbs/40_serve.export.ipynb #07f6b756
 @patch
 def nats(self:LlamaCpp,
     ids:list[int], # token ids (t,)
@@ -258,13 +325,16 @@ def nats(self:LlamaCpp,
     def cost(i):
         got = self._draw(ids[:i], ids[i], 1)
         if got is None: return -self.logprobs(ids[:i], v)[ids[i]]
-        return -got['logprob'] if got['id'] == ids[i] else math.nan # it cannot be forced where the logits are no numbers
+        # it cannot be forced where the logits are no numbers
+        return -got['logprob'] if got['id'] == ids[i] else math.nan
     return np.array([cost(i) for i in range(1, len(ids))])
 
+# %% ../../nbs/40_serve.export.ipynb #3a1ef81b
 @torch.no_grad()
 def torch_logprobs(model:GPT, ids:list[int])->torch.Tensor: # (t,v) nats
     "The same from our model: log-probabilities after each token."
-    return model(torch.tensor([ids], device=next(model.parameters()).device))[0].float().log_softmax(-1)
+    return model(torch.tensor([ids],
+                              device=next(model.parameters()).device))[0].float().log_softmax(-1)
 
 # %% ../../nbs/40_serve.export.ipynb #e9d45037
 def lineage(
@@ -278,10 +348,12 @@ def lineage(
         path = path.resolve().parent/res[-1]['parent']
     return res
 
+# %% ../../nbs/40_serve.export.ipynb #1cc7f64a
 def _license(runs):
     "Whose licence the data allow: what the first run was trained on"
     return next((l for r in reversed(runs) if (l := r['data'].get('license'))), 'unknown')
 
+# %% ../../nbs/40_serve.export.ipynb #5f654ca6
 def model_card(
     name:str,
     cfg:GPTConfig,
@@ -289,17 +361,24 @@ def model_card(
 )->str: # Markdown with a YAML head
     "README.md of an export, filled from the records of its runs."
     lic = _license(runs); known = lic != 'unknown' and re.fullmatch(r'[A-Za-z0-9.-]+', lic)
-    rows = [['---', f"license: {lic.lower() if known else 'other'}", 'library_name: transformers', 'pipeline_tag: text-generation',
-             'tags: [slm' + ''.join(f", {r['stage']}" for r in runs[:1]) + ']', '---'], [f'# {name}'],
-            [f"A {hf_family(cfg)} model of {cfg.num_params():,} parameters: {cfg.n_layer} layers of width {cfg.d_model}, "
-             f"{cfg.vocab_size:,} tokens, context {cfg.max_seq_len:,}. Made with [SLM](https://github.com/slm-book/slm)."]]
-    if not runs: rows += [['It was converted from another checkpoint; how that was trained is said by its authors.']]
+    rows = [['---', f"license: {lic.lower() if known else 'other'}",
+             'library_name: transformers', 'pipeline_tag: text-generation', 'tags: [slm'
+             + ''.join(f", {r['stage']}" for r in runs[:1]) + ']', '---'], [f'# {name}'],
+            [f"A {hf_family(cfg)} model of {cfg.num_params():,} parameters: "
+             f"{cfg.n_layer} layers of width {cfg.d_model}, {cfg.vocab_size:,} tokens, "
+             f"context {cfg.max_seq_len:,}. Made with [SLM](https://github.com/slm-book/slm)."]]
+    if not runs:
+        rows += [['It was converted from another checkpoint; '
+                  'how that was trained is said by its authors.']]
     for r in runs:
-        hw, data = r.get('hardware', {}), r.get('data', {}); made = ', '.join(str(hw[k]) for k in ('gpu', 'cpu') if k in hw)
+        hw, data = r.get('hardware', {}), r.get('data', {})
+        made = ', '.join(str(hw[k]) for k in ('gpu', 'cpu') if k in hw)
         rows += [[f"## {r['stage']}: {r['name']}"], [f"`{r.get('command')}`"],
-                 [f"Data: {data.get('name', 'not recorded')}, licence {data.get('license', 'not recorded')}, fingerprint "
-                  f"{data.get('fingerprint')}. Seed {r.get('seed')}, source {r.get('commit')}. On: {made}, {hw.get('cores')} cores."],
-                 ['| figure | value [95 % interval] |', '| --- | --- |', *(f'| {k} | {Metric(**m)} |' for k,m in r['metrics'].items())]]
+                 [f"Data: {data.get('name', 'not recorded')}, licence "
+                  f"{data.get('license', 'not recorded')}, fingerprint {data.get('fingerprint')}. "
+                  f"Seed {r.get('seed')}, source {r.get('commit')}. On: {made}, {hw.get('cores')} "
+                  "cores."], ['| figure | value [95 % interval] |', '| --- | --- |',
+                               *(f'| {k} | {Metric(**m)} |' for k,m in r['metrics'].items())]]
     return '\n\n'.join('\n'.join(r) for r in rows)+'\n'
 
 # %% ../../nbs/40_serve.export.ipynb #1a661c07
@@ -312,9 +391,13 @@ def export_hf(
 ):
     "Write a folder that transformers opens; raises `SLMError` for a model that it cannot express."
     if hf_family(model.cfg) == 'slm':
-        raise SLMError('transformers has no model with these switches (see config.json): use the run directory itself, with slm')
-    folder = Path(folder); model.save_pretrained(folder, tok); Tokenizer(tok.tok, plain_template(tok), tok.told).save(folder)
-    conf = folder/'tokenizer_config.json'; write_json(conf, read_json(conf) | dict(model_max_length=model.cfg.max_seq_len))
+        raise SLMError('transformers has no model with these switches (see config.json): '
+                       'use the run directory itself, with slm')
+    folder = Path(folder)
+    model.save_pretrained(folder, tok)
+    Tokenizer(tok.tok, plain_template(tok), tok.told).save(folder)
+    conf = folder/'tokenizer_config.json'
+    write_json(conf, read_json(conf) | dict(model_max_length=model.cfg.max_seq_len))
     with atomic_file(folder/'README.md') as f: f.write(model_card(name, model.cfg, list(runs)))
 
 # %% ../../nbs/40_serve.export.ipynb #05459e59
@@ -322,46 +405,58 @@ CHAT_ROLES = ('system', 'user', 'assistant')
 
 def chat_parts(
     tok:Tokenizer,
-)->dict[str,tuple[str,str]|str]: # role -> what stands before and after; 'default': in place of a system message; 'prompt': at the end
+    # role -> what stands before and after; 'default': in
+    # place of a system message; 'prompt': at the end
+)->dict[str,tuple[str,str]|str]:
     "Take a chat template apart by showing it conversations."
     mark = 'Qx7'; turns = [dict(role=r, content=mark) for r in CHAT_ROLES]; res, before = {}, ''
     for i,r in enumerate(CHAT_ROLES):
         text = tok.render_chat(turns[:i+1]); new = text[len(before):]
-        if not text.startswith(before) or new.count(mark) != 1: raise SLMError('this chat template is not made of a part for each message')
+        if not text.startswith(before) or new.count(mark) != 1:
+            raise SLMError('this chat template is not made of a part for each message')
         res[r] = tuple(new.split(mark)); before = text
     alone, head = tok.render_chat(turns[1:2]), tok.render_chat(turns[:2])
-    res['default'] = alone.removesuffix(mark.join(res['user'])); res['prompt'] = tok.render_chat(turns[:2], True)[len(head):]
+    res['default'] = alone.removesuffix(mark.join(res['user']))
+    res['prompt'] = tok.render_chat(turns[:2], True)[len(head):]
     return res
 
+# %% ../../nbs/40_serve.export.ipynb #5e569c0c
 def join_chat(parts:dict, messages:list[dict])->str: # with the mark that makes the assistant speak
     "A conversation put together from the pieces, as the Modelfile's template does."
     head = '' if messages[0]['role'] == 'system' else parts['default']
     return head + ''.join(m['content'].join(parts[m['role']]) for m in messages) + parts['prompt']
 
+# %% ../../nbs/40_serve.export.ipynb #326a88f1
 def modelfile(
     tok:Tokenizer,
     gguf:str, # name of the .gguf file beside it
     n_ctx:int, # context in tokens
 )->str:
-    "An Ollama Modelfile; raises `SLMError` when the chat template cannot be said in Go's template language."
+    """An Ollama Modelfile; raises `SLMError` when the chat
+    template cannot be said in Go's template language."""
     p = chat_parts(tok); texts = [p['default'], p['prompt'], *(t for r in CHAT_ROLES for t in p[r])]
     if any(s in t for t in texts for s in ('"""', '{{', '}}')):
         raise SLMError("this chat template holds quotes or braces that Go's would read")
     said = ''.join(f'{{{{ {w} eq .Role "{r}" }}}}{p[r][0]}{{{{ .Content }}}}{p[r][1]}'
                    for r,w in zip(CHAT_ROLES, ('if', 'else if', 'else if')))
-    head = f'{{{{ if ne (index .Messages 0).Role "system" }}}}{p["default"]}{{{{ end }}}}' if p['default'] else ''
+    head = (f'{{{{ if ne (index .Messages 0).Role "system" }}}}{p["default"]}{{{{ end }}}}'
+            if p['default'] else '')
     stops = [n for n,i in tok.special_ids.items() if i in tok.stop_ids]
-    return '\n'.join([f'FROM ./{gguf}', f'TEMPLATE """{head}{{{{ range .Messages }}}}{said}{{{{ end }}}}{{{{ end }}}}{p["prompt"]}"""',
+    return '\n'.join([f'FROM ./{gguf}', f'TEMPLATE """{head}{{{{ '
+                      f'range .Messages }}}}{said}{{{{ end }}}}{{{{ end }}}}{p["prompt"]}"""',
                       *(f'PARAMETER stop "{s}"' for s in stops), f'PARAMETER num_ctx {n_ctx}'])+'\n'
 
 # %% ../../nbs/40_serve.export.ipynb #cc1b206f
-_HAND = ['', ' ', '  ', '\n', '\r\n', '\t\t x', ' a', 'a ', 'a  b   c', '\n\n \n', "I'm you'll we've IT'S d'", '3.14', '1234567890',
-    '12 345',
-         '²³½Ⅷ', '٣٤٥', '猫は庭にいる。', '안녕하세요', 'Zoë naïve café', 'e\u0301a\u0300\u0323', 'Ελλάδα Ёжик', 'שלום עולם', 'नमस्ते', '🙂👍🏽🇫🇷',
-         '👩\u200d👩\u200d👧', '\u200b\u200d\ufeff', '\xa0\u3000\u2028x', '\x00\x01\x1b[0m\x7f\x85', '𝔘𝔫𝔦', '\U0010ffff\ue000', '!!!???...',
-         'def f(x):\n    return x**2  # two\n', '<|', '▁', 'Ġ', '\ufffd\ufffd']
-_POOLS = [range(0x20, 0x7f), range(0x30, 0x3a), range(0x41, 0x7b), [*range(0x21), 0x7f, 0x85, 0xa0, 0x2003, 0x200b, 0x2028, 0x3000, 0xfeff],
-          range(0xa0, 0x250), range(0x300, 0x370), range(0x370, 0x600), range(0x900, 0xe00), range(0x4e00, 0x9fa6), range(0xac00, 0xd7a4),
+_HAND = ['', ' ', '  ', '\n', '\r\n', '\t\t x', ' a', 'a ', 'a  b   c',
+         '\n\n \n', "I'm you'll we've IT'S d'", '3.14', '1234567890',
+         '12 345', '²³½Ⅷ', '٣٤٥', '猫は庭にいる。', '안녕하세요', 'Zoë naïve café', 'e\u0301a\u0300\u0323',
+         'Ελλάδα Ёжик', 'שלום עולם', 'नमस्ते', '🙂👍🏽🇫🇷', '👩\u200d👩\u200d👧', '\u200b\u200d\ufeff',
+         '\xa0\u3000\u2028x', '\x00\x01\x1b[0m\x7f\x85', '𝔘𝔫𝔦', '\U0010ffff\ue000',
+         '!!!???...', 'def f(x):\n    return x**2  # two\n', '<|', '▁', 'Ġ', '\ufffd\ufffd']
+_POOLS = [range(0x20, 0x7f), range(0x30, 0x3a), range(0x41, 0x7b),
+          [*range(0x21), 0x7f, 0x85, 0xa0, 0x2003, 0x200b, 0x2028, 0x3000, 0xfeff],
+          range(0xa0, 0x250), range(0x300, 0x370), range(0x370, 0x600),
+          range(0x900, 0xe00), range(0x4e00, 0x9fa6), range(0xac00, 0xd7a4),
           range(0x1f300, 0x1f650), [*range(0xd800), *range(0xe000, 0x110000)]]
 
 def nasty_texts(
@@ -370,9 +465,12 @@ def nasty_texts(
     seed:int=0,
 )->list[str]:
     "Texts that tokenizers disagree about, without those that the vocabulary has no bytes for."
-    rng = random.Random(seed); word = lambda: ''.join(map(chr, rng.choices(rng.choice(_POOLS), k=rng.randint(1, 6))))
+    rng = random.Random(seed)
+    word = lambda: ''.join(map(chr, rng.choices(rng.choice(_POOLS), k=rng.randint(1, 6))))
     special = [s for name in tok.special_ids for s in (name, f'a{name} b', name[:-1])]
-    lost = set(range(256)) - {b[0] for b in tok.id_bytes if len(b) == 1} if tok.byte_level else set() # bytes without a token
+    # bytes without a token
+    lost = set(range(256)) - {b[0] for b in tok.id_bytes
+                              if len(b) == 1} if tok.byte_level else set()
     fine = lambda t: lost.isdisjoint(t.encode())
     drawn = (''.join(word() for _ in range(rng.randint(1, 6))) for _ in range(10*n))
     return [*filter(fine, _HAND + special), *islice(filter(fine, drawn), n)]
@@ -384,7 +482,8 @@ def encode_batch(self:LlamaCpp,
     comma:int, # id of a control token
 )->list[list[int]]: # token ids of each; special tokens typed in a text stay text
     "Split many texts at once."
-    ids = self.post('/tokenize', content=[x for t in texts for x in (t, comma)], add_special=False, parse_special=False)['tokens']
+    ids = self.post('/tokenize', content=[x for t in texts for x in (t, comma)],
+                    add_special=False, parse_special=False)['tokens']
     res = [[]]
     for i in ids: res.append([]) if i == comma else res[-1].append(i)
     return res[:-1]
@@ -401,25 +500,32 @@ class Check:
     def __str__(self):
         verdict = {True:'ok', False:'FAILED', None:'not checked'}[self.passed]
         limit = '' if self.limit is None else f'limit {self.limit:g}'
-        value = '' if self.value is None else str(self.value) if math.isfinite(self.value.value) else f'not a number {self.value.unit}'
+        value = ('' if self.value is None else str(self.value) if math.isfinite(self.value.value)
+                 else f'not a number {self.value.unit}')
         return f"{self.name:18} {value:56} {limit:12} {verdict} {self.note}".rstrip()
 
+# %% ../../nbs/40_serve.export.ipynb #1d3834d5
 def _check(name, value, limit=None, n=None, unit=''):
     "Compare a number, or a `Metric`, with its limit; what is no number has failed"
     m = value if isinstance(value, Metric) else Metric(float(value), n=n, unit=unit)
-    return Check(name, m, limit, bool(math.isfinite(m.value) and (limit is None or abs(m.value) <= limit)))
+    return Check(name, m, limit,
+                 bool(math.isfinite(m.value) and (limit is None or abs(m.value) <= limit)))
 
-def _same(name, theirs, ours, unit): return _check(name, sum(a != b for a,b in zip(theirs, ours, strict=True)), 0, len(ours), unit)
+def _same(name, theirs, ours, unit):
+    return _check(name, sum(a != b for a,b in zip(theirs, ours, strict=True)), 0, len(ours), unit)
 
+# %% ../../nbs/40_serve.export.ipynb #f3ac5b1e
 def _tried(name, f, *args):
     "The checks of `f`, or one that failed because nothing could be opened"
     try: return f(*args)
-    except Exception as e: return [Check(f'{name} opens', None, None, False, ' '.join(f'{type(e).__name__}: {e}'.split())[:200])]
+    except Exception as e:
+        return [Check(f'{name} opens', None, None, False,
+                      ' '.join(f'{type(e).__name__}: {e}'.split())[:200])]
 
 # %% ../../nbs/40_serve.export.ipynb #fc503360
 CHATS = [[('user', 'Hello')], [('system', 'Be brief.'), ('user', 'Where is the cat?')],
-         [('system', 'Be kind.'), ('user', ' Two\n lines '), ('assistant', 'Yes.'), ('user', '猫 🙂 12  + 3?'), ('assistant', '15\n'),
-          ('user', 'Why?')]]
+         [('system', 'Be kind.'), ('user', ' Two\n lines '), ('assistant', 'Yes.'),
+          ('user', '猫 🙂 12  + 3?'), ('assistant', '15\n'), ('user', 'Why?')]]
 
 @dataclass
 class Material:
@@ -428,6 +534,7 @@ class Material:
     chats:list[list[dict]] # for the chat templates
     docs:list[list[int]] # token ids, for logits and perplexity
 
+# %% ../../nbs/40_serve.export.ipynb #33d4d9df
 def material(
     tok:Tokenizer,
     t:int, # context in tokens
@@ -441,14 +548,18 @@ def material(
     elif text is None: source = iter(topics.values())
     else:
         try: s = Path(text).read_text(encoding='utf-8')
-        except (OSError, UnicodeDecodeError) as e: raise SLMError(f"cannot read '{text}' as UTF-8 text ({e})") from None
+        except (OSError, UnicodeDecodeError) as e:
+            raise SLMError(f"cannot read '{text}' as UTF-8 text ({e})") from None
         source = (s[i:i+8*t] for i in range(0, len(s), 8*t))
     docs, n = [], 0
     for d in source:
         if n >= n_tokens: break
         docs.append(([tok.bos_id]+tok.encode(d)+[tok.eot_id])[:t]); n += len(docs[-1])-1
-    if len(docs) < 2: raise SLMError(f"'{text}' is too short to compare perplexities on: give a file of at least {16*t} characters")
-    return Material(nasty_texts(tok, n_texts), [[dict(role=r, content=c) for r,c in chat] for chat in CHATS], docs)
+    if len(docs) < 2:
+        raise SLMError(f"'{text}' is too short to compare perplexities on: "
+                       f"give a file of at least {16*t} characters")
+    return Material(nasty_texts(tok, n_texts),
+                    [[dict(role=r, content=c) for r,c in chat] for chat in CHATS], docs)
 
 # %% ../../nbs/40_serve.export.ipynb #47476d3a
 LOGITS = dict(hf=1e-4, f32=1e-3) # greatest difference of a log-probability
@@ -460,33 +571,45 @@ def check_hf(
     m:Material,
 )->list[Check]:
     "What transformers makes of a folder."
-    ours = tok.encode_batch(m.texts, allow_special=True); raw = tokenizers.Tokenizer.from_file(str(Path(folder)/'tokenizer.json'))
-    res = [_same('hf tokenizer.json', [e.ids for e in raw.encode_batch(m.texts, add_special_tokens=False)], ours, 'texts differ')]
+    ours = tok.encode_batch(m.texts, allow_special=True)
+    raw = tokenizers.Tokenizer.from_file(str(Path(folder)/'tokenizer.json'))
+    res = [_same('hf tokenizer.json',
+                 [e.ids for e in raw.encode_batch(m.texts, add_special_tokens=False)],
+                 ours, 'texts differ')]
     names = ('hf tokens', 'hf chat', 'hf logits')
-    if not find_spec('transformers'): return res + [Check(n, None, None, None, 'needs: pip install transformers') for n in names]
+    if not find_spec('transformers'):
+        return res + [Check(n, None, None, None, 'needs: pip install transformers') for n in names]
     from transformers import AutoModelForCausalLM, AutoTokenizer
-    t = AutoTokenizer.from_pretrained(folder); said = lambda c: t.apply_chat_template(c, add_generation_prompt=True, return_dict=False)
-    res.append(_same(names[0], t(m.texts, add_special_tokens=False)['input_ids'], ours, 'texts differ'))
-    res.append(_same(names[1], [list(said(c)) for c in m.chats], [tok.chat(c, True)[0] for c in m.chats], 'conversations differ'))
+    t = AutoTokenizer.from_pretrained(folder)
+    said = lambda c: t.apply_chat_template(c, add_generation_prompt=True, return_dict=False)
+    res.append(_same(names[0], t(m.texts, add_special_tokens=False)['input_ids'],
+                     ours, 'texts differ'))
+    res.append(_same(names[1], [list(said(c)) for c in m.chats],
+                     [tok.chat(c, True)[0] for c in m.chats], 'conversations differ'))
     net, docs = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval(), m.docs[:4]
-    diff = [(net(torch.tensor([d])).logits[0].log_softmax(-1)-torch_logprobs(model, d).cpu()).abs().max().item() for d in docs]
+    diff = [(net(torch.tensor([d])).logits[0].log_softmax(-1)-torch_logprobs(model, d).cpu())
+            .abs().max().item() for d in docs]
     return res + [_check(names[2], max(diff), LOGITS['hf'], sum(map(len, docs)), 'nats, greatest')]
 
 # %% ../../nbs/40_serve.export.ipynb #8d8673cb
-WEIGHT_TOLERANCE = dict(f32=0., f16=1e-3, bf16=5e-3, q8_0=.01, q6_k=.04, q5_k_m=.08, q5_1=.08, q5_0=.08,
-               q4_k_m=.16, q4_1=.16, q4_0=.16) # relative error of a tensor
+WEIGHT_TOLERANCE = dict(f32=0., f16=1e-3, bf16=5e-3, q8_0=.01, q6_k=.04, q5_k_m=.08, q5_1=.08,
+                        q5_0=.08, q4_k_m=.16, q4_1=.16, q4_0=.16) # relative error of a tensor
 PERPLEXITY = dict.fromkeys(('f32', 'f16', 'bf16', 'q8_0'), .1) # per cent
 
 @torch.no_grad()
 def check_weights(model:GPT, path:str|Path, kind:str)->Check:
     "Every tensor in a GGUF file against the model's."
     sd, errors = model.state_dict(), {}
-    for k,w in open_gguf(path)[1]: w, want = w.double(), sd.pop(k).cpu().double(); errors[k] = ((w-want).norm()/(want.norm()+1e-12)).item()
+    for k,w in open_gguf(path)[1]:
+        w, want = w.double(), sd.pop(k).cpu().double()
+        errors[k] = ((w-want).norm()/(want.norm()+1e-12)).item()
     worst = max(errors, key=lambda k: math.inf if math.isnan(errors[k]) else errors[k])
-    res = _check(f'{kind} weights', math.nan if sd else errors[worst], WEIGHT_TOLERANCE[kind], len(errors), 'tensors, worst relative error')
+    res = _check(f'{kind} weights', math.nan if sd else errors[worst],
+                 WEIGHT_TOLERANCE[kind], len(errors), 'tensors, worst relative error')
     if not res.passed: res.note = f"lacks {', '.join(sd)}" if sd else worst
     return res
 
+# %% ../../nbs/40_serve.export.ipynb #d45571a3
 def check_llama_cpp(
     model:GPT, tok:Tokenizer,
     path:str|Path, # what `export_gguf` wrote
@@ -494,23 +617,33 @@ def check_llama_cpp(
     m:Material,
 )->list[Check]:
     "What llama.cpp makes of a GGUF file; all but the weights needs `xllamacpp`."
-    res, names = [check_weights(model, path, kind)], [f'{kind} {n}' for n in ('tokens', 'chat', 'perplexity', 'logits')]
-    if not find_spec('xllamacpp'): return res + [Check(n, None, None, None, "needs: pip install -e '.[serve]'") for n in names]
+    res = [check_weights(model, path, kind)]
+    names = [f'{kind} {n}' for n in ('tokens', 'chat', 'perplexity', 'logits')]
+    if not find_spec('xllamacpp'):
+        return res + [Check(n, None, None, None, "needs: pip install -e '.[serve]'") for n in names]
     cpp, v = LlamaCpp(path, max(map(len, m.docs))+8), model.cfg.vocab_size
-    theirs, ours = cpp.encode_batch(m.texts, tok.pad_id)+[cpp.encode('x')], tok.encode_batch(m.texts)+[tok.tok.encode('x').ids]
+    theirs = cpp.encode_batch(m.texts, tok.pad_id)+[cpp.encode('x')]
+    ours = tok.encode_batch(m.texts)+[tok.tok.encode('x').ids]
     res.append(_same(names[0], theirs, ours, 'texts differ'))
-    said = lambda c: cpp.post('/tokenize', content=cpp.render(c), add_special=False, parse_special=True)['tokens']
+    said = lambda c: cpp.post('/tokenize', content=cpp.render(c),
+                              add_special=False, parse_special=True)['tokens']
     adds, chats = cpp.encode('x')[:1] == [tok.bos_id], [tok.chat(c, True)[0] for c in m.chats]
-    chats = [c[1:] if adds and c[:1] == [tok.bos_id] else c for c in chats]      # its renderer leaves that bos to its tokenizer
+    # its renderer leaves that bos to its tokenizer
+    chats = [c[1:] if adds and c[:1] == [tok.bos_id] else c for c in chats]
     res.append(_same(names[1], [said(c) for c in m.chats], chats, 'conversations differ'))
     logp = [torch_logprobs(model, d).cpu() for d in m.docs]
-    want = [-l[:-1].gather(1, torch.tensor(d[1:])[:, None])[:, 0].double().numpy() for l,d in zip(logp, m.docs)]
-    d = bootstrap_ratio([(cpp.nats(d, v)-w).sum() for d,w in zip(m.docs, want)], [len(w) for w in want])
-    change = Metric(*(100*math.expm1(x) for x in (d.value, d.lo, d.hi)), n=d.n, unit='% of the perplexity')
+    want = [-l[:-1].gather(1, torch.tensor(d[1:])[:, None])[:, 0].double().numpy()
+            for l,d in zip(logp, m.docs)]
+    d = bootstrap_ratio([(cpp.nats(d, v)-w).sum() for d,w in zip(m.docs, want)],
+                        [len(w) for w in want])
+    change = Metric(*(100*math.expm1(x) for x in (d.value, d.lo, d.hi)),
+                    n=d.n, unit='% of the perplexity')
     res.append(_check(names[2], change, PERPLEXITY.get(kind)))
     if kind != 'f32': return res
-    at = [(d[:n], l[n-1].numpy()) for d,l in list(zip(m.docs, logp))[:4] for n in (1, 2, 17, len(d)-1) if n < len(d)]
-    diff = max(np.abs(np.where(l > -80, cpp.logprobs(d, v)-l, 0)).max() for d,l in at) # below, a float32 probability is 0
+    at = [(d[:n], l[n-1].numpy()) for d,l in list(zip(m.docs, logp))[:4]
+          for n in (1, 2, 17, len(d)-1) if n < len(d)]
+    # below, a float32 probability is 0
+    diff = max(np.abs(np.where(l > -80, cpp.logprobs(d, v)-l, 0)).max() for d,l in at)
     return res + [_check(names[3], diff, LOGITS['f32'], len(at)*v, 'nats, greatest')]
 
 # %% ../../nbs/40_serve.export.ipynb #6fdbd2d6
@@ -521,29 +654,39 @@ def check_export(
 )->list[Check]:
     "All checks of an export."
     res = []
-    for k,p in files.items(): res += _tried(k, check_hf, model, tok, p, m) if k == 'hf' else _tried(k, check_llama_cpp, model, tok, p, k, m)
+    for k,p in files.items():
+        res += _tried(k, check_hf, model, tok, p,
+                      m) if k == 'hf' else _tried(k, check_llama_cpp, model, tok, p, k, m)
     if set(files) - {'hf'}:
         try: parts = chat_parts(tok); modelfile(tok, '', 0)
-        except SLMError as e: return res + [Check('Modelfile', None, None, None, f'not written: {e}')]
-        joined, want = ([f(c) for c in m.chats] for f in (lambda c: join_chat(parts, c), lambda c: tok.render_chat(c, True)))
-        if joined != want: return res + [Check('Modelfile', None, None, None, 'not written: this chat template changes what is said')]
+        except SLMError as e:
+            return res + [Check('Modelfile', None, None, None, f'not written: {e}')]
+        joined, want = ([f(c) for c in m.chats] for f in (lambda c: join_chat(parts, c),
+                                                          lambda c: tok.render_chat(c, True)))
+        if joined != want:
+            return res + [Check('Modelfile', None, None, None,
+                                'not written: this chat template changes what is said')]
         res.append(_same('Modelfile chat', joined, want, 'conversations differ'))
     return res
 
+# %% ../../nbs/40_serve.export.ipynb #8edcb5b1
 def _open(run, kinds, out):
     "Model and tokenizer, after all that can be refused before any work"
     run, out = Path(run), Path(out); known = ('hf', *KINDS)
-    if bad := [k for k in kinds if k not in known]: raise SLMError(f"unknown export '{bad[0]}': use some of {', '.join(known)}")
+    if bad := [k for k in kinds if k not in known]:
+        raise SLMError(f"unknown export '{bad[0]}': use some of {', '.join(known)}")
     if not kinds: raise SLMError(f"nothing to export: name some of {', '.join(known)}")
     if (run/'adapter_config.json').exists() and not (run/'config.json').exists():
         raise SLMError(f"'{run}' is an adapter: merge it first, with slm merge {run} --out RUN")
-    if out.exists() and not (out.is_dir() and ((out/'export.json').exists() or not any(out.iterdir()))):
+    if out.exists() and not (out.is_dir()
+                             and ((out/'export.json').exists() or not any(out.iterdir()))):
         raise SLMError(f"'{out}' holds something else: choose another --out")
     model, tok = load_model_and_tokenizer(run)
     if set(kinds) - {'hf'}: gguf_arch(model.cfg); pre_tokenizer(tok)
     need = model.num_params()*4*(len(kinds)+1)
     if (free := free_disk(out)) < need:
-        raise SLMError(f"'{out}' needs about {need>>20} MB, {free>>20} MB are free: make room, or choose another --out")
+        raise SLMError(f"'{out}' needs about {need>>20} MB, {free>>20} MB are free: "
+                       "make room, or choose another --out")
     return model, tok
 
 # %% ../../nbs/40_serve.export.ipynb #79fef894
@@ -554,10 +697,12 @@ class PartlyExported(SLMError):
 def _why(checks): return '; '.join(' '.join(str(c).split()) for c in checks if c.passed is False)
 
 def _fell(checks, files):
-    "Kinds with a failed check; without a true float32 file, or with a Modelfile that says something else, all of GGUF"
+    """Kinds with a failed check; without a true float32 file, or with
+    a Modelfile that says something else, all of GGUF"""
     bad = {c.name.split()[0] for c in checks if c.passed is False}
     return [k for k in files if k in bad or k != 'hf' and bad & {'f32', 'Modelfile'}]
 
+# %% ../../nbs/40_serve.export.ipynb #f9576758
 def _settle(folder, files, good):
     "Leave what passed: the Hugging Face files in the folder itself"
     for k,p in files.items():
@@ -569,7 +714,8 @@ def _settle(folder, files, good):
 def _instead(checks):
     "What to do when only the perplexity of 8 bits is too high"
     if {c.name for c in checks if c.passed is False} != {'q8_0 perplexity'}: return ''
-    return "; llama.cpp rounds activations to 8 bits too, more than this model bears: take --to f16, or serve it with --engine torch"
+    return ("; llama.cpp rounds activations to 8 bits too, more than this model bears: "
+            "take --to f16, or serve it with --engine torch")
 
 # %% ../../nbs/40_serve.export.ipynb #9c3e51d7
 def export(
@@ -620,6 +766,7 @@ def push_ready(
     if not re.fullmatch(r'[\w-][\w.-]*/[\w.-]+', repo): raise SLMError(f"'{repo}' is no name on the hub: give OWNER/NAME")
     if not hub.get_token(): raise SLMError(f"to push to '{repo}' you must be logged in: `hf auth login`, or set HF_TOKEN")
 
+# %% ../../nbs/40_serve.export.ipynb #6baae4a2
 def push_folder(
     folder:str|Path, # what `export` made
     repo:str, # 'OWNER/NAME'; made if it is not there

@@ -34,38 +34,52 @@ def engine_device(
     device:str, # 'auto', 'cuda', 'cuda:1', 'mps' or 'cpu'
     engine:str, # 'auto', 'gguf' or 'torch'
 )->str:
-    "Where a model is served. PyTorch, which llama.cpp does not need, is asked only where there is a card's driver."
+    """Where a model is served. PyTorch, which llama.cpp does not
+    need, is asked only where there is a card's driver."""
     if engine == 'torch' or device == 'cpu': return device
-    if device == 'auto' and (engine == 'gguf' or not find_spec('torch') or not any(Path(p).exists() for p in NVIDIA)): return 'cpu'
+    if device == 'auto' and (engine == 'gguf' or not find_spec('torch')
+                             or not any(Path(p).exists() for p in NVIDIA)):
+        return 'cpu'
     return str(get_device(device))
 
+# %% ../../nbs/45_serve.gate.ipynb #25605e70
 def open_engine(
     model:str|Path, # a run directory, a Hugging Face folder or hub id, or a .gguf file
     engine:str='auto', # 'gguf', 'torch', or 'auto': gguf where it can be
     slots:int=4, # requests that are worked on at once
-    context:int|None=None, # tokens that one request may have; the model's own, at most 2048, if not given
+    # tokens that one request may have; the model's own, at most 2048, if not given
+    context:int|None=None,
     threads:int|None=None, # CPU threads; as many as this process may use if not given
     int8:bool=False, # 8 bits a weight in the torch engine
     own_thread:bool=True, # False: the torch engine works where its `run` is called
     compiled:bool|None=None, # compile the torch engine's steps; where that can be, if not given
-    device:str='auto', # 'auto', 'cuda', 'cuda:1', 'mps' or 'cpu'; with a card the torch engine is the one there is
+    # 'auto', 'cuda', 'cuda:1', 'mps' or 'cpu'; with a card the torch engine is the one there is
+    device:str='auto',
 )->Engine:
     "Open a model for serving; raises `SLMError` for one that cannot be opened."
-    if engine not in ('auto', 'gguf', 'torch'): raise SLMError(f"unknown engine '{engine}': use auto, gguf or torch")
+    if engine not in ('auto', 'gguf', 'torch'):
+        raise SLMError(f"unknown engine '{engine}': use auto, gguf or torch")
     device = engine_device(device, engine)
     if device != 'cpu' and engine != 'torch':
-        if engine == 'gguf': raise SLMError(f'llama.cpp serves on a processor, not on {device}: leave --engine or --device away')
-        engine = 'torch'; print(f'serving on {device}, with the torch engine: llama.cpp serves on a processor', file=sys.stderr)
+        if engine == 'gguf':
+            raise SLMError(f'llama.cpp serves on a processor, not on {device}: '
+                           'leave --engine or --device away')
+        engine = 'torch'
+        print(f'serving on {device}, with the torch engine: llama.cpp serves on a processor',
+              file=sys.stderr)
     if engine != 'torch' and (engine == 'gguf' or find_spec('xllamacpp') and not int8):
         try:
             file = gguf_of(model); e = GGUFEngine(file, slots, context, threads)
-            if Path(model).resolve() not in (file.resolve(), file.resolve().parent): e.model = model_name(model) # the file is our own
+            # the file is our own
+            if Path(model).resolve() not in (file.resolve(), file.resolve().parent):
+                e.model = model_name(model)
             return e
         except SLMError as e:
             if engine == 'gguf': raise
             print(f'not with llama.cpp: {e}', file=sys.stderr)
     from slm.serve.batching import open_torch_engine
-    return open_torch_engine(model, slots, context, threads, int8, device=device, own_thread=own_thread, compiled=compiled)
+    return open_torch_engine(model, slots, context, threads, int8,
+                             device=device, own_thread=own_thread, compiled=compiled)
 
 # %% ../../nbs/45_serve.gate.ipynb #20977132
 @contextlib.contextmanager
@@ -75,21 +89,28 @@ def in_background(
 ): # gives the address, 'http://127.0.0.1:PORT'
     "Serve `app` from a thread on a free port of this machine while the block runs."
     sock = listen('127.0.0.1', 0)
-    server = uvicorn.Server(uvicorn.Config(app, log_level='critical', ws='none', loop='asyncio', timeout_graceful_shutdown=5, **config))
-    thread = threading.Thread(target=server.run, kwargs=dict(sockets=[sock]), daemon=True); thread.start()
+    server = uvicorn.Server(uvicorn.Config(app, log_level='critical', ws='none',
+                                           loop='asyncio', timeout_graceful_shutdown=5, **config))
+    thread = threading.Thread(target=server.run, kwargs=dict(sockets=[sock]), daemon=True)
+    thread.start()
     try:
         while not server.started and thread.is_alive(): time.sleep(.005)
         yield 'http://127.0.0.1:%d' % sock.getsockname()[1]
     finally: server.should_exit = True; thread.join()
 
+# %% ../../nbs/45_serve.gate.ipynb #79b6b650
 def listen(
     host:str, # an address of this machine; '::' is all of them, of both kinds
     port:int, # 0 for any that is free
 )->socket.socket:
     "A listening socket; raises `SLMError` when the address cannot be had."
     both = host == '::' and socket.has_dualstack_ipv6()
-    try: return socket.create_server((host, port), family=socket.AF_INET6 if ':' in host else socket.AF_INET, dualstack_ipv6=both)
-    except (OSError, OverflowError) as e: raise SLMError(f'cannot listen on {host} port {port} ({e}): choose another --port') from None
+    try:
+        return socket.create_server((host, port), family=socket.AF_INET6 if ':' in host
+                                    else socket.AF_INET, dualstack_ipv6=both)
+    except (OSError, OverflowError) as e:
+        raise SLMError(f'cannot listen on {host} port {port} ({e}): '
+                       'choose another --port') from None
 
 # %% ../../nbs/45_serve.gate.ipynb #d6f2ac93
 _KINDS = {401: 'authentication_error', 429: 'rate_limit_error'}
@@ -104,14 +125,16 @@ class APIError(Exception):
         retry:int|None=None, # seconds after which another attempt makes sense
     ):
         super().__init__(message); self.status, self.retry = status, retry
-        self.body = dict(error=dict(message=message, type=_KINDS.get(status, 'invalid_request_error' if status < 500 else 'server_error'),
-                                    param=param, code=code))
+        self.body = dict(error=dict(message=message,
+                                    type=_KINDS.get(status, 'invalid_request_error' if status < 500
+                                                    else 'server_error'), param=param, code=code))
     def response(self)->JSONResponse:
         "As an HTTP answer."
         headers = {} if self.retry is None else {'Retry-After': str(self.retry)}
         if self.status == 401: headers['WWW-Authenticate'] = 'Bearer'
         return JSONResponse(self.body, self.status, headers)
 
+# %% ../../nbs/45_serve.gate.ipynb #6d1fd39c
 def refused(
     e:SLMError, # what an engine says of a request
     fields:dict[str,str]={}, # the engine's name of a part of the request -> the client's
@@ -133,6 +156,7 @@ class Body(Nullable):
     model_config = ConfigDict(extra='allow')
     model:str # a name from /v1/models
 
+# %% ../../nbs/45_serve.gate.ipynb #56e07c23
 class StreamOptions(Nullable):
     "What a stream tells besides the text."
     include_usage:bool=False # tokens, in a last event of its own
@@ -142,6 +166,7 @@ class JSONSchema(Nullable):
     name:str='' # for people
     json_schema:dict[str,Any]|None=Field(None, alias='schema') # JSON schema
 
+# %% ../../nbs/45_serve.gate.ipynb #8a4aaadd
 class ResponseFormat(Nullable):
     "What the answer must be."
     type:Literal['text', 'json_object', 'json_schema'] # any text, any JSON object, or JSON of a schema
@@ -181,12 +206,14 @@ class Called(Nullable):
     name:str # as in `tools`
     arguments:str='{}' # JSON
 
+# %% ../../nbs/45_serve.gate.ipynb #36871400
 class ToolCall(Nullable):
     "What an assistant called."
     id:str='' # the answer to it says this again
     type:Literal['function']='function'
     function:Called
 
+# %% ../../nbs/45_serve.gate.ipynb #a3ca7e2b
 class Message(Nullable):
     "One turn of a conversation."
     role:Literal['system', 'developer', 'user', 'assistant', 'tool'] # 'developer' is another name of 'system'
@@ -230,6 +257,7 @@ class Named(Nullable):
     "The name of a function."
     name:str
 
+# %% ../../nbs/45_serve.gate.ipynb #1f1c20ca
 class ToolChoice(Nullable):
     "One tool that must be called."
     type:Literal['function']
@@ -245,6 +273,7 @@ class ChatBody(Sampled):
     tools:list[Tool]=Field([], max_length=128) # functions that the answer may call
     tool_choice:Literal['none', 'auto', 'required']|ToolChoice='auto' # may, must or must not it call one?
 
+# %% ../../nbs/45_serve.gate.ipynb #b3712bd1
 Id = Annotated[int, Field(ge=0, lt=2**31)]
 
 class TextBody(Sampled):
@@ -288,7 +317,9 @@ _HELD = ('grammar', 'json_schema', 'guided_json', 'guided_regex', 'guided_choice
 @dataclass
 class Settings:
     "What a server grants."
-    tokens:tuple[str,...]=() # whoever says one may come in, 'metrics TOKEN' to the figures alone; everybody if there are none
+    # whoever says one may come in, 'metrics TOKEN' to the
+    # figures alone; everybody if there are none
+    tokens:tuple[str,...]=()
     hosts:tuple[str,...]|None=None # names that the server answers to without a token; None for all
     origins:tuple[str,...]=() # pages of other servers that may ask, as https://NAME; '*' for all
     queue:int=32 # requests that may wait beyond an engine's slots
@@ -303,22 +334,28 @@ class Settings:
 
 # %% ../../nbs/45_serve.gate.ipynb #98a9c558
 def read_tokens(
-    path:str|Path, # one token a line, or `metrics TOKEN`; empty lines and lines that begin with # are skipped
+    # one token a line, or `metrics TOKEN`; empty lines and lines that begin with # are skipped
+    path:str|Path,
 )->tuple[str,...]:
     "The tokens of a file; raises `SLMError` when there is none, and warns when others may read it."
     try: lines = Path(path).read_text(encoding='utf-8').splitlines()
-    except (OSError, UnicodeDecodeError) as e: raise SLMError(f"cannot read the token file '{path}' ({e}): check the path") from None
+    except (OSError, UnicodeDecodeError) as e:
+        raise SLMError(f"cannot read the token file '{path}' ({e}): check the path") from None
     tokens = tuple(' '.join(l.split()) for l in lines if l.strip() and l[0] != '#')
     for n,t in enumerate(tokens, 1):
         if not re.fullmatch(r'(metrics )?[!-~]{8,}', t):
-            raise SLMError(f"'{path}' token {n}: a token has 8 characters or more, ASCII, no spaces")
+            raise SLMError(f"'{path}' token {n}: a token has 8 characters or more, "
+                           "ASCII, no spaces")
     clients = {t for t in tokens if not t.startswith(WATCHER)}
     if not clients: raise SLMError(f"'{path}' holds no token of a client: write one a line")
     if any(t.removeprefix(WATCHER) in clients for t in tokens if t.startswith(WATCHER)):
-        raise SLMError(f"'{path}': a client and 'metrics' have the same token: make another for one of them")
-    if Path(path).stat().st_mode & stat.S_IROTH: warnings.warn(f"every user of this machine can read '{path}': chmod 600")
+        raise SLMError(f"'{path}': a client and 'metrics' have the same token: "
+                       "make another for one of them")
+    if Path(path).stat().st_mode & stat.S_IROTH:
+        warnings.warn(f"every user of this machine can read '{path}': chmod 600")
     return tokens
 
+# %% ../../nbs/45_serve.gate.ipynb #03ea907c
 WATCHER, LOOPBACK = 'metrics ', ('localhost', '127.0.0.1', '[::1]')
 
 def check_bind(
@@ -327,11 +364,14 @@ def check_bind(
     open:bool=False, # is a server without tokens wanted?
     names:tuple[str,...]=(), # others that it has, behind a proxy
 )->tuple[str,...]|None: # names to answer to, for `Settings.hosts`
-    "Raise `SLMError` rather than serve the network without a token; on this machine only its own names are answered."
+    """Raise `SLMError` rather than serve the network without a
+    token; on this machine only its own names are answered."""
     if tokens: return None
     names = tuple(n.lower() for n in names)
     if host in ('localhost', '127.0.0.1', '::1'): return LOOPBACK+names
-    if not open: raise SLMError(f'{host} can be reached from other machines: give --token-file, or say --no-token')
+    if not open:
+        raise SLMError(f'{host} can be reached from other machines: '
+                       'give --token-file, or say --no-token')
     return LOOPBACK+names if names else None
 
 # %% ../../nbs/45_serve.gate.ipynb #40669d87
@@ -362,36 +402,49 @@ class Gate:
         models:dict[str,Engine], # the name that clients say -> engine
         settings:Settings,
     ):
-        self.models, self.settings, self.load, self.seconds = models, settings, dict.fromkeys(models, 0), 1.
+        self.models, self.settings = models, settings
+        self.load, self.seconds = dict.fromkeys(models, 0), 1.
         self.active, self.draining, self.ready, self.fault = 0, None, False, None
         hashed = lambda watch: [hashlib.sha256(t.removeprefix(WATCHER).encode()).digest()
                                 for t in settings.tokens if t.startswith(WATCHER) == watch]
         self.clients, self.watchers, self.paths = hashed(False), hashed(True), set()
-        self.metrics, self.cache, self.born = Metrics(self), Cache(int(settings.cache*2**20)), int(time.time())
+        self.metrics, self.cache = Metrics(self), Cache(int(settings.cache*2**20))
+        self.born = int(time.time())
         self.embedding, self.embedder = 0, ThreadPoolExecutor(1, 'embed')
 
     def engine(self, name:str)->Engine:
         "Raises `APIError` for an unknown name."
         if name in self.models: return self.models[name]
-        raise APIError(404, f"no model '{name[:100]}': there is {', '.join(self.models)}", 'model', 'model_not_found')
+        raise APIError(404, f"no model '{name[:100]}': there is {', '.join(self.models)}",
+                       'model', 'model_not_found')
 
-    def admit(self, name:str, n:int):
-        "Raises `APIError` when `n` more requests are too many."
-        e, q = self.models[name], self.settings.queue
-        if n > e.slots+q: raise APIError(400, f'{n} answers in one request: at most {e.slots+q} are possible here', 'n')
-        if self.load[name]+n > e.slots+q:
-            wait = math.ceil(self.seconds*max(1, self.load[name]-e.slots+n)/e.slots)
-            wait = max(1, min(wait, int(self.settings.timeout)))
-            raise APIError(429, 'the queue is full: try again later', code='queue_full', retry=wait)
+# %% ../../nbs/45_serve.gate.ipynb #dc5a0664
+@patch
+def admit(self:Gate, name:str, n:int):
+    "Raises `APIError` when `n` more requests are too many."
+    e, q = self.models[name], self.settings.queue
+    if n > e.slots+q:
+        raise APIError(400, f'{n} answers in one request: '
+                       f'at most {e.slots+q} are possible here', 'n')
+    if self.load[name]+n > e.slots+q:
+        wait = math.ceil(self.seconds*max(1, self.load[name]-e.slots+n)/e.slots)
+        wait = max(1, min(wait, int(self.settings.timeout)))
+        raise APIError(429, 'the queue is full: try again later', code='queue_full', retry=wait)
 
-    def allowed(self, headers:dict[bytes,bytes], path:str='')->bool:
-        "Does the request bring a token? All are compared, always. Raises `APIError` for a `metrics` token at another path."
-        kind, _, token = headers.get(b'authorization', b'').partition(b' '); given = hashlib.sha256(token.strip()).digest()
-        same = lambda hashes: any([hmac.compare_digest(given, h) for h in hashes]) and kind.lower() == b'bearer'
-        client, watcher = same(self.clients), same(self.watchers)
-        if watcher and path != '/metrics':
-            raise APIError(403, 'this token opens /metrics alone: send the token of a client', code='metrics_only')
-        return client or watcher or not self.settings.tokens
+# %% ../../nbs/45_serve.gate.ipynb #f7843642
+@patch
+def allowed(self:Gate, headers:dict[bytes,bytes], path:str='')->bool:
+    """Does the request bring a token? All are compared, always. Raises `APIError` for a
+    `metrics` token at another path."""
+    kind, _, token = headers.get(b'authorization', b'').partition(b' ')
+    given = hashlib.sha256(token.strip()).digest()
+    same = (lambda hashes: any([hmac.compare_digest(given, h) for h in hashes])
+            and kind.lower() == b'bearer')
+    client, watcher = same(self.clients), same(self.watchers)
+    if watcher and path != '/metrics':
+        raise APIError(403, 'this token opens /metrics alone: send the token of a client',
+                       code='metrics_only')
+    return client or watcher or not self.settings.tokens
 
 # %% ../../nbs/45_serve.gate.ipynb #8ece6159
 class Cache:
@@ -410,11 +463,12 @@ class Cache:
         self.kept[key] = answers; self.used += cost(answers)
         while self.used > self.size: self.used -= cost(self.kept.popitem(last=False)[1])
 
-# %% ../../nbs/45_serve.gate.ipynb #d8c5a366
+# %% ../../nbs/45_serve.gate.ipynb #d8c5a365
 PROBES, OPEN = ('/healthz', '/readyz', '/metrics'), ('/', '/healthz', '/readyz')
 BODY_SECONDS = 20 # in which a request's body must arrive
-GRACE = 5 # seconds beyond the time limit, after which a request is dropped that did not end by itself
+GRACE = 5 # seconds after the time limit, until a request is dropped that did not end by itself
 
+# %% ../../nbs/45_serve.gate.ipynb #d8c5a366
 class Guard:
     "Checks each request before any route sees it, and counts it after."
     def __init__(self,
@@ -426,22 +480,30 @@ class Guard:
         if scope['type'] != 'http': return await send(dict(type='websocket.close', code=1008))
         g, status, begun, scope = self.gate, 500, False, self.plain(scope)
         path, headers = scope['path'], dict(scope['headers'])
-        close = b'content-length' in headers and b'transfer-encoding' in headers # two lengths: what follows may be anybody's
+        # two lengths: what follows may be anybody's
+        close = b'content-length' in headers and b'transfer-encoding' in headers
         async def told(m):
             nonlocal status, begun
             if m['type'] == 'http.response.start':
                 status, begun = m['status'], True
-                if close or g.draining is not None: m['headers'] = [*m.get('headers', ()), (b'connection', b'close')]
+                if close or g.draining is not None:
+                    m['headers'] = [*m.get('headers', ()), (b'connection', b'close')]
             await send(m)
         work = path not in PROBES; g.active += work
         try:
-            if close: raise APIError(400, 'both Content-Length and Transfer-Encoding: send one of them', code='invalid_request')
+            if close:
+                raise APIError(400, 'both Content-Length and Transfer-Encoding: send one of them',
+                               code='invalid_request')
             self.check(scope, path, headers)
-            receive = await bounded_body(receive, g.settings.max_body, b'json' in headers.get(b'content-type', b'').lower())
-            async with asyncio.timeout(g.settings.timeout+GRACE): await self.app(scope, receive, told)
+            receive = await bounded_body(receive, g.settings.max_body,
+                                         b'json' in headers.get(b'content-type', b'').lower())
+            async with asyncio.timeout(g.settings.timeout+GRACE):
+                await self.app(scope, receive, told)
         except APIError as e: await e.response()(scope, receive, told)
         except TimeoutError:
-            if not begun: await APIError(504, f'not done within {g.settings.timeout:g} s', code='timeout').response()(scope, receive, told)
+            if not begun:
+                await APIError(504, f'not done within {g.settings.timeout:g} s',
+                               code='timeout').response()(scope, receive, told)
         finally:
             g.active -= work
             g.metrics.http.labels(path if path in g.paths else 'other', status).inc()
@@ -450,18 +512,27 @@ class Guard:
 @patch
 def check(self:Guard, scope, path, headers):
     "Raises `APIError` for whoever may not come in."
-    g, host = self.gate, re.sub(r'\.?(:\d*)?$', '', headers.get(b'host', b'').decode('latin-1').lower())
-    if g.settings.hosts is not None and not g.settings.tokens and path not in PROBES and host not in g.settings.hosts:
-        raise APIError(421, f"this server does not answer to the name '{host[:100]}': start it with --host-name", code='unknown_host')
+    g = self.gate
+    host = re.sub(r'\.?(:\d*)?$', '', headers.get(b'host', b'').decode('latin-1').lower())
+    if (g.settings.hosts is not None and not g.settings.tokens and path not in PROBES
+        and host not in g.settings.hosts):
+        raise APIError(421, f"this server does not answer to the name '{host[:100]}': "
+                       "start it with --host-name", code='unknown_host')
     if not (path in OPEN and scope['method'] in ('GET', 'HEAD')) and not g.allowed(headers, path):
-        raise APIError(401, "no valid token: send the header 'Authorization: Bearer TOKEN'", code='invalid_api_key')
+        raise APIError(401, "no valid token: send the header 'Authorization: Bearer TOKEN'",
+                       code='invalid_api_key')
     if path in PROBES: return
-    if g.draining is not None: raise APIError(503, 'the server is leaving: ask another, or later', code='draining', retry=5)
-    if g.active > g.settings.connections: raise APIError(429, 'too many requests at once: try again later', code='too_many', retry=1)
+    if g.draining is not None:
+        raise APIError(503, 'the server is leaving: ask another, or later',
+                       code='draining', retry=5)
+    if g.active > g.settings.connections:
+        raise APIError(429, 'too many requests at once: try again later', code='too_many', retry=1)
     is_json = b'json' in headers.get(b'content-type', b'').lower()
     if scope['method'] == 'POST' and path.startswith('/v1/') and path in g.paths and not is_json:
-        raise APIError(415, "the body is read as JSON: send the header 'Content-Type: application/json'", code='unsupported_media_type')
+        raise APIError(415, "the body is read as JSON: send the header 'Content-Type: "
+                       "application/json'", code='unsupported_media_type')
 
+# %% ../../nbs/45_serve.gate.ipynb #a24dd7e7
 @patch
 def plain(self:Guard, scope):
     "Without a slash at the end; HEAD is GET whose body the server keeps to itself"
@@ -472,21 +543,28 @@ def plain(self:Guard, scope):
 # %% ../../nbs/45_serve.gate.ipynb #69ff2641
 async def _gone(): return dict(type='http.disconnect')
 
+# %% ../../nbs/45_serve.gate.ipynb #8542cb2a
 LEVELS = 200 # of nesting in a body
 
 def check_json(
     body:bytes,
 ):
-    "Raise `APIError` for JSON that some reader would stumble over: half characters, and too many levels."
+    """Raise `APIError` for JSON that some reader would stumble
+    over: half characters, and too many levels."""
     try:
         text = body.decode()
-        if re.search(r'\\u[dD][89a-fA-F]', text): json.dumps(json.loads(text), ensure_ascii=False).encode()
-    except UnicodeError: raise APIError(400, 'the body has half a character, which is no text in UTF-8', code='invalid_text') from None
-    except (ValueError, RecursionError): return                                   # not JSON: whoever reads it says so
+        if re.search(r'\\u[dD][89a-fA-F]', text):
+            json.dumps(json.loads(text), ensure_ascii=False).encode()
+    except UnicodeError:
+        raise APIError(400, 'the body has half a character, which is no text in UTF-8',
+                       code='invalid_text') from None
+    except (ValueError, RecursionError): return # not JSON: whoever reads it says so
     marks = re.findall(r'[][{}]', re.sub(r'"(?:[^"\\]|\\.)*+"?', '', text, flags=re.S))
     if max(itertools.accumulate(1 if m in '[{' else -1 for m in marks), default=0) > LEVELS:
-        raise APIError(400, f'the body is nested deeper than {LEVELS} levels', code='invalid_request')
+        raise APIError(400, f'the body is nested deeper than {LEVELS} levels',
+                       code='invalid_request')
 
+# %% ../../nbs/45_serve.gate.ipynb #808219b1
 async def bounded_body(
     receive, # ASGI's
     limit:int, # bytes
@@ -500,9 +578,13 @@ async def bounded_body(
                 m = await receive()
                 if m['type'] == 'http.disconnect': return _gone
                 parts.append(m.get('body', b'')); size += len(parts[-1])
-                if size > limit: raise APIError(413, f'the request is longer than {limit:,} bytes: shorten it', code='request_too_large')
+                if size > limit:
+                    raise APIError(413, f'the request is longer than {limit:,} bytes: shorten it',
+                                   code='request_too_large')
                 if not m.get('more_body'): break
-    except TimeoutError: raise APIError(408, f'the request did not arrive within {BODY_SECONDS} s', code='timeout') from None
+    except TimeoutError:
+        raise APIError(408, f'the request did not arrive within {BODY_SECONDS} s',
+                       code='timeout') from None
     if is_json: check_json(b''.join(parts))
     whole = [dict(type='http.request', body=b''.join(parts), more_body=False)]
     async def replay(): return whole.pop() if whole else await receive()
@@ -514,10 +596,12 @@ def join(
 )->Piece:
     "Several pieces as one."
     if len(parts) == 1: return parts[0]
-    return replace(parts[-1], text=''.join(p.text for p in parts), logprobs=[l for p in parts for l in p.logprobs])
+    return replace(parts[-1], text=''.join(p.text for p in parts),
+                   logprobs=[l for p in parts for l in p.logprobs])
 
 class ClientGone(Exception): "Nobody is there to answer."
 
+# %% ../../nbs/45_serve.gate.ipynb #6df06104
 class Job:
     "The requests of one HTTP request on their way through an engine."
     def __init__(self,
@@ -529,19 +613,24 @@ class Job:
         fields:dict[str,str]={}, # the engine's names of what may be wrong -> the client's
     ):
         gate.admit(name, len(requests))
-        self.gate, self.name, self.requests, self.joins, self.whole, self.why, self.cancels = gate, name, requests, joins, whole, None, []
-        self.loop, self.news, self.heard, self.waiting = asyncio.get_running_loop(), asyncio.Event(), deque(), deque()
-        self.born = time.perf_counter(); self.open = set(range(len(requests)))           # choices that have not ended
-        self.last = [None]*len(requests)                                                # when each choice's last piece came, and its tokens
+        self.gate, self.name, self.requests = gate, name, requests
+        self.joins, self.whole, self.why, self.cancels = joins, whole, None, []
+        self.loop, self.news = asyncio.get_running_loop(), asyncio.Event()
+        self.heard, self.waiting = deque(), deque()
+        self.born = time.perf_counter()
+        self.open = set(range(len(requests))) # choices that have not ended
+        self.last = [None]*len(requests) # when each choice's last piece came, and its tokens
         try:
             for i,r in enumerate(requests):
-                self.cancels.append(gate.models[name].submit(r, functools.partial(self._emit, i))); gate.load[name] += 1
+                self.cancels.append(gate.models[name].submit(r, functools.partial(self._emit, i)))
+                gate.load[name] += 1
         except SLMError as e: self.stop('refused'); raise refused(e, fields) from None
 
-    def _emit(self, i, piece):                                                          # in the engine's thread
+    def _emit(self, i, piece): # in the engine's thread
         self.heard.append((i, piece, time.perf_counter()))
         if self.whole and not piece.finish_reason: return
-        with contextlib.suppress(RuntimeError): self.loop.call_soon_threadsafe(self._arrived)            # the loop may have closed
+        # the loop may have closed
+        with contextlib.suppress(RuntimeError): self.loop.call_soon_threadsafe(self._arrived)
 
     def stop(self,
         why:str, # 'gone', 'timeout', 'refused', or 'over'
@@ -557,6 +646,7 @@ def _arrived(self:Job):
     while self.heard: i, p, when = self.heard.popleft(); self._count(i, p, when); self.waiting.append((i, p))
     self.news.set()
 
+# %% ../../nbs/45_serve.gate.ipynb #3c0f358b
 @patch
 def _count(self:Job, i, p, now):
     "Count a piece, and make room with the last one"
@@ -576,33 +666,42 @@ def _count(self:Job, i, p, now):
 # %% ../../nbs/45_serve.gate.ipynb #d55bdd11
 @patch
 async def __aiter__(self:Job)->AsyncIterator[tuple[int,Piece]]:
-    "Pieces until each choice has ended; raises `ClientGone`, or `APIError` when the time is up or the engine failed."
+    """Pieces until each choice has ended; raises `ClientGone`, or
+    `APIError` when the time is up or the engine failed."""
     left = set(range(len(self.requests)))
     while left:
         await self.news.wait(); self.news.clear(); batch = {}
         if self.why == 'gone': raise ClientGone
-        if self.why == 'timeout': raise APIError(504, f'not done within {self.gate.settings.timeout:g} s: ask for less', code='timeout')
+        if self.why == 'timeout':
+            raise APIError(504, f'not done within {self.gate.settings.timeout:g} s: ask for less',
+                           code='timeout')
         while self.waiting: i, p = self.waiting.popleft(); batch.setdefault(i, []).append(p)
         for i,p in ((i, p) for i,ps in batch.items() for p in ([join(ps)] if self.joins else ps)):
             if p.finish_reason: left.discard(i)
             if p.error: raise self._failed(p)
             yield i, p
 
+# %% ../../nbs/45_serve.gate.ipynb #0aacd4ea
 @patch
 def _failed(self:Job, p):
-    "The engine's error; of a request with a schema before the first token, or when the sampler gives it up, the schema is to blame"
+    """The engine's error; of a request with a schema before the first token, or when the sampler
+    gives it up, the schema is to blame"""
     r = self.requests[0]
     if p.error == LOST or not p.completion_tokens and (r.schema is not None or r.grammar):
-        return APIError(400, f'the schema cannot be used ({p.error})', 'tools' if r.grammar else 'response_format')
+        return APIError(400, f'the schema cannot be used ({p.error})',
+                        'tools' if r.grammar else 'response_format')
     return APIError(500, f'the engine failed: {p.error}', code='engine_error')
 
+# %% ../../nbs/45_serve.gate.ipynb #05a7ce5b
 @patch
 @contextlib.asynccontextmanager
 async def running(self:Job, receive):
-    "While the block runs, the job ends when its client leaves (`receive` tells) or its time is up; after it, in any case."
+    """While the block runs, the job ends when its client leaves
+    (`receive` tells) or its time is up; after it, in any case."""
     async def watch():
         while (await receive())['type'] != 'http.disconnect': pass
         self.stop('gone')
-    timer, watcher = self.loop.call_later(self.gate.settings.timeout, self.stop, 'timeout'), asyncio.create_task(watch())
+    timer = self.loop.call_later(self.gate.settings.timeout, self.stop, 'timeout')
+    watcher = asyncio.create_task(watch())
     try: yield self
     finally: timer.cancel(); watcher.cancel(); self.stop('over')

@@ -29,8 +29,10 @@ def _heard(piece):
     if refused := piece.extra.get('refused'): raise refused
     return piece.text
 
+# %% ../../nbs/48_serve.grounded.ipynb #f5a469fa
 class EngineGeneration(Generation):
-    "Our engines in txtai: `LLM(path, method='slm.serve.grounded.EngineGeneration')`, where the path is anything that `slm` opens."
+    """Our engines in txtai: `LLM(path, method='slm.serve.grounded.EngineGeneration')`, where the
+    path is anything that `slm` opens."""
     def __init__(self,
         path:str, # a model
         template:str|None=None, # txtai's
@@ -46,11 +48,14 @@ class EngineGeneration(Generation):
         **kwargs, # how to sample; `SLMError` for what we do not know
     )->Iterator[str]:
         "The answers, or the pieces of one."
-        if bad := set(kwargs)-set(_FIELDS): raise SLMError(f"{', '.join(sorted(bad))}: not known here, there is {', '.join(_FIELDS)}")
+        if bad := set(kwargs)-set(_FIELDS):
+            raise SLMError(f"{', '.join(sorted(bad))}: not known here, "
+                           f"there is {', '.join(_FIELDS)}")
         tok, stop = self.engine.tok, [stop] if isinstance(stop, str) else stop or []
         for t in texts:
             ids = tok.encode(t) if isinstance(t, str) else tok.chat(t, True)[0]
-            parts = (_heard(p) for p in pieces(self.engine, Request(ids, maxlength, stop=stop, **dict(temperature=0.) | kwargs)))
+            parts = (_heard(p) for p in pieces(
+                self.engine, Request(ids, maxlength, stop=stop, **dict(temperature=0.) | kwargs)))
             if stream: yield from parts
             else: yield ''.join(parts)
 
@@ -70,7 +75,8 @@ class Gated(GetAttr):
             try:
                 async with job.running(asyncio.Event().wait):
                     async for _,p in job: emit(p)
-            except APIError as e: emit(Piece(finish_reason='error', error=str(e), extra=dict(refused=e)))
+            except APIError as e:
+                emit(Piece(finish_reason='error', error=str(e), extra=dict(refused=e)))
         job = asyncio.run_coroutine_threadsafe(admit(), self.loop).result()
         return asyncio.run_coroutine_threadsafe(work(job), self.loop).cancel
 
@@ -78,42 +84,64 @@ class Gated(GetAttr):
 QUEUE = 2**24 # characters that may wait to be written
 
 class TxtaiAPI(API):
-    "txtai's API over an index and a model of ours; it makes neither, and reads and writes only through `Index`."
+    """txtai's API over an index and a model of ours; it makes
+    neither, and reads and writes only through `Index`."""
     live = None # engine and event loop; txtai knows one API a process
     def createpipelines(self):
         rag, gate, loop = self.live; self.rag, self.waiting = rag, []
         generation = dict(method='slm.serve.grounded.EngineGeneration')
-        self.pipelines = dict(llm=LLM(rag.engine.model, engine=Gated(gate, rag.engine.model, loop), **generation),
+        self.pipelines = dict(llm=LLM(rag.engine.model,
+                                      engine=Gated(gate, rag.engine.model, loop), **generation),
                               rag=LLM('rag', engine=Gated(gate, 'rag', loop), **generation))
-    def indexes(self, loaddata): self.embeddings, self.lock = self.rag.index.embeddings, self.rag.index.lock
+    def indexes(self, loaddata):
+        self.embeddings, self.lock = self.rag.index.embeddings, self.rag.index.lock
     def search(self, query, request=None, **kw):
         p = request.query_params; given = json.loads(p.get('parameters') or '{}')
-        if not isinstance(given, dict): raise SLMError('parameters is no JSON object: give {"NAME": "TEXT"}')
-        return self.rag.index.query(query, int(p.get('limit') or 10), float(p.get('weights') or .5), given)
-    def batchsearch(self, queries, limit=None, weights=None, index=None, parameters=None, graph=False):
-        if len(queries) > 64: raise SLMError(f'{len(queries)} queries in one request: at most 64 are answered')
+        if not isinstance(given, dict):
+            raise SLMError('parameters is no JSON object: give {"NAME": "TEXT"}')
+        return self.rag.index.query(query, int(p.get('limit') or 10),
+                                    float(p.get('weights') or .5), given)
+    def batchsearch(self, queries, limit=None, weights=None, index=None,
+                    parameters=None, graph=False):
+        if len(queries) > 64:
+            raise SLMError(f'{len(queries)} queries in one request: at most 64 are answered')
         given = [*(parameters or []), *[None]*len(queries)]
-        return [self.rag.index.query(q, limit or 10, .5 if weights is None else weights, g) for q,g in zip(queries, given)]
+        return [self.rag.index.query(q, limit or 10, .5 if weights is None else weights, g)
+                for q,g in zip(queries, given)]
     def count(self): return len(self.rag.index)
     def addobject(self, *args): raise ReadOnlyError('only text can be indexed here')
-    def add(self, documents):
-        self._may_write(); rows = check_rows(documents); size = lambda rs: sum(len(r['text']) for r in rs)
-        with self.lock:
-            if size(self.waiting)+size(rows) > QUEUE: raise SLMError(f'more than {QUEUE:,} characters wait to be written: upsert first')
-            self.waiting += rows
-        return documents
-    def upsert(self):
-        self._may_write()
-        with self.lock:
-            rows, self.waiting = self.waiting, []
-            if rows: self.rag.index.add(rows)
-    def index(self):
-        if len(self.rag.index): raise ReadOnlyError('index would throw away what is there: use upsert')
-        self.upsert()
-    def delete(self, ids):
-        self._may_write()
-        if not all(isinstance(i, str|int) for i in ids): raise SLMError('an id is a text')
-        return self.rag.index.delete([str(i) for i in ids])
+
+# %% ../../nbs/48_serve.grounded.ipynb #46425e39
+@patch
+def add(self:TxtaiAPI, documents):
+    self._may_write(); rows = check_rows(documents)
+    size = lambda rs: sum(len(r['text']) for r in rs)
+    with self.lock:
+        if size(self.waiting)+size(rows) > QUEUE:
+            raise SLMError(f'more than {QUEUE:,} characters wait to be written: upsert first')
+        self.waiting += rows
+    return documents
+
+# %% ../../nbs/48_serve.grounded.ipynb #7debb8cd
+@patch
+def upsert(self:TxtaiAPI):
+    self._may_write()
+    with self.lock:
+        rows, self.waiting = self.waiting, []
+        if rows: self.rag.index.add(rows)
+
+@patch
+def index(self:TxtaiAPI):
+    if len(self.rag.index):
+        raise ReadOnlyError('index would throw away what is there: use upsert')
+    self.upsert()
+
+# %% ../../nbs/48_serve.grounded.ipynb #58bbd661
+@patch
+def delete(self:TxtaiAPI, ids):
+    self._may_write()
+    if not all(isinstance(i, str|int) for i in ids): raise SLMError('an id is a text')
+    return self.rag.index.delete([str(i) for i in ids])
 
 # %% ../../nbs/48_serve.grounded.ipynb #f3815282
 @patch
@@ -131,21 +159,28 @@ class SameSite:
     ): self.app = app
     async def __call__(self, scope, receive, send):
         if scope['type'] != 'http': return await self.app(scope, receive, send)
-        path, asks = scope['path'].removeprefix(scope.get('root_path', '')), scope['method'] in ('GET', 'HEAD', 'OPTIONS')
+        path = scope['path'].removeprefix(scope.get('root_path', ''))
+        asks = scope['method'] in ('GET', 'HEAD', 'OPTIONS')
         try:
             if path in LEFT_OUT: raise APIError(404, f'{path} is not served here')
-            if path in WRITES and scope['method'] != 'POST': raise APIError(405, f'{path} changes the index: send POST')
-            if not asks: self.check({k.decode('latin-1'): v.decode('latin-1') for k,v in scope['headers']}, path)
+            if path in WRITES and scope['method'] != 'POST':
+                raise APIError(405, f'{path} changes the index: send POST')
+            if not asks:
+                self.check({k.decode('latin-1'): v.decode('latin-1') for k,v in scope['headers']},
+                           path)
         except APIError as e: return await e.response()(scope, receive, send)
-        await self.app(scope | dict(method='GET') if path in WRITES else scope, receive, send) # the method that txtai's route has
+        # the method that txtai's route has
+        await self.app(scope | dict(method='GET') if path in WRITES else scope, receive, send)
     def check(self, headers, path):
         "Raises `APIError` for a page from elsewhere, and for a body that is not JSON."
         origin, site = headers.get('origin'), headers.get('sec-fetch-site', 'none')
-        elsewhere = origin is not None and urlsplit(origin).netloc.lower() != headers.get('host', '').lower()
+        elsewhere = (origin is not None
+                     and urlsplit(origin).netloc.lower() != headers.get('host', '').lower())
         if elsewhere or site not in ('none', 'same-origin'):
             raise APIError(403, 'a page from elsewhere may not write here', code='cross_site')
-        if path.endswith(('/addobject', '/addimage')): return                          # forms, which are refused by name
-        kind, has_body = headers.get('content-type', '').partition(';')[0].strip().lower(), headers.get('content-length', '0') != '0'
+        if path.endswith(('/addobject', '/addimage')): return # forms, which are refused by name
+        kind = headers.get('content-type', '').partition(';')[0].strip().lower()
+        has_body = headers.get('content-length', '0') != '0'
         if (has_body or kind) and kind != 'application/json':
             raise APIError(415, 'send the header Content-Type: application/json', code='not_json')
 
@@ -157,23 +192,28 @@ def _environ(**new):
     finally:
         for k,v in old.items(): os.environ.pop(k) if v is None else os.environ.update({k: v})
 
+# %% ../../nbs/48_serve.grounded.ipynb #03ef7763
 def rag_app(
     rag:RagEngine,
     settings:Settings=Settings(),
 )->FastAPI:
-    "One server: /v1 with the models 'rag' and its engine's own, and txtai's API under /txtai, behind the same guard."
+    """One server: /v1 with the models 'rag' and its engine's own, and
+    txtai's API under /txtai, behind the same guard."""
     inner = FastAPI(docs_url=None, redoc_url=None, openapi_url=None); inner.add_middleware(SameSite)
     bad = lambda r, e: APIError(400, ' '.join(str(e).split())[:500]).response()
-    for kind,f in (ERROR_HANDLERS | {ValueError: bad, RecursionError: bad}).items(): inner.add_exception_handler(kind, f)
-    config = dict(writable=rag.index.writable, embeddings={}, llm={}, rag={}, routes=dict(similarity=False))
+    for kind,f in (ERROR_HANDLERS | {ValueError: bad, RecursionError: bad}).items():
+        inner.add_exception_handler(kind, f)
+    config = dict(writable=rag.index.writable, embeddings={}, llm={},
+                  rag={}, routes=dict(similarity=False))
     @contextlib.asynccontextmanager
     async def life(app):
-        from slm.serve import grounded as found                                      # as txtai does: by its name
+        from slm.serve import grounded as found # as txtai does: by its name
         found.TxtaiAPI.live = rag, app.state.gate, asyncio.get_running_loop()
         with contextlib.ExitStack() as stack:
             with _environ(CONFIG=json.dumps(config), API_CLASS='slm.serve.grounded.TxtaiAPI'):
                 stack.enter_context(contextlib.contextmanager(application.lifespan)(inner))
-            app.state.gate.paths |= {f'/txtai{r.path}' for n,us in application.apirouters().items() if n in config for r in us.routes}
+            app.state.gate.paths |= {f'/txtai{r.path}' for n,us in application.apirouters().items()
+                                     if n in config for r in us.routes}
             yield
     app = create_app({rag.model: rag, rag.engine.model: rag.engine}, settings, lifespan=life)
     app.mount('/txtai', inner)

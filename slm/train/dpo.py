@@ -43,10 +43,16 @@ def completion_logps(
     return torch.zeros(len(y), device=y.device).index_add(0, loss_mask.nonzero()[:,0], logp)
 
 # %% ../../nbs/25_train.dpo.ipynb #c5d8b766
-def _sigmoid(delta, beta, eps): return -(1-eps)*F.logsigmoid(beta*delta) - eps*F.logsigmoid(-beta*delta)
-def _robust(delta, beta, eps): return ((eps-1)*F.logsigmoid(beta*delta) + eps*F.logsigmoid(-beta*delta))/(1-2*eps)
+def _sigmoid(delta, beta, eps):
+    return -(1-eps)*F.logsigmoid(beta*delta) - eps*F.logsigmoid(-beta*delta)
+def _robust(delta, beta, eps):
+    return ((eps-1)*F.logsigmoid(beta*delta) + eps*F.logsigmoid(-beta*delta))/(1-2*eps)
 def _ipo(delta, beta, eps): return (delta - 1/(2*beta))**2
-LOSSES = dict(sigmoid=(_sigmoid, False), robust=(_robust, False), ipo=(_ipo, True), sigmoid_norm=(_sigmoid, True)) # name: loss, per token?
+
+# %% ../../nbs/25_train.dpo.ipynb #6afa7a1d
+# name: loss, per token?
+LOSSES = dict(sigmoid=(_sigmoid, False), robust=(_robust, False),
+              ipo=(_ipo, True), sigmoid_norm=(_sigmoid, True))
 
 def dpo_loss(
     logps:Tensor, # (2b,) nats, of b chosen answers and then of the b rejected ones
@@ -56,17 +62,21 @@ def dpo_loss(
     loss:str='sigmoid', # a name in `LOSSES`
     label_smoothing:float=0., # share of pairs that the judge got wrong, below 0.5
 )->tuple[Tensor,Tensor]: # the mean loss; the rewards (2b,), detached
-    "How badly the model's rewards explain the judge's choices (Rafailov et al. 2023, eq. 7; Azar et al. 2023, eq. 17)."
+    """How badly the model's rewards explain the judge's choices
+    (Rafailov et al. 2023, eq. 7; Azar et al. 2023, eq. 17)."""
     func,per_token = LOSSES[loss]; ratio = logps-ref_logps
     chosen,rejected = (ratio/n_tokens if per_token else ratio).chunk(2)
     return func(chosen-rejected, beta, label_smoothing).mean(), beta*ratio.detach()
 
+# %% ../../nbs/25_train.dpo.ipynb #b62aa3c9
 def check_loss(beta:float, loss:str, label_smoothing:float):
     "Raise `SLMError` for a loss that cannot be."
     if loss not in LOSSES: raise SLMError(f"unknown loss '{loss}': use one of {', '.join(LOSSES)}")
     if not beta > 0: raise SLMError(f'--beta must be above 0, not {beta}')
-    if not 0 <= label_smoothing < .5: raise SLMError(f'--label-smoothing must be at least 0 and below 0.5, not {label_smoothing}')
-    if label_smoothing and loss == 'ipo': raise SLMError('--label-smoothing means nothing with --loss ipo: leave one of them out')
+    if not 0 <= label_smoothing < .5:
+        raise SLMError(f'--label-smoothing must be at least 0 and below 0.5, not {label_smoothing}')
+    if label_smoothing and loss == 'ipo':
+        raise SLMError('--label-smoothing means nothing with --loss ipo: leave one of them out')
 
 # %% ../../nbs/25_train.dpo.ipynb #2adb4670
 @dataclass
@@ -76,22 +86,27 @@ class Pair:
     chosen:str
     rejected:str
 
+# %% ../../nbs/25_train.dpo.ipynb #74d93db7
 def as_pair(
     row:dict, # one row of a preference file
 )->Pair: # raises `ValueError` with the reason if it is none
     "Understand one row."
     if not isinstance(row, dict): raise ValueError('not an object with keys')
     row = {k: v for k,v in row.items() if v is not None} # null is absent
-    if lost := [k for k in ('chosen', 'rejected') if k not in row]: raise ValueError(f"no '{lost[0]}'")
+    if lost := [k for k in ('chosen', 'rejected') if k not in row]:
+        raise ValueError(f"no '{lost[0]}'")
     chosen,rejected = (_messages(row[k], 'assistant', k) for k in ('chosen', 'rejected'))
     if len(chosen) == len(rejected) == 1: prompt = prompt_of(row)
     elif chosen[:-1] == rejected[:-1]: prompt = chosen[:-1]
     else: raise ValueError('the conversations differ before their last message')
-    if chosen[-1]['role'] != 'assistant' or rejected[-1]['role'] != 'assistant': raise ValueError("the last message is not the assistant's")
-    if prompt[-1]['role'] == 'assistant': raise ValueError("the prompt ends with the assistant's words")
+    if chosen[-1]['role'] != 'assistant' or rejected[-1]['role'] != 'assistant':
+        raise ValueError("the last message is not the assistant's")
+    if prompt[-1]['role'] == 'assistant':
+        raise ValueError("the prompt ends with the assistant's words")
     for k,m in (('chosen', chosen), ('rejected', rejected)):
         if not m[-1]['content'].strip(): raise ValueError(f'the {k} answer is empty')
-    if chosen[-1]['content'].strip() == rejected[-1]['content'].strip(): raise ValueError('chosen and rejected are identical')
+    if chosen[-1]['content'].strip() == rejected[-1]['content'].strip():
+        raise ValueError('chosen and rejected are identical')
     return Pair(prompt, chosen[-1]['content'], rejected[-1]['content'])
 
 # %% ../../nbs/25_train.dpo.ipynb #8c034ba4
@@ -100,6 +115,7 @@ def _messages(x, role, where):
     if isinstance(x, str): return [dict(role=role, content=x)]
     return to_turns([x] if isinstance(x, dict) else x, where)
 
+# %% ../../nbs/25_train.dpo.ipynb #8fe6a526
 def prompt_of(
     row:dict, # with a prompt, and perhaps a system text
 )->list[dict]: # messages
@@ -119,27 +135,37 @@ class Preferences:
     name:str # of the source
     pairs:list[Pair]
     rejects:list[tuple[str,str]] # (place, reason) of each row that is no pair
-    def __repr__(self): return f'Preferences({self.name!r}: {len(self.pairs):,} pairs, {len(self.rejects):,} rows left out)'
+    def __repr__(self):
+        return (f'Preferences({self.name!r}: {len(self.pairs):,} pairs, '
+                f'{len(self.rejects):,} rows left out)')
     @property
     def fingerprint(self)->str: # of all pairs
-        return hashlib.blake2b(json.dumps([[p.prompt, p.chosen, p.rejected] for p in self.pairs]).encode(), digest_size=8).hexdigest()
+        return hashlib.blake2b(json.dumps([[p.prompt, p.chosen, p.rejected] for p in self.pairs])
+                               .encode(), digest_size=8).hexdigest()
 
+# %% ../../nbs/25_train.dpo.ipynb #fecad109
 def read_preferences(
-    source:str|Path, # a .jsonl, .json or .parquet file, hf:OWNER/NAME[/CONFIG][:SPLIT], an annotation store (.db), or world[:DIAL]
+    # a .jsonl, .json or .parquet file, hf:OWNER/NAME[/CONFIG][:SPLIT], an
+    # annotation store (.db), or world[:DIAL]
+    source:str|Path,
     strict:bool=False, # is a row that is no pair an error?
     max_rows:int|None=None, # read no more than so many; 2,000 of the world if not given
 )->Preferences:
-    "Read preference pairs; raises `SLMError` that names the row when there are none (or, if `strict`, when one row is none)."
+    """Read preference pairs; raises `SLMError` that names the row when there are none (or, if
+    `strict`, when one row is none)."""
     res = Preferences(portable(str(source)), [], [])
     for at,row in itertools.islice(_rows(str(source), max_rows or 2000), max_rows):
         try:
             if isinstance(row, str): raise ValueError(row)
             res.pairs.append(as_pair(row))
         except ValueError as e:
-            if strict: raise SLMError(f"'{source}' {at}: {e}: correct this row, or leave --strict out") from None
+            if strict:
+                raise SLMError(f"'{source}' {at}: {e}: correct this row, "
+                               "or leave --strict out") from None
             res.rejects.append((at, str(e)))
     if not res.pairs:
-        why = f'{len(res.rejects)} rows, the first of them ({res.rejects[0][0]}): {res.rejects[0][1]}' if res.rejects else 'it is empty'
+        why = (f'{len(res.rejects)} rows, the first of them ({res.rejects[0][0]}): '
+               f'{res.rejects[0][1]}' if res.rejects else 'it is empty')
         raise SLMError(f"'{source}' holds no pair of a better and a worse answer: {why}")
     return res
 
@@ -151,22 +177,28 @@ def _rows(source, n):
     kind,_,dial = source.partition(':')
     if kind == 'world':
         try: world = World(float(dial or 0))
-        except ValueError: raise SLMError(f"'{source}': the dial must be a number from 0 to 1") from None
+        except ValueError:
+            raise SLMError(f"'{source}': the dial must be a number from 0 to 1") from None
         return ((f'pair {i}', dict(prompt=p.task.prompt, chosen=p.chosen, rejected=p.rejected))
                 for i,p in enumerate(world.preferences(PAIR_SEED, n), 1))
     if Path(source).suffix != '.db': return read_rows(source)
-    if not Path(source).is_file(): raise SLMError(f"no annotation store '{source}': give the .db file of `slm annotate`")
+    if not Path(source).is_file():
+        raise SLMError(f"no annotation store '{source}': give the .db file of `slm annotate`")
     from slm.train.annotate import PreferenceStore
     return ((f'judgement {i}', r) for i,r in enumerate(PreferenceStore(source).pairs(), 1))
 
+# %% ../../nbs/25_train.dpo.ipynb #c0095cc5
 def write_preferences(
     path:str|Path, # a .jsonl file
     pairs:list[Pair],
 ):
     "Write pairs as rows `prompt`, `chosen`, `rejected`, which trl reads too."
     with atomic_file(path) as f:
-        for p in pairs: f.write(json.dumps(dict(prompt=p.prompt, chosen=[dict(role='assistant', content=p.chosen)],
-                                                rejected=[dict(role='assistant', content=p.rejected)]), ensure_ascii=False)+'\n')
+        for p in pairs:
+            f.write(json.dumps(dict(prompt=p.prompt,
+                                    chosen=[dict(role='assistant', content=p.chosen)],
+                                    rejected=[dict(role='assistant', content=p.rejected)]),
+                               ensure_ascii=False)+'\n')
 
 # %% ../../nbs/25_train.dpo.ipynb #7ffe03c6
 def split_pairs(
@@ -176,7 +208,8 @@ def split_pairs(
     "Hold out a share of the prompts, at least one; raises `SLMError` if there is only one."
     key = lambda p: hashlib.blake2b(json.dumps(p.prompt).encode(), digest_size=8).digest()
     prompts = sorted(set(map(key, pairs)))
-    if len(prompts) < 2: raise SLMError('all pairs answer the same prompt: none could be held out to measure on')
+    if len(prompts) < 2:
+        raise SLMError('all pairs answer the same prompt: none could be held out to measure on')
     held = set(prompts[:max(1, round(valid*len(prompts)))])
     return [p for p in pairs if key(p) not in held], [p for p in pairs if key(p) in held]
 
@@ -189,22 +222,29 @@ class EncodedPair:
     rejected:list[int]
     cut:int=0 # tokens that were cut out of the prompt
 
+# %% ../../nbs/25_train.dpo.ipynb #a73c54ad
 def shorten(
     tok:Tokenizer,
     chat:list[dict], # messages, the last one not the assistant's
-    room:int, # tokens that they may have in the template, with the mark that makes the assistant speak
+    # tokens that they may have in the template, with the mark that makes the assistant speak
+    room:int,
 )->list[dict]: # raises `ValueError` when the template and the system message alone have more
-    "Leave out the oldest turns, then the beginning of the last message, so that the template stays whole."
+    """Leave out the oldest turns, then the beginning of the
+    last message, so that the template stays whole."""
     size = lambda c: len(tok.chat(c, add_generation_prompt=True)[0])
     k = chat[0]['role'] == 'system'; head,turns = chat[:k],chat[k:]
-    while len(turns) > 1 and (turns[0]['role'] == 'assistant' or size(head+turns) > room): turns = turns[1:]
+    while len(turns) > 1 and (turns[0]['role'] == 'assistant' or size(head+turns) > room):
+        turns = turns[1:]
     if size(head+turns) <= room: return head+turns
     last = turns[-1]; text = last['content'][-16*room:]
     end = lambda n: [*head, dict(last, content=text[len(text)-n:])]
     n = bisect.bisect_right(range(len(text)+1), room, key=lambda n: size(end(n)))-1
-    if n < 1: raise ValueError(f'the prompt leaves no room for a word of its last message in {room} tokens')
+    if n < 1:
+        raise ValueError('the prompt leaves no room for a word '
+                         f'of its last message in {room} tokens')
     return end(n)
 
+# %% ../../nbs/25_train.dpo.ipynb #407ca7e3
 def encode_preference(
     tok:Tokenizer,
     pair:Pair,
@@ -214,10 +254,14 @@ def encode_preference(
     prompt,_ = tok.chat(pair.prompt, add_generation_prompt=True)
     def answer(text):
         ids,mask = tok.chat([*pair.prompt, dict(role='assistant', content=text)])
-        if ids[:len(prompt)] != prompt: raise SLMError('this chat template changes a prompt when it is answered: use another base')
+        if ids[:len(prompt)] != prompt:
+            raise SLMError('this chat template changes a prompt when it is answered: '
+                           'use another base')
         return ids[len(prompt):len(mask)-mask[::-1].index(True)]
     a,b = answer(pair.chosen), answer(pair.rejected); room = max_len-max(len(a), len(b))
-    if room < 1: raise ValueError(f'an answer of {max(len(a), len(b))} tokens leaves no room for its prompt in a context of {max_len}')
+    if room < 1:
+        raise ValueError(f'an answer of {max(len(a), len(b))} tokens '
+                         f'leaves no room for its prompt in a context of {max_len}')
     if len(prompt) <= room: return EncodedPair(prompt, a, b)
     kept = tok.chat(shorten(tok, pair.prompt, room), add_generation_prompt=True)[0]
     return EncodedPair(kept, a, b, len(prompt)-len(kept))
@@ -230,28 +274,40 @@ class PairData:
         pairs:list[Pair],
         max_len:int, # context, in tokens
     ):
-        self.rows, self.pairs, self.rejects, self.ref = [], [], [], None # ref: (n,2) nats, of chosen and rejected
+        # ref: (n,2) nats, of chosen and rejected
+        self.rows, self.pairs, self.rejects, self.ref = [], [], [], None
         for i,p in enumerate(pairs, 1):
             try: self.rows.append(encode_preference(tok, p, max_len)); self.pairs.append(p)
             except (ValueError, SLMError) as e: self.rejects.append((f'pair {i}', str(e)))
-        if not self.rows: raise SLMError(f'no pair can be used in a context of {max_len} tokens ({self.rejects[0][1]})')
+        if not self.rows:
+            raise SLMError('no pair can be used in a context of '
+                           f'{max_len} tokens ({self.rejects[0][1]})')
         self.pad_id = tok.pad_id
     def __len__(self): return len(self.rows)
     def part(self, pairs:list[Pair])->'PairData': # some of `self.pairs`
         "Only these pairs, without a reference."
         res,some = copy.copy(self),set(map(id, pairs)); res.rejects,res.ref = [],None
-        res.rows,res.pairs = map(list, zip(*((r, p) for r,p in zip(self.rows, self.pairs) if id(p) in some))); return res
-    def head(self, n:int)->'PairData': res = copy.copy(self); res.rows,res.ref = self.rows[:n],self.ref[:n]; return res # the first n
+        res.rows,res.pairs = map(list, zip(*((r, p) for r,p in zip(self.rows, self.pairs)
+                                             if id(p) in some)))
+        return res
+    def head(self, n:int)->'PairData': # the first n
+        res = copy.copy(self)
+        res.rows,res.ref = self.rows[:n],self.ref[:n]
+        return res
     @property
-    def n_tokens(self)->int: return sum(2*len(r.prompt)+len(r.chosen)+len(r.rejected) for r in self.rows)
+    def n_tokens(self)->int:
+        return sum(2*len(r.prompt)+len(r.chosen)+len(r.rejected) for r in self.rows)
     @property
-    def n_cut(self)->int: return sum(r.cut > 0 for r in self.rows) # pairs whose prompt was shortened
+    # pairs whose prompt was shortened
+    def n_cut(self)->int: return sum(r.cut > 0 for r in self.rows)
     def __repr__(self):
-        return f'PairData({len(self)} pairs, {self.n_tokens:,} tokens, {self.n_cut} prompts cut, {len(self.rejects)} pairs too long)'
+        return (f'PairData({len(self)} pairs, {self.n_tokens:,} tokens, '
+                f'{self.n_cut} prompts cut, {len(self.rejects)} pairs too long)')
 
 # %% ../../nbs/25_train.dpo.ipynb #4af0c04e
 class PairLoader(LMDataLoader):
-    "Endless epochs of `(x, y, loss_mask, None)` of shape (2b,t): b chosen answers, then the b rejected ones, each behind its prompt."
+    """Endless epochs of `(x, y, loss_mask, None)` of shape (2b,t): b chosen answers, then the b
+    rejected ones, each behind its prompt."""
     def __init__(self,
         data:PairData,
         bs:int, # b, pairs a batch
@@ -259,18 +315,23 @@ class PairLoader(LMDataLoader):
         device='cpu', # batches are moved there
     ): super().__init__(data, min(bs, len(data)), 0, seed, device, pad_id=data.pad_id)
     def __len__(self): return len(self.data)//self.bs
-    def order(self, epoch): return np.random.default_rng([self.seed, epoch]).permutation(len(self.data))
+    def order(self, epoch):
+        return np.random.default_rng([self.seed, epoch]).permutation(len(self.data))
     def at(self, epoch:int, pos:int)->tuple:
         "The batch at any position; `now` are its pairs' numbers."
-        self.now = self.mine(self.order(epoch)[pos*self.bs:(pos+1)*self.bs]); rows = [self.data.rows[i] for i in self.now]
-        return pad_rows([(r.prompt, r.chosen) for r in rows]+[(r.prompt, r.rejected) for r in rows], self.pad_id, self.device)
+        self.now = self.mine(self.order(epoch)[pos*self.bs:(pos+1)*self.bs])
+        rows = [self.data.rows[i] for i in self.now]
+        return pad_rows([(r.prompt, r.chosen) for r in rows]+[(r.prompt, r.rejected) for r in rows],
+                        self.pad_id, self.device)
 
+# %% ../../nbs/25_train.dpo.ipynb #d97bd9b7
 class PairValidLoader(PairLoader):
     "All pairs once, in their order."
     def __len__(self): return -(-len(self.data)//self.bs)
     def __iter__(self): return (self.at(0, i) for i in range(len(self)))
     def order(self, epoch): return np.arange(len(self.data))
 
+# %% ../../nbs/25_train.dpo.ipynb #313edec6
 def pad_rows(
     rows:list[tuple[list[int],list[int]]], # token ids of prompt and answer
     pad_id:int,
@@ -287,21 +348,26 @@ def pad_rows(
 # %% ../../nbs/25_train.dpo.ipynb #0a0e7afc
 @torch.no_grad()
 def over_answers(
-    f:Callable, # called with x, y, loss_mask (b,t), returns a number for each of the n tokens of their answers (n,)
+    # called with x, y, loss_mask (b,t), returns a number for
+    # each of the n tokens of their answers (n,)
+    f:Callable,
     rows:list[tuple[list[int],list[int]]], # token ids of prompt and answer
     model:GPT, # decides device and size of the batches
 )->list[Tensor]: # for each row, a number for each token of its answer
     "Apply `f` to batches of rows of similar length."
-    device,budget = next(model.parameters()).device,min(1<<13, 2**26//model.cfg.vocab_size) # tokens of a batch: scores take memory
+    # tokens of a batch: scores take memory
+    device,budget = next(model.parameters()).device,min(1<<13, 2**26//model.cfg.vocab_size)
     size,res,batches = (lambda i: len(rows[i][0])+len(rows[i][1])),[None]*len(rows),[[]]
     for i in sorted(range(len(rows)), key=size):
         if batches[-1] and size(i)*(len(batches[-1])+1) > budget: batches.append([])
         batches[-1].append(i)
     for batch in batches:
         x,y,mask,_ = pad_rows([rows[i] for i in batch], 0, device)
-        for i,v in zip(batch, f(x, y, mask).cpu().split([len(rows[i][1]) for i in batch])): res[i] = v
+        for i,v in zip(batch, f(x, y, mask).cpu().split([len(rows[i][1]) for i in batch])):
+            res[i] = v
     return res
 
+# %% ../../nbs/25_train.dpo.ipynb #fe4c16af
 def answer_logps(
     model:nn.Module, # in any mode; put back afterwards
     data:PairData,
@@ -312,27 +378,40 @@ def answer_logps(
         with amp(): logits = model(x, None, None, None, mask)[0]                 # (n,v)
         return -F.cross_entropy(logits.float(), y[mask], reduction='none')
     was = model.training; model.eval()
-    logps = over_answers(f, [(r.prompt, a) for r in data.rows for a in (r.chosen, r.rejected)], model)
+    logps = over_answers(f, [(r.prompt, a) for r in data.rows for a in (r.chosen, r.rejected)],
+                         model)
     model.train(was); return torch.stack([l.sum() for l in logps]).view(-1, 2)
 
-def reference_logps(model:nn.Module, data:PairData, amp=contextlib.nullcontext)->Tensor: # (n,2) nats, of chosen and rejected
+# %% ../../nbs/25_train.dpo.ipynb #b20d73c2
+def reference_logps(
+    model:nn.Module, data:PairData, amp=contextlib.nullcontext,
+)->Tensor: # (n,2) nats, of chosen and rejected
     "The same, each process for a part of the pairs."
-    ranks,res = Ranks.now,torch.zeros(len(data), 2); mine = copy.copy(data); mine.rows = data.rows[ranks.rank::ranks.size]
-    for r,logps in enumerate(ranks.each(answer_logps(model, mine, amp).cpu() if mine.rows else res[:0])): res[r::ranks.size] = logps
+    ranks,res = Ranks.now,torch.zeros(len(data), 2)
+    mine = copy.copy(data)
+    mine.rows = data.rows[ranks.rank::ranks.size]
+    for r,logps in enumerate(ranks.each(answer_logps(model, mine, amp).cpu() if mine.rows
+                                        else res[:0])):
+        res[r::ranks.size] = logps
     return res
 
 # %% ../../nbs/25_train.dpo.ipynb #e11b0e21
 class DPO(Callback):
-    "Learn from preferences: the loss is `dpo_loss`, the loaders are `PairLoader`s whose data know their `ref` (Rafailov et al. 2023)."
+    """Learn from preferences: the loss is `dpo_loss`, the loaders are `PairLoader`s whose data
+    know their `ref` (Rafailov et al. 2023)."""
     order = TrainLog.order+2
-    columns = 'reward_chosen reward_rejected margin accuracy logp_chosen logp_rejected len_chosen len_rejected'.split()
+    columns = ('reward_chosen reward_rejected margin accuracy logp_chosen '
+               'logp_rejected len_chosen len_rejected'.split())
     def __init__(self,
         beta:float=0.1, # what distance from the reference costs
         loss:str='sigmoid', # a name in `LOSSES`
         label_smoothing:float=0., # share of pairs that the judge got wrong
-    ): check_loss(beta, loss, label_smoothing); self.kw = dict(beta=beta, loss=loss, label_smoothing=label_smoothing)
+    ):
+        check_loss(beta, loss, label_smoothing)
+        self.kw = dict(beta=beta, loss=loss, label_smoothing=label_smoothing)
     def before_fit(self):
-        if any(dl.data.ref is None for dl in self.dls): raise SLMError('the reference is unknown: set data.ref = answer_logps(ref, data)')
+        if any(dl.data.ref is None for dl in self.dls):
+            raise SLMError('the reference is unknown: set data.ref = answer_logps(ref, data)')
         self.seen = []; self.learn.loss_func = self.loss
     def before_batch(self):
         (x,*_),(y,mask) = self.xb,self.yb; ref = self.dl.data.ref[self.dl.now]    # (b,2)
@@ -344,7 +423,9 @@ class DPO(Callback):
         self.seen.append(torch.stack([rewards, logps.detach(), n]).view(3, 2, -1)); return loss
     def after_batch(self):
         if not self.training or 'loss' not in (self.row or {}): return
-        x = torch.cat(self.ranks.each(torch.cat(self.seen, 2).cpu()), 2); (rc,rr),(lc,lr),(nc,nr) = x.mean(2).tolist(); self.seen = []
+        x = torch.cat(self.ranks.each(torch.cat(self.seen, 2).cpu()), 2)
+        (rc,rr),(lc,lr),(nc,nr) = x.mean(2).tolist()
+        self.seen = []
         right = ((x[0,0] > x[0,1]).float()+(x[0,0] == x[0,1]).float()/2).mean().item()
         self.learn.row.update(zip(self.columns, (rc, rr, rc-rr, right, lc, lr, nc, nr)))
 
@@ -369,7 +450,8 @@ def win_rate(
 )->Metric: # share of tasks in which `after` is better, with a bootstrap interval; ties count half
     "How often the later answers win against the earlier ones."
     rank = lambda t,a: (lambda v: (v.passed, v.score))(judge(t, a))
-    won = [(rank(t, b) > rank(t, a))+(rank(t, b) == rank(t, a))/2 for t,a,b in zip(tasks, before, after, strict=True)]
+    won = [(rank(t, b) > rank(t, a))+(rank(t, b) == rank(t, a))/2
+           for t,a,b in zip(tasks, before, after, strict=True)]
     return bootstrap_ratio(won, unit='of comparisons won')
 
 # %% ../../nbs/25_train.dpo.ipynb #64443090
@@ -381,19 +463,27 @@ def sampled_kl(
     max_new_tokens:int=64, # longest answer
     seed:int=0,
 )->tuple[Metric,Metric]: # KL(model‖ref) in nats an answer; tokens an answer
-    "Estimate the distance from the reference, and the length of answers, from one sampled answer a prompt (Amini et al. 2025)."
-    was,sampling = model.training,[SamplingParams(max_new_tokens=max_new_tokens, seed=seed+i) for i in range(len(prompts))]; model.eval()
+    """Estimate the distance from the reference, and the length of answers, from one sampled
+    answer a prompt (Amini et al. 2025)."""
+    was = model.training
+    sampling = [SamplingParams(max_new_tokens=max_new_tokens, seed=seed+i)
+                for i in range(len(prompts))]
+    model.eval()
     gens = complete(model, prompts, sampling, tok)
     rows = [(p, g.ids+[g.stop]*(g.finish_reason == 'stop')) for p,g in zip(prompts, gens)]
     def f(x, y, mask):
-        p,q = (m(x, None, None, None, mask)[0].float().log_softmax(-1) for m in (model, ref)) # (n,v)
+        # (n,v)
+        p,q = (m(x, None, None, None, mask)[0].float().log_softmax(-1) for m in (model, ref))
         return (p.exp()*(p-q)).sum(-1)
     kl = over_answers(f, rows, model); model.train(was)
-    return bootstrap_ratio([k.sum() for k in kl], unit='nats/answer'), bootstrap_ratio([len(a) for _,a in rows], unit='tokens/answer')
+    return bootstrap_ratio([k.sum() for k in kl],
+                           unit='nats/answer'), bootstrap_ratio([len(a) for _,a in rows],
+                                                                unit='tokens/answer')
 
 # %% ../../nbs/25_train.dpo.ipynb #145eb150
 class PairEval(Callback):
-    "Every `every` steps, add to the row: loss and accuracy on (at most 200) held-out pairs, KL and length of sampled answers."
+    """Every `every` steps, add to the row: loss and accuracy on (at most 200) held-out pairs, KL
+    and length of sampled answers."""
     order,run_valid,first_only = Evaluate.order+2,False,True
     columns = 'valid_accuracy kl answer_tokens'.split()
     def __init__(self,
@@ -402,7 +492,9 @@ class PairEval(Callback):
         every:int=50, # optimiser steps
         n_prompts:int=16, # answers to sample
         max_new_tokens:int=64, # longest of them
-    ): self.tok,self.ref,self.every,self.n_prompts,self.max_new_tokens = tok,ref,every,n_prompts,max_new_tokens
+    ):
+        self.tok,self.ref,self.every,self.n_prompts = tok,ref,every,n_prompts
+        self.max_new_tokens = max_new_tokens
     def after_batch(self):
         n = self.opt_steps
         if not self.learn.due(self.every) and not (self.stepped and n == 1): return
@@ -410,10 +502,13 @@ class PairEval(Callback):
     def measure(self):
         data = self.dls.valid.data.head(200); logps = answer_logps(self.model, data, self.amp)
         n = torch.tensor([[len(r.chosen), len(r.rejected)] for r in data.rows]).T.flatten()
-        loss,rewards = dpo_loss(logps.T.flatten(), data.ref.T.flatten(), n, **self.learn.dpo.kw); c,r = rewards.chunk(2)
-        kl,length = sampled_kl(self.model, self.ref, self.tok, [r.prompt for r in data.rows[:self.n_prompts]], self.max_new_tokens)
+        loss,rewards = dpo_loss(logps.T.flatten(), data.ref.T.flatten(), n, **self.learn.dpo.kw)
+        c,r = rewards.chunk(2)
+        kl,length = sampled_kl(self.model, self.ref, self.tok,
+                               [r.prompt for r in data.rows[:self.n_prompts]], self.max_new_tokens)
         right = ((c > r).float()+(c == r).float()/2).mean().item()
-        return dict(valid_loss=loss.item(), valid_accuracy=right, kl=kl.value, answer_tokens=length.value)
+        return dict(valid_loss=loss.item(), valid_accuracy=right,
+                    kl=kl.value, answer_tokens=length.value)
 
 # %% ../../nbs/25_train.dpo.ipynb #ff0fb501
 def plot_preferences(
@@ -441,25 +536,35 @@ def doctor(
 )->list[str]: # complaints with remedies; empty if nothing is wrong
     "Say what is wrong with a preference training."
     import pandas as pd
-    if isinstance(log, RunDir): beta,loss,log = log.info['config']['beta'], log.info['config']['loss'], log/'log.csv'
+    if isinstance(log, RunDir):
+        beta,loss,log = log.info['config']['beta'], log.info['config']['loss'], log/'log.csv'
     df = log if isinstance(log, pd.DataFrame) else pd.read_csv(log); rows = df[df.lr.notna()]
     if (bad := ~np.isfinite(rows.loss.astype(float))).any():
-        return [f'NaN: the loss is not a number from step {rows.step[bad].iloc[0]} on: start again with a lower learning rate']
-    end,start,res = rows.tail(max(1, len(rows)//4)).mean(numeric_only=True), 1/(4*beta*beta) if loss == 'ipo' else math.log(2), []
-    c,r = end.reward_chosen/beta, end.reward_rejected/beta; name = f'{start:.3f}' if loss == 'ipo' else 'ln 2 = 0.693'
-    if end.loss > 1.1*start: res.append(f'worse than untrained: the loss is {end.loss:.3f}, a model that equals its reference has {name}: '
-                                        'lower the learning rate')
+        return [f'NaN: the loss is not a number from step {rows.step[bad].iloc[0]} on: '
+                'start again with a lower learning rate']
+    end = rows.tail(max(1, len(rows)//4)).mean(numeric_only=True)
+    start,res = 1/(4*beta*beta) if loss == 'ipo' else math.log(2), []
+    c,r = end.reward_chosen/beta, end.reward_rejected/beta
+    name = f'{start:.3f}' if loss == 'ipo' else 'ln 2 = 0.693'
+    if end.loss > 1.1*start:
+        res.append(f'worse than untrained: the loss is {end.loss:.3f}, '
+                   f'a model that equals its reference has {name}: lower the learning rate')
     elif end.loss > .97*start:
         still = max(abs(c), abs(r)) < .1
-        res.append(f'stuck at {name}: ' + ('no answer became likelier or less likely: raise the learning rate, or train longer'
-            if still else f'answers moved by {c:+.2f} (chosen) and {r:+.2f} nats (rejected), beta={beta:g} makes little of it: raise beta'))
-    if c < -.2*end.len_chosen and r < 0: res.append(
-        f'both fall: chosen answers lost {-c:.1f} nats, rejected ones {-r:.1f}: probability flows to answers that nobody judged: '
-        'lower the learning rate, raise beta, or stop earlier')
-    first,last = df.answer_tokens.dropna().iloc[[0,-1]] if 'answer_tokens' in df else (end.len_chosen, end.len_chosen)
-    if last > max(1.2*first, 1.5*end.len_chosen) or last < min(first/1.2, end.len_chosen/1.5): res.append(
-        f'length drift: sampled answers went from {first:.0f} to {last:.0f} tokens, chosen ones have {end.len_chosen:.0f}, rejected '
-        f'{end.len_rejected:.0f}: stop earlier, use the loss sigmoid_norm, or balance the lengths')
+        res.append(f'stuck at {name}: '
+                   + ('no answer became likelier or less likely: raise the learning rate, '
+                      'or train longer' if still else f'answers moved by {c:+.2f} (chosen) and '
+                      f'{r:+.2f} nats (rejected), beta={beta:g} makes little of it: raise beta'))
+    if c < -.2*end.len_chosen and r < 0:
+        res.append(f'both fall: chosen answers lost {-c:.1f} nats, '
+                   f'rejected ones {-r:.1f}: probability flows to answers that nobody judged: '
+                   'lower the learning rate, raise beta, or stop earlier')
+    first,last = (df.answer_tokens.dropna().iloc[[0,-1]] if 'answer_tokens' in df
+                  else (end.len_chosen, end.len_chosen))
+    if last > max(1.2*first, 1.5*end.len_chosen) or last < min(first/1.2, end.len_chosen/1.5):
+        res.append(f'length drift: sampled answers went from {first:.0f} to {last:.0f} tokens, '
+                   f'chosen ones have {end.len_chosen:.0f}, rejected {end.len_rejected:.0f}: '
+                   'stop earlier, use the loss sigmoid_norm, or balance the lengths')
     return res
 
 # %% ../../nbs/25_train.dpo.ipynb #3cecea96
@@ -473,6 +578,7 @@ class PairConfig(FinetuneConfig):
     val_frac:float = 0.1 # share of the prompts held out
     allowed = FinetuneConfig.allowed | dict(val_frac=Span(0, 1, '()'))
 
+# %% ../../nbs/25_train.dpo.ipynb #1abec4e4
 @dataclass(kw_only=True)
 class DPOConfig(PairConfig):
     "Learning from preferences."
@@ -481,6 +587,7 @@ class DPOConfig(PairConfig):
     label_smoothing:float = 0. # share of pairs that the judge got wrong
     allowed = PairConfig.allowed | dict(beta=Span(0, ends='(]'), label_smoothing=Span(0, .5, '[)'))
 
+# %% ../../nbs/25_train.dpo.ipynb #58ca7cfd
 def pair_dls(
     train:PairData,
     valid:PairData,
@@ -550,13 +657,17 @@ def load_pairs(
 )->tuple[Preferences,PairData,PairData]: # all, to train on, held out
     "Read, split and encode the pairs, and say on standard error what was left out or cut."
     prefs = read_preferences(c.data, c.strict, c.max_rows)
-    usable = PairData(tok, prefs.pairs, c.seq_len); train,valid = map(usable.part, split_pairs(usable.pairs, c.val_frac))
+    usable = PairData(tok, prefs.pairs, c.seq_len)
+    train,valid = map(usable.part, split_pairs(usable.pairs, c.val_frac))
     train.rejects = usable.rejects
-    for text in (left_out(prefs.name, prefs.rejects), left_out(f'{prefs.name} that are pairs', usable.rejects),
-                 f'{usable.n_cut:,} prompts shortened to fit the context of {c.seq_len} tokens' if usable.n_cut else ''):
+    for text in (left_out(prefs.name, prefs.rejects),
+                 left_out(f'{prefs.name} that are pairs', usable.rejects),
+                 f'{usable.n_cut:,} prompts shortened to fit the context of {c.seq_len} tokens'
+                 if usable.n_cut else ''):
         if text: print(text, file=sys.stderr)
     return prefs,train,valid
 
+# %% ../../nbs/25_train.dpo.ipynb #35442573
 def to_show(
     tok:Tokenizer,
     pairs:list[Pair],
@@ -566,5 +677,6 @@ def to_show(
     "Prompts to answer while training, short enough to be answered."
     res = []
     for p in pairs[:10*n]:
-        with contextlib.suppress(ValueError): res.append(shorten(tok, p.prompt, context-min(64, context//2)))
+        with contextlib.suppress(ValueError):
+            res.append(shorten(tok, p.prompt, context-min(64, context//2)))
     return res[:n]

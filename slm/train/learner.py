@@ -29,7 +29,8 @@ from ..model.generate import generate, prompt_ids
 
 # %% ../../nbs/19_train.learner.ipynb #71ed3be2
 class Ranks:
-    "The processes that train one model together; here it is one alone. `Ranks.now` are those that train."
+    """The processes that train one model together; here it is
+    one alone. `Ranks.now` are those that train."""
     now:'Ranks' # set below
     rank,size = 0,1 # which one this is; how many there are
     @property
@@ -38,7 +39,9 @@ class Ranks:
     def any(self, said:bool)->bool: "Does one of them say so?"; return bool(said)
     def given(self, x): "What the first one has, for all."; return x
     def each(self, x)->list: "What all have, in their order."; return [x]
-    def stack(self, x:Tensor)->Tensor: "Tensors of one shape (…) from all: (size,…)."; return x[None]
+    def stack(self, x:Tensor)->Tensor:
+        "Tensors of one shape (…) from all: (size,…)."
+        return x[None]
     def same(self, tensors:list[Tensor]): "Make each the first one's."
 
 Ranks.now = Ranks()
@@ -48,37 +51,37 @@ def unscored(model:nn.Module)->tuple: # what follows `seqlens` in a call
     "How a `GPT` is told to leave its scores to the loss; nothing for another model."
     return (None, None, False) if isinstance(model, GPT) and model.matrix() is not None else ()
 
+# %% ../../nbs/19_train.learner.ipynb #0bc3c5b8
 class LMLearner(Learner):
     "fastai's `Learner` for batches `(x, y, loss_mask, seqlens)`."
     def __init__(self,
-        dls, # fastai DataLoaders whose batches are `(x (b,t), y (b,t), loss_mask (b,t), seqlens (b,n) or None)`
-        model:nn.Module, # called as `model(x, None, seqlens)`, returns logits (b,t,v); a `GPT` leaves them to `lm_loss`
+        # fastai DataLoaders whose batches are `(x (b,t), y
+        # (b,t), loss_mask (b,t), seqlens (b,n) or None)`
+        dls,
+        # called as `model(x, None, seqlens)`, returns logits
+        # (b,t,v); a `GPT` leaves them to `lm_loss`
+        model:nn.Module,
         loss_func=lm_loss, # called as `loss_func(logits, y, loss_mask)`
         opt_func=None, # default: `adamw`
         lr:float=3e-3, # peak learning rate
         cbs=None, # callbacks
         **kwargs, # to `Learner`
     ):
-        self.opt_steps,self.n_steps,self.tokens,self.paused = 0,None,0,0.        # steps done and to be done, tokens, seconds of pauses
-        self.stepped,self.interrupted,self.grad_norm = False,False,None          # of the last batch; did somebody ask for an end?
-        self.row,self.rows,self.samples = None,[],[]                             # figures of this step, all figures, last texts
-        self.ranks = Ranks.now                                                   # who trains with it
-        self.amp,self.inside = contextlib.nullcontext,contextlib.ExitStack()     # what the forward pass is computed in, and is in now
-        super().__init__(dls, model, loss_func=loss_func, opt_func=opt_func or adamw, lr=lr, splitter=kwargs.pop('splitter', decay_groups),
+        # steps done and to be done, tokens, seconds of pauses
+        self.opt_steps,self.n_steps,self.tokens,self.paused = 0,None,0,0.
+        # of the last batch; did somebody ask for an end?
+        self.stepped,self.interrupted,self.grad_norm = False,False,None
+        self.row,self.rows,self.samples = None,[],[] # figures of this step, all figures, last texts
+        self.ranks = Ranks.now # who trains with it
+        # what the forward pass is computed in, and is in now
+        self.amp,self.inside = contextlib.nullcontext,contextlib.ExitStack()
+        super().__init__(dls, model, loss_func=loss_func, opt_func=opt_func or adamw,
+                         lr=lr, splitter=kwargs.pop('splitter', decay_groups),
                          cbs=[Counter(), LeaveScores(), *L(cbs)], **kwargs)
 
     def _split(self, b):
         x,y,loss_mask,seqlens = b
         self.xb,self.yb = (x,None,seqlens),(y,loss_mask)
-
-    def due(self, every:int)->bool: # at a step in which something happens that happens every so many, and at the end
-        "Is it time?"
-        return self.stepped and (self.opt_steps%every == 0 or self.opt_steps == self.n_steps)
-
-    def note(self, **figures):
-        "Put figures into the row of this step."
-        if self.row is None: self.row = dict(step=self.opt_steps, tokens=self.tokens); self.rows.append(self.row)
-        self.row.update(figures)
 
     @contextlib.contextmanager
     def pause(self):
@@ -87,14 +90,33 @@ class LMLearner(Learner):
         try: yield
         finally: self.paused += time.perf_counter()-t0
 
+# %% ../../nbs/19_train.learner.ipynb #0bc3c5bp
+@patch
+def due(
+    self:LMLearner, every:int,
+)->bool: # at a step in which something happens that happens every so many, and at the end
+    "Is it time?"
+    return self.stepped and (self.opt_steps%every == 0 or self.opt_steps == self.n_steps)
+
+# %% ../../nbs/19_train.learner.ipynb #0bc3c5bq
+@patch
+def note(self:LMLearner, **figures):
+    "Put figures into the row of this step."
+    if self.row is None:
+        self.row = dict(step=self.opt_steps, tokens=self.tokens)
+        self.rows.append(self.row)
+    self.row.update(figures)
+
 # %% ../../nbs/19_train.learner.ipynb #428fac68
 class Counter(Callback):
     "Count optimiser steps and training tokens in `learn.opt_steps` and `learn.tokens`."
     order,run_valid = TrainEvalCallback.order,False
     def before_batch(self): self.learn.stepped, self.learn.row = False,None
     def after_step(self):   self.learn.opt_steps += 1; self.learn.stepped = True
-    def after_batch(self):  self.learn.tokens += self.xb[0].numel()*self.ranks.size # their batches are alike
+    def after_batch(self): # the ranks' batches are alike
+        self.learn.tokens += self.xb[0].numel()*self.ranks.size
 
+# %% ../../nbs/19_train.learner.ipynb #78d688d0
 class LeaveScores(Callback):
     "While training, a `GPT` leaves its scores to `lm_loss`."
     order,run_valid = Counter.order,False
@@ -103,6 +125,7 @@ class LeaveScores(Callback):
     def after_pred(self):
         if self.xb[5:] == (False,): self.learn.pred = Unscored(self.pred, self.model.matrix())
 
+# %% ../../nbs/19_train.learner.ipynb #6dff187e
 class StopAt(Callback):
     "End the fit after `steps` optimiser steps in all, or when somebody asked for an end."
     order,run_valid = Counter.order+110,False
@@ -110,7 +133,8 @@ class StopAt(Callback):
     def before_fit(self):
         if self.opt_steps >= self.steps: raise CancelFitException()
     def after_batch(self):
-        if self.stepped and (self.opt_steps >= self.steps or self.interrupted): raise CancelFitException()
+        if self.stepped and (self.opt_steps >= self.steps or self.interrupted):
+            raise CancelFitException()
 
 # %% ../../nbs/19_train.learner.ipynb #0a29b571
 def not_decayed(
@@ -127,6 +151,7 @@ def decay_groups(
     ps,plain = [p for p in model.parameters() if p.requires_grad],not_decayed(model)
     return [[p for p in ps if id(p) not in plain], [p for p in ps if id(p) in plain]]
 
+# %% ../../nbs/19_train.learner.ipynb #d1c021a8
 def adamw(
     params:list[list[nn.Parameter]], # from `decay_groups`
     lr:float=3e-3, # learning rate
@@ -158,6 +183,7 @@ def fit_steps(self:LMLearner,
                        '(the step stays the same: gradients are accumulated), --seq-len or --preset') from None
     finally: self.inside.close()                                                 # fastai tells no callback of an exception
 
+# %% ../../nbs/19_train.learner.ipynb #73f7501b
 class NoEpochValidation(Callback):
     "Steps decide when to validate, not epochs."
     order = Counter.order-10
@@ -176,6 +202,7 @@ def trapezoid(
     left = (total-step)/max(1, min(cooldown*total, total-warmup))
     return final + (1-final)*min(1., max(0., left))
 
+# %% ../../nbs/19_train.learner.ipynb #8bab19b3
 def cosine(step, total, warmup=0, final=0.1, **_)->float:
     "Linear warm-up, then half a cosine down to `final` (Loshchilov & Hutter 2017)."
     if step < warmup: return (step+1)/warmup
@@ -185,7 +212,8 @@ def cosine(step, total, warmup=0, final=0.1, **_)->float:
 class Schedule(Callback):
     "Multiply each group's learning rate by `func(opt_steps, total, **kwargs)`."
     order,run_valid = Counter.order+40,False
-    def __init__(self, total:int, func=trapezoid, **kwargs): self.total,self.func,self.kwargs = total,func,kwargs
+    def __init__(self, total:int, func=trapezoid, **kwargs):
+        self.total,self.func,self.kwargs = total,func,kwargs
     def before_fit(self): self.base = [self.learn.lr]*len(self.opt.hypers)
     def before_step(self): self.opt.set_hyper('lr', [b*self.mult() for b in self.base])
     def mult(self): return self.func(self.opt_steps, self.total, **self.kwargs)
@@ -197,56 +225,71 @@ def autocast(
 ): # a function that makes a context
     "What to call for a `with` block that multiplies in `dtype`."
     dtype = best_dtype(device) if dtype=='auto' else dtype
-    return partial(torch.autocast, device.split(':')[0], getattr(torch, dtype), enabled=dtype!='float32')
+    return partial(torch.autocast, device.split(':')[0], getattr(torch, dtype),
+                   enabled=dtype!='float32')
 
+# %% ../../nbs/19_train.learner.ipynb #c3df8b31
 class AutoCast(Callback):
     "Compute model and loss in `dtype`; parameters, gradients and optimiser stay in float32."
     order = Schedule.order-20
     def __init__(self, dtype:str='auto'): self.dtype = dtype
-    def before_fit(self): self.learn.amp = autocast(next(self.model.parameters()).device.type, self.dtype)
+    def before_fit(self):
+        self.learn.amp = autocast(next(self.model.parameters()).device.type, self.dtype)
     def before_batch(self): self.learn.inside.enter_context(self.learn.amp())
     def after_loss(self):   self.learn.inside.close()
     def after_cancel_batch(self): self.learn.inside.close()
 
 # %% ../../nbs/19_train.learner.ipynb #b0f8fcc1
 class TokenAccumulation(Callback):
-    "Step after at least `n_tokens` unmasked tokens and `n_batches` batches; gradient and loss are the mean over all of these tokens."
+    """Step after at least `n_tokens` unmasked tokens and `n_batches` batches; gradient and loss
+    are the mean over all of these tokens."""
     order,run_valid = AutoCast.order-5,False
-    def __init__(self, n_tokens:int=0, n_batches:int=1): self.n_tokens,self.n_batches = n_tokens,n_batches
-    def before_fit(self): self.k,self.sums = 0,0                                 # batches; tokens that count, and their loss
+    def __init__(self, n_tokens:int=0, n_batches:int=1):
+        self.n_tokens,self.n_batches = n_tokens,n_batches
+    def before_fit(self): self.k,self.sums = 0,0 # batches; tokens that count, and their loss
     def after_loss(self):
-        n = self.yb[1].sum().float()                                             # stays on the device: nobody waits for it
-        self.learn.loss_grad = self.loss_grad*n; self.sums = self.sums+torch.stack([n, self.loss.detach()*n]); self.k += 1
+        n = self.yb[1].sum().float() # stays on the device: nobody waits for it
+        self.learn.loss_grad = self.loss_grad*n
+        self.sums = self.sums+torch.stack([n, self.loss.detach()*n])
+        self.k += 1
     def enough(self):
         if not self.n_tokens or self.k < self.n_batches: return self.k >= self.n_batches
         now = self.sums.clone(); self.ranks.add([now]); return now[0] >= self.n_tokens
     def before_step(self):
         if not self.enough(): raise CancelBatchException()
-        grads = [p.grad for p in self.model.parameters() if p.grad is not None]; self.ranks.add([*grads, self.sums])
+        grads = [p.grad for p in self.model.parameters() if p.grad is not None]
+        self.ranks.add([*grads, self.sums])
         n,total = self.sums; n = n.clamp(min=1); self.learn.loss = total/n
         torch._foreach_div_(grads, n); self.before_fit()
 
 # %% ../../nbs/19_train.learner.ipynb #2f75132c
 class Diverged(SLMError): "The loss or its gradient has left all bounds."
 
+# %% ../../nbs/19_train.learner.ipynb #60c3fd6f
 class Late:
-    "A figure of the device. A card's is read when it has arrived, without waiting for what the card was asked to do since."
+    """A figure of the device. A card's is read when it has arrived,
+    without waiting for what the card was asked to do since."""
     def __init__(self, x:Tensor): # a scalar
         self.value,self.there = x.detach(),None
         if x.is_cuda:
-            self.value = torch.empty((), dtype=x.dtype, pin_memory=True).copy_(x.detach(), non_blocking=True)
+            self.value = torch.empty((), dtype=x.dtype,
+                                     pin_memory=True).copy_(x.detach(), non_blocking=True)
             self.there = torch.cuda.Event(); self.there.record()
     def item(self)->float:
         if self.there: self.there.synchronize()
         return self.value.item()
 
+# %% ../../nbs/19_train.learner.ipynb #5a191eee
 class GradClip(Callback):
-    "Scale gradients down to a norm of at most `max_norm`; keep the norm in `learn.grad_norm`; stop at NaN, on a card a step later."
+    """Scale gradients down to a norm of at most `max_norm`; keep the norm in `learn.grad_norm`;
+    stop at NaN, on a card a step later."""
     order,run_valid = AutoCast.order+10,False
     def __init__(self, max_norm:float=1.0): self.max_norm = max_norm
     def before_fit(self): self.norm = None
     def before_step(self):
-        was,self.norm = self.norm,Late(nn.utils.clip_grad_norm_(self.model.parameters(), self.max_norm)); late = bool(self.norm.there)
+        was,self.norm = self.norm,Late(nn.utils.clip_grad_norm_(self.model.parameters(),
+                                                                self.max_norm))
+        late = bool(self.norm.there)
         if not late or was: self.look(was if late else self.norm, self.opt_steps+1-late)
     def settle(self): # before anything is saved
         if self.norm: self.look(self.norm, self.opt_steps)
@@ -254,8 +297,9 @@ class GradClip(Callback):
     def look(self, norm, step):
         self.learn.grad_norm = norm.item()
         if not math.isfinite(self.grad_norm):
-            raise Diverged(f'the gradient is not finite at step {step} (batch {self.iter} of epoch {self.epoch}): '
-                           'start again with a lower --lr, or go on with slm resume RUN --lr LOWER')
+            raise Diverged(f'the gradient is not finite at step {step} (batch '
+                           f'{self.iter} of epoch {self.epoch}): start again with a lower --lr, '
+                           'or go on with slm resume RUN --lr LOWER')
 
 # %% ../../nbs/19_train.learner.ipynb #6733d487
 @torch.no_grad()
@@ -270,20 +314,22 @@ def evaluate(
     was,dev = model.training, next(model.parameters()).device
     tb,rows = torch.as_tensor(np.asarray(token_bytes), device=dev, dtype=torch.float32), []
     some = max_batches is not None and max_batches < len(dl)
-    batches = (dl.at(0, int(i)) for i in np.linspace(0, len(dl)-1, max_batches)) if some else iter(dl)
+    batches = ((dl.at(0, int(i)) for i in np.linspace(0, len(dl)-1, max_batches)) if some
+               else iter(dl))
     model.eval(); later = unscored(model)
     for x,y,m,seqlens in batches:
         x,y,m = x.to(dev), y.to(dev), m.to(dev)
         with amp():
             out = model(x, None, None if seqlens is None else seqlens.to(dev), *later)
-            nll = token_nats(Unscored(out, model.matrix()) if later else out, y)*m                       # (b,t)
+            nll = token_nats(Unscored(out, model.matrix()) if later else out, y)*m # (b,t)
         rows.append(torch.stack([nll.sum(1), (tb[y]*m).sum(1), m.sum(1).float()], 1).cpu()) # (b,3)
     model.train(was)
     if not rows: raise SLMError('nothing to evaluate: the validation split is empty')
     nll,nbytes,ntok = torch.cat(rows).double().numpy().T
     loss = bootstrap_ratio(nll, ntok, unit='nats/token')
     return dict(loss=loss, bpb=bootstrap_ratio(nll/math.log(2), nbytes, unit='bits/byte'),
-                ppl=Metric(*(math.exp(v) for v in (loss.value, loss.lo, loss.hi)), loss.n, 'perplexity'))
+                ppl=Metric(*(math.exp(v) for v in (loss.value, loss.lo, loss.hi)),
+                           loss.n, 'perplexity'))
 
 # %% ../../nbs/19_train.learner.ipynb #04af62c2
 class TrainLog(Callback):
@@ -291,22 +337,27 @@ class TrainLog(Callback):
     order,run_valid = Schedule.order+25,False
     def __init__(self,
         every:int=10, # optimiser steps
-        flops_per_token:float|None=None, # training cost of a token; that of a `GPT`, or 6N, if not given
+        # training cost of a token; that of a `GPT`, or 6N, if not given
+        flops_per_token:float|None=None,
         peak:float|None=None, # FLOP/s that count as 100 %; no MFU if not given
     ): self.every,self.cost,self.peak = every,flops_per_token,peak
     def before_fit(self):
         if not self.cost:
-            m = self.model; self.cost = m.flops_per_token() if isinstance(m, GPT) else 6*sum(p.numel() for p in m.parameters())
+            m = self.model
+            self.cost = (m.flops_per_token() if isinstance(m, GPT)
+                         else 6*sum(p.numel() for p in m.parameters()))
         self._restart(); self.t_start = self.t0
-    def _restart(self): self.t0,self.tok0,self.loss_sum,self.n = time.perf_counter()-self.paused,self.tokens,0.,0
+    def _restart(self):
+        self.t0,self.tok0,self.loss_sum,self.n = time.perf_counter()-self.paused,self.tokens,0.,0
     def after_batch(self):
         if self.stepped: self.loss_sum,self.n = self.loss_sum+self.loss.detach(), self.n+1
         if not self.learn.due(self.every) and not (self.stepped and self.interrupted): return
         loss = (self.loss_sum/self.n).item() # waits for the device, so the clock is right
         dt = time.perf_counter()-self.paused-self.t0
         speed = (self.tokens-self.tok0)/dt
-        self.learn.note(loss=loss, lr=self.opt.hypers[0]['lr'], grad_norm=self.grad_norm, tokens_per_s=speed,
-                        mfu=speed*self.cost/self.peak if self.peak else None, epoch=self.epoch)
+        self.learn.note(loss=loss, lr=self.opt.hypers[0]['lr'], grad_norm=self.grad_norm,
+                        tokens_per_s=speed, mfu=speed*self.cost/self.peak if self.peak else None,
+                        epoch=self.epoch)
         self._restart()
 
 # %% ../../nbs/19_train.learner.ipynb #3d8ad48d
@@ -317,7 +368,8 @@ class Evaluate(Callback):
         self.token_bytes,self.every,self.max_batches = token_bytes,every,max_batches
     def after_batch(self):
         if not self.learn.due(self.every): return
-        with self.learn.pause(): m = evaluate(self.model, self.dls.valid, self.token_bytes, self.amp, self.max_batches)
+        with self.learn.pause():
+            m = evaluate(self.model, self.dls.valid, self.token_bytes, self.amp, self.max_batches)
         self.learn.note(valid_loss=m['loss'].value, valid_bpb=m['bpb'].value)
 
 # %% ../../nbs/19_train.learner.ipynb #36e4c574
@@ -325,11 +377,16 @@ class CSVLog(Callback):
     "Append each row to a CSV file; when resuming, rows after the current step are dropped."
     order,run_valid,first_only = Evaluate.order+10,False,True
     columns = 'step tokens epoch loss lr grad_norm tokens_per_s mfu valid_loss valid_bpb'.split()
-    def __init__(self, path:str|Path, extra=()): self.path,self.columns = Path(path),[*self.columns, *extra] # more names of figures
+    def __init__(self,
+        path:str|Path,
+        extra=(), # more names of figures
+    ):
+        self.path,self.columns = Path(path),[*self.columns, *extra]
     def before_fit(self):
         old = []
         if self.path.exists() and self.opt_steps:
-            with self.path.open(newline='') as f: old = [r for r in csv.DictReader(f) if int(r['step']) <= self.opt_steps]
+            with self.path.open(newline='') as f:
+                old = [r for r in csv.DictReader(f) if int(r['step']) <= self.opt_steps]
         with atomic_file(self.path) as f:
             w = csv.DictWriter(f, self.columns); w.writeheader(); w.writerows(old)
     def after_batch(self):
@@ -338,15 +395,21 @@ class CSVLog(Callback):
         row = {k: text(self.row.get(k)) for k in self.columns}
         with self.path.open('a', newline='') as f: csv.DictWriter(f, self.columns).writerow(row)
 
+# %% ../../nbs/19_train.learner.ipynb #04d73de3
 class Bar(Callback):
-    "A progress bar of optimiser steps with loss, validation and speed beside it; silent where nobody watches."
+    """A progress bar of optimiser steps with loss, validation and
+    speed beside it; silent where nobody watches."""
     order,run_valid,first_only = CSVLog.order+5,False,True
-    def before_fit(self): self.pbar,self.shown = progress(desc='train', total=self.learn.n_steps, unit='it', initial=self.opt_steps), {}
+    def before_fit(self):
+        self.pbar = progress(desc='train', total=self.learn.n_steps,
+                             unit='it', initial=self.opt_steps)
+        self.shown = {}
     def after_batch(self):
         if self.stepped: self.pbar.update(1)
         if self.row is None: return
         names = dict(loss='loss', tokens_per_s='tok/s', valid_bpb='valid bpb')
-        self.shown |= {n: f'{self.row[c]:.4g}' for c,n in names.items() if self.row.get(c) is not None}
+        self.shown |= {n: f'{self.row[c]:.4g}' for c,n in names.items()
+                       if self.row.get(c) is not None}
         self.pbar.set_postfix(self.shown)
     def after_fit(self): self.pbar.close()
 
@@ -364,6 +427,7 @@ class TensorBoardLog(Callback):
             if isinstance(v, float): self.writer.add_scalar(k, v, self.opt_steps)
     def after_fit(self): self.writer.close()
 
+# %% ../../nbs/19_train.learner.ipynb #b5dddc5c
 class WandbLog(Callback):
     "Send each row to Weights & Biases (needs the package `wandb` and an account, or `WANDB_MODE=offline`)."
     order,run_valid,first_only = CSVLog.order,False,True
@@ -378,18 +442,24 @@ class WandbLog(Callback):
 
 # %% ../../nbs/19_train.learner.ipynb #3a058c09
 class Samples(Callback):
-    "Every `every` steps, and at the end, complete each prompt that the context holds and append the texts to `path`."
+    """Every `every` steps, and at the end, complete each prompt that
+    the context holds and append the texts to `path`."""
     order,run_valid,first_only = Bar.order+5,False,True
-    def __init__(self, tok, prompts:list, every:int=500, path:str|Path|None=None, show=noop, complete=generate, **params):
-        self.complete = complete                                                 # called with model, tokenizer, prompts and `params`
-        self.tok,self.prompts,self.every,self.show,self.path = tok,prompts,every,show,Path(path) if path else None
+    def __init__(self, tok, prompts:list, every:int=500, path:str|Path|None=None,
+                 show=noop, complete=generate, **params):
+        self.complete = complete # called with model, tokenizer, prompts and `params`
+        self.tok,self.prompts,self.every,self.show = tok,prompts,every,show
+        self.path = Path(path) if path else None
         self.params = dict(max_new_tokens=100, temperature=.8, top_p=.95, seed=42) | params
     def before_fit(self):
-        if self.prompts: room = self.model.cfg.max_seq_len; self.prompts = [p for p in self.prompts if len(prompt_ids(self.tok, p)) < room]
+        if self.prompts:
+            room = self.model.cfg.max_seq_len
+            self.prompts = [p for p in self.prompts if len(prompt_ids(self.tok, p)) < room]
     def after_batch(self):
         if not self.learn.due(self.every): return
         with self.learn.pause(): texts = self.sample()
-        shown = [p if isinstance(p, str) else p[-1]['content'].replace('\n', ' ')+' → ' for p in self.prompts]
+        shown = [p if isinstance(p, str) else p[-1]['content'].replace('\n', ' ')+' → '
+                 for p in self.prompts]
         quoted = '\n'.join(f'> **{p}**{quote(t)}\n' for p,t in zip(shown, texts))
         md = f'## step {self.opt_steps} · {self.tokens:,} tokens\n\n{quoted}'
         self.learn.samples = texts; self.show(md)
@@ -398,10 +468,11 @@ class Samples(Callback):
     def sample(self):
         self.model.eval()
         try:
-            with torch.compiler.set_stance('force_eager'):                       # or each length would be compiled
+            with torch.compiler.set_stance('force_eager'): # or each length would be compiled
                 return self.complete(self.model, self.tok, self.prompts, **self.params)
         finally: self.model.train()
 
+# %% ../../nbs/19_train.learner.ipynb #3c917803
 def quote(s:str)->str:
     "Continue a Markdown quotation over line breaks"
     return s.replace('\n', '\n> ')
@@ -416,10 +487,12 @@ def flatten_state(
         for k,v in st.items():
             if isinstance(v, Tensor):
                 v = v.detach().contiguous(); at = v.untyped_storage().data_ptr()
-                tensors[f'{i}.{k}'] = v.clone() if at in seen else v; seen.add(at)                   # some share a table
+                tensors[f'{i}.{k}'] = v.clone() if at in seen else v
+                seen.add(at) # some share a table
             else: plain.setdefault(str(i), {})[k] = v
     return tensors, dict(state=plain, param_groups=sd['param_groups'])
 
+# %% ../../nbs/19_train.learner.ipynb #03cc6fd3
 def unflatten_state(tensors:dict, plain:dict)->dict: # what `load_state_dict` takes
     "The inverse of `flatten_state`."
     state = {int(i): dict(st) for i,st in plain['state'].items()}
@@ -439,6 +512,7 @@ def host_copies(self:LMLearner, tensors:dict)->dict:
     if any(v.is_cuda for v in tensors.values()): torch.cuda.synchronize()
     return {k: kept[k] for k in tensors}
 
+# %% ../../nbs/19_train.learner.ipynb #c2909562
 @patch
 def written(self:LMLearner):
     "Wait until the last checkpoint is on the disk; raises what went wrong there."
@@ -453,41 +527,54 @@ def save_checkpoint(self:LMLearner,
     background:bool=False, # copy it and write it from a thread: `written` waits for that
     **extra, # more JSON for `state.json`
 )->Path: # the new folder
-    "Write `root/STEP/{model,optim}.safetensors, state.json` in one step; raises `SLMError` when the disk is full."
+    """Write `root/STEP/{model,optim}.safetensors, state.json` in
+    one step; raises `SLMError` when the disk is full."""
     path = Path(root)/f'{self.opt_steps:08d}'; self.written()
-    optim,plain = flatten_state(self.opt.opt.state_dict()); model,at = self.model.state_dict(),self.dls.train.state_dict()
+    optim,plain = flatten_state(self.opt.opt.state_dict())
+    model,at = self.model.state_dict(),self.dls.train.state_dict()
     each = self.ranks.each(rng_state()); extra |= dict(ranks=each) if len(each) > 1 else {}
     if not self.ranks.first: return path
     if background: # under names that differ
-        both = self.host_copies({('m', k): v for k,v in model.items()} | {('o', k): v for k,v in optim.items()})
+        both = self.host_copies({('m', k): v for k,v in model.items()}
+                                | {('o', k): v for k,v in optim.items()})
         model,optim = ({k: v for (p,k),v in both.items() if p == part} for part in 'mo')
-    state = dict(schema=1, step=self.opt_steps, tokens=self.tokens, loader=at, rng=each[0], optim=plain) | extra
+    state = dict(schema=1, step=self.opt_steps, tokens=self.tokens,
+                 loader=at, rng=each[0], optim=plain) | extra
     def write():
         try:
             with atomic_dir(path) as d:
                 save_file(model, d/'model.safetensors', metadata={'format': 'pt'})
-                save_file(optim, d/'optim.safetensors'); write_json(d/'state.json', state | dict(hashes=file_hashes(d)))
+                save_file(optim, d/'optim.safetensors')
+                write_json(d/'state.json', state | dict(hashes=file_hashes(d)))
         except Exception as e:
             if not isinstance(e, OSError) and 'space' not in str(e): raise
             raise SLMError(f"cannot write checkpoint '{path.name}' ({e}): free some disk space, "
                            'then resume from the previous one') from None
         for old in checkpoints(root)[:-keep]: shutil.rmtree(old)
     if not background: write(); return path
-    pool = ThreadPoolExecutor(1); self.writing = pool.submit(write); pool.shutdown(wait=False); return path
+    pool = ThreadPoolExecutor(1)
+    self.writing = pool.submit(write); pool.shutdown(wait=False)
+    return path
 
 # %% ../../nbs/19_train.learner.ipynb #19aa0004
 def read_state(path:str|Path)->dict: # the content of `state.json`
     "What a checkpoint knows beside its tensors; raises `SLMError` when it is damaged."
-    state = read_json(Path(path)/'state.json'); again = 'remove this checkpoint to go on from the one before'
-    if not isinstance(state, dict): raise SLMError(f"'{Path(path)/'state.json'}' is no object with keys: {again}")
-    kinds = dict(step=int, tokens=int, loader=dict, rng=dict, optim=dict, sources=dict, ranks=list, seconds=(int, float))
+    state = read_json(Path(path)/'state.json')
+    again = 'remove this checkpoint to go on from the one before'
+    if not isinstance(state, dict):
+        raise SLMError(f"'{Path(path)/'state.json'}' is no object with keys: {again}")
+    kinds = dict(step=int, tokens=int, loader=dict, rng=dict, optim=dict,
+                 sources=dict, ranks=list, seconds=(int, float))
     if lost := {'step', 'tokens', 'loader', 'rng', 'optim'} - set(state):
         raise SLMError(f"'{Path(path)/'state.json'}' lacks {', '.join(sorted(lost))}: {again}")
     bad = [k for k,kind in kinds.items() if k in state and not isinstance(state[k], kind)]
-    if bad := bad or ['loader']*(not all(type(state['loader'].get(k)) is int for k in ('epoch', 'pos'))):
-        raise SLMError(f"'{Path(path)/'state.json'}' is damaged, '{bad[0]}' is of the wrong kind: {again}")
+    if bad := bad or ['loader']*(not all(type(state['loader'].get(k)) is int
+                                         for k in ('epoch', 'pos'))):
+        raise SLMError(f"'{Path(path)/'state.json'}' is damaged, "
+                       f"'{bad[0]}' is of the wrong kind: {again}")
     return state
 
+# %% ../../nbs/19_train.learner.ipynb #937ebc55
 def checkpoints(root:str|Path)->list[Path]: # oldest first
     "The whole checkpoints under `root`."
     recover(root); return sorted(p for p in Path(root).glob('[0-9]*') if p.is_dir())
@@ -497,33 +584,42 @@ def checkpoints(root:str|Path)->list[Path]: # oldest first
 def load_checkpoint(self:LMLearner,
     path:str|Path, # one checkpoint folder
 )->dict: # its `state.json`
-    "Put model, optimiser, counts, loader and generators back; raises `SLMError` that names a damaged or foreign file."
-    path = Path(path); state,again = read_state(path),'remove this checkpoint to go on from the one before'
+    """Put model, optimiser, counts, loader and generators back;
+    raises `SLMError` that names a damaged or foreign file."""
+    path = Path(path)
+    state,again = read_state(path),'remove this checkpoint to go on from the one before'
     check_hashes(path, state.get('hashes', {}))
     def load(name):
         try: return load_file(path/name)
         except Exception as e: raise SLMError(f"'{path/name}' is damaged ({e}): {again}") from None
     tensors,optim = load('model.safetensors'),load('optim.safetensors')
     try: self.model.load_state_dict(tensors)
-    except RuntimeError as e: raise SLMError(f"'{path}' does not fit the model: {' '.join(str(e).split())[:200]}") from None
+    except RuntimeError as e:
+        raise SLMError(f"'{path}' does not fit the model: "
+                       f"{' '.join(str(e).split())[:200]}") from None
     if self.opt is None: self.create_opt()
     try:
         self.opt.opt.load_state_dict(unflatten_state(optim, state['optim']))
-        self.dls.train.load_state_dict(state['loader']); each,r = state.get('ranks', [state['rng']]),self.ranks.rank
+        self.dls.train.load_state_dict(state['loader'])
+        each,r = state.get('ranks', [state['rng']]),self.ranks.rank
         set_rng_state(each[min(r, len(each)-1)])
-        if r >= len(each): torch.manual_seed(hash((state['step'], r)))           # another process than before
+        if r >= len(each): torch.manual_seed(hash((state['step'], r))) # another process than before
     except (LookupError, TypeError, ValueError, AttributeError, ArithmeticError, RuntimeError) as e:
-        raise SLMError(f"'{path/'state.json'}' is damaged ({type(e).__name__}: {e}): {again}") from None
+        raise SLMError(f"'{path/'state.json'}' is damaged ({type(e).__name__}: "
+                       f"{e}): {again}") from None
     self.opt_steps,self.tokens = state['step'],state['tokens']; return state
 
 # %% ../../nbs/19_train.learner.ipynb #1b5efa01
 class Checkpoint(Callback):
-    "Every `every` steps (or `minutes`, or a sixtieth of the run if that is longer), and when interrupted, write a checkpoint under `root`."
+    """Every `every` steps (or `minutes`, or a sixtieth of the run if that is longer), and when
+    interrupted, write a checkpoint under `root`."""
     order,run_valid = Samples.order+10,False
     def __init__(self, root:str|Path, every:int|None=None, minutes:float|None=None, keep:int=2,
-                 background:bool|None=None, # write from a thread; by default where the model is not on a processor
+                 # write from a thread; by default where the model is not on a processor
+                 background:bool|None=None,
                  **extra): # more for `state.json`: values, or functions that return one
-        self.root,self.every,self.minutes,self.keep,self.background,self.extra = Path(root),every,minutes,keep,background,extra
+        self.root,self.every,self.minutes,self.keep = Path(root),every,minutes,keep
+        self.background,self.extra = background,extra
     def before_fit(self): self.t0 = self.t_last = time.monotonic()
     def due(self):
         now = time.monotonic()
@@ -533,11 +629,13 @@ class Checkpoint(Callback):
         if not self.stepped or not self.ranks.any(self.due()): return
         for cb in self.learn.cbs: isinstance(cb, GradClip) and cb.settle()
         extra = {k: v() if callable(v) else v for k,v in self.extra.items()}
-        behind = next(self.model.parameters()).device.type != 'cpu' if self.background is None else self.background
+        behind = (next(self.model.parameters()).device.type != 'cpu' if self.background is None
+                  else self.background)
         with self.learn.pause(): self.learn.save_checkpoint(self.root, self.keep, behind, **extra)
         self.t_last = time.monotonic()
     def after_fit(self): self.learn.written()
 
+# %% ../../nbs/19_train.learner.ipynb #74d2888d
 class GracefulStop(Callback):
     "Turn the first Ctrl-C (or SIGTERM) into an orderly end after the current step."
     order,run_valid = Counter.order-5,False
@@ -549,7 +647,7 @@ class GracefulStop(Callback):
         self.asked,self.learn.interrupted = True,self.ranks.size == 1
         print('stopping after this step; once more to stop at once', file=sys.stderr)
         self.restore()
-    def after_batch(self):                                                       # all of them in the same step
+    def after_batch(self): # all of them in the same step
         if self.stepped: self.learn.interrupted = self.ranks.any(self.interrupted or self.asked)
     def restore(self):
         for s,h in self.old.items(): signal.signal(s, h)
@@ -567,13 +665,17 @@ def plot_training(
     df = log if isinstance(log, pd.DataFrame) else pd.read_csv(log)
     fig,axs = plt.subplots(1, 4, figsize=(13, 2.8), layout='constrained'); x = df.tokens/1e6
     axs[0].plot(x, df.loss, lw=.8, label='train')
-    if 'valid_loss' in df: v = df.dropna(subset='valid_loss'); axs[0].plot(v.tokens/1e6, v.valid_loss, 'o-', ms=3, label='valid')
+    if 'valid_loss' in df:
+        v = df.dropna(subset='valid_loss')
+        axs[0].plot(v.tokens/1e6, v.valid_loss, 'o-', ms=3, label='valid')
     if floor: axs[0].axhline(floor, c='grey', ls=':', lw=.8, label='uniform guess')
     axs[0].set_title('loss, nats/token'); axs[0].legend(fontsize=8)
     if 'valid_bpb' in df: axs[1].plot(v.tokens/1e6, v.valid_bpb, 'o-', ms=3, c='C1')
     axs[1].set_title('validation, bits/byte')
     for ax,c in zip(axs[2:], ('lr', 'grad_norm')):
-        d = df.dropna(subset=c); ax.plot(d.tokens/1e6, d[c], lw=.8); ax.set_title(c.replace('_', ' '))
+        d = df.dropna(subset=c)
+        ax.plot(d.tokens/1e6, d[c], lw=.8)
+        ax.set_title(c.replace('_', ' '))
     for ax in axs: ax.set_xlabel('million tokens')
     if path: fig.savefig(path, dpi=110); plt.close(fig)
     return fig

@@ -45,16 +45,19 @@ def block_linears(
 
 # %% ../../nbs/26_train.lora.ipynb #e679beea
 def _digest(t): # weights rounded to bfloat16: what a copy in 16 bits still shows
-    return hashlib.sha256(t.detach().to('cpu', torch.bfloat16).contiguous().view(torch.int16).numpy()).digest()
+    return hashlib.sha256(t.detach().to('cpu', torch.bfloat16).contiguous()
+                          .view(torch.int16).numpy()).digest()
 
 def base_fingerprint(
     model:GPT, # without adapter, or with one that was added here
 )->str: # 16 hexadecimal digits
     "What tells one base from another: a hash over all weights, rounded to bfloat16."
-    if not hasattr(model, 'base_hash'): model.base_hash = _combine({k: _digest(v) for k,v in model.state_dict().items()})
+    if not hasattr(model, 'base_hash'):
+        model.base_hash = _combine({k: _digest(v) for k,v in model.state_dict().items()})
     return model.base_hash
 
-def _combine(digests): return hashlib.sha256(b''.join(k.encode()+digests[k] for k in sorted(digests))).hexdigest()[:16]
+def _combine(digests):
+    return hashlib.sha256(b''.join(k.encode()+digests[k] for k in sorted(digests))).hexdigest()[:16]
 
 # %% ../../nbs/26_train.lora.ipynb #74fba6b0
 def _only_adapter(model, sd, prefix, meta):
@@ -64,19 +67,25 @@ def _only_adapter(model, sd, prefix, meta):
 
 def _base_is_there(model, found):
     "After `load_state_dict`: the base need not be in the file"
-    if hasattr(model, 'peft_config'): found.missing_keys[:] = [k for k in found.missing_keys if '.lora_' in k]
+    if hasattr(model, 'peft_config'):
+        found.missing_keys[:] = [k for k in found.missing_keys if '.lora_' in k]
 
-def _save_pretrained(model, folder, tok=None): save_adapter(model, folder, tok) # instead of `GPT.save_pretrained`
+# instead of `GPT.save_pretrained`
+def _save_pretrained(model, folder, tok=None): save_adapter(model, folder, tok)
 
+# %% ../../nbs/26_train.lora.ipynb #1f40ffcd
 def _inject(model, config):
     base_fingerprint(model)
     need('peft', 'LoRA').inject_adapter_in_model(config, model)
     for p in model.parameters():
         if p.requires_grad: p.data = p.data.float()
-    for m in model.modules(): # in float32, what to cast is for autocast to say: peft would keep a copy of every input
-        if hasattr(m, 'lora_A'): m.cast_input_dtype_enabled = model.model.embed_tokens.weight.dtype != torch.float32
+    # in float32, what to cast is for autocast to say: peft would keep a copy of every input
+    for m in model.modules():
+        if hasattr(m, 'lora_A'):
+            m.cast_input_dtype_enabled = model.model.embed_tokens.weight.dtype != torch.float32
     if not model._state_dict_hooks:
-        model.register_state_dict_post_hook(_only_adapter); model.register_load_state_dict_post_hook(_base_is_there)
+        model.register_state_dict_post_hook(_only_adapter)
+        model.register_load_state_dict_post_hook(_base_is_there)
     model.save_pretrained = MethodType(_save_pretrained, model)
     return model
 
@@ -85,24 +94,33 @@ def add_lora(
     model:GPT, # the base; changed in place
     rank:int=8, # r, width of the small matrices
     alpha:float=16, # the product is scaled by alpha/rank
-    targets:str|list[str]='all-linear', # layers of the blocks by their last name ('q_proj'), or all of them
+    # layers of the blocks by their last name ('q_proj'), or all of them
+    targets:str|list[str]='all-linear',
     dropout:float=0., # on the adapter's input, while training
     rslora:bool=False, # scale by alpha/√rank
     dora:bool=False, # train the length of each row apart from its direction
 )->GPT: # the same model
-    """Freeze a model and put low-rank adapters beside its linear layers; raises `SLMError` for what cannot be.
+    """Freeze a model and put low-rank adapters beside its
+    linear layers; raises `SLMError` for what cannot be.
 
-    LoRA: W + (α/r)·BA (Hu et al. 2021, §4.1). rsLoRA: α/√r (Kalajdzievski 2023). DoRA: m·(W+BA)/‖W+BA‖ (Liu et al. 2024, eq. 5)."""
-    if hasattr(model, 'peft_config'): raise SLMError('the model has an adapter already: merge it, or start from the base')
+    LoRA: W + (α/r)·BA (Hu et al. 2021, §4.1). rsLoRA: α/√r (Kalajdzievski 2023). DoRA:
+    m·(W+BA)/‖W+BA‖ (Liu et al. 2024, eq. 5)."""
+    if hasattr(model, 'peft_config'):
+        raise SLMError('the model has an adapter already: merge it, or start from the base')
     names = sorted({n.rpartition('.')[2] for n in block_linears(model)})
-    targets = names if targets == 'all-linear' else [targets] if isinstance(targets, str) else list(targets)
+    targets = (names if targets == 'all-linear' else [targets] if isinstance(targets, str)
+               else list(targets))
     if lost := sorted(set(targets)-set(names)) or not targets:
-        raise SLMError(f"no layer {lost} to put an adapter on: use all-linear, or some of {', '.join(names)}")
-    for k,v,ok,want in (('rank', rank, isinstance(rank, int) and rank >= 1, 'a whole number of at least 1'),
-                        ('alpha', alpha, alpha > 0, 'above 0'), ('dropout', dropout, 0 <= dropout < 1, 'at least 0 and below 1')):
+        raise SLMError(f"no layer {lost} to put an adapter on: use all-linear, "
+                       f"or some of {', '.join(names)}")
+    for k,v,ok,want in (('rank', rank, isinstance(rank, int) and rank >= 1,
+                         'a whole number of at least 1'), ('alpha', alpha, alpha > 0, 'above 0'),
+                        ('dropout', dropout, 0 <= dropout < 1, 'at least 0 and below 1')):
         if not ok: raise SLMError(f'{k} must be {want}, not {v}')
-    return _inject(model, need('peft', 'LoRA').LoraConfig(r=rank, lora_alpha=alpha, target_modules=targets, lora_dropout=dropout,
-                                                          use_rslora=rslora, use_dora=dora, task_type='CAUSAL_LM'))
+    return _inject(model,
+                   need('peft', 'LoRA').LoraConfig(r=rank, lora_alpha=alpha, target_modules=targets,
+                                                   lora_dropout=dropout, use_rslora=rslora,
+                                                   use_dora=dora, task_type='CAUSAL_LM'))
 
 # %% ../../nbs/26_train.lora.ipynb #42bbe138
 def param_counts(
@@ -121,19 +139,22 @@ def save_adapter(
     base:str|None=None, # where others find the base: a folder or a hub id
 ):
     "Write an adapter in peft's format; raises `SLMError` when there is none, or no room for it."
-    if not hasattr(model, 'peft_config'): raise SLMError('the model has no adapter to save: `add_lora` gives it one')
+    if not hasattr(model, 'peft_config'):
+        raise SLMError('the model has no adapter to save: `add_lora` gives it one')
     from peft import get_peft_model_state_dict
     folder,d = Path(folder),model.peft_config['default'].to_dict()
     d = {k: sorted(v) if isinstance(v, set) else v for k,v in d.items()} | dict(inference_mode=True)
     if base: d['base_model_name_or_path'] = base
-    sd = {f'base_model.model.{k}': v.contiguous() for k,v in get_peft_model_state_dict(model, save_embedding_layers=False).items()}
+    sd = {f'base_model.model.{k}': v.contiguous()
+          for k,v in get_peft_model_state_dict(model, save_embedding_layers=False).items()}
     try:
         with atomic_file(folder/'adapter_model.safetensors', 'wb') as f:
             f.write(save(sd, dict(format='pt', base_fingerprint=base_fingerprint(model))))
         if tok: tok.save(folder/'tokenizer.json')
         write_json(folder/'adapter_config.json', d)
     except OSError as e:
-        raise SLMError(f"cannot write the adapter to '{folder}' ({e}): free some space, or choose another folder") from None
+        raise SLMError(f"cannot write the adapter to '{folder}' ({e}): "
+                       "free some space, or choose another folder") from None
 
 # %% ../../nbs/26_train.lora.ipynb #c3cda214
 def _read_adapter(folder):
@@ -155,43 +176,54 @@ def _check_adapter(model, folder, tensors, base):
     "Raise one line when the adapter belongs to another base"
     other = f"'{folder}' is an adapter of another base: "
     there = set(block_linears(model))
-    sizes = dict(lora_A=(1, 'in_features'), lora_B=(0, 'out_features'), lora_magnitude_vector=(0, 'out_features'))
+    sizes = dict(lora_A=(1, 'in_features'), lora_B=(0, 'out_features'),
+                 lora_magnitude_vector=(0, 'out_features'))
     for k,t in tensors.items():
-        name,_,part = k.partition('.lora_'); dim,side = sizes.get(f"lora_{part.split('.')[0]}", (0, None))
-        if name not in there or side is None: raise SLMError(other+f'it holds {k}, for which this model has no layer')
+        name,_,part = k.partition('.lora_')
+        dim,side = sizes.get(f"lora_{part.split('.')[0]}", (0, None))
+        if name not in there or side is None:
+            raise SLMError(other+f'it holds {k}, for which this model has no layer')
         if (want := getattr(model.get_submodule(name), side)) != t.shape[dim]:
             raise SLMError(other+f'{k} is {tuple(t.shape)}, the layer here has {side}={want}')
     if base and base != base_fingerprint(model):
-        raise SLMError(other+f'it was trained on weights {base}, these are {base_fingerprint(model)}; open the base that it came from')
+        raise SLMError(other+f'it was trained on weights {base}, '
+                       f'these are {base_fingerprint(model)}; open the base that it came from')
 
 # %% ../../nbs/26_train.lora.ipynb #4d447cb9
 def load_adapter(
     model:GPT, # the base that the adapter was trained on; changed in place
     folder:str|Path, # ours, or one that peft saved
 )->GPT: # the same model
-    "Put a saved LoRA adapter on a model; raises `SLMError` when it is of another base, damaged, or of another kind."
+    """Put a saved LoRA adapter on a model; raises `SLMError` when it is of another base,
+    damaged, or of another kind."""
     peft,folder = need('peft', 'LoRA'),Path(folder)
     if not (folder/'adapter_config.json').exists():
         raise SLMError(f"'{folder}' has no adapter_config.json: it is not the folder of an adapter")
-    if hasattr(model, 'peft_config'): raise SLMError('the model has an adapter already: merge it, or start from the base')
+    if hasattr(model, 'peft_config'):
+        raise SLMError('the model has an adapter already: merge it, or start from the base')
     d,tensors,base = _read_adapter(folder)
     _check_adapter(model, folder, tensors, base)
     config = peft.LoraConfig.from_pretrained(str(folder)); config.inference_mode = False
     found = peft.set_peft_model_state_dict(_inject(model, config), tensors)
     lost = [k for k in found.missing_keys if '.lora_' in k] + found.unexpected_keys
-    if lost: raise SLMError(f"'{folder}' is damaged: its two files disagree on {lost[0]}; fetch it again")
+    if lost:
+        raise SLMError(f"'{folder}' is damaged: its two files disagree on {lost[0]}; "
+                       "fetch it again")
     return model
 
 # %% ../../nbs/26_train.lora.ipynb #aff88d7a
 def _linear(w, bias):
     "A plain linear layer that holds `w`"
-    lin = nn.Linear(w.shape[1], w.shape[0], bias=bias is not None, device='meta'); lin.weight,lin.bias = nn.Parameter(w),bias
+    lin = nn.Linear(w.shape[1], w.shape[0], bias=bias is not None, device='meta')
+    lin.weight,lin.bias = nn.Parameter(w),bias
     return lin
 
 def _weight(lin): # a 4-bit weight as floats
     w,what = lin.weight,'a model in 4 bits'
-    return need('bitsandbytes', what).functional.dequantize_4bit(w.data, w.quant_state) if hasattr(w, 'quant_state') else w.data
+    return (need('bitsandbytes', what).functional.dequantize_4bit(w.data, w.quant_state)
+            if hasattr(w, 'quant_state') else w.data)
 
+# %% ../../nbs/26_train.lora.ipynb #23addd44
 def _merged(m, adapter='default'):
     "Base and adapter as one linear layer"
     base = m.get_base_layer(); w = _weight(base)
@@ -204,22 +236,28 @@ def _merged(m, adapter='default'):
 def merge(
     model:GPT, # with an adapter; changed in place
 )->GPT: # the same model, plain
-    "Fold an adapter into the weights it was trained beside: a 4-bit base is turned back into floats first."
-    if not hasattr(model, 'peft_config'): raise SLMError('there is nothing to merge: the model has no adapter')
+    """Fold an adapter into the weights it was trained beside: a
+    4-bit base is turned back into floats first."""
+    if not hasattr(model, 'peft_config'):
+        raise SLMError('there is nothing to merge: the model has no adapter')
     from peft.tuners.lora import LoraLayer
     for name in [n for n,m in model.named_modules() if isinstance(m, LoraLayer)]:
         model.set_submodule(name, _merged(model.get_submodule(name)))
     del model.peft_config, model.base_hash
     return dequantize_4bit(model).requires_grad_(True)
 
+# %% ../../nbs/26_train.lora.ipynb #7aae6a86
 def dequantize_4bit(
     model:GPT, # changed in place
 )->GPT: # the same model
-    "Turn 4-bit layers into plain ones that hold the same numbers as floats; raises `SLMError` for a model with an adapter."
-    if hasattr(model, 'peft_config'): raise SLMError('the model has an adapter: merge it, that turns 4 bits into floats too')
+    """Turn 4-bit layers into plain ones that hold the same numbers as floats; raises `SLMError`
+    for a model with an adapter."""
+    if hasattr(model, 'peft_config'):
+        raise SLMError('the model has an adapter: merge it, that turns 4 bits into floats too')
     for name in block_linears(model):
         lin = model.get_submodule(name)
-        if hasattr(lin.weight, 'quant_state'): model.set_submodule(name, _linear(_weight(lin), lin.bias))
+        if hasattr(lin.weight, 'quant_state'):
+            model.set_submodule(name, _linear(_weight(lin), lin.bias))
     model.is_loaded_in_4bit = False; vars(model).pop('save_pretrained', None); return model
 
 # %% ../../nbs/26_train.lora.ipynb #f0a0140a
@@ -235,10 +273,12 @@ def _linear4bit():
             return bnb.matmul_4bit(x, self.weight, bias=bias, quant_state=self.weight.quant_state)
     return NF4Linear
 
+# %% ../../nbs/26_train.lora.ipynb #b566dd25
 def _nf4(w, bias, double_quant):
     "A 4-bit linear layer of the weights `w`, on their device"
     q = _linear4bit()(w.shape[1], w.shape[0], bias=bias is not None, device='meta')
-    p = _bnb().nn.Params4bit(w.detach(), requires_grad=False, quant_type='nf4', compress_statistics=double_quant, module=q)
+    p = _bnb().nn.Params4bit(w.detach(), requires_grad=False, quant_type='nf4',
+                             compress_statistics=double_quant, module=q)
     q.weight = p.to(w.device) # which quantises
     q.bias = bias; q.support_avx512bf16_for_cpu = False # nothing of the parent's shall repack
     return q
@@ -248,20 +288,24 @@ def quantize_4bit(
     model:GPT, # without adapter; changed in place
     double_quant:bool=True, # store the scales in 8 bits
 )->GPT: # the same model
-    """Store the linear layers of the blocks in 4 bits, as NF4 in blocks of 64 (Dettmers et al. 2023, §3).
+    """Store the linear layers of the blocks in 4 bits, as
+    NF4 in blocks of 64 (Dettmers et al. 2023, §3).
 
     Raises `SLMError` when bitsandbytes is missing, or the model has an adapter."""
     _bnb()
-    if hasattr(model, 'peft_config'): raise SLMError('the model has an adapter: merge it, or quantise before adding one')
+    if hasattr(model, 'peft_config'):
+        raise SLMError('the model has an adapter: merge it, or quantise before adding one')
     base_fingerprint(model)
     for name in block_linears(model):
         lin = model.get_submodule(name)
-        if not hasattr(lin.weight, 'quant_state'): model.set_submodule(name, _nf4(lin.weight, lin.bias, double_quant))
+        if not hasattr(lin.weight, 'quant_state'):
+            model.set_submodule(name, _nf4(lin.weight, lin.bias, double_quant))
     return _is_4bit(model)
 
+# %% ../../nbs/26_train.lora.ipynb #67097f3e
 def _is_4bit(model):
-    model.is_loaded_in_4bit = True                                               # peft asks
-    model.save_pretrained = MethodType(_save_pretrained, model)                  # of an adapter, once there is one
+    model.is_loaded_in_4bit = True                              # peft asks
+    model.save_pretrained = MethodType(_save_pretrained, model) # of an adapter, once there is one
     return model
 
 # %% ../../nbs/26_train.lora.ipynb #5a7bf2ff
@@ -279,7 +323,8 @@ def adamw8bit(
     lr:float=3e-3, # learning rate
     wd:float=0.1, # weight decay of the first group
 )->OptimWrapper: # what fastai's `Learner` calls an optimiser
-    "AdamW whose moments take 8 bits each (Dettmers et al. 2021); raises `SLMError` when bitsandbytes is missing."
+    """AdamW whose moments take 8 bits each (Dettmers et al. 2021);
+    raises `SLMError` when bitsandbytes is missing."""
     groups = [dict(params=ps, weight_decay=w) for ps,w in zip(params, (wd, 0.)) if ps]
     opt = _bnb().optim.AdamW8bit(groups, lr=lr, betas=(0.9, 0.95))
     opt.state_dict = MethodType(torch.optim.Optimizer.state_dict, opt)
@@ -293,22 +338,28 @@ def load_4bit(
     double_quant:bool=True, # store the scales in 8 bits
     device:str='cpu',
 )->tuple[GPT,Tokenizer]: # in evaluation mode
-    "Open a checkpoint in 4 bits without ever holding it in floats; raises `SLMError` as `load_model_and_tokenizer` does."
+    """Open a checkpoint in 4 bits without ever holding it in floats; raises `SLMError` as
+    `load_model_and_tokenizer` does."""
     _bnb(); path,dev = local_model(id_or_path),get_device(device)
     cfg,tensors = open_model(path)
     tok = Tokenizer.load(path) if path.is_dir() else Tokenizer.from_gguf(path)
-    check_tokenizer(cfg, tok, path, read_json(path/'config.json').get('tokenizer_fingerprint') if path.is_dir() else None)
+    check_tokenizer(cfg, tok, path, read_json(path/'config.json').get('tokenizer_fingerprint')
+                    if path.is_dir() else None)
     with torch.device('meta'): names = {f'{n}.weight' for n in block_linears(GPT(cfg))}
     small,digests = {},{}
     def spool():
         for k,t in tensors:
             t = t.float(); digests[k] = _digest(t)
-            if k in names: small[k] = _nf4(t.to(dev), None, double_quant); t = t.new_zeros(1).expand(t.shape) # only its shape is looked at
+            if k in names:
+                small[k] = _nf4(t.to(dev), None, double_quant)
+                t = t.new_zeros(1).expand(t.shape) # only its shape is looked at
             yield k,t
     model = build_model(GPT, cfg, spool(), path, device)
     model.base_hash = _combine({k: digests[k] for k in model.state_dict()})
     for k,lin in small.items():
-        name = k.removesuffix('.weight'); lin.bias = model.get_submodule(name).bias; model.set_submodule(name, lin)
+        name = k.removesuffix('.weight')
+        lin.bias = model.get_submodule(name).bias
+        model.set_submodule(name, lin)
     return _is_4bit(model).requires_grad_(False).eval(), tok
 
 # %% ../../nbs/26_train.lora.ipynb #e5c85269
@@ -327,6 +378,7 @@ class LoRAConfig(PackedConfig):
     opt:str|None = None # adamw8bit, adamw or muon; by default adamw8bit, without 4 bits and on mps adamw
     allowed = PackedConfig.allowed | dict(rank=Span(1, 2**16), alpha=Span(0, ends='(]'), dropout=Span(0, 1, '[)'))
 
+# %% ../../nbs/26_train.lora.ipynb #e0194266
 @dataclass(kw_only=True)
 class QLoRAConfig(LoRAConfig):
     "Fine-tuning of an adapter on a base in 4 bits."
@@ -364,6 +416,7 @@ class LoRAStage(SFTStage):
     def counts(self, learn): n = param_counts(self.model); return dict(params=n['all'], trained=n['trained'])
     def token_flops(self, learn): return 4*param_counts(self.model)['all']         # frozen weights need no gradient
 
+# %% ../../nbs/26_train.lora.ipynb #06b1bb0f
 class QLoRAStage(LoRAStage):
     "The same on a base in 4 bits."
     name,Config = 'qlora',QLoRAConfig
@@ -378,6 +431,7 @@ def lora(
     "Teach a model to answer by an adapter; raises `SLMError` for bad input."
     return LoRAStage.start(dict(base=str(base), data=str(data), **options), out, cbs)
 
+# %% ../../nbs/26_train.lora.ipynb #561719c9
 def qlora(base:str|Path, data:str|Path='world', out:str|Path='runs/qlora', cbs=(), **options)->RunDir:
     "`lora` on a base in 4 bits."
     return QLoRAStage.start(dict(base=str(base), data=str(data), **options), out, cbs)
@@ -388,25 +442,38 @@ def open_adapter_run(
     base:str|Path|None=None, # where its base is now
     device:str='cpu',
 )->tuple[GPT,Tokenizer]: # base and adapter, in evaluation mode
-    "The model that an adapter's run was made of; raises `SLMError` when it is none, or its base is not there."
+    """The model that an adapter's run was made of; raises
+    `SLMError` when it is none, or its base is not there."""
     run = RunDir.open(path)
     if run.info['stage'] not in ('lora', 'qlora'):
-        raise SLMError(f"'{path}' is a run of stage {run.info['stage']}: only lora and qlora have an adapter")
-    if run.info['status'] != 'done': raise SLMError(f"'{path}' is {run.info['status']}, not done: go on with slm resume {path}")
+        raise SLMError(f"'{path}' is a run of stage {run.info['stage']}: "
+                       "only lora and qlora have an adapter")
+    if run.info['status'] != 'done':
+        raise SLMError(f"'{path}' is {run.info['status']}, not done: go on with slm resume {path}")
     c = LoRAConfig.again(run.info['config']); beside = run.path.parent/c.base
     base = base or (beside if not Path(c.base).exists() and beside.exists() else c.base)
-    try: model,tok = load_4bit(base, device=device) if c.four_bit else load_model_and_tokenizer(base, device)
-    except SLMError as e: raise SLMError(f"the base of '{path}' cannot be opened: {e}; or name it with --base") from None
+    try:
+        model,tok = (load_4bit(base, device=device) if c.four_bit
+                     else load_model_and_tokenizer(base, device))
+    except SLMError as e:
+        raise SLMError(f"the base of '{path}' cannot be opened: "
+                       f"{e}; or name it with --base") from None
     return load_adapter(model, path).eval(), tok
 
+# %% ../../nbs/26_train.lora.ipynb #dad208eb
 def merge_run(
     adapter:str|Path, # a run of stage lora or qlora
     out:str|Path='runs/merged', # run directory to make
     base:str|Path|None=None, # where its base is now
 )->RunDir:
-    "Make a plain run of an adapter's run and its base; raises `SLMError` as `open_adapter_run` does."
-    if (Path(out)/'run.json').exists(): raise SLMError(f"'{out}' already holds a run: choose another --out")
+    """Make a plain run of an adapter's run and its base;
+    raises `SLMError` as `open_adapter_run` does."""
+    if (Path(out)/'run.json').exists():
+        raise SLMError(f"'{out}' already holds a run: choose another --out")
     model,tok = open_adapter_run(adapter, base); merge(model); old = RunDir.open(adapter)
-    run = RunDir.create(out, 'merge', config=dict(adapter=portable(str(adapter)), base=old.info['config']['base']),
+    run = RunDir.create(out, 'merge', config=dict(adapter=portable(str(adapter)),
+                                                  base=old.info['config']['base']),
                         parent=old.path.name, data=old.info['data'])
-    model.save_pretrained(run.path, tok); run.add_metrics(params=model.num_params()); run.finish(); return run
+    model.save_pretrained(run.path, tok)
+    run.add_metrics(params=model.num_params())
+    run.finish(); return run

@@ -26,7 +26,8 @@ def orthogonalize(
     coefficients:tuple=(3.4445, -4.7750, 2.0315), # of the polynomial
 )->Tensor: # (…,m,n) bfloat16, all singular values near 1
     "UVᵀ of G = UΣVᵀ, nearly, by Newton-Schulz (Jordan et al. 2024)."
-    a,b,c = coefficients; X = G.bfloat16().flatten(0, -3) if G.ndim > 2 else G.bfloat16()[None]     # (k,m,n)
+    a,b,c = coefficients
+    X = G.bfloat16().flatten(0, -3) if G.ndim > 2 else G.bfloat16()[None] # (k,m,n)
     X = X/X.norm(dim=(-2, -1), keepdim=True).clamp(min=1e-7)
     for _ in range(steps):
         A = X@X.mT                                                               # (k,m,m)
@@ -35,11 +36,12 @@ def orthogonalize(
 
 # %% ../../nbs/20_train.optim.ipynb #d0a9c993
 class Muon(torch.optim.Optimizer):
-    "Momentum, orthogonalised, on AdamW's scale (Jordan et al. 2024; Liu et al. 2025, eq. 4): `torch.optim.Muon`, same shapes at once."
+    """Momentum, orthogonalised, on AdamW's scale (Jordan et al. 2024; Liu et al. 2025, eq. 4):
+    `torch.optim.Muon`, same shapes at once."""
     most = dict(cuda=1<<27) # entries that go through the rounds together; 1<<24 elsewhere
     def __init__(self, params, lr:float=3e-3, weight_decay:float=0.1, momentum:float=0.95):
         super().__init__(params, dict(lr=lr, weight_decay=weight_decay, momentum=momentum))
-        self.ranks,shapes = Ranks.now,defaultdict(list)                         # several processes deal the matrices out
+        self.ranks,shapes = Ranks.now,defaultdict(list) # several processes deal the matrices out
         for g in self.param_groups:
             for p in g['params']: shapes[p.shape].append(p)
         self.owner = {p: i%self.ranks.size for ps in shapes.values() for i,p in enumerate(ps)}
@@ -56,44 +58,53 @@ class Muon(torch.optim.Optimizer):
 
     def move(self, ps, g, scale):
         "A step of matrices of one shape."
-        hands = [[p for p in ps if self.owner[p] == r] for r in range(self.ranks.size)]; mine = hands[self.ranks.rank]
+        hands = [[p for p in ps if self.owner[p] == r] for r in range(self.ranks.size)]
+        mine = hands[self.ranks.rank]
         steps = self.turned(mine, g) if mine else None
         if len(hands) > 1: ps,steps = sum(hands, []),self.of_all(steps, hands)
         torch._foreach_mul_(ps, 1-g['lr']*g['weight_decay'])
-        torch._foreach_add_(ps, steps.to(ps[0].dtype, memory_format=torch.contiguous_format).unbind(), alpha=-g['lr']*scale)
+        torch._foreach_add_(ps, steps.to(ps[0].dtype, memory_format=torch.contiguous_format)
+                            .unbind(), alpha=-g['lr']*scale)
 
-    def turned(self, ps, g)->Tensor: # (k,…) as the matrices are
-        "Their momentum, orthogonalised."
-        grads = [p.grad for p in ps]
-        for p in ps:
-            if not self.state[p]: self.state[p]['momentum_buffer'] = torch.zeros_like(p)
-        bufs = [self.state[p]['momentum_buffer'] for p in ps]
-        torch._foreach_lerp_(bufs, grads, 1-g['momentum'])
-        ahead = torch._foreach_lerp(grads, bufs, g['momentum'])                 # Nesterov
-        turn = lambda t: t.mT if ps[0].shape[0] > ps[0].shape[1] else t
-        return turn(orthogonalize(turn(torch.stack(ahead).bfloat16())))
+# %% ../../nbs/20_train.optim.ipynb #e17b5d5b
+@patch
+def turned(self:Muon, ps, g)->Tensor: # (k,…) as the matrices are
+    "Their momentum, orthogonalised."
+    grads = [p.grad for p in ps]
+    for p in ps:
+        if not self.state[p]: self.state[p]['momentum_buffer'] = torch.zeros_like(p)
+    bufs = [self.state[p]['momentum_buffer'] for p in ps]
+    torch._foreach_lerp_(bufs, grads, 1-g['momentum'])
+    ahead = torch._foreach_lerp(grads, bufs, g['momentum'])                 # Nesterov
+    turn = lambda t: t.mT if ps[0].shape[0] > ps[0].shape[1] else t
+    return turn(orthogonalize(turn(torch.stack(ahead).bfloat16())))
 
 # %% ../../nbs/20_train.optim.ipynb #d0a9c994
 @patch
 def of_all(self:Muon, mine:Tensor|None, hands:list)->Tensor: # one hand after the other
     "What each process has worked out for its matrices."
-    p,k = next(p for ps in hands for p in ps),max(map(len, hands)); buf = torch.zeros(k, *p.shape, dtype=torch.bfloat16, device=p.device)
+    p,k = next(p for ps in hands for p in ps),max(map(len, hands))
+    buf = torch.zeros(k, *p.shape, dtype=torch.bfloat16, device=p.device)
     if mine is not None: buf[:len(mine)] = mine
     return torch.cat([x[:len(ps)] for x,ps in zip(self.ranks.stack(buf), hands)])
 
+# %% ../../nbs/20_train.optim.ipynb #5664afd4
 @patch
 def state_dict(self:Muon)->dict:
     "As PyTorch's, whoever holds a part of it: all processes have to ask."
-    if self.ranks.size == 1 or not self.ranks.any(bool(self.state)): return torch.optim.Optimizer.state_dict(self)
+    if self.ranks.size == 1 or not self.ranks.any(bool(self.state)):
+        return torch.optim.Optimizer.state_dict(self)
     foreign = [p for p,r in self.owner.items() if r != self.ranks.rank]
     for p,r in self.owner.items():
         buf = self.state[p]['momentum_buffer'] if r == self.ranks.rank else torch.zeros_like(p)
         at = self.ranks.stack(buf.detach())[r]
-        if r != self.ranks.rank: self.state[p]['momentum_buffer'] = at.clone()  # not a view of all of them
+        # not a view of all of them
+        if r != self.ranks.rank: self.state[p]['momentum_buffer'] = at.clone()
     res = torch.optim.Optimizer.state_dict(self)
     for p in foreign: del self.state[p]
     return res
 
+# %% ../../nbs/20_train.optim.ipynb #94c317e0
 @patch
 def load_state_dict(self:Muon, state:dict):
     "As PyTorch's; what another process holds is left out."
@@ -104,7 +115,8 @@ def load_state_dict(self:Muon, state:dict):
 # %% ../../nbs/20_train.optim.ipynb #7c9420a3
 def muon_groups(
     model:nn.Module,
-)->list[list[nn.Parameter]]: # [matrices of the blocks, embedding and head, the rest]; frozen parameters are in none
+    # [matrices of the blocks, embedding and head, the rest]; frozen parameters are in none
+)->list[list[nn.Parameter]]:
     "Parameters for Muon, and those for AdamW with and without weight decay."
     ps,plain = [(n, p) for n,p in model.named_parameters() if p.requires_grad],not_decayed(model)
     kind = lambda n,p: 2 if id(p) in plain else 0 if p.ndim == 2 and '.layers.' in n else 1
@@ -130,9 +142,12 @@ class Together:
     def load_state_dict(self, sd:dict):
         groups,n = list(sd['param_groups']),0
         for o in self.opts:
-            mine,groups = groups[:len(o.param_groups)],groups[len(o.param_groups):]; end = n+sum(len(g['params']) for g in mine)
+            mine,groups = groups[:len(o.param_groups)],groups[len(o.param_groups):]
+            end = n+sum(len(g['params']) for g in mine)
             o.load_state_dict(dict(state={i-n: v for i,v in sd['state'].items() if n <= i < end},
-                                   param_groups=[{**g, 'params': [i-n for i in g['params']]} for g in mine])); n = end
+                                   param_groups=[{**g, 'params': [i-n for i in g['params']]}
+                                                 for g in mine]))
+            n = end
 
 # %% ../../nbs/20_train.optim.ipynb #7501ac41
 def muon(
@@ -150,7 +165,8 @@ def muon(
     if groups: parts.append(torch.optim.AdamW(groups, lr=lr, betas=betas, eps=eps, fused=True))
     return OptimWrapper(opt=Together(*parts))
 
-OPTIMS = dict(muon=(muon, muon_groups), adamw=(adamw, decay_groups)) # name -> optimiser and how it wants its parameters
+# name -> optimiser and how it wants its parameters
+OPTIMS = dict(muon=(muon, muon_groups), adamw=(adamw, decay_groups))
 
 # %% ../../nbs/20_train.optim.ipynb #1e9f7641
 @patch
@@ -159,17 +175,22 @@ def find_lr(self:LMLearner,
     hi:float=1., # last rate
     steps:int=100, # so many between them
 )->dict: # 'lr', the suggestion; 'lrs' and 'losses' to plot
-    "Suggest a learning rate by raising it until the loss explodes; leaves model, counts, data and generators as they were."
-    loader,rng,counts = self.dls.train.state_dict(),rng_state(),(self.opt_steps, self.tokens, self.path)
+    """Suggest a learning rate by raising it until the loss explodes; leaves model, counts, data
+    and generators as they were."""
+    loader,rng = self.dls.train.state_dict(), rng_state()
+    counts = (self.opt_steps, self.tokens, self.path)
     weights = {k: v.clone() for k,v in self.model.state_dict().items()}
-    held = [cb for cb in self.cbs if isinstance(cb, (Schedule, TrainLog, CSVLog, Bar, Evaluate, Samples, Checkpoint, GracefulStop))]
+    held = [cb for cb in self.cbs if isinstance(cb, (Schedule, TrainLog, CSVLog, Bar,
+                                                     Evaluate, Samples, Checkpoint, GracefulStop))]
     self.logger = lambda *_: None
     with tempfile.TemporaryDirectory() as d:
         self.path = Path(d)
-        with self.no_bar(), self.removed_cbs(held): s = self.lr_find(lo, hi, steps, show_plot=False, suggest_funcs=valley)
+        with self.no_bar(), self.removed_cbs(held):
+            s = self.lr_find(lo, hi, steps, show_plot=False, suggest_funcs=valley)
     self.opt_steps,self.tokens,self.path = counts; self.opt = None
     self.model.load_state_dict(weights); self.dls.train.load_state_dict(loader); set_rng_state(rng)
-    return dict(lr=s.valley, lrs=[float(x) for x in self.recorder.lrs], losses=[float(x) for x in self.recorder.losses])
+    return dict(lr=s.valley, lrs=[float(x) for x in self.recorder.lrs],
+                losses=[float(x) for x in self.recorder.losses])
 
 # %% ../../nbs/20_train.optim.ipynb #389d1da7
 class SpikeGuard(Callback):
@@ -181,12 +202,14 @@ class SpikeGuard(Callback):
     ): self.rise,self.window = rise,window
     def before_fit(self): self.losses,self.best,self.newest = [],math.inf,None
     def before_step(self):
-        was,self.newest = self.newest,Late(self.loss); late = bool(self.newest.there)                # on a card a step behind
+        was,self.newest = self.newest,Late(self.loss)
+        late = bool(self.newest.there) # on a card a step behind
         if late and not was: return
         self.losses.append((was if late else self.newest).item())
         if len(self.losses) < self.window: return
         last = self.losses[-self.window:]; now = median(last); self.best = min(self.best, now)
         if now > self.best+self.rise:
             k = next(i for i,l in enumerate(last) if l > self.best+self.rise)-self.window+1-late
-            raise Diverged(f'the loss rose from {self.best:.2f} to {now:.2f}: it began at step {self.opt_steps+1+k}, '
-                f'batch {self.iter+k} of epoch {self.epoch}: go on with slm resume RUN --lr LOWER')
+            raise Diverged(f'the loss rose from {self.best:.2f} to {now:.2f}: '
+                           f'it began at step {self.opt_steps+1+k}, batch {self.iter+k} '
+                           f'of epoch {self.epoch}: go on with slm resume RUN --lr LOWER')

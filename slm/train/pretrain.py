@@ -45,6 +45,7 @@ class TextConfig(StageConfig):
         "The model that is meant."
         return GPTConfig.preset(self.preset, **dict(vocab_size=vocab_size, mixer=self.mixer) | more | self.model)
 
+# %% ../../nbs/22_train.pretrain.ipynb #90dd53d6
 @dataclass(kw_only=True)
 class PretrainConfig(TextConfig):
     "What decides a pretraining."
@@ -60,31 +61,39 @@ def default_sizes(
     "What suits a width."
     if d <= 384: t,b = 256,4096 if d <= 256 else 8192
     else: t,b = (512, 32768) if d <= 640 else (1024, 131072)
-    return dict(seq_len=t, batch_tokens=b, at_once=8192 if d <= 640 else 16384, lr=round(5e-3*(256/d)**.5, 5))
+    return dict(seq_len=t, batch_tokens=b, at_once=8192 if d <= 640 else 16384,
+                lr=round(5e-3*(256/d)**.5, 5))
 
+# %% ../../nbs/22_train.pretrain.ipynb #521a07da
 def resolve(
     c:PretrainConfig, # as given
 )->PretrainConfig: # with every number but `steps` filled in
     "Choose what was left open."
     c = dataclasses.replace(c); m = c.sizes()
-    z = default_sizes(m.d_model); c.seq_len,c.batch_tokens,c.lr = (getattr(c, k) or z[k] for k in ('seq_len', 'batch_tokens', 'lr'))
+    z = default_sizes(m.d_model)
+    c.seq_len,c.batch_tokens,c.lr = (getattr(c, k) or z[k]
+                                     for k in ('seq_len', 'batch_tokens', 'lr'))
     n = Ranks.now.size; rows = max(1, min(c.batch_tokens, n*z['at_once'])//c.seq_len)
     c.micro_batch = c.micro_batch or max(n, rows-rows%n)
     if c.tokens: c.steps, c.tokens = max(1, round(c.tokens/c.batch_tokens)), None
     c.device = str(get_device(c.device))
     if c.dtype == 'auto': c.dtype = best_dtype(c.device)
     if c.compile is None and c.device.startswith('cuda') and m.mixer == 'attention':
-        if why := compile_fault(c.device): print(f'training without torch.compile, slower: {why}', file=sys.stderr)
+        if why := compile_fault(c.device):
+            print(f'training without torch.compile, slower: {why}', file=sys.stderr)
         c.compile = not why
     return c
 
+# %% ../../nbs/22_train.pretrain.ipynb #8b8093a5
 @functools.cache
 def compile_fault(
     device:str, # where a model would be compiled
 )->str|None:
-    "Why `torch.compile` does not work here (Triton wants a C compiler and Python's headers); None if it does. Tried once, some seconds."
+    """Why `torch.compile` does not work here (Triton wants a C compiler and Python's headers);
+    None if it does. Tried once, some seconds."""
     try: torch.compile(lambda x: x.sin()*2)(torch.zeros(4, device=device))
-    except Exception as e: return ' '.join(str(e).split())[:200] or type(e).__name__  # each version has its own errors
+    except Exception as e:
+        return ' '.join(str(e).split())[:200] or type(e).__name__  # each version has its own errors
 
 # %% ../../nbs/22_train.pretrain.ipynb #22aa0002
 def rows_that_fit(
@@ -99,7 +108,8 @@ def rows_that_fit(
     "As many rows of a step as go through at once, all batches alike."
     most = max(1, batch_tokens//seq_len)
     for k in range(1, most+1):
-        m = memory_estimate(cfg, -(-most//k), seq_len, dtype=dtype, device=device, accumulated=k > 1, frugal=frugal)
+        m = memory_estimate(cfg, -(-most//k), seq_len, dtype=dtype,
+                            device=device, accumulated=k > 1, frugal=frugal)
         if m['total'] <= memory: return -(-most//k)
     return 1
 
@@ -107,12 +117,15 @@ def rows_that_fit(
 def check_config(c:PretrainConfig):
     "Raise `SLMError` for what can be seen to be wrong before any work is done."
     given = [k for k in ('steps', 'tokens', 'minutes') if getattr(c, k) is not None]
-    if len(given) != 1: raise SLMError(f"give exactly one of --steps, --tokens and --minutes (got {' and '.join(given) or 'none'})")
+    if len(given) != 1:
+        raise SLMError("give exactly one of --steps, "
+                       f"--tokens and --minutes (got {' and '.join(given) or 'none'})")
     if c.batch_tokens and c.seq_len and c.batch_tokens < c.seq_len:
         raise SLMError(f'--batch-tokens must be at least --seq-len, not {c.batch_tokens}')
     m = c.sizes(); get_device(c.device)
     if c.compile and m.mixer != 'attention':
-        raise SLMError(f"--compile does not go with mixer '{m.mixer}': its loop over tokens would be unrolled")
+        raise SLMError(f"--compile does not go with mixer '{m.mixer}': "
+                       "its loop over tokens would be unrolled")
 
 # %% ../../nbs/22_train.pretrain.ipynb #5f44b356
 def prepare(
@@ -188,6 +201,7 @@ def build(self:PretrainStage)->GPT:
         model.model.constants(model.model.embed_tokens.weight.device); model.compile()
     return model
 
+# %% ../../nbs/22_train.pretrain.ipynb #75be0077
 @patch
 def loaders(self:PretrainStage):
     "Windows of the tape to train on, and fixed ones to validate on."
@@ -199,6 +213,7 @@ def accumulation(self:PretrainStage):
     "A step is so many batches as come nearest to the tokens that were asked for."
     n = round(self.step_tokens/(self.c.micro_batch*self.c.seq_len)); return TokenAccumulation(n_batches=n) if n > 1 else None
 
+# %% ../../nbs/22_train.pretrain.ipynb #d819a0f1
 @patch
 def steps_in(self:PretrainStage, minutes, learn):
     "Steps in so many minutes, validations included."
@@ -220,6 +235,7 @@ def prompts(self:PretrainStage):
     "Beginnings of held-out documents."
     return prompts_from(self.corpus)
 
+# %% ../../nbs/22_train.pretrain.ipynb #d391b9fb
 @patch
 def figures(self:PretrainStage, learn):
     "The loss over the whole validation split."

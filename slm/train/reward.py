@@ -30,14 +30,17 @@ from .sft import open_base
 from .stage import *
 
 # %% ../../nbs/27_train.reward.ipynb #44a01606
-HEADS = dict(llama='LlamaForSequenceClassification', qwen3='Qwen3ForSequenceClassification') # kind of body: transformers' class
+# kind of body: transformers' class
+HEADS = dict(llama='LlamaForSequenceClassification', qwen3='Qwen3ForSequenceClassification')
 
 class RewardModel(nn.Module):
-    "A GPT whose head gives one number: how good the answer is that a row ends with (Stiennon et al. 2020, §3.4)."
+    """A GPT whose head gives one number: how good the answer is
+    that a row ends with (Stiennon et al. 2020, §3.4)."""
     def __init__(self,
         cfg:GPTConfig, # sizes and switches of the body
     ):
-        super().__init__(); self.cfg,self.model,self.score = cfg,Backbone(cfg),nn.Linear(cfg.d_model, 1, bias=False)
+        super().__init__()
+        self.cfg,self.model,self.score = cfg,Backbone(cfg),nn.Linear(cfg.d_model, 1, bias=False)
         nn.init.normal_(self.score.weight, std=(cfg.d_model+1)**-.5)
     def num_params(self)->int: return sum(p.numel() for p in self.parameters())
     def forward(self,
@@ -48,13 +51,16 @@ class RewardModel(nn.Module):
         h = self.model(idx, None, seqlens)                                       # (b,t,d)
         return self.score(h[torch.arange(len(h), device=h.device), seqlens[:, 0]-1])[:, 0]
 
+# %% ../../nbs/27_train.reward.ipynb #cef3ac74
 @patch(cls_method=True)
 def on(cls:RewardModel,
     base:GPT, # its body is taken over, not copied
 )->RewardModel: # on its device
-    "A reward model with the body of a language model; raises `SLMError` for a body that transformers' classes do not have."
+    """A reward model with the body of a language model; raises `SLMError` for a body that
+    transformers' classes do not have."""
     kind = base.cfg.to_hf()['model_type']
-    if kind not in HEADS: raise SLMError(f"a reward model needs a body of Llama's or Qwen3's kind, not {kind}")
+    if kind not in HEADS:
+        raise SLMError(f"a reward model needs a body of Llama's or Qwen3's kind, not {kind}")
     res = cls(base.cfg); res.model = base.model; return res.to(next(base.parameters()).device)
 
 # %% ../../nbs/27_train.reward.ipynb #3be40bd9
@@ -65,22 +71,32 @@ def save_pretrained(self:RewardModel,
 ):
     "Write what `open_reward` and transformers' `AutoModelForSequenceClassification` open."
     folder,d = Path(folder),self.cfg.to_hf()
-    d |= dict(architectures=[HEADS[d['model_type']]], id2label={'0': 'reward'}, label2id={'reward': 0}, dtype='float32',
-              torch_dtype='float32', bos_token_id=tok.eot_id, eos_token_id=tok.eot_id, pad_token_id=tok.pad_id,
+    d |= dict(architectures=[HEADS[d['model_type']]], id2label={'0': 'reward'},
+              label2id={'reward': 0}, dtype='float32', torch_dtype='float32',
+              bos_token_id=tok.eot_id, eos_token_id=tok.eot_id, pad_token_id=tok.pad_id,
               tokenizer_fingerprint=tok.fingerprint)
     try:
-        with atomic_file(folder/'model.safetensors', 'wb') as f: write_safetensors(f, self.state_dict())
+        with atomic_file(folder/'model.safetensors', 'wb') as f:
+            write_safetensors(f, self.state_dict())
         tok.save(folder/'tokenizer.json'); write_json(folder/'config.json', d)
-    except OSError as e: raise SLMError(f"cannot write the model to '{folder}' ({e}): free some space, or choose another folder") from None
+    except OSError as e:
+        raise SLMError(f"cannot write the model to '{folder}' ({e}): "
+                       "free some space, or choose another folder") from None
 
+# %% ../../nbs/27_train.reward.ipynb #9d7b2217
 def open_reward(
     folder:str|Path, # a run of `reward_model`, or such a folder
     device:str='cpu',
 )->tuple[RewardModel,Tokenizer]: # in evaluation mode
-    "Open a reward model; raises `SLMError` when it is something else, or its tokenizer is not the one it was trained with."
-    folder = Path(folder); cfg,tensors = open_folder(folder); d = read_json(folder/'config.json'); tok = Tokenizer.load(folder)
+    """Open a reward model; raises `SLMError` when it is something else, or its tokenizer is not
+    the one it was trained with."""
+    folder = Path(folder)
+    cfg,tensors = open_folder(folder)
+    d = read_json(folder/'config.json'); tok = Tokenizer.load(folder)
     if not set(d.get('architectures') or []) & set(HEADS.values()):
-        raise SLMError(f"'{folder}' is no reward model ({', '.join(d.get('architectures') or ['unnamed'])}): train one with slm reward")
+        raise SLMError(f"'{folder}' is no reward "
+                       f"model ({', '.join(d.get('architectures') or ['unnamed'])}): "
+                       "train one with slm reward")
     check_tokenizer(cfg, tok, folder, d.get('tokenizer_fingerprint'))
     return build_model(RewardModel, cfg, tensors, folder, device), tok
 
@@ -89,18 +105,25 @@ def reward_loss(
     scores:Tensor, # (2b,) of b chosen answers, then of the b rejected ones
     center:float=0., # weight of the square of a pair's sum
 )->Tensor: # nats a pair
-    "How surprising the judge's choices are to the scores: -log σ(r_c - r_r), the mean over pairs (Ouyang et al. 2022, eq. 1)."
+    """How surprising the judge's choices are to the scores: -log σ(r_c - r_r), the mean over
+    pairs (Ouyang et al. 2022, eq. 1)."""
     c,r = scores.float().chunk(2)
     return -F.logsigmoid(c-r).mean() + (center*((c+r)**2).mean() if center else 0.)
 
 # %% ../../nbs/27_train.reward.ipynb #b33b7fb0
 class RewardLoader(PairLoader):
-    "Endless epochs of `(x, y, loss_mask, seqlens)` of shape (2b,t): whole rows, b with the chosen answers, then b with the rejected ones."
-    def at(self, epoch:int, pos:int)->tuple: # `loss_mask` is True on the last token of each row, `y` is `x`
+    """Endless epochs of `(x, y, loss_mask, seqlens)` of shape (2b,t): whole rows, b with the
+    chosen answers, then b with the rejected ones."""
+    def at(
+        self, epoch:int, pos:int,
+    )->tuple: # `loss_mask` is True on the last token of each row, `y` is `x`
         "The batch at any position."
-        now = self.mine(self.order(epoch)[pos*self.bs:(pos+1)*self.bs]); rows = [self.data.rows[i] for i in now]
-        return whole_rows([r.prompt+r.chosen for r in rows]+[r.prompt+r.rejected for r in rows], self.pad_id, self.device)
+        now = self.mine(self.order(epoch)[pos*self.bs:(pos+1)*self.bs])
+        rows = [self.data.rows[i] for i in now]
+        return whole_rows([r.prompt+r.chosen for r in rows]+[r.prompt+r.rejected for r in rows],
+                          self.pad_id, self.device)
 
+# %% ../../nbs/27_train.reward.ipynb #b4078e10
 def whole_rows(
     rows:list[list[int]], # token ids
     pad_id:int,
@@ -119,13 +142,15 @@ def score_rows(
     amp=contextlib.nullcontext, # autocast to compute in
 )->Tensor: # (n,)
     "Scores of rows, in batches of similar length."
-    was,device,res = model.training,next(model.parameters()).device,torch.zeros(len(rows)); model.eval()
+    was,device,res = model.training,next(model.parameters()).device,torch.zeros(len(rows))
+    model.eval()
     order = sorted(range(len(rows)), key=lambda i: len(rows[i]))
     for part in (order[i:i+32] for i in range(0, len(order), 32)):
         x,_,_,lens = whole_rows([rows[i] for i in part], 0, device)
         with amp(): res[part] = model(x, None, lens).float().cpu()
     model.train(was); return res
 
+# %% ../../nbs/27_train.reward.ipynb #ad0551c7
 def reward_accuracy(
     model:RewardModel,
     data:PairData, # held-out pairs
@@ -133,23 +158,30 @@ def reward_accuracy(
     n:int|None=None, # of the first so many pairs; of all if not given
 )->Metric:
     "How often the chosen answer has the higher score, with Wilson's interval; ties count half."
-    d = (lambda s: s[0::2]-s[1::2])(score_rows(model, [r.prompt+a for r in data.rows[:n] for a in (r.chosen, r.rejected)], amp))
+    d = (lambda s: s[0::2]-s[1::2])(score_rows(model, [r.prompt+a for r in data.rows[:n]
+                                                       for a in (r.chosen, r.rejected)], amp))
     return wilson(((d > 0).sum()+(d == 0).sum()/2).item(), len(d), 'of pairs')
 
+# %% ../../nbs/27_train.reward.ipynb #2369ed67
 class RewardLog(Callback):
-    "Learn to score: set the loss, log scores, margin and accuracy; every `every` steps the accuracy on (at most 200) held-out pairs."
+    """Learn to score: set the loss, log scores, margin and accuracy; every `every` steps the
+    accuracy on (at most 200) held-out pairs."""
     order = TrainLog.order+2
     columns = 'reward_chosen reward_rejected margin accuracy valid_accuracy'.split()
     def __init__(self, center:float=0., every:int=50): self.center,self.every = center,every
     def before_fit(self): self.seen = []; self.learn.loss_func = self.loss
-    def loss(self, scores, y, mask): self.seen.append(scores.detach().float().view(2, -1)); return reward_loss(scores, self.center)
+    def loss(self, scores, y, mask):
+        self.seen.append(scores.detach().float().view(2, -1))
+        return reward_loss(scores, self.center)
     def after_batch(self):
         if 'loss' not in (self.row or {}): return
         c,r = torch.cat(self.ranks.each(torch.cat(self.seen, 1).cpu()), 1); self.seen = []
         right = ((c > r).float()+(c == r).float()/2).mean()
-        self.learn.row.update(zip(self.columns, [v.item() for v in (c.mean(), r.mean(), (c-r).mean(), right)]))
+        self.learn.row.update(zip(self.columns,
+                                  [v.item() for v in (c.mean(), r.mean(), (c-r).mean(), right)]))
         if self.learn.due(self.every):
-            with self.learn.pause(): held = reward_accuracy(self.model, self.dls.valid.data, self.amp, 200)
+            with self.learn.pause():
+                held = reward_accuracy(self.model, self.dls.valid.data, self.amp, 200)
             self.learn.row['valid_accuracy'] = held.value
 
 # %% ../../nbs/27_train.reward.ipynb #932322b6
@@ -173,6 +205,7 @@ class RewardConfig(PairConfig):
     center:float = 0. # weight that holds the scores' mean near zero; 0.01 is usual
     allowed = PairConfig.allowed | dict(center=Span())
 
+# %% ../../nbs/27_train.reward.ipynb #cde85097
 class RewardStage(PairStage):
     "A model learns to score answers; the base gives it its body."
     name,Config,rates,columns = 'reward',RewardConfig,dict(adamw=2e-4, muon=1e-3),RewardLog.columns
@@ -183,6 +216,7 @@ class RewardStage(PairStage):
     def callbacks(self): return [RewardLog(self.c.center, interval(self.c.steps or 1000, self.c.evals))]
     def figures(self, learn): return dict(accuracy=reward_accuracy(learn.model, self.valid_pairs, learn.amp))
 
+# %% ../../nbs/27_train.reward.ipynb #7ab10434
 def reward_model(
     base:str|Path, # a run, a Hugging Face folder or hub id, or a .gguf file: the body, and the tokenizer
     data:str|Path='world', # pairs, as in `read_preferences`
@@ -200,18 +234,23 @@ def judge_reward(
 )->Callable: # called with prompts and answers, gives 1 for each answer that passes, else 0
     "The world's judge as a reward."
     by,world = {t.prompt: t for t in tasks},world or World()
-    def judge(prompts, answers): return [float(world.judge(by[p[-1]['content']], a).passed) for p,a in zip(prompts, answers)]
+    def judge(prompts, answers):
+        return [float(world.judge(by[p[-1]['content']], a).passed) for p,a in zip(prompts, answers)]
     return judge
 
+# %% ../../nbs/27_train.reward.ipynb #39a19f59
 def as_reward(
-    spec:str|Path|Callable, # a run of `reward_model`, 'judge', 'module:function', or the function itself
+    # a run of `reward_model`, 'judge', 'module:function', or the function itself
+    spec:str|Path|Callable,
     tasks:list[Task]|None=None, # what 'judge' can judge
     device:str='cpu', # for a reward model
 )->Callable: # called with prompts (lists of messages) and answers, gives a number for each
     "What a name of a reward means; raises `SLMError` when it means nothing."
     if callable(spec): return spec
     if spec == 'judge':
-        if tasks is None: raise SLMError("the reward 'judge' knows only questions of the world: use --data world, or another reward")
+        if tasks is None:
+            raise SLMError("the reward 'judge' knows only questions of the world: "
+                           "use --data world, or another reward")
         return judge_reward(tasks)
     if Path(spec).is_dir():
         rm,tok = open_reward(spec, device)
@@ -223,7 +262,8 @@ def as_reward(
 def _import(spec):
     "The function that 'module:function' names; the current folder is looked into first"
     module,_,name = spec.partition(':')
-    if not name: raise SLMError(f"no reward '{spec}': give a run of slm reward, judge, or module:function")
+    if not name:
+        raise SLMError(f"no reward '{spec}': give a run of slm reward, judge, or module:function")
     sys.path.insert(0, os.getcwd())
     try: f = getattr(sys.modules.get(module) or importlib.import_module(module), name)
     except (ImportError, AttributeError, ValueError) as e:
@@ -232,19 +272,24 @@ def _import(spec):
     if not callable(f): raise SLMError(f"the reward '{spec}' is no function")
     return f
 
+# %% ../../nbs/27_train.reward.ipynb #edcc0132
 def rewarded(
     reward:Callable,
     prompts:list[list[dict]], # messages
     answers:list[str],
 )->Tensor: # (n,), float32
-    "Call a reward and check what it gives; raises `SLMError` that names it when that is not one finite number an answer."
+    """Call a reward and check what it gives; raises `SLMError` that names it when that is not
+    one finite number an answer."""
     name,res = getattr(reward, '__name__', type(reward).__name__),reward(prompts, answers)
     try: res = [float(r) for r in res]
-    except (TypeError, ValueError) as e: raise SLMError(f"the reward '{name}' must return a list of numbers ({e})") from None
+    except (TypeError, ValueError) as e:
+        raise SLMError(f"the reward '{name}' must return a list of numbers ({e})") from None
     if len(res) != len(answers):
-        raise SLMError(f"the reward '{name}' returned {len(res)} numbers for {len(answers)} answers: it must return one each")
+        raise SLMError(f"the reward '{name}' returned {len(res)} "
+                       f"numbers for {len(answers)} answers: it must return one each")
     if bad := [(r, a) for r,a in zip(res, answers) if not math.isfinite(r)]:
-        raise SLMError(f"the reward '{name}' returned {bad[0][0]} for the answer {bad[0][1][:40]!r}: it must be finite")
+        raise SLMError(f"the reward '{name}' returned {bad[0][0]} "
+                       f"for the answer {bad[0][1][:40]!r}: it must be finite")
     return torch.tensor(res)
 
 # %% ../../nbs/27_train.reward.ipynb #ee04b280
@@ -259,6 +304,7 @@ class Candidates:
         "The answers to keep."
         return [a[i] for a,i in zip(self.answers, self.rewards[:, :n].argmax(1).tolist())]
 
+# %% ../../nbs/27_train.reward.ipynb #617a5c0d
 def best_of_n(
     model:GPT, tok:Tokenizer,
     prompts:list[list[dict]], # messages
@@ -269,12 +315,15 @@ def best_of_n(
 )->Candidates:
     "Answer each prompt `n` times and reward the answers; `best` picks."
     ids = [tok.chat(p, add_generation_prompt=True)[0] for p in prompts]
-    texts = [g.text.strip() for g in sample_answers(model, tok, [i for i in ids for _ in range(n)], max_new_tokens, seed)]
+    texts = [g.text.strip() for g in sample_answers(model, tok, [i for i in ids for _ in range(n)],
+                                                    max_new_tokens, seed)]
     r = rewarded(reward, [p for p in prompts for _ in range(n)], texts)
     return Candidates([texts[i:i+n] for i in range(0, len(texts), n)], r.view(len(prompts), n))
 
+# %% ../../nbs/27_train.reward.ipynb #f146f4a3
 def best_of_n_kl(n:int)->float: # nats an answer
-    "How far at most the best of `n` answers are from the model that gives them (Beirami et al. 2024)."
+    """How far at most the best of `n` answers are from the
+    model that gives them (Beirami et al. 2024)."""
     return math.log(n)-(n-1)/n
 
 # %% ../../nbs/27_train.reward.ipynb #27c0de01

@@ -32,7 +32,8 @@ from .stage import *
 def group_advantages(
     rewards:Tensor, # (prompts,k) of the k answers to each prompt
 )->Tensor: # (prompts,k)
-    "How much better an answer is than its group, in standard deviations (Shao et al. 2024, §4.1.2)."
+    """How much better an answer is than its group, in
+    standard deviations (Shao et al. 2024, §4.1.2)."""
     return (rewards-rewards.mean(1, keepdim=True))/(rewards.std(1, keepdim=True)+1e-4)
 
 # %% ../../nbs/28_train.rlhf.ipynb #6000e8ca
@@ -43,8 +44,10 @@ def grpo_loss(
     advantages:Tensor, # (n,) of each token's answer
     beta:float=.04, # what distance from the reference costs
     epsilon:float=.2, # how far the ratio may go
-)->tuple[Tensor,Tensor,Tensor]: # loss; estimated KL, nats a token; share of tokens that were clipped
-    "Raise what was better than its group, lower what was worse (Shao et al. 2024, eq. 3 and 4; mean over tokens: Yu et al. 2025, §3.3)."
+    # loss; estimated KL, nats a token; share of tokens that were clipped
+)->tuple[Tensor,Tensor,Tensor]:
+    """Raise what was better than its group, lower what was worse (Shao et al. 2024, eq. 3 and 4;
+    mean over tokens: Yu et al. 2025, §3.3)."""
     ratio = (logps-old).exp(); d = ref-logps; kl = d.exp()-d-1
     gain = torch.min(ratio*advantages, ratio.clamp(1-epsilon, 1+epsilon)*advantages)
     clipped = ((ratio < 1-epsilon) & (advantages < 0)) | ((ratio > 1+epsilon) & (advantages > 0))
@@ -61,11 +64,17 @@ class Prompts:
     rejects:list[tuple[str,str]] = field(default_factory=list) # where, and why
     tasks:list[Task]|None = None # of the world's questions
     @property
-    def fingerprint(self)->str: return hashlib.blake2b(json.dumps(self.chats).encode(), digest_size=8).hexdigest()
-    def __repr__(self): return f'Prompts({self.name!r}: {len(self.chats):,} prompts, {len(self.rejects):,} left out)'
+    def fingerprint(self)->str:
+        return hashlib.blake2b(json.dumps(self.chats).encode(), digest_size=8).hexdigest()
+    def __repr__(self):
+        return (f'Prompts({self.name!r}: {len(self.chats):,} prompts, '
+                f'{len(self.rejects):,} left out)')
 
+# %% ../../nbs/28_train.rlhf.ipynb #4e305a43
 def read_prompts(
-    source:str|Path, # world[:DIAL], a file or data set of conversations, pairs or prompts, or an annotation store (.db)
+    # world[:DIAL], a file or data set of conversations, pairs
+    # or prompts, or an annotation store (.db)
+    source:str|Path,
     tok:Tokenizer,
     room:int, # longest prompt in tokens
     strict:bool=False, # is a row that cannot be used an error?
@@ -76,16 +85,22 @@ def read_prompts(
     for at,row in rows:
         try:
             if isinstance(row, str): raise ValueError(row)
-            chat = to_messages(row)[:-1] if 'messages' in row or 'conversations' in row else prompt_of(row)
+            chat = (to_messages(row)[:-1] if 'messages' in row or 'conversations' in row
+                    else prompt_of(row))
             n = len(tok.chat(chat, add_generation_prompt=True)[0])
-            if n > room: raise ValueError(f'a prompt of {n} tokens: the context leaves room for {room} beside an answer')
+            if n > room:
+                raise ValueError(f'a prompt of {n} tokens: '
+                                 f'the context leaves room for {room} beside an answer')
             if (key := json.dumps(chat)) not in known: known.add(key); res.chats.append(chat)
         except (ValueError, SLMError) as e:
-            if strict: raise SLMError(f"'{source}' {at}: {e}: correct this row, or leave --strict out") from None
+            if strict:
+                raise SLMError(f"'{source}' {at}: {e}: correct this row, "
+                               "or leave --strict out") from None
             res.rejects.append((at, str(e)))
     if len(res.chats) > 1: return res
     why = f' ({": ".join(res.rejects[0])})' if res.rejects else ''
-    raise SLMError(f"'{source}' holds {len(res.chats)} usable prompts{why}: at least two are needed, to learn from and to measure on")
+    raise SLMError(f"'{source}' holds {len(res.chats)} usable prompts{why}: "
+                   "at least two are needed, to learn from and to measure on")
 
 # %% ../../nbs/28_train.rlhf.ipynb #d4b53660
 def _asked(source, n):
@@ -99,6 +114,7 @@ def _asked(source, n):
         return [(f'pair {i}', dict(prompt=p.prompt)) for i,p in enumerate(read_preferences(source, max_rows=n).pairs, 1)], None
     return (r for i,r in enumerate(read_rows(source)) if n is None or i < n), None
 
+# %% ../../nbs/28_train.rlhf.ipynb #6f938388
 def split_prompts(
     chats:list[list[dict]],
     valid:float=.1, # share
@@ -112,23 +128,29 @@ def split_prompts(
 @dataclass(eq=False)
 class Rollout:
     "Answers of the model to some prompts, and what is needed to learn from them."
-    rows:list[tuple[list[int],list[int]]] # token ids of prompt and answer, k answers to a prompt behind each other
+    # token ids of prompt and answer, k answers to a prompt behind each other
+    rows:list[tuple[list[int],list[int]]]
     rewards:Tensor # (prompts,k)
     ref:list[Tensor] # for each row, log-probabilities of its answer's tokens under the reference
-    old:list[Tensor|None] = None # the same under the model that gave it, known once the model has seen it
+    # the same under the model that gave it, known once the model has seen it
+    old:list[Tensor|None] = None
     def __post_init__(self): self.old = self.old or [None]*len(self.rows)
     @property
     def advantages(self)->Tensor: return group_advantages(self.rewards).flatten() # (prompts·k,)
     @property
-    def flat(self)->Tensor: return (self.rewards.amax(1) == self.rewards.amin(1)).float() # (prompts,) 1 where all rewards are equal
+    # (prompts,) 1 where all rewards are equal
+    def flat(self)->Tensor: return (self.rewards.amax(1) == self.rewards.amin(1)).float()
     def to_json(self)->dict:
         lists = lambda ts: [None if t is None else t.tolist() for t in ts]
-        return dict(rows=self.rows, rewards=self.rewards.tolist(), ref=lists(self.ref), old=lists(self.old))
+        return dict(rows=self.rows, rewards=self.rewards.tolist(),
+                    ref=lists(self.ref), old=lists(self.old))
     @classmethod
     def from_json(cls, d:dict)->'Rollout':
         t = lambda x: None if x is None else torch.tensor(x)
-        return cls([tuple(r) for r in d['rows']], t(d['rewards']), list(map(t, d['ref'])), list(map(t, d['old'])))
+        return cls([tuple(r) for r in d['rows']], t(d['rewards']),
+                   list(map(t, d['ref'])), list(map(t, d['old'])))
 
+# %% ../../nbs/28_train.rlhf.ipynb #5c15cc85
 def token_logps(
     model:GPT, # in evaluation mode
     rows:list[tuple[list[int],list[int]]], # token ids of prompt and answer
@@ -140,13 +162,16 @@ def token_logps(
         return -F.cross_entropy(z.float(), y[mask], reduction='none')
     return over_answers(f, rows, model)
 
+# %% ../../nbs/28_train.rlhf.ipynb #45f863a9
 def answer_rows(prompts:list[list[int]], gens:list)->list[tuple[list[int],list[int]]]:
-    "Token ids of prompts and sampled answers, with the mark that ended an answer if it came to its end."
+    """Token ids of prompts and sampled answers, with the mark
+    that ended an answer if it came to its end."""
     return [(p, g.ids+[g.stop]*(g.finish_reason == 'stop')) for p,g in zip(prompts, gens)]
 
 # %% ../../nbs/28_train.rlhf.ipynb #0d2dd054
 class RolloutLoader(LMDataLoader):
-    "Endless epochs over prompts; batches `(x, y, loss_mask, None)` are the model's own answers, made when they are asked for."
+    """Endless epochs over prompts; batches `(x, y, loss_mask, None)` are the model's own
+    answers, made when they are asked for."""
     def __init__(self,
         model:GPT, # gives the answers, as it is when it is asked
         tok:Tokenizer,
@@ -164,47 +189,69 @@ class RolloutLoader(LMDataLoader):
     ):
         super().__init__(chats, micro or bs, 0, seed, device, pad_id=tok.pad_id)
         self.ids = [tok.chat(c, add_generation_prompt=True)[0] for c in chats]
-        self.model,self.tok,self.reward,self.ref,self.k,self.step,self.amp = model,tok,reward,ref,group,bs,amp
-        self.iterations,self.max_new_tokens,self.key,self.rollout = iterations,max_new_tokens,None,None
+        self.model,self.tok,self.reward,self.ref,self.k = model,tok,reward,ref,group
+        self.step,self.amp = bs,amp
+        self.iterations,self.max_new_tokens = iterations,max_new_tokens
+        self.key,self.rollout = None,None
     @property
     def uses(self)->int: return self.iterations*self.step//self.bs # batches that a rollout serves
     def __len__(self): return len(self.data)//self.step*self.uses
-    def at(self, epoch:int, pos:int)->tuple:
-        "The batch at any position; `now` are its rows' numbers in the rollout."
-        if self.key != (key := (epoch, pos//self.uses)): self.rollout,self.key = self.roll(*key),key
-        a = pos%(self.step//self.bs)*self.bs*self.k; self.now = self.mine(range(a, a+self.bs*self.k))
-        return pad_rows([self.rollout.rows[i] for i in self.now], self.pad_id, self.device)
-    def roll(self, epoch:int, number:int)->Rollout:
-        "Let the model answer the next prompts."
-        order = np.random.default_rng([self.seed, epoch]).permutation(len(self.data))[number*self.step:(number+1)*self.step]
-        some = [i for i in order.tolist() for _ in range(self.k)]; prompts = [self.ids[i] for i in some]
-        mine = self.mine(range(len(some))); part = slice(mine.start, mine.stop); chats = [self.data[i] for i in some[part]]
-        gens = sample_answers(self.model, self.tok, prompts, self.max_new_tokens, [self.seed, epoch, number], part)
-        rows = answer_rows(prompts[part], gens); rewards = rewarded(self.reward, chats, [g.text.strip() for g in gens])
-        rows,rewards,ref = zip(*Ranks.now.each((rows, rewards, token_logps(self.ref, rows, self.amp))))      # every process has all of it
-        return Rollout(sum(rows, []), torch.cat(rewards).view(-1, self.k), sum(ref, []))
+
+# %% ../../nbs/28_train.rlhf.ipynb #c105cd9f
+@patch
+def at(self:RolloutLoader, epoch:int, pos:int)->tuple:
+    "The batch at any position; `now` are its rows' numbers in the rollout."
+    if self.key != (key := (epoch, pos//self.uses)): self.rollout,self.key = self.roll(*key),key
+    a = pos%(self.step//self.bs)*self.bs*self.k
+    self.now = self.mine(range(a, a+self.bs*self.k))
+    return pad_rows([self.rollout.rows[i] for i in self.now], self.pad_id, self.device)
+
+# %% ../../nbs/28_train.rlhf.ipynb #da45f9fe
+@patch
+def roll(self:RolloutLoader, epoch:int, number:int)->Rollout:
+    "Let the model answer the next prompts."
+    order = (np.random.default_rng([self.seed, epoch])
+             .permutation(len(self.data))[number*self.step:(number+1)*self.step])
+    some = [i for i in order.tolist() for _ in range(self.k)]
+    prompts = [self.ids[i] for i in some]
+    mine = self.mine(range(len(some)))
+    part = slice(mine.start, mine.stop)
+    chats = [self.data[i] for i in some[part]]
+    gens = sample_answers(self.model, self.tok, prompts, self.max_new_tokens,
+                          [self.seed, epoch, number], part)
+    rows = answer_rows(prompts[part], gens)
+    rewards = rewarded(self.reward, chats, [g.text.strip() for g in gens])
+    # every process has all of it
+    rows,rewards,ref = zip(*Ranks.now.each((rows, rewards,
+                                            token_logps(self.ref, rows, self.amp))))
+    return Rollout(sum(rows, []), torch.cat(rewards).view(-1, self.k), sum(ref, []))
 
 # %% ../../nbs/28_train.rlhf.ipynb #4e411b99
 @patch
 def state_dict(self:RolloutLoader)->dict: # JSON-ready
     "The position, what must be equal for it to mean the same, and the rollout that is in use."
     used = self.rollout is not None and self.pos%self.uses
-    if used:                                                                     # each process knows its own rows' old log-probabilities
-        for part in Ranks.now.each(self.rollout.old): self.rollout.old = [a if b is None else b for a,b in zip(self.rollout.old, part)]
-    return dict(epoch=self.epoch, pos=self.pos, seed=self.seed, bs=self.bs, seq_len=self.k, n_tokens=len(self.data),
-                rollout=self.rollout.to_json() if used else None)
+    if used: # each process knows its own rows' old log-probabilities
+        for part in Ranks.now.each(self.rollout.old):
+            self.rollout.old = [a if b is None else b for a,b in zip(self.rollout.old, part)]
+    return dict(epoch=self.epoch, pos=self.pos, seed=self.seed, bs=self.bs, seq_len=self.k,
+                n_tokens=len(self.data), rollout=self.rollout.to_json() if used else None)
 
+# %% ../../nbs/28_train.rlhf.ipynb #285c756e
 @patch
 def load_state_dict(self:RolloutLoader,
     state:dict, # what `state_dict` returned
 ):
-    "Go to a position; raises `SLMError` when this loader would deal other batches than the one that was there."
+    """Go to a position; raises `SLMError` when this loader would
+    deal other batches than the one that was there."""
     LMDataLoader.load_state_dict(self, state); kept = state['rollout']
-    self.rollout = kept and Rollout.from_json(kept); self.key = kept and (self.epoch, self.pos//self.uses)
+    self.rollout = kept and Rollout.from_json(kept)
+    self.key = kept and (self.epoch, self.pos//self.uses)
 
 # %% ../../nbs/28_train.rlhf.ipynb #385d83fd
 class GRPO(Callback):
-    "Learn from the rewards of the model's own answers: the loss is `grpo_loss`, the training loader is a `RolloutLoader`."
+    """Learn from the rewards of the model's own answers: the loss is `grpo_loss`, the training
+    loader is a `RolloutLoader`."""
     order = TrainLog.order+2
     columns = 'reward reward_std flat kl_token clipped entropy len_answer'.split()
     def __init__(self,
@@ -219,18 +266,24 @@ class GRPO(Callback):
         z,roll,now = logits[0][mask[self.keep]].float(),self.dl.rollout,self.dl.now
         logps = -F.cross_entropy(z, y[mask], reduction='none')                   # (n,)
         lens = [len(roll.rows[i][1]) for i in now]; cat = lambda ts: torch.cat(ts).to(z.device)
-        for i,l in zip(now, logps.detach().cpu().split(lens)): roll.old[i] = l if roll.old[i] is None else roll.old[i]
+        for i,l in zip(now, logps.detach().cpu().split(lens)):
+            roll.old[i] = l if roll.old[i] is None else roll.old[i]
         a = roll.advantages[list(now)].repeat_interleave(torch.tensor(lens)).to(z.device)
-        loss,kl,clipped = grpo_loss(logps, cat([roll.old[i] for i in now]), cat([roll.ref[i] for i in now]), a, **self.kw)
+        loss,kl,clipped = grpo_loss(logps, cat([roll.old[i] for i in now]),
+                                    cat([roll.ref[i] for i in now]), a, **self.kw)
         with torch.no_grad(): lp = z.log_softmax(-1); entropy = -(lp.exp()*lp).sum(-1).mean()
-        self.seen.append(len(a)*torch.stack([torch.ones_like(kl), kl, clipped, entropy])); self.rolls += [roll]*(roll not in self.rolls)
+        self.seen.append(len(a)*torch.stack([torch.ones_like(kl), kl, clipped, entropy]))
+        self.rolls += [roll]*(roll not in self.rolls)
         return loss
     def after_batch(self):
         if 'loss' not in (self.row or {}): return
-        n,*sums = sum(self.ranks.each(torch.stack(self.seen).sum(0).cpu())).tolist(); kl,clipped,entropy = (s/n for s in sums)
-        r,flat = torch.cat([x.rewards for x in self.rolls]),torch.cat([x.flat for x in self.rolls]).mean().item()
+        n,*sums = sum(self.ranks.each(torch.stack(self.seen).sum(0).cpu())).tolist()
+        kl,clipped,entropy = (s/n for s in sums)
+        r = torch.cat([x.rewards for x in self.rolls])
+        flat = torch.cat([x.flat for x in self.rolls]).mean().item()
         lens = [len(a) for x in self.rolls for _,a in x.rows]; self.seen,self.rolls = [],[]
-        self.learn.row.update(zip(self.columns, (r.mean().item(), r.std().item(), flat, kl, clipped, entropy, sum(lens)/len(lens))))
+        self.learn.row.update(zip(self.columns, (r.mean().item(), r.std().item(),
+                                                 flat, kl, clipped, entropy, sum(lens)/len(lens))))
 
 # %% ../../nbs/28_train.rlhf.ipynb #9a1dffdf
 @torch.no_grad()
@@ -242,19 +295,25 @@ def measure_policy(
     max_new_tokens:int=64, # longest answer
     seed:int=0,
 )->dict[str,Metric]: # 'valid_reward', 'valid_judge', 'kl' (nats an answer), 'answer_tokens'
-    "What sampled answers earn, and how far the model is from the reference, with bootstrap intervals."
+    """What sampled answers earn, and how far the model is
+    from the reference, with bootstrap intervals."""
     was = model.training; model.eval()
-    ids = [tok.chat(c, add_generation_prompt=True)[0] for c in chats]; gens = sample_answers(model, tok, ids, max_new_tokens, seed)
+    ids = [tok.chat(c, add_generation_prompt=True)[0] for c in chats]
+    gens = sample_answers(model, tok, ids, max_new_tokens, seed)
     texts,rows = [g.text.strip() for g in gens],answer_rows(ids, gens)
     def f(x, y, mask):
-        p,q = (m(x, None, None, None, mask)[0].float().log_softmax(-1) for m in (model, ref)) # (n,v)
+        # (n,v)
+        p,q = (m(x, None, None, None, mask)[0].float().log_softmax(-1) for m in (model, ref))
         return (p.exp()*(p-q)).sum(-1)
     kl = [k.sum().item() for k in over_answers(f, rows, model)]; model.train(was)
     res = dict(valid_reward=bootstrap_ratio(rewarded(reward, chats, texts).tolist(), unit='reward'))
-    if judge: res['valid_judge'] = bootstrap_ratio(rewarded(judge, chats, texts).tolist(), unit='judge')
+    if judge:
+        res['valid_judge'] = bootstrap_ratio(rewarded(judge, chats, texts).tolist(), unit='judge')
     lens = [len(a) for _,a in rows]
-    return res | dict(kl=bootstrap_ratio(kl, unit='nats/answer'), answer_tokens=bootstrap_ratio(lens, unit='tokens/answer'))
+    return res | dict(kl=bootstrap_ratio(kl, unit='nats/answer'),
+                      answer_tokens=bootstrap_ratio(lens, unit='tokens/answer'))
 
+# %% ../../nbs/28_train.rlhf.ipynb #b10af2d7
 class PolicyEval(Callback):
     "Every `every` steps, and at the beginning, put the figures of `measure_policy` into the row."
     order,run_valid,first_only = Evaluate.order+2,False,True
@@ -276,25 +335,29 @@ def rlhf_doctor(
 )->list[str]: # complaints with remedies; empty if nothing is wrong
     "Say what is wrong with a training by reward."
     import pandas as pd
-    df = log if isinstance(log, pd.DataFrame) else pd.read_csv(log/'log.csv' if isinstance(log, RunDir) else log)
+    df = (log if isinstance(log, pd.DataFrame)
+          else pd.read_csv(log/'log.csv' if isinstance(log, RunDir) else log))
     rows = df[df.reward.notna()]
     if (bad := ~np.isfinite(rows.loss.astype(float))).any():
-        return [f'NaN: the loss is not a number from step {rows.step[bad].iloc[0]} on: start again with a lower learning rate']
+        return [f'NaN: the loss is not a number from step {rows.step[bad].iloc[0]} on: '
+                'start again with a lower learning rate']
     end,res = rows.tail(max(1, len(rows)//4)),[]
-    if (flat := end.flat.mean()) > .8: res.append(
-        f'no spread: in {flat:.0%} of the groups all answers earn the same, and nothing is learned from them: '
-        'use harder prompts, a finer reward, or a larger --group')
+    if (flat := end.flat.mean()) > .8:
+        res.append(f'no spread: in {flat:.0%} of the groups all answers earn the same, and nothing '
+                   'is learned from them: use harder prompts, a finer reward, or a larger --group')
     if 'valid_reward' not in df: return res
     seen = df[df.valid_reward.notna()]; first,last = seen.iloc[0],seen.iloc[-1]
     if 'valid_judge' in seen and seen.valid_judge.notna().any():
         best = seen.loc[seen.valid_judge.idxmax()]
-        if last.valid_reward > best.valid_reward and last.valid_judge < best.valid_judge-best.judge_noise: res.append(
-            f'over-optimised: since step {best.step:.0f} the reward rose from {best.valid_reward:.3g} to {last.valid_reward:.3g}, and '
-            f'the judge fell from {best.valid_judge:.3g} to {last.valid_judge:.3g}: stop there, raise --beta, or '
-            'train the reward model on such answers')
-    if not 2/3 < last.answer_tokens/max(1, first.answer_tokens) < 1.5: res.append(
-        f'length drift: answers went from {first.answer_tokens:.0f} to {last.answer_tokens:.0f} tokens: look at them, '
-        'the reward may pay for length')
+        if (last.valid_reward > best.valid_reward
+            and last.valid_judge < best.valid_judge-best.judge_noise):
+            res.append(f'over-optimised: since step {best.step:.0f} '
+                       f'the reward rose from {best.valid_reward:.3g} to {last.valid_reward:.3g}, '
+                       f'and the judge fell from {best.valid_judge:.3g} to {last.valid_judge:.3g}: '
+                       'stop there, raise --beta, or train the reward model on such answers')
+    if not 2/3 < last.answer_tokens/max(1, first.answer_tokens) < 1.5:
+        res.append(f'length drift: answers went from {first.answer_tokens:.0f} to '
+                   f'{last.answer_tokens:.0f} tokens: look at them, the reward may pay for length')
     return res
 
 # %% ../../nbs/28_train.rlhf.ipynb #8b20ea04
@@ -368,6 +431,7 @@ def about(self:GRPOStage):
 @patch
 def rows(self:GRPOStage): return len(self.train_chats)*self.c.iterations
 
+# %% ../../nbs/28_train.rlhf.ipynb #2adfd20c
 @patch
 def loaders(self:GRPOStage):
     "The loader that lets the model answer."
@@ -384,6 +448,7 @@ def watch(self:GRPOStage): return [PolicyEval(interval(self.c.steps, self.c.eval
 @patch
 def prompts(self:GRPOStage): return self.valid_chats[:3]
 
+# %% ../../nbs/28_train.rlhf.ipynb #df078c5b
 @patch
 def begin(self:GRPOStage):
     "What the base earns."

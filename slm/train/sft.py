@@ -35,24 +35,30 @@ from .optim import OPTIMS
 from .stage import *
 
 # %% ../../nbs/23_train.sft.ipynb #bfe239a7
-ROLES = dict(system='system', user='user', human='user', assistant='assistant', gpt='assistant', model='assistant', bot='assistant')
+ROLES = dict(system='system', user='user', human='user', assistant='assistant',
+             gpt='assistant', model='assistant', bot='assistant')
 
 def to_turns(
     turns:list[dict], # messages with 'role' and 'content', or 'from' and 'value'
     where:str, # the name of the column
 )->list[dict]: # each with 'role' and 'content'
     "Messages in our words; raises `ValueError` that says what is wrong with them."
-    if not isinstance(turns, list) or not turns: raise ValueError(f"'{where}' must be a list of messages")
+    if not isinstance(turns, list) or not turns:
+        raise ValueError(f"'{where}' must be a list of messages")
     res = []
     for i,t in enumerate(turns, 1):
         t = t if isinstance(t, dict) else {}
-        role,content = ('from', 'value') if t.get('content') is None and t.get('value') is not None else ('role', 'content')
-        if not isinstance(t.get(content), str): raise ValueError(f"message {i} has no text in '{content}'")
+        role,content = (('from', 'value') if t.get('content') is None
+                        and t.get('value') is not None else ('role', 'content'))
+        if not isinstance(t.get(content), str):
+            raise ValueError(f"message {i} has no text in '{content}'")
         if not (isinstance(t.get(role), str) and t[role] in ROLES):
-            raise ValueError(f"message {i} has the role {t.get(role)!r}: use one of {', '.join(ROLES)}")
+            raise ValueError(f"message {i} has the role {t.get(role)!r}: "
+                             f"use one of {', '.join(ROLES)}")
         res.append(dict(role=ROLES[t[role]], content=t[content]))
     return res
 
+# %% ../../nbs/23_train.sft.ipynb #54f033ff
 def system_turns(row:dict)->list[dict]: # no message, or one
     "What stands in the column 'system'; raises `ValueError` when it is no text."
     if not (s := row.get('system')): return []
@@ -62,6 +68,7 @@ def system_turns(row:dict)->list[dict]: # no message, or one
 # %% ../../nbs/23_train.sft.ipynb #bfe239a8
 def _as_turns(x, role): return x if isinstance(x, list) else [dict(role=role, content=x)]
 
+# %% ../../nbs/23_train.sft.ipynb #0d745bb3
 def to_messages(
     row:dict, # in one of the four shapes; 'system' may stand beside the last three
 )->list[dict]: # each with 'role' and 'content'; the last one is the assistant's
@@ -71,30 +78,41 @@ def to_messages(
     if 'messages' in row: res = to_turns(row['messages'], 'messages')
     elif 'conversations' in row: res = system + to_turns(row['conversations'], 'conversations')
     elif 'prompt' in row and 'completion' in row:
-        res = system + to_turns(_as_turns(row['prompt'], 'user')+_as_turns(row['completion'], 'assistant'), 'prompt')
+        res = system + to_turns(_as_turns(row['prompt'], 'user')+_as_turns(row['completion'],
+                                                                           'assistant'), 'prompt')
     elif 'instruction' in row and 'output' in row:
-        ask = '\n\n'.join(s for s in (row['instruction'], row.get('input')) if s) if isinstance(row['instruction'], str) else None
-        res = system + to_turns([dict(role='user', content=ask), dict(role='assistant', content=row['output'])], 'output')
-    else: raise ValueError(f"it has {', '.join(map(str, list(row)[:6])) or 'no keys'}: "
-                           'expected messages, conversations, prompt and completion, or instruction and output')
+        ask = '\n\n'.join(s for s in (row['instruction'], row.get('input'))
+                          if s) if isinstance(row['instruction'], str) else None
+        res = system + to_turns([dict(role='user', content=ask),
+                                 dict(role='assistant', content=row['output'])], 'output')
+    else:
+        raise ValueError(f"it has {', '.join(map(str, list(row)[:6])) or 'no keys'}: "
+                         'expected messages, conversations, prompt and completion, '
+                         'or instruction and output')
     if res[-1]['role'] != 'assistant': raise ValueError('it does not end with an answer')
-    if not all(m['content'].strip() for m in res if m['role'] != 'system'): raise ValueError('a message is empty')
+    if not all(m['content'].strip() for m in res if m['role'] != 'system'):
+        raise ValueError('a message is empty')
     return res
 
 # %% ../../nbs/23_train.sft.ipynb #79336610
 class ChatTokens:
     "Conversations as token ids, with a mask of what the assistant says."
     def __init__(self): self.ids,self.mask,self.ends = array('I'),bytearray(),array('Q', [0])
-    def add(self, ids:list[int], mask:list[bool]): self.ids.extend(ids); self.mask.extend(mask); self.ends.append(len(self.ids))
+    def add(self, ids:list[int], mask:list[bool]):
+        self.ids.extend(ids); self.mask.extend(mask)
+        self.ends.append(len(self.ids))
     def __len__(self): return len(self.ends)-1
-    def __repr__(self): return f'ChatTokens({len(self):,} conversations, {self.n_tokens:,} tokens, {sum(self.mask):,} to be learned)'
+    def __repr__(self):
+        return (f'ChatTokens({len(self):,} conversations, {self.n_tokens:,} tokens, '
+                f'{sum(self.mask):,} to be learned)')
     def __getitem__(self, i:int)->tuple[np.ndarray,np.ndarray]: # ids and mask (n,)
         a,b = self.ends[i],self.ends[i+1]
         return np.frombuffer(self.ids, np.uint32)[a:b], np.frombuffer(self.mask, bool)[a:b]
     @property
     def n_tokens(self)->int: return len(self.ids)
     @property
-    def lens(self)->np.ndarray: return np.diff(np.frombuffer(self.ends, np.uint64).astype(np.int64)) # (len,) tokens of each
+    # (len,) tokens of each
+    def lens(self)->np.ndarray: return np.diff(np.frombuffer(self.ends, np.uint64).astype(np.int64))
 
 # %% ../../nbs/23_train.sft.ipynb #ce9c60f5
 @dataclass
@@ -104,12 +122,15 @@ class ChatData:
     train:ChatTokens = field(default_factory=ChatTokens)
     valid:ChatTokens = field(default_factory=ChatTokens)
     rejects:list[tuple[str,str]] = field(default_factory=list) # where, and why
-    asked:list[list[dict]] = field(default_factory=list) # messages of the validation rows, as many as may be measured by answering
+    # messages of the validation rows, as many as may be measured by answering
+    asked:list[list[dict]] = field(default_factory=list)
 
     @property
     def fingerprint(self)->str: # of all tokens and masks
         h = hashlib.sha256()
-        for t in (self.train, self.valid): h.update(t.ids.tobytes()); h.update(bytes(t.mask)); h.update(t.ends.tobytes())
+        for t in (self.train, self.valid):
+            h.update(t.ids.tobytes()); h.update(bytes(t.mask))
+            h.update(t.ends.tobytes())
         return h.hexdigest()
     def says(self, n:int=5)->str: # '' when nothing was left out
         "What was left out, in a few lines."
@@ -128,11 +149,13 @@ def load_chats(
     "Read, check, encode and split conversations; raises `SLMError` when fewer than two are left."
     data,side = ChatData(portable(str(source))),_Sides()
     of_world = str(source).split(':')[0] == 'world'
-    for where,split,row in _world_rows(source, max_rows or 12_000) if of_world else _split_rows(source, max_rows, val_frac):
+    for where,split,row in _world_rows(source, max_rows or 12_000) if of_world else _split_rows(
+        source, max_rows, val_frac):
         try:
             if isinstance(row, str): raise ValueError(row)
             messages = to_messages(row); ids,mask = tok.chat(messages)
-            if len(ids) > seq_len+1: raise ValueError(f'{len(ids)} tokens, the context holds {seq_len}')
+            if len(ids) > seq_len+1:
+                raise ValueError(f'{len(ids)} tokens, the context holds {seq_len}')
         except (ValueError, SLMError) as e:
             if strict: raise SLMError(f"'{source}' {where}: {e}") from None
             data.rejects.append((where, str(e))); continue
@@ -143,7 +166,8 @@ def load_chats(
         raise SLMError(f"'{source}' holds no usable conversation ({why})")
     side.even(data)
     if not len(data.train) or not len(data.valid):
-        raise SLMError(f"'{source}' holds only one usable conversation: one to learn from and one to validate with are needed")
+        raise SLMError(f"'{source}' holds only one usable conversation: "
+                       "one to learn from and one to validate with are needed")
     return data
 
 # %% ../../nbs/23_train.sft.ipynb #157b1171
@@ -154,6 +178,7 @@ def _question(row):
     if not isinstance(turns, list): return str([row.get(k) for k in ('prompt', 'instruction', 'input')])
     return str(next((t for t in turns if isinstance(t, dict) and 'system' not in (t.get('role'), t.get('from'))), ''))
 
+# %% ../../nbs/23_train.sft.ipynb #4e9533b4
 class _Sides:
     "Which question comes first by its hash: where chance put all rows on one side, its rows are what is held out"
     def __init__(self): self.n,self.low,self.rows,self.asked = 0,None,[],[]
@@ -169,6 +194,7 @@ class _Sides:
         data.train,data.valid,data.asked = ChatTokens(),ChatTokens(),self.asked[:len(held)]
         for i in range(self.n): (data.valid if i in held else data.train).add(*(x.tolist() for x in all_[i]))
 
+# %% ../../nbs/23_train.sft.ipynb #f10d2ae3
 def _split_rows(source, max_rows, val_frac):
     "Rows of a file or data set, each with its side"
     for n,(where,row) in enumerate(read_rows(source)):
@@ -187,6 +213,7 @@ def _world_rows(source, n):
         rng = random.Random(seed)
         for i,s in enumerate(world.stories(seed, k), 1): yield f'{split} story {i}', split, dict(messages=talk(s, rng))
 
+# %% ../../nbs/23_train.sft.ipynb #bacc373a
 def talk(
     story:Story,
     rng:random.Random,
@@ -231,8 +258,10 @@ class ChatLoader(LMDataLoader):
     def _plan(self, epoch):
         "Rows of conversations; the plan of the epoch we are in is kept"
         if self._kept[0] != epoch:
-            rng,lens = np.random.default_rng([self.seed, epoch]),self.data.lens-1; order = rng.permutation(len(lens))
-            rows = [order[i+np.array(r)] for i in range(0, len(order), 1000) for r in pack(lens[order[i:i+1000]], self.seq_len)]
+            rng,lens = np.random.default_rng([self.seed, epoch]),self.data.lens-1
+            order = rng.permutation(len(lens))
+            rows = [order[i+np.array(r)] for i in range(0, len(order), 1000)
+                    for r in pack(lens[order[i:i+1000]], self.seq_len)]
             self._kept = epoch, [rows[i] for i in rng.permutation(len(rows))]
         return self._kept[1]
     def at(self, epoch:int, pos:int)->tuple: # x, y, loss_mask (b,t) and seqlens (b,n)
@@ -247,15 +276,18 @@ def deal(self:ChatLoader,
 )->tuple:
     "Lay conversations into rows, what is left over is padding: the last part, which nobody learns."
     b,n = len(rows),max(map(len, rows))+1
-    x,y = (np.full((b, t), self.pad_id, np.int64) for _ in range(2)); m,lens = np.zeros((b, t), bool),np.zeros((b, n), np.int64)
+    x,y = (np.full((b, t), self.pad_id, np.int64) for _ in range(2))
+    m,lens = np.zeros((b, t), bool),np.zeros((b, n), np.int64)
     for r,row in enumerate(rows):
         at = 0
         for k,i in enumerate(row):
             ids,said = self.data[int(i)]; end = at+len(ids)-1
-            x[r,at:end],y[r,at:end],m[r,at:end],lens[r,k] = ids[:-1],ids[1:],said[1:],end-at; at = end
+            x[r,at:end],y[r,at:end],m[r,at:end],lens[r,k] = ids[:-1],ids[1:],said[1:],end-at
+            at = end
         if at < t: lens[r,len(row)] = t-at
     return self.moved(x, y, m, lens)
 
+# %% ../../nbs/23_train.sft.ipynb #e492609a
 class ChatValidLoader(ChatLoader):
     "Conversations one a row, by length."
     def _plan(self, epoch): return [[i] for i in np.argsort(self.data.lens, kind='stable')]
@@ -280,7 +312,8 @@ class AnswersOnly(Callback):
     order,run_valid = AutoCast.order-2,False
     def before_batch(self):
         (x,_,seqlens,*leave),(y,m) = self.xb,self.yb; keep = fill_up(m)
-        self.learn.xb,self.learn.yb = (x, None, seqlens, None, keep, *leave[2:]),(y[keep][None], m[keep][None])
+        self.learn.xb = (x, None, seqlens, None, keep, *leave[2:])
+        self.learn.yb = (y[keep][None], m[keep][None])
 
 # %% ../../nbs/23_train.sft.ipynb #f4216a13
 @dataclass(kw_only=True)
@@ -293,6 +326,7 @@ class FinetuneConfig(StageConfig):
     max_rows:int|None = None # read no more than so many rows
     strict:bool = False # stop at the first row that cannot be used, instead of leaving it out
 
+# %% ../../nbs/23_train.sft.ipynb #931d68c7
 @dataclass(kw_only=True)
 class PackedConfig(FinetuneConfig):
     "Fine-tuning on rows that hold several conversations."
@@ -320,9 +354,11 @@ def resolve_finetune(
     row = max(c.seq_len, getattr(c, 'row_len', None) or min(2*c.seq_len, 768))
     if hasattr(c, 'row_len'): c.row_len = row
     c.lr = c.lr or round(lr.get(c.opt, lr['adamw'])*(256/cfg.d_model)**.5, 7)
-    n = Ranks.now.size                                                           # processes, each with its part of the rows
-    if c.bs%n: raise SLMError(f'--bs {c.bs} cannot be dealt to {n} processes: make it a multiple of {n}')
-    c.micro_batch = max(n, min(c.bs, c.micro_batch or n*max(1, min(8192, 2**27//cfg.vocab_size)//row)))
+    n = Ranks.now.size # processes, each with its part of the rows
+    if c.bs%n:
+        raise SLMError(f'--bs {c.bs} cannot be dealt to {n} processes: make it a multiple of {n}')
+    c.micro_batch = max(n,
+                        min(c.bs, c.micro_batch or n*max(1, min(8192, 2**27//cfg.vocab_size)//row)))
     while c.bs%c.micro_batch or c.micro_batch%n: c.micro_batch -= 1
     c.device = str(get_device(c.device))
     if c.dtype == 'auto': c.dtype = best_dtype(c.device)
@@ -353,17 +389,22 @@ def answer(
     model:GPT, tok:Tokenizer,
     chats:list[list[dict]], # messages, ending with the user's
     bs:int=64, # how many to decode together
-    **sampling, # `SamplingParams` by name; greedy and at most 64 tokens if not given; a list of seeds has one for each chat
+    # `SamplingParams` by name; greedy and at most 64 tokens if
+    # not given; a list of seeds has one for each chat
+    **sampling,
 )->list[str]:
     "What the model answers; '' where the conversation fills the context."
     p = dict(temperature=0., max_new_tokens=64) | sampling
     n = [len(tok.chat(c, add_generation_prompt=True)[0]) for c in chats]; res = ['']*len(chats)
-    order = sorted((i for i in range(len(chats)) if n[i] < model.cfg.max_seq_len), key=lambda i: n[i])
+    order = sorted((i for i in range(len(chats)) if n[i] < model.cfg.max_seq_len),
+                   key=lambda i: n[i])
     for part in (order[i:i+bs] for i in range(0, len(order), bs)):
         each = p | dict(seed=[p['seed'][i] for i in part]) if isinstance(p.get('seed'), list) else p
-        for i,text in zip(part, generate(model, tok, [chats[i] for i in part], **each)): res[i] = text.strip()
+        for i,text in zip(part, generate(model, tok, [chats[i] for i in part], **each)):
+            res[i] = text.strip()
     return res
 
+# %% ../../nbs/23_train.sft.ipynb #1a60899f
 def verdicts(
     model:GPT, tok:Tokenizer,
     tasks:list[Task],
@@ -374,10 +415,14 @@ def verdicts(
     res = {}
     for told,n in ((False, 40), (True, model.cfg.max_seq_len)):
         some = [i for i,t in enumerate(tasks) if (t.kind == 'tell') == told]
-        res |= zip(some, answer(model, tok, [[dict(role='user', content=tasks[i].prompt)] for i in some], max_new_tokens=n, **sampling))
+        res |= zip(some, answer(model, tok, [[dict(role='user', content=tasks[i].prompt)]
+                                             for i in some], max_new_tokens=n, **sampling))
     return [world.judge(t, res[i]) for i,t in enumerate(tasks)]
 
-def judge_rate(model:GPT, tok:Tokenizer, tasks:list[Task], world:World)->Metric: # share that passes, with Wilson's interval
+# %% ../../nbs/23_train.sft.ipynb #b6fc40b2
+def judge_rate(
+    model:GPT, tok:Tokenizer, tasks:list[Task], world:World,
+)->Metric: # share that passes, with Wilson's interval
     "How many greedy answers the world accepts."
     return wilson(sum(v.passed for v in verdicts(model, tok, tasks, world)), len(tasks), 'of tasks')
 
@@ -387,12 +432,15 @@ def exact_match(
     chats:list[list[dict]], # whole conversations
     max_words:int=8, # longer answers have too many right wordings to be compared
 )->Metric: # share of the short answers that are given word for word
-    "Compare greedy answers with the expected ones, without regard to case, punctuation and articles (as SQuAD does)."
-    plain = lambda s: re.sub(r'\b(a|an|the)\b', ' ', s.lower().translate(str.maketrans('', '', string.punctuation))).split()
+    """Compare greedy answers with the expected ones, without regard
+    to case, punctuation and articles (as SQuAD does)."""
+    plain = lambda s: re.sub(r'\b(a|an|the)\b', ' ',
+                             s.lower().translate(str.maketrans('', '', string.punctuation))).split()
     some = [c for c in chats if len(c[-1]['content'].split()) <= max_words]
     if not some: return Metric(0., n=0, unit='of short answers')
     said = answer(model, tok, [c[:-1] for c in some])
-    return wilson(sum(plain(a) == plain(c[-1]['content']) for a,c in zip(said, some)), len(some), 'of short answers')
+    return wilson(sum(plain(a) == plain(c[-1]['content']) for a,c in zip(said, some)),
+                  len(some), 'of short answers')
 
 # %% ../../nbs/23_train.sft.ipynb #4e0637f9
 def open_base(
@@ -405,6 +453,7 @@ def open_base(
         raise SLMError(f"'{c.base}' has no token that ends a text, so its answers would never end: take a base whose tokenizer has one")
     return model.train(), tok
 
+# %% ../../nbs/23_train.sft.ipynb #bc9f2b85
 class Finetune(Stage):
     "What all stages have in common that start from a base."
     Config,sources,rates = FinetuneConfig,('base', 'data'),dict(adamw=1e-3, muon=3e-3) # peak rates at width 256
@@ -425,6 +474,7 @@ def chats_of(c, tok:Tokenizer)->ChatData: # c: a resolved `FinetuneConfig`
     "The conversations that a configuration names."
     return load_chats(c.data, tok, c.seq_len, c.max_rows, c.strict)
 
+# %% ../../nbs/23_train.sft.ipynb #875c5a51
 class SFTStage(Finetune):
     "A model learns to answer, from conversations."
     name,Config = 'sft',SFTConfig
@@ -483,6 +533,7 @@ class Classifier(nn.Module):
         h = self.gpt.model(idx, cache, seqlens)                                  # (b,t,d)
         return self.top(h[torch.arange(len(h)), seqlens[:, 0]-1]), self.gpt.head(h)
 
+# %% ../../nbs/23_train.sft.ipynb #9fd1e676
 def class_loss(
     pred:tuple[Tensor,Tensor], # what `Classifier` returns
     y:tuple[Tensor,Tensor], # classes (b,), and the tokens that came next (b,t)
@@ -490,22 +541,26 @@ def class_loss(
     aux:float=.5, # weight of the language model's loss
 )->Tensor: # nats
     "Cross-entropy of the classes, and that of the tokens as an auxiliary (eq. 5)."
-    return F.cross_entropy(pred[0].float(), y[0]) + (aux*lm_loss(pred[1], y[1], loss_mask) if aux else 0.)
+    return F.cross_entropy(pred[0].float(),
+                           y[0]) + (aux*lm_loss(pred[1], y[1], loss_mask) if aux else 0.)
 
 # %% ../../nbs/23_train.sft.ipynb #409998bc
 class LabelLoader(ChatLoader):
     "Texts one a row, with their classes: `(x, (classes, y), loss_mask, seqlens)`."
-    def __init__(self, texts:list[list[int]], labels:list[int], bs:int, seed:int=42, device='cpu', pad_id:int=5):
+    def __init__(self, texts:list[list[int]], labels:list[int], bs:int,
+                 seed:int=42, device='cpu', pad_id:int=5):
         data = ChatTokens(); self.labels = np.asarray(labels, np.int64)
         for ids in texts: data.add(ids, [True]*len(ids))
         super().__init__(data, bs, int(max(map(len, texts))), seed, device, pad_id)
     def __len__(self): return len(self.labels)//self.bs
-    def _plan(self, epoch): return np.random.default_rng([self.seed, epoch]).permutation(len(self.labels))
+    def _plan(self, epoch):
+        return np.random.default_rng([self.seed, epoch]).permutation(len(self.labels))
     def at(self, epoch, pos):
         some = self._plan(epoch)[pos*self.bs:(pos+1)*self.bs]
         x,y,m,lens = self.deal([[i] for i in some], int(max(self.data.lens[some]))-1)
         return x, (*self.moved(self.labels[some]), y), m, lens[:, :1]
 
+# %% ../../nbs/23_train.sft.ipynb #8a815291
 @torch.no_grad()
 def class_accuracy(
     model:Classifier,
@@ -514,7 +569,9 @@ def class_accuracy(
     "How many texts are put into the right class."
     was = model.training; model.eval(); right = n = 0
     for k in range(len(dl)):
-        x,(c,_),_,lens = dl.at(0, k); right += (model(x, None, lens)[0].argmax(-1) == c).sum().item(); n += len(c)
+        x,(c,_),_,lens = dl.at(0, k)
+        right += (model(x, None, lens)[0].argmax(-1) == c).sum().item()
+        n += len(c)
     model.train(was); return wilson(right, n, 'of texts')
 
 # %% ../../nbs/23_train.sft.ipynb #36471405
@@ -528,5 +585,6 @@ def endings(
     happy,texts,labels = set(WORDS['happy'].split()),[],[]
     for s in world.stories(seed, n):
         text,_,last = s.text.rpartition(', and ')
-        texts.append([tok.bos_id, *tok.encode(text), tok.end_id, tok.eot_id]); labels.append(int(last.rstrip('.').split()[-1] in happy))
+        texts.append([tok.bos_id, *tok.encode(text), tok.end_id, tok.eot_id])
+        labels.append(int(last.rstrip('.').split()[-1] in happy))
     return texts, labels

@@ -102,6 +102,7 @@ def step_seconds(
     learn.opt,learn.opt_steps,learn.tokens = None,0,0
     return float(np.median(times)) # the median: a machine does other things, too
 
+# %% ../../nbs/21_train.stage.ipynb #3180dc09
 def interval(steps:int, n:int)->int: # in how many steps something is due that shall happen `n` times
     "The distance between `n` events in `steps`."
     return max(1, math.ceil(steps/max(1, n)))
@@ -122,6 +123,7 @@ def learner(self:Stage,
     learn.remove_cb(Recorder)                                                # it reads the loss of each batch, for which a card must stop
     return learn
 
+# %% ../../nbs/21_train.stage.ipynb #cf7ae38e
 @patch
 def here(self:Stage, cbs)->list:
     "The callbacks that this process needs: only the first one measures, writes and prints."
@@ -132,6 +134,7 @@ def steps_in(self:Stage, minutes:float, learn:LMLearner)->int:
     "Optimiser steps in so many minutes, by measuring."
     return max(10, int(60*minutes/step_seconds(learn)))
 
+# %% ../../nbs/21_train.stage.ipynb #c2a5aff0
 @patch
 def plan(self:Stage,
     out:str|Path, # where the run will be
@@ -155,6 +158,7 @@ def places(self:Stage)->dict: # option -> what it says
     "Where the sources of a run are."
     return {k: v for k in self.sources if (v := getattr(self.c, k)) is not None}
 
+# %% ../../nbs/21_train.stage.ipynb #5683f688
 @patch(cls_method=True)
 def start(cls:Stage,
     options:dict, # of its configuration; where a function can be named, the function itself will do
@@ -175,6 +179,7 @@ def start(cls:Stage,
     else: self.run = SilentRun(out)
     self.run.info = self.ranks.given(self.run.info); return self.train(cbs)
 
+# %% ../../nbs/21_train.stage.ipynb #89d98bac
 @patch(cls_method=True)
 def of(cls:Stage, options:dict, run:RunDir|None=None)->Stage:
     "A stage with these options, whose functions are kept beside their names."
@@ -200,6 +205,7 @@ def deal(self:Stage, dl):
     if self.ranks.size > 1 and not hasattr(dl, 'mine'): raise SLMError(f'stage {self.name} trains in one process: its loader deals no rows')
     dl.ranks = self.ranks.rank,self.ranks.size
 
+# %% ../../nbs/21_train.stage.ipynb #785536ac
 @patch
 def check_ranks(self:Stage):
     "Raise `SLMError` when a batch cannot be dealt to the processes there are, or they have no device each."
@@ -236,7 +242,9 @@ def repeatable(
 ):
     "Inside, a card adds up in a fixed order; what cannot do so raises."
     was = torch.are_deterministic_algorithms_enabled()
-    if on: os.environ.setdefault('CUBLAS_WORKSPACE_CONFIG', ':4096:8'); torch.use_deterministic_algorithms(True)
+    if on:
+        os.environ.setdefault('CUBLAS_WORKSPACE_CONFIG', ':4096:8')
+        torch.use_deterministic_algorithms(True)
     try: yield
     finally: torch.use_deterministic_algorithms(was)
 
@@ -271,6 +279,7 @@ def train(self:Stage,
     learn.model.save_pretrained(run.path, tok); self.measure(learn, took, peak)
     return self.end(run)
 
+# %% ../../nbs/21_train.stage.ipynb #ebb12ccb
 @patch
 def _same_base(self:Stage):
     "Remember what the base is; raise `SLMError` when it is another one on a resume"
@@ -291,6 +300,7 @@ def token_flops(self:Stage, learn:LMLearner)->float:
     "What training on a token costs, in operations."
     m = learn.model; return m.flops_per_token(self.c.seq_len) if isinstance(m, GPT) else 6*m.num_params()
 
+# %% ../../nbs/21_train.stage.ipynb #50656b65
 @patch
 def measure(self:Stage, learn:LMLearner, seconds:float, peak:float):
     "Write the figures of a training that has come to its end."
@@ -302,6 +312,7 @@ def measure(self:Stage, learn:LMLearner, seconds:float, peak:float):
                          peak_memory=Metric(peak_memory(self.c.device)/2**20, unit='MB'))
     plot_training(self.run/'log.csv', self.run/'training.png', floor=math.log(self.tok.vocab_size))
 
+# %% ../../nbs/21_train.stage.ipynb #23b2cda4
 def peak_memory(device:str)->int: # bytes
     "Most memory taken so far: on the accelerator, or resident in this process."
     if device.startswith('cuda'): return torch.cuda.max_memory_allocated()
@@ -316,6 +327,7 @@ def end(cls:Stage, run:RunDir)->RunDir:
     if cls.doctor: run.info['doctor'] = cls.doctor(run)
     write_report(run, cls.picture); run.finish(); shutil.rmtree(run/'checkpoints', ignore_errors=True); return run
 
+# %% ../../nbs/21_train.stage.ipynb #f2d030ee
 def write_report(
     run:RunDir, # with its figures
     picture:tuple[str,str]|None=None, # heading, and file of a plot
@@ -391,6 +403,7 @@ def _place(run, stage, config, given):
         raise SLMError(f"'{run/'run.json'}' is damaged: it lacks data's fingerprint")
     return config | {k: v if callable(v) else str(v) for k,v in given.items()}
 
+# %% ../../nbs/21_train.stage.ipynb #fbb60544
 @patch(cls_method=True)
 def again(cls:Stage, run:RunDir, config:dict, cbs, checkpoint:Path)->RunDir:
     "Go on with a run; raises `SLMError` when its data are others now."
