@@ -210,9 +210,9 @@ def resume(
     run:Annotated[Path, typer.Argument(help='A run directory that was interrupted.')],
     lr:Annotated[Optional[float], typer.Option(help='Another peak learning rate from here on.')]=None,
     device:Annotated[Optional[str], typer.Option(help='Go on there: auto, cuda, cuda:N, mps or cpu. By default where it was.')]=None,
-    corpus:Annotated[Optional[str], typer.Option(help='Where its text is now, if it has moved;')]=None,
-    data:Annotated[Optional[str], typer.Option(help='where its rows, prompts or pairs are now;')]=None,
-    base:Annotated[Optional[str], typer.Option(help='where its base is now;')]=None,
+    corpus:Annotated[Optional[str], typer.Option(help='Where its text is now, if it has moved.')]=None,
+    data:Annotated[Optional[str], typer.Option(help='Where its rows, prompts or pairs are now, if they have moved.')]=None,
+    base:Annotated[Optional[str], typer.Option(help='Where its base is now, if it has moved.')]=None,
     teacher:Annotated[Optional[str], typer.Option(help='where its teacher is now.')]=None,
     reward:Annotated[Optional[str], typer.Option(help="The reward of slm rlhf. A function is run only if it is named here.")]=None,
     judge:Annotated[Optional[str], typer.Option(help='The judge of slm rlhf, likewise.')]=None,
@@ -240,8 +240,8 @@ def eval_(
     shots:Annotated[Optional[int], typer.Option('--shots', '--num-fewshot', help='Solved questions before each one.')]=None,
     limit:Annotated[Optional[int], typer.Option(help='Only the first questions of a task, or so many documents for memorisation.')]=None,
     include_path:Annotated[Optional[Path], typer.Option(help='For --lm-eval: a folder with tasks of your own.')]=None,
-    prefix:Annotated[int, typer.Option(help='For memorisation: tokens that are given,')]=32,
-    length:Annotated[int, typer.Option(help='and those that are to be recited.')]=32,
+    prefix:Annotated[int, typer.Option(help='For memorisation: tokens that are given.')]=32,
+    length:Annotated[int, typer.Option(help='For memorisation: tokens to recite.')]=32,
     encoding:Encoding='utf-8', device:Device='auto', json_:Json=False):
     """Measure a run on held-out text, or any model by a benchmark.
 
@@ -784,7 +784,7 @@ def demo(out:Annotated[Path, typer.Option(help='Folder to make; '
 def exp(name:Annotated[Optional[str], typer.Argument(help='An experiment; none lists them.')]=None,
         only:Annotated[Optional[list[str]], typer.Option(help='Only this row, or those whose '
                                                          'names begin so (may be repeated).')]=None,
-        quick:Annotated[bool, typer.Option('--quick', help='A version of seconds, '
+        quick:Annotated[bool, typer.Option('--quick', help='A version that takes seconds, '
                                            'to see that it runs.')]=False,
         jobs:Annotated[int, typer.Option(help='Rows at once.')]=1,
         out:Annotated[Optional[Path],
@@ -820,7 +820,7 @@ def plan(
     serve_on:Annotated[str, typer.Option(help='The machine that writes them.')]='i3-10100t',
     law:Annotated[str, typer.Option(help='A scaling law: chinchilla (web text) '
                                     'or world (our own runs; --vocab-size 1024).')]='chinchilla',
-    price:Annotated[float, typer.Option(help='Of a kilowatt-hour.')]=.30, json_:Json=False):
+    price:Annotated[float, typer.Option(help='Price of a kilowatt-hour.')]=.30, json_:Json=False):
     """Say what to train on a machine, how long it takes, and how good it will be.
 
     Example: slm plan --gpu rtx-3090 --days 7 --inference-tokens 1e9"""
@@ -845,7 +845,7 @@ app.add_typer(word_vectors, name='vectors')
 
 WordFile = Annotated[Path, typer.Argument(help='.safetensors, or a file of word2vec, '
                                           'GloVe or fastText, perhaps with .gz.')]
-Nearest = Annotated[int, typer.Option('-k', '--k', min=1, help='So many answers.')]
+Nearest = Annotated[int, typer.Option('-k', '--k', min=1, help='Number of answers.')]
 FirstWords = Annotated[Optional[int], typer.Option(min=1, help='Only the first words of the file: '
                                                    'the most frequent ones.')]
 

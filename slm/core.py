@@ -134,7 +134,7 @@ def read_json(
     path = Path(path)
     try:
         if path.exists() and not path.is_file():
-            raise SLMError(f"'{path}' is no plain file: put the JSON there, or name another one")
+            raise SLMError(f"'{path}' is not a plain file: put the JSON there, or name another one")
         with path.open('rb') as f: raw = f.read(limit+1)
         if len(raw) > limit:
             raise SLMError(f"'{path}' has more than {limit>>20} MB: "
@@ -242,12 +242,13 @@ def get_device(
             if not (why := device_fault(d)): return torch.device(d)
             if d not in _told:
                 _told.add(d)
-                print(f'{d} is here but cannot compute, so it is not taken: {why}', file=sys.stderr)
+                print(f'{d} is present but cannot compute, so it is skipped: {why}',
+                      file=sys.stderr)
     kind, _, idx = str(name).partition(':')
     if kind not in ('cuda', 'mps', 'cpu') or (idx and not idx.isdigit()):
         raise SLMError(f"unknown device '{name}': use one of auto, cuda, cuda:N, mps, cpu")
     if kind not in there or (kind=='cuda' and idx and int(idx) >= torch.cuda.device_count()):
-        raise SLMError(f"device '{name}' is not on this machine: here there is {', '.join(there)}")
+        raise SLMError(f"device '{name}' is not on this machine: it has {', '.join(there)}")
     if why := device_fault(str(name)):
         raise SLMError(f"device '{name}' is here but cannot compute: {why}")
     if kind == 'cuda' and idx: torch.cuda.set_device(int(idx))
@@ -438,17 +439,17 @@ _KINDS = dict(schema=int, stage=str, status=str, config=dict, metrics=dict,
 
 def _fault(info):
     "What is wrong with the content of a run.json; None if nothing is"
-    if not isinstance(info, dict): return 'it is no object with keys'
+    if not isinstance(info, dict): return 'it is not a JSON object'
     if lost := {'schema', 'stage', 'config', 'metrics', 'status'} - set(info):
         return f"it lacks {', '.join(sorted(lost))}"
     if bad := [k for k,kind in _KINDS.items() if k in info and not isinstance(info[k], kind)]:
-        return f"'{bad[0]}' is of the wrong kind"
+        return f"'{bad[0]}' has the wrong type"
     number = lambda v: v is None or isinstance(v, (int, float)) and abs(v) <= sys.float_info.max
     for k,m in info['metrics'].items():
         ok = (isinstance(m, dict) and 'value' in m and set(m) <= {'value', 'lo', 'hi', 'n', 'unit'}
               and isinstance(m.get('unit', ''), str))
         if not ok or not all(number(v) for name,v in m.items() if name != 'unit'):
-            return f"the metric '{k}' is no figure"
+            return f"the metric '{k}' is not a figure"
 
 # %% ../nbs/00_core.ipynb #4970e567
 @patch(cls_method=True)

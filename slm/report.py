@@ -56,7 +56,7 @@ def lineage_rows(info:dict)->list[dict]: # name, stage, parent, data
         r = s['run']; d = r.get('data', {})
         known = dict(fingerprint=(d.get('fingerprint') or '')[:16], licence=d.get('license'))
         data = ', '.join(filter(None, (d.get('name'), *(f'{k} {v}' for k,v in known.items() if v))))
-        res.append(dict(name=name, stage=r.get('stage', 'a model from elsewhere'),
+        res.append(dict(name=name, stage=r.get('stage', 'a model without a record'),
                         parent=r.get('parent') or '', data=data))
     return res
 

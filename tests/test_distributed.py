@@ -72,7 +72,7 @@ def test_interrupted_by_two_it_goes_on_by_four(tmp_path, capfd):
     with when_saved(out, 1, lambda: os.kill(os.getpid(), signal.SIGINT)):
         assert together('pretrain', 2, *options(**asked), '--save-minutes', .001, '--out', out) == 130
     said = capfd.readouterr()
-    assert 'slm resume' in said.out and said.err.splitlines() == ['stopping after this step; once more to stop at once']
+    assert 'slm resume' in said.out and said.err.splitlines() == ['stopping after this step; press Ctrl-C again to stop at once']
     assert 0 < int(checkpoints(out/'checkpoints')[-1].name) < 12 and together('resume', 4, out) == 0
     a,b = (pd.read_csv(tmp_path/k/'log.csv') for k in ('alone', 'run')); assert (a.loss-b.loss).abs().max() < 1.5e-5 and len(a) == 12
 

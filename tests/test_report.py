@@ -99,7 +99,7 @@ def test_a_model_from_elsewhere_is_a_stage(life, tmp_path):
     # the same weights
     for k in ('excess', 'bias'): assert m[f'served/{k}']['value'] == pytest.approx(m[f'sft/{k}']['value'], abs=1e-4)
     assert [c['p_holm'] for c in r.info['changes'] if c['after'] == 'served' and c['question'] == 'states'] == [1.]
-    assert 'a model from elsewhere' in (r/'report.html').read_text()
+    assert 'a model without a record' in (r/'report.html').read_text()
 
 def test_real_text_and_pairs(life, tmp_path, monkeypatch, capsys):
     (tmp_path/'p.jsonl').write_text('\n'.join(json.dumps(dict(sentence_good=f'It was {i}.',

@@ -25,7 +25,8 @@ def record(name):
         for l in p.stdout:
             print(l, end='', flush=True)
             if not l.startswith(('WARNING: ', '[notice]')):
-                lines.append(re.sub(r'\x1b\[[0-9;]*m', '', l).rstrip().replace(f'{tmp}/slm/', '').replace(f'{tmp}/slm', 'slm'))
+                l = re.sub(r'\x1b\[[0-9;]*m', '', l).rstrip().replace(f'{tmp}/slm/', '').replace(f'{tmp}/slm', 'slm')
+                lines.append(re.sub(r'/tmp/[\w.-]+/', '', l)) # folders of the chapters
         if p.wait(): sys.exit(f'make {name} failed: nothing recorded')
         installed = (Path(tmp)/'slm'/'.venv'/dict(test='.dev', demo='.core')[name]).stat().st_mtime-t0 # make touches it then
         for run,kept in KEEP.get(name, {}).items():

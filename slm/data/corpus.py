@@ -1415,7 +1415,7 @@ def _staged(path, near, key, rebuild):
         else:
             n = read_json(path/'stage.json')['n_bytes']
             print(f"{n:,} bytes that were read are kept in '{path}': "
-                  "the same call goes on behind them", file=sys.stderr)
+                  "run the same call again to go on after them", file=sys.stderr)
 
 # %% ../../nbs/03_data.corpus.ipynb #2edbdbc2
 def _reuse(out, key):

@@ -6,7 +6,8 @@
 __all__ = ['WORD', 'LETTER', 'WORDS', 'NAMES', 'OPENERS', 'SCENES', 'FEMALE', 'MALE', 'ASK', 'TELL', 'MANNERS', 'TRAIN_SEED',
            'VALID_SEED', 'Choice', 'But', 'Teller', 'NotAStory', 'Listener', 'Walker', 'every', 'article', 'zipf',
            'World', 'Person', 'Thing', 'Tale', 'Story', 'KneserNey', 'Probe', 'probes', 'chance', 'Task', 'ask',
-           'Verdict', 'mannered', 'Preference', 'spoil', 'Mirror', 'Fact', 'towns', 'identity', 'read_world']
+           'first_task', 'first_tasks', 'Verdict', 'mannered', 'Preference', 'spoil', 'Mirror', 'Fact', 'towns',
+           'identity', 'read_world']
 
 # %% ../../nbs/02_data.world.ipynb #b2ce0e14
 import bisect, hashlib, itertools, math, random, re
@@ -830,6 +831,24 @@ def ask(
     return Task(kind,
                 f'{story.text}\n\n{rng.choice(ASK[kind]).format(thing=x, person=x, hero=hero)}',
                 answer, sorted({answer, *rivals}))
+
+# %% ../../nbs/02_data.world.ipynb #7a0a87b2
+def first_task(
+    world:World, # whose occupations are offered as candidates
+    story:Story,
+    rng:random.Random,
+)->Task: # of kind 'job'
+    "A question about the first sentence of a story."
+    hero = story.tale.people[0]
+    others = {f'{hero} was {article(j)}.' for j in rng.sample(world.job.texts, 3)}
+    answer = f'{hero} was {article(hero.job)}.'
+    return Task('job', f"{story.text.split('.')[0]}. What was {hero} by occupation?",
+                answer, sorted(others | {answer}))
+
+def first_tasks(world:World, seed:int, n:int)->Iterator[Task]:
+    "Such a question about each of `n` stories; the same for the same seed."
+    rng = random.Random(seed)
+    for s in world.stories(seed, n): yield first_task(world, s, rng)
 
 # %% ../../nbs/02_data.world.ipynb #979455fc
 @dataclass

@@ -72,6 +72,12 @@ def round_up(
     "Round up to a multiple."
     return math.ceil(x/m)*m
 
+# %% ../../nbs/11_model.gpt.ipynb #0d2b3f61
+_MOST = dict(vocab_size=1<<24, n_layer=1000, n_head=1<<12, n_kv_head=1<<12,
+             d_model=1<<17, d_ff=1<<20, head_dim=1<<13, max_seq_len=1<<30)
+
+_MOST_STATE = dict(state_size=1<<12, conv_width=64, expand=16, n_groups=1<<12)
+
 # %% ../../nbs/11_model.gpt.ipynb #581a28f0
 @patch
 def fill(self:GPTConfig):
@@ -92,12 +98,6 @@ def fill(self:GPTConfig):
             raise SLMError(f'd_model={self.d_model} is not a multiple of n_head={self.n_head}: '
                            'change one of them, or give head_dim')
         self.head_dim = self.d_model//self.n_head
-
-# %% ../../nbs/11_model.gpt.ipynb #0d2b3f61
-_MOST = dict(vocab_size=1<<24, n_layer=1000, n_head=1<<12, n_kv_head=1<<12,
-             d_model=1<<17, d_ff=1<<20, head_dim=1<<13, max_seq_len=1<<30)
-
-_MOST_STATE = dict(state_size=1<<12, conv_width=64, expand=16, n_groups=1<<12)
 
 # %% ../../nbs/11_model.gpt.ipynb #0d2b3f62
 @patch

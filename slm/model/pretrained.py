@@ -387,7 +387,7 @@ def _check_fit(
     "Raise one line that names every kind of disagreement between a model and a checkpoint"
     faults = []
     if lost := set(want)-set(sd): faults.append(f'it lacks {_some(lost)}')
-    if extra := set(sd)-set(want): faults.append(f'unknown are {_some(extra)}')
+    if extra := set(sd)-set(want): faults.append(f'it has unknown tensors: {_some(extra)}')
     bent = [k for k in sorted(set(want)&set(sd)) if want[k].shape != sd[k].shape]
     faults += [f'{k} is {tuple(sd[k].shape)}, not {tuple(want[k].shape)}' for k in bent[:3]]
     if faults:

@@ -642,7 +642,7 @@ def answers(self:WordVectors,
         to = b-a
         s = (to@u.T-(to*c).sum(1, keepdims=True))/np.sqrt(np.maximum(2-2*c@u.T, 1e-6))
     elif how in ('only-b', 'only-c'): s = (b if how == 'only-b' else c)@u.T
-    else: raise SLMError(f"'{how}' is no way to ask: {', '.join(ANALOGIES)} are")
+    else: raise SLMError(f"unknown way to ask '{how}': use one of {', '.join(ANALOGIES)}")
     if exclude: np.put_along_axis(s, questions, -np.inf, 1)
     return s
 

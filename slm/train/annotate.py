@@ -183,8 +183,8 @@ def add_items(self:PreferenceStore,
                 same = (known[0].prompt == it.prompt
                         and [r.text for r in known[0].responses] == [r.text for r in it.responses])
                 if not same:
-                    raise SLMError(f"{where} {n}: '{it.source}' "
-                                   "is in the store with another content: give it another source")
+                    raise SLMError(f"{where} {n}: '{it.source}' is already "
+                                   "in the store with different content: give it another source")
                 continue
             id = self.db.execute('INSERT INTO items(source, prompt, added) VALUES(?,?,?)',
                                  (it.source, json.dumps(it.prompt, ensure_ascii=False),
@@ -806,7 +806,7 @@ def _task_item(data, items, keys, where):
     it = items.get(source) if isinstance(source, str) else None
     if it is None: raise SLMError(f'{where}: item {source!r} is not in this store')
     if not isinstance(order, list) or sorted(order, key=str) != list(range(len(it.responses))):
-        raise SLMError(f'{where}: slm_order {order!r} is no order of its answers')
+        raise SLMError(f'{where}: slm_order {order!r} is not a permutation of its answers')
     if [data.get(k) for k in keys] != [it.responses[k].text for k in order]:
         raise SLMError(f"{where}: its answers are not those of item '{it.source}' here")
     return it, order

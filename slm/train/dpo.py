@@ -6,13 +6,13 @@
 __all__ = ['LOSSES', 'PAIR_SEED', 'completion_logps', 'dpo_loss', 'check_loss', 'Pair', 'as_pair', 'prompt_of', 'Preferences',
            'read_preferences', 'write_preferences', 'split_pairs', 'EncodedPair', 'shorten', 'encode_preference',
            'PairData', 'PairLoader', 'PairValidLoader', 'pad_rows', 'over_answers', 'answer_logps', 'reference_logps',
-           'DPO', 'preference_accuracy', 'win_rate', 'sampled_kl', 'PairEval', 'plot_preferences', 'doctor',
-           'PairConfig', 'DPOConfig', 'pair_dls', 'PairStage', 'DPOStage', 'dpo', 'load_pairs', 'to_show']
+           'DPO', 'first_pairs', 'preference_accuracy', 'win_rate', 'sampled_kl', 'PairEval', 'plot_preferences',
+           'doctor', 'PairConfig', 'DPOConfig', 'pair_dls', 'PairStage', 'DPOStage', 'dpo', 'load_pairs', 'to_show']
 
 # %% ../../nbs/25_train.dpo.ipynb #331e0fdf
 from ..core import * # first: it silences a warning of the next ones
-import bisect, contextlib, copy, hashlib, itertools, json, math, sys
-from collections.abc import Callable
+import bisect, contextlib, copy, hashlib, itertools, json, math, random, sys
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 import numpy as np, torch, torch.nn.functional as F
@@ -23,7 +23,7 @@ from fastai.data.core import DataLoaders
 from ..data.corpus import left_out, read_rows
 from ..data.loaders import LMDataLoader
 from ..data.tokenizer import Tokenizer
-from ..data.world import World, Task
+from ..data.world import World, Task, first_task, spoil
 from ..eval.stats import wilson
 from ..model.gpt import GPT
 from ..model.generate import SamplingParams, complete
@@ -428,6 +428,15 @@ class DPO(Callback):
         self.seen = []
         right = ((x[0,0] > x[0,1]).float()+(x[0,0] == x[0,1]).float()/2).mean().item()
         self.learn.row.update(zip(self.columns, (rc, rr, rc-rr, right, lc, lr, nc, nr)))
+
+# %% ../../nbs/25_train.dpo.ipynb #7ab4a50e
+def first_pairs(world:World, seed:int, n:int)->Iterator[tuple[Task,Pair]]:
+    "Questions about first sentences, each with the right answer and one that chats or evades."
+    rng = random.Random(seed)
+    for s in world.stories(seed, n):
+        task,fault = first_task(world, s, rng),''
+        while fault not in ('chatty', 'evasive'): bad,fault = spoil(task, s, rng)
+        yield task, Pair([dict(role='user', content=task.prompt)], task.answer, bad)
 
 # %% ../../nbs/25_train.dpo.ipynb #794d91bc
 def preference_accuracy(

@@ -562,7 +562,7 @@ def read_state(path:str|Path)->dict: # the content of `state.json`
     state = read_json(Path(path)/'state.json')
     again = 'remove this checkpoint to go on from the one before'
     if not isinstance(state, dict):
-        raise SLMError(f"'{Path(path)/'state.json'}' is no object with keys: {again}")
+        raise SLMError(f"'{Path(path)/'state.json'}' is not a JSON object: {again}")
     kinds = dict(step=int, tokens=int, loader=dict, rng=dict, optim=dict,
                  sources=dict, ranks=list, seconds=(int, float))
     if lost := {'step', 'tokens', 'loader', 'rng', 'optim'} - set(state):
@@ -571,7 +571,7 @@ def read_state(path:str|Path)->dict: # the content of `state.json`
     if bad := bad or ['loader']*(not all(type(state['loader'].get(k)) is int
                                          for k in ('epoch', 'pos'))):
         raise SLMError(f"'{Path(path)/'state.json'}' is damaged, "
-                       f"'{bad[0]}' is of the wrong kind: {again}")
+                       f"'{bad[0]}' has the wrong type: {again}")
     return state
 
 # %% ../../nbs/19_train.learner.ipynb #937ebc55
@@ -645,7 +645,7 @@ class GracefulStop(Callback):
             self.old = {s: signal.signal(s, self.ask) for s in (signal.SIGINT, signal.SIGTERM)}
     def ask(self, sig, frame):
         self.asked,self.learn.interrupted = True,self.ranks.size == 1
-        print('stopping after this step; once more to stop at once', file=sys.stderr)
+        print('stopping after this step; press Ctrl-C again to stop at once', file=sys.stderr)
         self.restore()
     def after_batch(self): # all of them in the same step
         if self.stepped: self.learn.interrupted = self.ranks.any(self.interrupted or self.asked)

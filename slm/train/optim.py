@@ -211,5 +211,5 @@ class SpikeGuard(Callback):
         if now > self.best+self.rise:
             k = next(i for i,l in enumerate(last) if l > self.best+self.rise)-self.window+1-late
             raise Diverged(f'the loss rose from {self.best:.2f} to {now:.2f}: '
-                           f'it began at step {self.opt_steps+1+k}, batch {self.iter+k} '
+                           f'beginning at step {self.opt_steps+1+k}, batch {self.iter+k} '
                            f'of epoch {self.epoch}: go on with slm resume RUN --lr LOWER')
