@@ -563,7 +563,7 @@ def test_a_stream_that_breaks_off_goes_on_where_it_was(here):
     shutil.rmtree('out')
     with Hub('served', dies_after=9) as dying: broken = fetch(dying.url)
     assert broken.returncode == 2 and 'broke off after' in broken.stdout and 'run it again' in broken.stdout, broken.stdout+broken.stderr
-    assert 'the same call goes on' in broken.stderr and not Path('out').exists() and Path('.out.stage').is_dir()
+    assert 'run the same call again to go on' in broken.stderr and not Path('out').exists() and Path('.out.stage').is_dir()
     kept = json.loads(Path('.out.stage/stage.json').read_text())
     assert kept['parts'] > 1 and 100 < kept['behind']['place']['rows'] < len(ps)
     away = fetch('http://127.0.0.1:9')                                           # still not there: what was read waits
