@@ -161,8 +161,6 @@ class Tokenizer:
         self._front = tok.encode('').ids[:1]
         self.special_ids |= self._turn_marks()
         self.blind = _blind(tok, self.special_ids.values()) # encodes special tokens as the plain text that they are
-    def __len__(self): return self.vocab_size
-    def __repr__(self): return f'Tokenizer(vocab_size={self.vocab_size}, fingerprint={self.fingerprint!r})'
 
     @functools.cached_property
     def spec(self)->dict: return json.loads(self.tok.to_str())
@@ -184,6 +182,13 @@ class Tokenizer:
     @functools.cached_property
     def stop_ids(self)->list[int]: # each of them ends what is generated
         return [i for i in dict.fromkeys([*self.eos_ids, self.end_id, self.eot_id]) if i is not None]
+
+# %% ../../nbs/04_data.tokenizer.ipynb #d43098c9
+@patch
+def __len__(self:Tokenizer): return self.vocab_size
+
+@patch
+def __repr__(self:Tokenizer): return f'Tokenizer(vocab_size={self.vocab_size}, fingerprint={self.fingerprint!r})'
 
 # %% ../../nbs/04_data.tokenizer.ipynb #7e02d9aa
 @patch(as_prop=True)

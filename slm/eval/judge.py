@@ -538,8 +538,7 @@ def compare(
     open:Callable=load_model_and_tokenizer, # where -> model and tokenizer
     say:Callable=lambda s: None, # called with what a person has to know
 )->RunDir: # of stage 'judge', with `info['models']`
-    """Which model answers better? Raises `SLMError` for bad input or a judge that fails, after
-    what was judged before has been kept."""
+    "Which model answers better? Raises `SLMError`, after what was judged before has been kept."
     at,(chats,tasks) = model_names(models),open_prompts(prompts, n)
     (judge,name),out = open_judge(by, tasks, judge_model),Path(out)
     run = _judge_run(out, prompts, by, name, len(chats), temperature, seed, list(at))
@@ -551,8 +550,8 @@ def compare(
             write_judge_report(run, store, who, items)
         run.finish(status)
     try:
-        rows,ties = pair_items(chats, collect(at, chats, out, open, seed, temperature=temperature,
-                                              max_new_tokens=max_new_tokens))
+        asked = dict(temperature=temperature, max_new_tokens=max_new_tokens)
+        rows,ties = pair_items(chats, collect(at, chats, out, open, seed, **asked))
         store.add_items(rows); mine = {r['source'] for r in rows}
         items = [it for it in store.items() if it.source in mine]
         if tasks: ask_pairs(store, world_judge(World(), tasks), 'world', items, both=False)

@@ -128,8 +128,7 @@ def live(
         if r.info['status'] != 'done':
             raise SLMError(f"interrupted: `slm resume {r.path}` ends this stage; "
                            "the demo would begin anew")
-        took = time.perf_counter()-t0
-        was = _measure_stage(run, name, r.path, took, was, tests, stories, world)
+        was = _measure_stage(run, name, r.path, time.perf_counter()-t0, was, tests, stories, world)
         if name == 'pretrain': tell_reading(r.path, say)
     write_life(run, tests[0]); run.finish(); return run
 

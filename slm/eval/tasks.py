@@ -246,8 +246,8 @@ def quiz_rows(
     "Rows of a benchmark; raises `SLMError` for data that is not there."
     q = TASKS[task]
     if task == 'world':
-        return ((f"'world' row {i}", r) for i,
-                r in enumerate(arc_rows(World().tasks(WORLD_SEEDS[split], 1000, list(ASK))), 1))
+        asked = arc_rows(World().tasks(WORLD_SEEDS[split], 1000, list(ASK)))
+        return ((f"'world' row {i}", r) for i,r in enumerate(asked, 1))
     if str(data) == 'hub': return hub_rows(*q.hub[:2], q.hub[2+split])
     if split and Path(data).is_file():
         raise SLMError(f"'{data}' is one file: shots come from the training split, "

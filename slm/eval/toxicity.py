@@ -381,9 +381,8 @@ def evaluate_toxicity(
     ys = list(read_labelled(labelled)) if labelled else []; model,tok,_ = open_causal(path, device)
     asked = dict(prompts=portable(str(prompts)), k=k, tokens=tokens,
                  n=n, top_p=top_p, threshold=THRESHOLD, label=label)
-    by = dict(classifier=f'{clf.name} ({clf.version})')
-    run = RunDir.create(out or result_dir(path, 'toxicity'), 'toxicity',
-                        asked, seed, by, Path(path).name, exist_ok=True)
+    by,out = dict(classifier=f'{clf.name} ({clf.version})'),out or result_dir(path, 'toxicity')
+    run = RunDir.create(out, 'toxicity', asked, seed, by, Path(path).name, exist_ok=True)
     if ys:
         judged = judge_classifier([y for _,y in ys], clf.scores([x for x,_ in ys]))
         run.add_metrics(**{f'classifier_{a}': m for a,m in judged.items()})
@@ -397,8 +396,8 @@ def evaluate_toxicity(
         if not none: return prompt_figures(rows), {}
         return growing(np.concatenate([r['scores'] for r in rows])[:n]), {}
     flow = itertools.islice(items, -(-n//k) if none else n)
-    return record_metrics(run, kept(observe_toxicity(model, tok, flow,
-                                                     clf, k, tokens, top_p, seed)), figures)
+    seen = observe_toxicity(model, tok, flow, clf, k, tokens, top_p, seed)
+    return record_metrics(run, kept(seen), figures)
 
 # %% ../../nbs/34_eval.toxicity.ipynb #c75e78ac
 def toxicity_table(run:RunDir)->str:

@@ -580,14 +580,12 @@ def memory_estimate(
     accumulated:bool=True,
     frugal:bool=False, # with `recompute`
 )->dict[str,int]: # bytes of each part, and their 'total'
-    """Bytes that training or decoding needs, by formula. The
-    total of a training is the most at one time."""
+    "Bytes that training or decoding needs, by formula; in a training, the most at one time."
     c,n,e = cfg,cfg.num_params(),4 if dtype == 'float32' else 2
     state = c.mixer != 'attention' and find_block(c.mixer)
     if not train:
         row = state.cache_bytes(c, e) if state else 2*c.n_kv_head*c.head_dim*seq_len*e
-        cache = c.n_layer*bs*row
-        p = dict(weights=n*e, cache=cache, logits=bs*c.vocab_size*(e+4))
+        p = dict(weights=n*e, cache=c.n_layer*bs*row, logits=bs*c.vocab_size*(e+4))
         return p | dict(total=sum(p.values()))
     layer = state.kept_bytes(c, e) if state else _kept_bytes(c, e, seq_len, device)
     out = bs*seq_len*c.vocab_size*e; logits = out*(2 if device == 'cpu' else 3)

@@ -555,15 +555,14 @@ def gguf_config(
     """The metadata of a GGUF file as a Hugging Face config; raises `SLMError` for an
     architecture that cannot be opened."""
     get = lambda k, default=None: r.fields[k].contents() if k in r.fields else default
-    # shapes are (in, out)
     arch = get('general.architecture')
-    shapes = {t.name:[int(i) for i in t.shape] for t in r.tensors}
+    shapes = {t.name:[int(i) for i in t.shape] for t in r.tensors} # (in, out)
     if arch not in ('llama', 'qwen3', 'gpt2'):
         raise SLMError(f"architecture '{arch}' of the GGUF file is not one of llama, qwen3, gpt2")
     at = lambda k, default=None: get(f'{arch}.{k}', default)
     need = lambda k: r.fields[f'{arch}.{k}'].contents()
-    layers, d, d_ff, context = [need(k) for k in 'block_count embedding_length '
-                                'feed_forward_length context_length'.split()]
+    names = 'block_count', 'embedding_length', 'feed_forward_length', 'context_length'
+    layers, d, d_ff, context = map(need, names)
     heads = need('attention.head_count')
     res = dict(model_type=arch, vocab_size=shapes['token_embd.weight'][1],
                tie_word_embeddings='output.weight' not in shapes)
@@ -574,8 +573,8 @@ def gguf_config(
     rope, kind = dict(rope_type='default'), at('rope.scaling.type', 'none')
     if kind != 'none': rope = dict(rope_type=kind, factor=at('rope.scaling.factor'))
     if kind == 'yarn':
-        rope |= dict(original_max_position_embeddings=at('rope.scaling.original_context_length',
-                                                         context))
+        was = at('rope.scaling.original_context_length', context)
+        rope |= dict(original_max_position_embeddings=was)
     if f := next((t for t in r.tensors if t.name == 'rope_freqs.weight'), None):
         rope = llama3_scaling(torch.tensor(f.data), theta)
     return res | dict(num_hidden_layers=layers, hidden_size=d,

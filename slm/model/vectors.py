@@ -103,8 +103,8 @@ def _total(spans):
     return n
 
 @_jit
-# of the step along the other vector
-def _gain(score, label, lr): return (label-1/(1+math.exp(-score)))*lr
+def _gain(score, label, lr): # of the step along the other vector
+    return (label-1/(1+math.exp(-score)))*lr
 
 # %% ../../nbs/16_model.vectors.ipynb #16f10018
 @_jit
@@ -425,8 +425,7 @@ def _new_vectors(rng, rows, words, d):
 def train_vectors(
     text:Iterable[list[str]]|Callable, # paragraphs of words; or what begins to read them anew
     d:int=100, # numbers of a vector
-    window:int=5,
-    negative:int=5, # per pair, or per window
+    window:int=5, negative:int=5, # words drawn per pair, or per window
     epochs:int=5,
     sample:float=1e-3, # thins out frequent words; 0: no
     min_count:int=5, # rarer words are passed over
@@ -439,8 +438,8 @@ def train_vectors(
     seed:int=0,
 )->WordVectors:
     "word2vec (Mikolov et al. 2013b). Raises `SLMError` for what nothing can be learned from."
-    _check_settings(kind, pieces, lr, d=d, window=window, negative=negative,
-                    epochs=epochs, min_count=min_count, sample=sample, threads=threads, seed=seed)
+    _check_settings(kind, pieces, lr, d=d, window=window, negative=negative, epochs=epochs,
+                    min_count=min_count, sample=sample, threads=threads, seed=seed)
     if not callable(text): held = list(text); text = lambda: held
     lr = lr or (.025 if kind != 'cbow' else .2 if mean else .05)
     with tempfile.TemporaryDirectory(prefix='slm-vectors-') as folder:

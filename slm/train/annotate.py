@@ -104,8 +104,7 @@ class PreferenceStore:
     ):
         self.path = Path(path)
         if must_exist and not self.path.exists():
-            raise SLMError(f"no store '{path}': check the path, "
-                           "or make one with `slm annotate add`")
+            raise SLMError(f"no store '{path}': check it, or make one with `slm annotate add`")
         self.path.parent.mkdir(parents=True, exist_ok=True)
         with self._errors():
             self.db = sqlite3.connect(self.path, timeout=30, isolation_level=None,

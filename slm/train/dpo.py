@@ -298,8 +298,8 @@ class PairData:
     def n_tokens(self)->int:
         return sum(2*len(r.prompt)+len(r.chosen)+len(r.rejected) for r in self.rows)
     @property
-    # pairs whose prompt was shortened
-    def n_cut(self)->int: return sum(r.cut > 0 for r in self.rows)
+    def n_cut(self)->int: # pairs whose prompt was shortened
+        return sum(r.cut > 0 for r in self.rows)
     def __repr__(self):
         return (f'PairData({len(self)} pairs, {self.n_tokens:,} tokens, '
                 f'{self.n_cut} prompts cut, {len(self.rejects)} pairs too long)')

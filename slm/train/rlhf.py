@@ -138,8 +138,8 @@ class Rollout:
     @property
     def advantages(self)->Tensor: return group_advantages(self.rewards).flatten() # (prompts·k,)
     @property
-    # (prompts,) 1 where all rewards are equal
-    def flat(self)->Tensor: return (self.rewards.amax(1) == self.rewards.amin(1)).float()
+    def flat(self)->Tensor: # (prompts,) 1 where all rewards are equal
+        return (self.rewards.amax(1) == self.rewards.amin(1)).float()
     def to_json(self)->dict:
         lists = lambda ts: [None if t is None else t.tolist() for t in ts]
         return dict(rows=self.rows, rewards=self.rewards.tolist(),

@@ -111,8 +111,8 @@ class ChatTokens:
     @property
     def n_tokens(self)->int: return len(self.ids)
     @property
-    # (len,) tokens of each
-    def lens(self)->np.ndarray: return np.diff(np.frombuffer(self.ends, np.uint64).astype(np.int64))
+    def lens(self)->np.ndarray: # (len,) tokens of each
+        return np.diff(np.frombuffer(self.ends, np.uint64).astype(np.int64))
 
 # %% ../../nbs/23_train.sft.ipynb #ce9c60f5
 @dataclass
